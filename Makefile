@@ -1,0 +1,83 @@
+# Each target makes the virtual environment first, from the exact versions in constraints/.
+#   make test PYTHON=python3.12                       with another interpreter
+#   make test-matrix PYTHONS="python3.11 python3.12"  with several, one environment each
+
+PYTHON ?= python3
+PYTHONS ?= python3.11 python3.12 python3.13
+VENV ?= .venv
+
+TAG := $(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])' 2>/dev/null)
+# Interpreters without a file of their own share the versions of Python 3.12.
+CONSTRAINTS := $(firstword $(wildcard constraints/$(TAG).txt) constraints/py312.txt)
+STAMP := $(VENV)/$(TAG).stamp
+RUN := $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo recall test test-fast test-matrix lint format release constraints clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' Makefile
+
+venv: $(STAMP) ## Make the virtual environment
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@$(if $(TAG),,$(error $(PYTHON) does not run: install Python 3.11 or newer, or name one, as in make PYTHON=python3.12))
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit( \
+	    "lensjax needs Python 3.11 or newer, $(PYTHON) is %d.%d: name another, as in make PYTHON=python3.12" % v)'
+	@echo "Installing into $(VENV) the versions of $(CONSTRAINTS)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(RUN) -m pip install --quiet --constraint $(CONSTRAINTS) hatchling
+	@$(RUN) -m pip install --quiet --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## Pretrain, train, evaluate and draw pictures, into the next free runs/demo folder
+	@dir=runs/demo; n=2; while [ -e $$dir ]; do dir=runs/demo-$$n; n=$$((n + 1)); done; \
+	$(RUN) -m experiments.train demo --output-dir $$dir
+
+recall: $(STAMP) ## Prove on a task with known answers that LensNet learns, into runs/recall
+	$(RUN) -m experiments.recall
+
+test: $(STAMP) ## Run all tests
+	$(RUN) -m pytest
+
+test-fast: $(STAMP) ## Run the tests that are not marked slow
+	$(RUN) -m pytest -m 'not slow'
+
+test-matrix: ## Run the fast tests with each interpreter of PYTHONS that is here
+	@ran=0; failed=; \
+	for python in $(PYTHONS); do \
+	    tag=$$($$python -c 'import sys; print("py%d%d" % sys.version_info[:2])' 2>/dev/null) \
+	        || { echo "== $$python: skipped, it does not run here"; continue; }; \
+	    echo "== $$python"; ran=1; \
+	    $(MAKE) --no-print-directory test-fast PYTHON=$$python VENV=build/$$tag || failed="$$failed $$python"; \
+	done; \
+	[ $$ran = 1 ] || { echo "none of $(PYTHONS) runs here"; exit 1; }; \
+	[ -z "$$failed" ] || { echo "failed with:$$failed"; exit 1; }
+
+lint: $(STAMP) ## Check style, format and types
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m mypy
+
+format: $(STAMP) ## Fix style and format where that is safe
+	$(RUN) -m ruff check --fix
+	$(RUN) -m ruff format
+
+release: $(STAMP) ## Build sdist and wheel into dist/, and run the fast tests against the wheel
+	rm -rf dist build/release
+	$(RUN) -m hatchling build
+	$(PYTHON) -m venv build/release/venv
+	build/release/venv/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) "$$(echo dist/*.whl)[test]"
+	tar -xzf dist/*.tar.gz -C build/release --strip-components 1
+	rm -r build/release/lensjax
+	cd build/release && venv/bin/python -m pytest -m 'not slow'
+
+constraints: ## Write the exact versions for PYTHON anew, from the newest releases
+	$(PYTHON) -m venv --clear build/constraints
+	build/constraints/bin/python -m pip install --quiet --editable '.[dev]'
+	{ echo "# Written by 'make constraints PYTHON=$(notdir $(PYTHON))'."; \
+	    build/constraints/bin/python -m pip freeze --exclude-editable; } > constraints/$(TAG).txt
+
+clean: ## Remove environments, builds and caches; runs/ stays
+	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,22 @@
+"""The main job in a few minutes on two cores: pretrain on the standard library of this Python, then train LensNet.
+
+    make demo
+    python experiments/train.py demo
+"""
+
+from lensjax.config import BaseConfig, Config, ContextConfig, DataConfig, Hyperparameters, LensConfig, PretrainConfig
+
+CONFIG = Config(
+    output_dir="runs/demo",
+    steps=400,
+    batch_size=8,
+    eval_steps=100,
+    eval_batches=8,
+    save_steps=100,
+    base=BaseConfig(dim=96, layers=2, heads=4, kv_heads=2, mlp_dim=256),
+    lens=LensConfig(dim=64, layers=2, heads=4, mlp_dim=192),
+    context=ContextConfig(window=256, block_size=8, max_lod=2, horizon=32, recent_tokens=40, rollouts=4),
+    hyper=Hyperparameters(context_start=0.8, context_end=0.5),
+    data=DataConfig(task="stdlib"),
+    pretrain=PretrainConfig(steps=800, batch_size=16, rollout_weight=1.0),
+)

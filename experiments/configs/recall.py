@@ -1,0 +1,24 @@
+"""Single-span recall: the tail repeats one of seven earlier blocks, so what is worth expanding is known.
+
+    python experiments/train.py recall
+
+`make recall` runs it for three seeds and both kinds of targets on one base model.
+"""
+
+from lensjax.config import BaseConfig, Config, ContextConfig, DataConfig, Hyperparameters, LensConfig, PretrainConfig
+
+CONFIG = Config(
+    output_dir="runs/recall-single",
+    steps=300,
+    batch_size=32,
+    logging_steps=10,
+    eval_steps=50,
+    eval_batches=16,
+    save_steps=100,
+    base=BaseConfig(dim=64, layers=2, heads=4, kv_heads=2, mlp_dim=192),
+    lens=LensConfig(dim=64, layers=2, heads=4, mlp_dim=192),
+    context=ContextConfig(window=64, block_size=8, max_lod=1, horizon=7, recent_tokens=8, rollouts=4),
+    hyper=Hyperparameters(context_start=0.6, context_end=0.4),
+    data=DataConfig(task="recall"),
+    pretrain=PretrainConfig(steps=800, batch_size=32),
+)

@@ -1,0 +1,124 @@
+"""Proof on a task with known answers: does the policy learn which span the tail asks for?
+
+    make recall
+    python experiments/recall.py --output-dir runs/recall-2
+
+One base model is pretrained and shared; then LensNet is trained with span targets on both variants of a pair (`both`)
+and on the worse one alone (`worse_only`), everything else equal, for each seed. Prints a table and writes
+`summary.json`: for each arm, lists over seeds.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from experiments.train import load_preset, run
+from lensjax import config as configs
+
+ARMS: tuple[Literal["both", "worse_only"], ...] = ("both", "worse_only")
+COLUMNS = {
+    "hit_rate": "hit_rate",
+    "hit_rate_chance": "hit_rate_chance",
+    "nll_policy": "nll_policy",
+    "nll_recency": "nll_baseline",
+    "nll_random": "nll_rollout_mean",
+    "nll_oracle": "nll_oracle",
+    "agreement": "preference_agreement",
+    "agreement_lod_only": "preference_agreement_lod_only",
+}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What to run; finished runs in the folder are kept and interrupted ones go on."""
+
+    output_dir: Path = Path("runs/recall")
+    preset: str = "recall"
+    """Name or path of the config that all runs start from."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    resume: bool = False
+    """Go on in a folder that is there already."""
+    steps: int | None = None
+    """LensNet training steps of each run; None takes the preset's."""
+
+
+def main() -> None:
+    """Command line."""
+    arguments = tyro.cli(Arguments, description=__doc__)
+    try:
+        compare(arguments)
+    except (ValueError, FileExistsError, FileNotFoundError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+
+
+def compare(arguments: Arguments) -> dict[str, Any]:
+    """Runs every arm for every seed, and returns what `summary.json` holds."""
+    started = time.perf_counter()
+    folder, console = arguments.output_dir, Console()
+    if folder.exists() and any(folder.iterdir()) and not arguments.resume:
+        raise FileExistsError(f"{folder} is not empty: choose another --output-dir, or pass --resume to finish it")
+    preset = load_preset(arguments.preset)
+    if arguments.steps is not None:
+        preset = configs.replace(preset, steps=arguments.steps)
+    base = configs.replace(preset, steps=0, output_dir=str(folder / "base"))
+    base_summary = _run_once(base, console)
+    results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
+    for seed in arguments.seeds:
+        for arm in ARMS:
+            config = configs.replace(
+                preset,
+                seed=seed,
+                output_dir=str(folder / f"{arm}-{seed}"),
+                base_run=base.output_dir,
+                **{"objective.targets": arm},
+            )
+            results[arm].append(_run_once(config, console))
+    summary: dict[str, Any] = {
+        arm: {column: [run[name] for run in runs] for column, name in COLUMNS.items()} for arm, runs in results.items()
+    }
+    summary |= {
+        "task": preset.data.task,
+        "split": "test",
+        "seeds": list(arguments.seeds),
+        "steps": preset.steps,
+        "compression": results["both"][0]["compression"],
+        "base_nll_full_tail": base_summary["nll_full_tail"],
+        "training_seconds": {arm: [run["training_seconds"] for run in runs] for arm, runs in results.items()},
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    _print_table(console, summary)
+    return summary
+
+
+def _run_once(config: configs.Config, console: Console) -> dict[str, Any]:
+    """A run, from its summary if it is finished, and from its last checkpoint if it was interrupted."""
+    folder = Path(config.output_dir)
+    finished = folder / "summary.json"
+    if finished.is_file():
+        summary: dict[str, Any] = json.loads(finished.read_text())
+        return summary
+    return run(config, resume=folder.exists(), console=console)
+
+
+def _print_table(console: Console, summary: dict[str, Any]) -> None:
+    title = f"recall, {summary['compression']:.1f}x, seeds {summary['seeds']}, held-out test sequences"
+    table = Table(title=f"{title} (mean and range over seeds)")
+    for column in ("targets", *COLUMNS):
+        table.add_column(column, justify="left" if column == "targets" else "right")
+    for arm in ARMS:
+        cells = [np.asarray(summary[arm][column]) for column in COLUMNS]
+        table.add_row(arm, *(f"{x.mean():.3f}\n{x.min():.3f}..{x.max():.3f}" for x in cells))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,274 @@
+"""Pretrains a base model (or takes one), trains LensNet by preferences, and measures it on held-out data.
+
+    python experiments/train.py demo                              the standard library of this Python
+    python experiments/train.py recall --seed 1                   the task with known answers
+    python experiments/train.py --data.task text --data.path 'notes/**/*.md' --output-dir runs/notes
+    python experiments/train.py --resume runs/notes               go on with an interrupted run
+
+The first argument names a file of `experiments/configs/` (or is the path of such a file, or of a run's
+`config.json`); flags change single fields. Everything that a run makes is in its own folder.
+"""
+
+import functools
+import importlib.util
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax import Array
+from rich.console import Console
+
+from lensjax import checkpoint, data, evaluation, loop, plots, pretrain, run_folder, train
+from lensjax import config as configs
+from lensjax import logging as run_logging
+from lensjax.config import Config
+from lensjax.models import Models, Params, build_models
+
+CONFIGS = Path(__file__).parent / "configs"
+# Streams of randomness that must not touch: each is folded into the run's seed.
+PRETRAIN_STREAM, LENS_STREAM, EVALUATION_SEED = 0, 1, 2026
+MAPPED_SEQUENCES = 4
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line; bad values end it with one message, before anything is written."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        config, resume = parse(words)
+        run(config, resume=resume)
+    except (ValueError, FileExistsError, FileNotFoundError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+
+
+def parse(words: list[str]) -> tuple[Config, bool]:
+    """Reads the command line: a config, and whether it is that of a run to go on with."""
+    if "--resume" in words:
+        if len(words) != 2 or words[0] != "--resume":
+            raise ValueError(f"--resume takes a run folder and nothing else, got: {' '.join(words)}")
+        stored = configs.load(run_folder.config_file(words[1]))
+        return configs.replace(stored, output_dir=words[1]), True
+    default = Config()
+    if words and not words[0].startswith("-"):
+        default = load_preset(words.pop(0))
+    return tyro.cli(Config, default=default, args=words, description=__doc__), False
+
+
+def load_preset(name: str) -> Config:
+    """The config of a name in `experiments/configs/`, of a Python file with `CONFIG`, or of a JSON file."""
+    path = Path(name) if Path(name).suffix in (".py", ".json") else CONFIGS / f"{name}.py"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.py")))
+        raise FileNotFoundError(f"no config {path}; name a file, or one of: {known}")
+    if path.suffix == ".json":
+        return configs.load(path)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    preset: Config = module.CONFIG
+    return preset
+
+
+def run(config: Config, *, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
+    """One whole run; returns what `summary.json` holds."""
+    started = time.perf_counter()
+    console = console or Console()
+    models = build_models(config)
+    inputs = _Inputs(config)  # reads all data first: an empty corpus must not leave a folder behind
+    taken = None if config.base_run is None else load_base(config, models)
+    folder = (run_folder.open_run if resume else run_folder.create_run)(config.output_dir, config)
+    console.print(f"run folder {folder}, {jax.default_backend()}, seed {config.seed}", highlight=False)
+    with run_logging.RunLogger(folder, resume=_restore_point(folder) if resume else None) as logger:
+        surroundings = {"run_dir": folder, "config": config, "logger": logger, "console": console}
+        params, seconds = taken or {}, 0.0
+        summary: dict[str, Any] = {}
+        if taken is None:
+            params, seconds = _pretrain(config, models, inputs, surroundings)
+            summary |= _pretrain_evaluator(config, models, inputs.test)(params)
+        if config.steps:
+            state, lens_seconds = _train_lens(config, models, params, inputs, surroundings)
+            seconds += lens_seconds
+            summary |= _evaluator(config, models, inputs.test)(state)
+            _draw_maps(folder, state, config, models, inputs)
+    plots.training_curves(run_logging.read_rows(folder), folder / "training.png")
+    summary = _summary(config, summary, training_seconds=seconds, seconds=time.perf_counter() - started)
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    _print_summary(console, folder, summary)
+    return summary
+
+
+class _Inputs:
+    """All data of a run, checked and in memory before the run's folder is made."""
+
+    def __init__(self, config: Config) -> None:
+        batches = functools.partial(
+            data.fixed_batches, config, batch_size=config.batch_size, count=config.eval_batches, seed=EVALUATION_SEED
+        )
+        self.validation = jax.device_put(batches("validation"))
+        self.test = jax.device_put(batches("test"))
+        self.pretrain = data.make_iterator(
+            config, "train", seed=config.seed, batch_size=config.pretrain.batch_size, pretraining=True
+        )
+        self.lens = data.make_iterator(config, "train", seed=config.seed, batch_size=config.batch_size)
+
+
+def _stream(config: Config, stream: int) -> Array:
+    return jax.random.fold_in(jax.random.key(config.seed), stream)
+
+
+def _restore_point(folder: Path) -> tuple[str, int]:
+    """The newest checkpoint of the last phase that has one; a run without any starts from its first step."""
+    for phase in reversed(run_logging.PHASES):
+        step = checkpoint.latest_step(loop.checkpoint_dir(folder, phase))
+        if step is not None:
+            return phase, step
+    return run_logging.PHASES[0], 0
+
+
+def _pretrain(
+    config: Config, models: Models, inputs: _Inputs, surroundings: dict[str, Any]
+) -> tuple[dict[str, Params], float]:
+    evaluate = _pretrain_evaluator(config, models, inputs.validation)
+    phase = loop.Phase(
+        name="pretrain",
+        steps=config.pretrain.steps,
+        batch_size=config.pretrain.batch_size,
+        step=functools.partial(pretrain.pretrain_step, config=config, models=models),
+        evaluate=lambda state: evaluate(state.params),
+        headline=("nll_full", "nll_full_tail"),
+    )
+    state = pretrain.init_pretrain_state(_stream(config, PRETRAIN_STREAM), config=config, models=models)
+    state, seconds = loop.run_phase(phase, state, inputs.pretrain, **surroundings)
+    return state.params, seconds
+
+
+def _train_lens(
+    config: Config,
+    models: Models,
+    params: dict[str, Params],
+    inputs: _Inputs,
+    surroundings: dict[str, Any],
+) -> tuple[train.TrainState, float]:
+    phase = loop.Phase(
+        name="lens",
+        steps=config.steps,
+        batch_size=config.batch_size,
+        step=functools.partial(train.train_step, config=config, models=models),
+        evaluate=_evaluator(config, models, inputs.validation),
+        headline=("nll_policy", "nll_baseline", "nll_rollout_mean", "mc/preference_agreement", "hit_rate"),
+    )
+    state = train.init_train_state(_stream(config, LENS_STREAM), config=config, models=models, params=params)
+    return loop.run_phase(phase, state, inputs.lens, **surroundings)
+
+
+def _evaluator(
+    config: Config, models: Models, batches: list[dict[str, Array]]
+) -> Callable[[train.TrainState], dict[str, float]]:
+    """Held-out metrics of a state, always on the same batches and rollouts."""
+    step = jax.jit(functools.partial(evaluation.eval_step, config=config, models=models))
+    keys = [jax.random.fold_in(jax.random.key(EVALUATION_SEED), i) for i in range(len(batches))]
+    return lambda state: evaluation.mean_over_batches(
+        step(state, batch, key) for batch, key in zip(batches, keys, strict=True)
+    )
+
+
+def _pretrain_evaluator(
+    config: Config, models: Models, batches: list[dict[str, Array]]
+) -> Callable[[dict[str, Params]], dict[str, float]]:
+    step = jax.jit(functools.partial(evaluation.pretrain_eval_step, config=config, models=models))
+    return lambda params: evaluation.mean_over_batches(step(params, batch) for batch in batches)
+
+
+def load_base(config: Config, models: Models) -> dict[str, Params]:
+    """Base model and GistNet of the run that `config.base_run` names.
+
+    Raises:
+      FileNotFoundError: there is no run in that folder.
+      ValueError: its models have another shape, or it has no checkpoint.
+    """
+    assert config.base_run is not None
+    folder = Path(config.base_run)
+    stored = configs.load(run_folder.config_file(folder))
+    for name, theirs, ours in (
+        ("base", stored.base, config.base),
+        ("gist", stored.gist, config.gist),
+        ("context.block_size", stored.context.block_size, config.context.block_size),
+    ):
+        if theirs != ours:
+            raise ValueError(f"{name} of base_run {folder} is {theirs}, this run has {ours}: use the same")
+    phase, step = _restore_point(folder)
+    if step == 0:
+        raise ValueError(f"base_run {folder} has no checkpoint: let it finish its pretraining first")
+    key = jax.random.key(0)
+    like = {"base": jax.eval_shape(models.base.init, key), "gist": jax.eval_shape(models.gist.init, key)}
+    directory = loop.checkpoint_dir(folder, phase)
+    return {
+        name: checkpoint.restore_subtree(directory, step, part, path=("params", name)) for name, part in like.items()
+    }
+
+
+def _draw_maps(folder: Path, state: train.TrainState, config: Config, models: Models, inputs: _Inputs) -> None:
+    """Pictures of what the baseline, the rollouts and the policy show of a few held-out sequences."""
+    draw = jax.jit(functools.partial(evaluation.variant_maps, config=config, models=models))
+    batch = {name: value[:MAPPED_SEQUENCES] for name, value in inputs.test[0].items()}
+    arrays = jax.device_get(draw(state, batch["tokens"], jax.random.key(EVALUATION_SEED)))
+    labels = ["recency", *(f"rollout {i + 1}" for i in range(config.context.rollouts)), "LensNet's pick"]
+    answers = np.asarray(batch["answer"]).tolist() if "answer" in batch else []
+    maps = [
+        plots.VariantMap(
+            title=f"held-out sequence {i + 1}",
+            cuts=arrays["cuts"][i],
+            scores=arrays["scores"][i],
+            nll=arrays["nll"][i],
+            labels=labels,
+            recent_tokens=config.context.recent_tokens,
+            answer=(answers[i], answers[i] + config.context.block_size) if answers else None,
+        )
+        for i in range(len(batch["tokens"]))
+    ]
+    plots.lod_maps(maps, folder / "maps.png")
+
+
+def _summary(
+    config: Config, report: Mapping[str, float], *, training_seconds: float, seconds: float
+) -> dict[str, Any]:
+    """Held-out test metrics under short names, and what they came from."""
+    short = {name.removeprefix("mc/"): value for name, value in report.items()}
+    if config.data.task == "recall":
+        short["hit_rate_chance"] = 1 / data.recall_candidates(config.context)
+    undefined = {name: run_logging.UNDEFINED for name, value in short.items() if math.isnan(value)}
+    end = config.context.geometry.length_of_fraction(config.hyper.context_end)
+    return {
+        "task": config.data.task,
+        "split": "test",
+        "sequences": config.batch_size * config.eval_batches,
+        "steps": config.steps,
+        "seed": config.seed,
+        "context_length": end,
+        "compression": config.context.window / end,
+        "seconds": round(seconds, 1),
+        "training_seconds": round(training_seconds, 1),
+        **short,
+        **undefined,
+    }
+
+
+def _print_summary(console: Console, folder: Path, summary: dict[str, Any]) -> None:
+    shown = ("nll_full", "nll_policy", "nll_baseline", "nll_rollout_mean", "nll_rollout_best", "nll_oracle", "hit_rate")
+    shown += ("preference_agreement", "preference_agreement_lod_only", "preference_corr_mean", "seconds")
+    for name in shown:
+        if isinstance(summary.get(name), float):
+            console.print(f"  {name:<32}{summary[name]:>9.3f}", highlight=False)
+    console.print(f"pictures, metrics and checkpoints are in {folder}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

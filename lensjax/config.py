@@ -1,0 +1,440 @@
+"""Configuration: frozen dataclasses, every field checked where it enters, JSON both ways.
+
+A `Config` is static: shapes, switches and schedules that are compiled in. What an ablation sweeps is
+`Hyperparameters`: plain floats here, a pytree of scalar arrays inside `TrainState`.
+"""
+
+import dataclasses
+import json
+import math
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from lensjax.lengths import CutGeometry
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+def _require_positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value >= 1, f"{name} must be at least 1, got {value}")
+
+
+def _require_choice(config: Any, *names: str) -> None:
+    """Checks Literal fields against the choices that their annotation lists."""
+    hints = typing.get_type_hints(type(config))
+    for name in names:
+        choices = typing.get_args(hints[name])
+        value = getattr(config, name)
+        _require(value in choices, f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """Decoder-only language model of the Llama kind."""
+
+    vocab_size: int = 256
+    dim: int = 64
+    layers: int = 2
+    heads: int = 4
+    kv_heads: int = 2
+    mlp_dim: int = 192
+    conv_width: int = 3
+    """Taps of the causal depthwise convolution on the input embeddings; 0 leaves it out."""
+    tied: bool = True
+    """Whether the output head is the transposed embedding."""
+    rope_theta: float = 10_000.0
+    gaussian_rope: bool = False
+    """Damp rotary frequencies by exp(-(theta sigma)^2 / 2), sigma = span width."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "vocab_size", "dim", "layers", "heads", "kv_heads", "mlp_dim")
+        _require(
+            self.dim % (2 * self.heads) == 0,
+            f"base.dim must be a multiple of 2 * heads = {2 * self.heads} (rotary pairs), got {self.dim}",
+        )
+        _require(
+            self.heads % self.kv_heads == 0,
+            f"base.heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}",
+        )
+        _require(self.conv_width >= 0, f"base.conv_width must be 0 (none) or more, got {self.conv_width}")
+        _require(self.rope_theta > 1, f"base.rope_theta must be above 1, got {self.rope_theta}")
+
+
+@dataclass(frozen=True)
+class GistConfig:
+    """GistNet: K child embeddings to one gist of the same width."""
+
+    pooling: Literal["mean", "query", "cls"] = "mean"
+    head: Literal["linear", "mlp"] = "linear"
+    layers: int = 0
+    heads: int = 4
+
+    def __post_init__(self) -> None:
+        _require_choice(self, "pooling", "head")
+        _require(self.layers >= 0, f"gist.layers must be 0 or more, got {self.layers}")
+        _require_positive(self, "heads")
+
+
+@dataclass(frozen=True)
+class LensConfig:
+    """LensNet: bidirectional policy over the entries of one working context."""
+
+    dim: int = 64
+    layers: int = 2
+    heads: int = 4
+    mlp_dim: int = 192
+    head: Literal["linear", "mlp"] = "linear"
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "dim", "layers", "heads", "mlp_dim")
+        _require_choice(self, "head")
+        _require(
+            self.dim % self.heads == 0, f"lens.dim must be a multiple of heads, got {self.dim} and {self.heads}"
+        )
+
+
+@dataclass(frozen=True)
+class ContextConfig:
+    """The tree, the working context and the rollouts (letters of the README in brackets)."""
+
+    window: int = 256
+    """Tokens in a training window [T]."""
+    block_size: int = 8
+    """Children per gist [K]."""
+    max_lod: int = 2
+    """Highest level of detail [L]."""
+    horizon: int = 32
+    """Tail tokens on which every variant is scored [H]."""
+    recent_tokens: int = 40
+    """Tail tokens that stay at LOD 0 in every variant; at least horizon + 1."""
+    rollouts: int = 4
+    """Random variants per sequence [N]."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "window", "max_lod", "horizon", "rollouts")
+        _require(self.block_size >= 2, f"context.block_size must be at least 2, got {self.block_size}")
+        _require(
+            self.recent_tokens >= self.horizon + 1,
+            "context.recent_tokens must be at least horizon + 1 (the entry of the token before the horizon "
+            f"predicts its first token), got recent_tokens {self.recent_tokens} and horizon {self.horizon}",
+        )
+        _require(
+            self.window >= self.recent_tokens + self.block_size,
+            "context.window must hold the recent tokens and at least one block: expected at least "
+            f"{self.recent_tokens + self.block_size}, got {self.window}",
+        )
+
+    @property
+    def geometry(self) -> CutGeometry:
+        """The window as the arithmetic of lengths sees it."""
+        return CutGeometry(self.window, self.block_size, self.max_lod, self.recent_tokens)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Hyperparameters:
+    """What an ablation sweeps. Floats in a `Config`; float32 scalars, or a batch of them, in a `TrainState`."""
+
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    temperature: float = 1.0
+    """Temperature of the preference scale g and of the Bernoulli policy in the KL."""
+    temperature_end: float = 1.0
+    """Temperature at the last step; linear in between."""
+    adv_norm_beta: float = 0.9
+    """Decay of the advantage normaliser's moving averages."""
+    collapse_weight: float = 1.0
+    """Weight of entries whose target is to collapse."""
+    rank_weight: float = 0.5
+    margin: float = 0.1
+    """Margin of the rank loss."""
+    budget_weight: float = 0.1
+    smooth_weight: float = 0.0
+    budget_smooth_beta: float = 0.9
+    kl_weight: float = 0.0
+    anchor_beta: float = 0.99
+    """Decay of the policy anchor's parameters when the anchor is an EMA."""
+    hard_negative_ratio: float = 1.0
+    """Share kept of the pairs that do not hold the best variant, largest difference first."""
+    lod2_share: float = 0.1
+    """Probability of each block of LOD 2 or above that the target length leaves open."""
+    context_start: float = 0.8
+    """Length of a working context at step 0, as a fraction of the window."""
+    context_end: float = 0.75
+    """Length of a working context at the end of the curriculum, as a fraction of the window."""
+    token_loss_weight: float = 1.0
+    """Weight of mean_v nll(v) when the base model or GistNet is trained."""
+    gist_delta_weight: float = 0.0
+    """Weight of relu(nll(v) - nll(baseline)) when the base model or GistNet is trained."""
+
+    def __post_init__(self) -> None:
+        # Inside jax transformations the fields are tracers or placeholders: only numbers can be checked.
+        if not all(isinstance(value, int | float) for value in dataclasses.asdict(self).values()):
+            return
+        for name in ("learning_rate", "temperature", "temperature_end"):
+            _require(getattr(self, name) > 0, f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("adv_norm_beta", "budget_smooth_beta", "anchor_beta"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"{name} must be in [0, 1), got {value}")
+        for name in ("hard_negative_ratio", "lod2_share"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"{name} must be in [0, 1], got {value}")
+        for name in ("context_start", "context_end"):
+            value = getattr(self, name)
+            _require(0 < value <= 1, f"{name} is a fraction of the window in (0, 1], got {value}")
+        for name in (
+            "weight_decay",
+            "collapse_weight",
+            "rank_weight",
+            "margin",
+            "budget_weight",
+            "smooth_weight",
+            "kl_weight",
+            "token_loss_weight",
+            "gist_delta_weight",
+        ):
+            value = getattr(self, name)
+            _require(value >= 0 and math.isfinite(value), f"{name} must be finite and at least 0, got {value}")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is compiled in of the LensNet objective; its weights are in `Hyperparameters`."""
+
+    targets: Literal["both", "worse_only"] = "both"
+    granularity: Literal["entry", "pair"] = "entry"
+    anchor: Literal["previous", "ema", "fixed"] = "previous"
+    max_pairs: int = 8
+    """Preference pairs kept per sequence [P]."""
+
+    def __post_init__(self) -> None:
+        _require_choice(self, "targets", "granularity", "anchor")
+        _require_positive(self, "max_pairs")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with global-norm clipping; the learning rate itself is a hyperparameter."""
+
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: int = 20
+    curriculum_steps: int | None = None
+    """Steps over which the context length anneals; None: half of the run."""
+    b1: float = 0.9
+    b2: float = 0.99
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_choice(self, "schedule")
+        _require(self.warmup_steps >= 0, f"optimizer.warmup_steps must be 0 or more, got {self.warmup_steps}")
+        _require(
+            self.curriculum_steps is None or self.curriculum_steps >= 0,
+            f"optimizer.curriculum_steps must be 0 or more, or None, got {self.curriculum_steps}",
+        )
+        _require(0 <= self.b1 < 1 and 0 <= self.b2 < 1, f"b1 and b2 must be in [0, 1), got {self.b1} and {self.b2}")
+        _require(self.clip_norm > 0, f"optimizer.clip_norm must be above 0, got {self.clip_norm}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where tokens come from."""
+
+    task: Literal["stdlib", "text", "recall"] = "stdlib"
+    """The running Python's standard library, the user's own text files, or single-span recall."""
+    path: str | None = None
+    """Folder or glob of text files; for task text."""
+    max_files: int | None = None
+    """Read at most this many files a split, in hash order; None reads all."""
+    recall_pool: int = 4
+    """Distinct blocks in a recall pretraining sequence; few, so that most positions repeat something."""
+
+    def __post_init__(self) -> None:
+        _require_choice(self, "task")
+        _require(
+            self.task != "text" or bool(self.path),
+            "data.path must name a folder or a glob when data.task is text, got none",
+        )
+        _require(
+            self.task == "text" or self.path is None,
+            f"data.path is read only when data.task is text: set --data.task text, got {self.task!r}",
+        )
+        _require(self.max_files is None or self.max_files >= 1, f"max_files must be 1 or more, got {self.max_files}")
+        _require_positive(self, "recall_pool")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """The base model's own training, before LensNet's. Skipped when `Config.base_run` is given."""
+
+    steps: int = 600
+    learning_rate: float = 3e-3
+    batch_size: int = 16
+    rollout_weight: float = 0.0
+    """Weight of the rollouts' NLL beside the full-context loss: teaches the base model to read gists and GistNet to
+    write them. 0 leaves GistNet at its initialisation."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "steps", "batch_size")
+        _require(self.learning_rate > 0, f"pretrain.learning_rate must be above 0, got {self.learning_rate}")
+        _require(self.rollout_weight >= 0, f"pretrain.rollout_weight must be 0 or more, got {self.rollout_weight}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. Every field is a flag of `experiments/train.py`."""
+
+    output_dir: str = "runs/default"
+    seed: int = 0
+    steps: int = 1000
+    """LensNet training steps; 0 stops after pretraining."""
+    batch_size: int = 16
+    """Sequences in a batch [B]."""
+    trainable: tuple[Literal["base", "gist", "lens"], ...] = ("lens",)
+    """What the main phase trains."""
+    base_run: str | None = None
+    """Run folder whose base model and GistNet are taken instead of pretraining."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type of the models; parameters, softmax and losses stay in float32."""
+    logging_steps: int = 10
+    eval_steps: int = 100
+    eval_batches: int = 8
+    save_steps: int = 100
+    base: BaseConfig = field(default_factory=BaseConfig)
+    gist: GistConfig = field(default_factory=GistConfig)
+    lens: LensConfig = field(default_factory=LensConfig)
+    context: ContextConfig = field(default_factory=ContextConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    hyper: Hyperparameters = field(default_factory=Hyperparameters)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+
+    def __post_init__(self) -> None:
+        _require_choice(self, "dtype")
+        _require_positive(self, "batch_size", "logging_steps", "eval_steps", "eval_batches", "save_steps")
+        _require(self.steps >= 0, f"steps must be 0 (pretraining only) or more, got {self.steps}")
+        for name, steps in (("steps", self.steps), ("pretrain.steps", self.pretrain.steps)):
+            _require(
+                steps == 0 or steps > self.optimizer.warmup_steps,
+                f"{name} must be above optimizer.warmup_steps {self.optimizer.warmup_steps}, got {steps}",
+            )
+        _require(
+            self.steps > 0 or self.base_run is None,
+            f"steps is 0 and base_run is {self.base_run!r}: there is nothing to do; raise steps or drop base_run",
+        )
+        _require(self.seed >= 0, f"seed must be 0 or more, got {self.seed}")
+        _require(bool(self.output_dir), "output_dir must name a folder, got an empty string")
+        _require(
+            len(self.trainable) > 0 and set(self.trainable) <= {"base", "gist", "lens"},
+            f"trainable must name one or more of base, gist, lens, got {self.trainable}",
+        )
+        _require(len(set(self.trainable)) == len(self.trainable), f"trainable names a part twice: {self.trainable}")
+        _require(
+            self.base.dim % self.gist.heads == 0,
+            f"base.dim must be a multiple of gist.heads, got {self.base.dim} and {self.gist.heads}",
+        )
+        _require(
+            self.data.task == "recall" or self.base.vocab_size >= 256,
+            f"text is read as bytes: base.vocab_size must be at least 256, got {self.base.vocab_size}",
+        )
+        for name in ("context_start", "context_end"):
+            self.context.geometry.length_of_fraction(getattr(self.hyper, name), name=name)
+
+    @property
+    def context_capacity(self) -> int:
+        """Entries that the longest working context of the curriculum holds: the static size W."""
+        longest = max(self.hyper.context_start, self.hyper.context_end)
+        return self.context.geometry.length_of_fraction(longest)
+
+
+def to_json(config: Config) -> str:
+    """Writes a config as JSON text; `from_json` reads it back equal."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str, *, source: str = "config") -> Config:
+    """Reads a config from JSON text. Missing keys take their defaults.
+
+    Raises:
+      ValueError: the text is not a JSON object, a key is unknown, or a value has the wrong type or range.
+    """
+    try:
+        raw = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{source} is not JSON: {error}") from error
+    return _build(Config, raw, where=source)
+
+
+def load(path: str | Path) -> Config:
+    """Reads a config file; errors name it."""
+    return from_json(Path(path).read_text(), source=str(path))
+
+
+def _build(cls: type, raw: Any, *, where: str) -> Any:
+    _require(isinstance(raw, dict), f"{where}: expected an object with keys of {cls.__name__}, got {raw!r}")
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(raw) - set(hints))
+    _require(
+        not unknown,
+        f"{where}: unknown key{'s' * (len(unknown) > 1)} {', '.join(unknown)}; known keys: {', '.join(sorted(hints))}",
+    )
+    values = {
+        name: _build(hints[name], value, where=f"{where}.{name}")
+        if dataclasses.is_dataclass(hints[name])
+        else _checked_type(hints[name], value, where=f"{where}.{name}")
+        for name, value in raw.items()
+    }
+    return cls(**values)
+
+
+def _checked_type(hint: Any, value: Any, *, where: str) -> Any:
+    """JSON has no tuples and writes whole floats as integers; everything else must match the annotation."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value  # checked with its choices in __post_init__
+    if origin is tuple:
+        _require(isinstance(value, list | tuple), f"{where}: expected a list, got {value!r}")
+        return tuple(value)
+    accepted: tuple[type, ...] = tuple(args) if args else (hint,)
+    if float in accepted and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    is_stray_bool = isinstance(value, bool) and bool not in accepted
+    _require(
+        isinstance(value, accepted) and not is_stray_bool,
+        f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}",
+    )
+    return value
+
+
+def replace(config: Config, **changes: Any) -> Config:
+    """`dataclasses.replace` with dotted names: `replace(config, **{"hyper.temperature": 2.0, "seed": 1})`.
+
+    Raises:
+      ValueError: a name is unknown, or the changed config is not valid.
+    """
+    nested: dict[str, dict[str, Any]] = {}
+    flat: dict[str, Any] = {}
+    for name, value in changes.items():
+        head, _, rest = name.partition(".")
+        _require(hasattr(config, head), f"unknown config key {name}")
+        if rest:
+            nested.setdefault(head, {})[rest] = value
+        else:
+            flat[head] = value
+    change: Callable[..., Any] = dataclasses.replace
+    for head, inner in nested.items():
+        section = flat.get(head, getattr(config, head))
+        unknown = sorted(set(inner) - {f.name for f in dataclasses.fields(section)})
+        _require(not unknown, f"unknown config key {head}.{unknown[0] if unknown else ''}")
+        flat[head] = change(section, **inner)
+    return change(config, **flat)

@@ -1,0 +1,210 @@
+"""Metrics on disk: `metrics.jsonl`, and the same names for TensorBoard under `tensorboard/<phase>`.
+
+`RunLogger.log` keeps arrays where they are; `flush` fetches everything that waits in one transfer and writes
+it, so the device runs on undisturbed in between. No other thread writes: what `flush` wrote survives a kill.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+from tensorboardX import RecordWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+
+from lensjax.metrics import MAY_BE_UNDEFINED
+
+Row = dict[str, Any]
+
+PHASES = ("pretrain", "lens")
+"""The phases of a run, in their order."""
+
+UNDEFINED = "n/a"
+"""Stands in a row for a value that is not defined (see `MAY_BE_UNDEFINED`)."""
+
+_FILE = "metrics.jsonl"
+
+
+class RunLogger:
+    """Writes the metrics of one run; use it in a `with` statement.
+
+    A row is `{"phase": ..., "step": ..., name: value, ...}`. Values that are undefined are `"n/a"`, and
+    missing in TensorBoard. Other values that are not finite are the strings "nan", "inf" and "-inf" in the
+    file (JSON has no such numbers) and floats in the rows which `flush` returns, where `check_finite` finds
+    them.
+
+    Args:
+      run_dir: the run's folder.
+      resume: phase and step of the restored checkpoint: later rows are dropped, and hidden in TensorBoard,
+        since they will be written again. None for a new run.
+
+    Raises:
+      ValueError: a new run finds metrics in the folder, the phase is unknown, or the file is damaged before its
+        last line (a torn last line is what a kill leaves: it is dropped).
+    """
+
+    def __init__(self, run_dir: str | Path, *, resume: tuple[str, int] | None = None) -> None:
+        self._run_dir = Path(run_dir)
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        path = self._run_dir / _FILE
+        if resume is not None:
+            _checked_phase(resume[0])
+            _rewind(path, resume)
+        elif path.exists() and path.stat().st_size:
+            raise ValueError(f"{path} holds the metrics of another run; resume that one, or choose another folder")
+        self._resume = resume
+        self._pending: list[tuple[str, int, dict[str, ArrayLike]]] = []
+        self._boards: dict[str, RecordWriter] = {}
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, phase: str, step: int, metrics: Mapping[str, ArrayLike]) -> None:
+        """Queues one row; nothing is fetched or written before `flush`.
+
+        Args:
+          phase: one of `PHASES`.
+          step: steps of that phase which the metrics describe.
+          metrics: scalars by name, on the device or on the host.
+
+        Raises:
+          ValueError: the phase is unknown, or a metric is not a scalar or has the name of another column.
+        """
+        _checked_phase(phase)
+        for name, value in metrics.items():
+            if name in ("phase", "step"):
+                raise ValueError(f"a metric cannot be named {name!r}: it is a column of its own")
+            if np.shape(value) != ():
+                raise ValueError(f"metric {name} must be a scalar, got shape {np.shape(value)}")
+        self._pending.append((phase, step, dict(metrics)))
+
+    def flush(self) -> list[Row]:
+        """Fetches and writes all queued rows, in order, and returns them."""
+        pending, self._pending = self._pending, []
+        fetched = jax.device_get([metrics for _, _, metrics in pending])
+        rows = [
+            {"phase": phase, "step": step} | {name: _to_number(name, value) for name, value in metrics.items()}
+            for (phase, step, _), metrics in zip(pending, fetched, strict=True)
+        ]
+        self._file.write("".join(json.dumps(_to_json(row), allow_nan=False) + "\n" for row in rows))
+        self._file.flush()
+        for row in rows:
+            self._board(row["phase"]).write(_event(row).SerializeToString())
+        for board in self._boards.values():
+            board.flush()
+        return rows
+
+    def close(self) -> None:
+        """Writes what is queued and closes the files."""
+        try:
+            self.flush()
+        finally:
+            self._file.close()
+            for board in self._boards.values():
+                board.close()
+
+    def __enter__(self) -> "RunLogger":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _board(self, phase: str) -> RecordWriter:
+        if phase not in self._boards:
+            folder = self._run_dir / "tensorboard" / phase
+            folder.mkdir(parents=True, exist_ok=True)
+            # TensorBoard reads a folder's files in the order of their names; with the usual time stamp, two
+            # starts in one second would share a file.
+            board = RecordWriter(str(folder / f"events.out.tfevents.{len(list(folder.iterdir())):06d}"))
+            board.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+            if self._resume is not None and phase in PHASES[PHASES.index(self._resume[0]) :]:
+                # Hides what earlier files say about this step and later ones.
+                first = self._resume[1] + 1 if phase == self._resume[0] else 0
+                start = SessionLog(status=SessionLog.START)
+                board.write(Event(wall_time=time.time(), step=first, session_log=start).SerializeToString())
+            self._boards[phase] = board
+        return self._boards[phase]
+
+
+def read_rows(run_dir: str | Path) -> list[Row]:
+    """Reads the rows of a run; a torn last line is left out.
+
+    Raises:
+      ValueError: a line before the last one is not JSON.
+    """
+    return [row for _, row in _parsed_lines(Path(run_dir) / _FILE)]
+
+
+def check_finite(rows: Iterable[Row], *, advice: str) -> None:
+    """Stops a run whose metrics are not finite.
+
+    Args:
+      rows: as returned by `RunLogger.flush`.
+      advice: ends the message; says where the last good checkpoint is.
+
+    Raises:
+      FloatingPointError: names the first step with such a value, and all such metrics of that step.
+    """
+    for row in rows:
+        faults = [f"{name} = {value}" for name, value in row.items() if _is_fault(value)]
+        if faults:
+            raise FloatingPointError(f"phase {row['phase']}, step {row['step']}: {', '.join(faults)}; {advice}")
+
+
+def _checked_phase(phase: str) -> None:
+    if phase not in PHASES:
+        raise ValueError(f"phase must be one of {', '.join(PHASES)}, got {phase!r}")
+
+
+def _to_number(name: str, value: Any) -> Any:
+    number = np.asarray(value).item()
+    is_undefined = name.endswith(MAY_BE_UNDEFINED) and math.isnan(number)
+    return UNDEFINED if is_undefined else number
+
+
+def _is_fault(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _to_json(row: Row) -> Row:
+    return {name: str(value) if _is_fault(value) else value for name, value in row.items()}
+
+
+def _event(row: Row) -> Event:
+    values = [
+        Summary.Value(tag=name, simple_value=value)
+        for name, value in row.items()
+        if name not in ("phase", "step") and value != UNDEFINED
+    ]
+    return Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values))
+
+
+def _parsed_lines(path: Path) -> list[tuple[str, Row]]:
+    """Pairs each complete line with its row."""
+    parsed = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        if number == len(lines) and not line.endswith("\n"):
+            break
+        try:
+            parsed.append((line, json.loads(line)))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is damaged: line {number} is not JSON ({error}); delete that line") from error
+    return parsed
+
+
+def _rewind(path: Path, last: tuple[str, int]) -> None:
+    """Drops the rows after a phase and step; a kill in the middle leaves the old file or the new one."""
+    end = (PHASES.index(last[0]), last[1])
+    kept = [line for line, row in _parsed_lines(path) if (PHASES.index(row["phase"]), row["step"]) <= end]
+    hidden = path.with_name(f".{path.name}.tmp")
+    hidden.write_text("".join(kept), encoding="utf-8")
+    os.replace(hidden, path)

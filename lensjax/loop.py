@@ -1,0 +1,210 @@
+"""The host's part of training: batches in, metrics and checkpoints out, and nothing lost when it is interrupted.
+
+One step of the loop is: update, log, evaluate, save. The device is never waited for except where metrics are written.
+"""
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+import grain
+import jax
+import jax.numpy as jnp
+from jax import Array
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lensjax import checkpoint
+from lensjax import logging as run_logging
+from lensjax.config import Config
+from lensjax.logging import RunLogger
+from lensjax.metrics import MAY_BE_UNDEFINED
+
+State = TypeVar("State")
+
+
+class Interrupted(SystemExit):
+    """The run was asked to stop (SIGTERM or Ctrl-C), and has saved what it needs to go on."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of training."""
+
+    name: str
+    """One of `logging.PHASES`."""
+    steps: int
+    batch_size: int
+    step: Callable[[Any, dict[str, Array]], tuple[Any, dict[str, Array]]]
+    """Pure `(state, batch) -> (state, metrics)`; compiled here, once, with the state donated."""
+    evaluate: Callable[[Any], Mapping[str, float]]
+    """Held-out metrics of a state."""
+    headline: tuple[str, ...]
+    """Held-out metrics to show while it runs."""
+
+
+def run_phase(
+    phase: Phase,
+    state: State,
+    batches: grain.DatasetIterator,
+    *,
+    run_dir: Path,
+    config: Config,
+    logger: RunLogger,
+    console: Console,
+) -> tuple[State, float]:
+    """Trains from the newest checkpoint of the phase, or from `state`, to the end of the phase.
+
+    Args:
+      phase: what to do.
+      state: the state at step 0; its buffers are donated.
+      batches: training data at its start; moved to the checkpoint's position.
+      run_dir: the run's folder.
+      config: read are the window and the logging, evaluation and saving steps.
+      logger: takes the metrics.
+      console: shows the progress.
+
+    Returns:
+      The state after the last step, and the seconds that the phase took, earlier starts included.
+
+    Raises:
+      Interrupted: on SIGTERM or Ctrl-C, after a checkpoint was saved.
+      FloatingPointError: a metric became NaN or infinite; names step, term and the last good checkpoint.
+    """
+    folder = checkpoint_dir(run_dir, phase.name)
+    first, elapsed = 0, 0.0
+    newest = checkpoint.latest_step(folder)
+    if newest is not None:
+        state, saved = checkpoint.restore(folder, newest, state)
+        batches.set_state(saved["batches"])
+        first, elapsed = newest, saved["seconds"]
+    if first == phase.steps:
+        return state, elapsed
+    started = time.perf_counter() - elapsed
+
+    # Compiled ahead of time: a call with other shapes would be an error, never a second compile.
+    spec = {"tokens": jax.ShapeDtypeStruct((phase.batch_size, config.context.window), jnp.int32)}
+    compiled = jax.jit(phase.step, donate_argnums=0).lower(state, spec).compile()
+    recorder = _Recorder(phase.name, logger, folder)
+    with _stop_requests() as stop, _progress(console, phase, first) as advance:
+        for done in range(first + 1, phase.steps + 1):
+            batch = jax.device_put({"tokens": next(batches)["tokens"]})
+            with jax.transfer_guard("disallow"):
+                state, metrics = compiled(state, batch)
+            advance()
+            recorder.take(done, metrics, tokens=batch["tokens"].size)
+            is_last = done == phase.steps
+            if is_last or done % config.logging_steps == 0:
+                recorder.log()
+            if is_last or done % config.eval_steps == 0:
+                recorder.check()
+                report = phase.evaluate(state)
+                recorder.log_evaluation(done, report)
+                shown = "  ".join(f"{name} {report[name]:.3f}" for name in phase.headline if name in report)
+                console.print(f"{phase.name} {done:>6}  {shown}", highlight=False)
+            if is_last or stop.requested or done % config.save_steps == 0:
+                recorder.check()
+                position = {"batches": batches.get_state(), "seconds": time.perf_counter() - started}
+                checkpoint.save(folder, done, state, data_state=position)
+            if stop.requested and not is_last:
+                console.print(f"stopped at {phase.name} step {done}; go on with --resume {run_dir}", highlight=False)
+                raise Interrupted(128 + stop.signal)
+    return state, time.perf_counter() - started
+
+
+def checkpoint_dir(run_dir: Path, phase: str) -> Path:
+    """Where a phase's checkpoints are."""
+    return run_dir / "checkpoints" / phase
+
+
+class _Recorder:
+    """Sends metrics to the log a few steps late, and looks at those of every step for NaN."""
+
+    def __init__(self, phase: str, logger: RunLogger, folder: Path) -> None:
+        self._phase, self._logger, self._folder = phase, logger, folder
+        self._unchecked: list[tuple[int, dict[str, Array]]] = []
+        self._steps, self._tokens, self._since = 0, 0, time.perf_counter()
+
+    def take(self, step: int, metrics: dict[str, Array], *, tokens: int) -> None:
+        """Keeps one step's metrics where they are, on the device."""
+        self._unchecked.append((step, metrics))
+        self._steps, self._tokens = self._steps + 1, self._tokens + tokens
+
+    def log(self) -> None:
+        """Writes the newest step's metrics, and the speed since the last time."""
+        step, metrics = self._unchecked[-1]
+        jax.block_until_ready(metrics)
+        seconds = time.perf_counter() - self._since
+        speed = {"perf/steps_per_second": self._steps / seconds, "perf/tokens_per_second": self._tokens / seconds}
+        self._logger.log(self._phase, step, metrics | speed)
+        self._logger.flush()
+        self.check()
+        self._steps, self._tokens, self._since = 0, 0, time.perf_counter()
+
+    def log_evaluation(self, step: int, report: Mapping[str, float]) -> None:
+        """Writes held-out metrics."""
+        self._logger.log(self._phase, step, {f"eval/{name}": value for name, value in report.items()})
+        run_logging.check_finite(self._logger.flush(), advice=self._advice())
+
+    def check(self) -> None:
+        """Fetches what was not looked at yet, and stops the run at the first step that is not finite."""
+        unchecked, self._unchecked = self._unchecked, []
+        fetched = jax.device_get([metrics for _, metrics in unchecked])
+        rows = [
+            {"phase": self._phase, "step": step}
+            | {name: float(value) for name, value in metrics.items() if name not in MAY_BE_UNDEFINED}
+            for (step, _), metrics in zip(unchecked, fetched, strict=True)
+        ]
+        run_logging.check_finite(rows, advice=self._advice())
+
+    def _advice(self) -> str:
+        newest = checkpoint.latest_step(self._folder)
+        if newest is None:
+            return "there is no checkpoint of this phase yet; lower the learning rate and start anew"
+        return f"the last good checkpoint is {self._folder / str(newest)}"
+
+
+class _Stop:
+    """Whether a signal asked the run to stop."""
+
+    signal = 0
+
+    @property
+    def requested(self) -> bool:
+        return self.signal != 0
+
+
+@contextmanager
+def _stop_requests() -> Iterator[_Stop]:
+    """Turns SIGTERM and Ctrl-C into a request to stop after the step; a second one stops at once."""
+    stop = _Stop()
+    previous = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
+
+    def request(number: int, frame: FrameType | None) -> None:
+        stop.signal = number
+        restore()
+
+    def restore() -> None:
+        for name, handler in previous.items():
+            signal.signal(name, handler)
+
+    for name in previous:
+        signal.signal(name, request)
+    try:
+        yield stop
+    finally:
+        restore()
+
+
+@contextmanager
+def _progress(console: Console, phase: Phase, first: int) -> Iterator[Callable[[], None]]:
+    """A bar on a terminal, nothing in a file: there, the evaluation lines show how far it is."""
+    columns = (TextColumn(phase.name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(phase.name, total=phase.steps, completed=first)
+        yield lambda: progress.advance(task)

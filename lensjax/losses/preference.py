@@ -1,0 +1,119 @@
+"""Bradley-Terry preference loss and rank loss of one preference pair."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+
+def _masked_mean(values: Array, where: Array) -> Array:
+    return jnp.sum(jnp.where(where, values, 0.0)) / jnp.maximum(jnp.sum(where, dtype=jnp.float32), 1)
+
+
+def _strength_and_scale(gap: ArrayLike, temperature: ArrayLike) -> tuple[Array, Array]:
+    gap = jnp.abs(jnp.asarray(gap))
+    return jnp.tanh(gap), jnp.maximum(gap, 1.0) / temperature
+
+
+def preference_entry_losses(
+    scores: ArrayLike,
+    targets: ArrayLike,
+    where: ArrayLike,
+    *,
+    gap: ArrayLike,
+    temperature: ArrayLike,
+    collapse_weight: ArrayLike,
+) -> Array:
+    """Loss of each supervised entry of one pair.
+
+        c_j a softplus(-t_j s_j g),    a = tanh(gap),    g = max(1, gap) / temperature
+
+    Args:
+      scores: float32[M], policy scores of the pair's entries (both variants, flattened).
+      targets: float32[M], +1 or -1 where supervised.
+      where: bool[M], supervised entries.
+      gap: float32[], |z_w - z_b|, difference of the normalised advantages.
+      temperature: float32[], above 0; small is sharp.
+      collapse_weight: float32[], weight c_j of entries whose target is -1.
+
+    Returns:
+      float32[M], 0 where not supervised.
+    """
+    scores, targets, where = jnp.asarray(scores), jnp.asarray(targets), jnp.asarray(where)
+    strength, scale = _strength_and_scale(gap, temperature)
+    weight = jnp.where(targets < 0, collapse_weight, 1.0)
+    # The inner where keeps masked scores, whatever they hold, out of the gradient.
+    logits = jnp.where(where, targets * scores, 0.0) * scale
+    return jnp.where(where, weight * strength * jax.nn.softplus(-logits), 0.0)
+
+
+def preference_loss(
+    scores: ArrayLike,
+    targets: ArrayLike,
+    where: ArrayLike,
+    *,
+    gap: ArrayLike,
+    temperature: ArrayLike,
+    collapse_weight: ArrayLike,
+    granularity: Literal["entry", "pair"] = "entry",
+) -> Array:
+    """Bradley-Terry loss of one pair: the policy should ask for what the better variant shows.
+
+        entry:  sum_j m_j c_j a softplus(-t_j s_j g) / sum_j m_j
+        pair:   a softplus(-g sum_j m_j c_j t_j s_j / sum_j m_j c_j)
+
+    Args:
+      scores: float32[M], policy scores of the pair's entries (both variants, flattened).
+      targets: float32[M], +1 or -1 where supervised.
+      where: bool[M], supervised entries m_j.
+      gap: float32[], |z_w - z_b|, difference of the normalised advantages.
+      temperature: float32[], above 0.
+      collapse_weight: float32[], weight c_j of entries whose target is -1.
+      granularity: one softplus for every entry, or one for the pair's mean margin.
+
+    Returns:
+      float32[].
+
+    Raises:
+      ValueError: the granularity is unknown.
+
+    References:
+      Bradley and Terry (1952); the logistic preference loss as in Christiano et al., arXiv 1706.03741, Eq. 1.
+    """
+    if granularity == "entry":
+        losses = preference_entry_losses(
+            scores, targets, where, gap=gap, temperature=temperature, collapse_weight=collapse_weight
+        )
+        return _masked_mean(losses, jnp.asarray(where))
+    if granularity != "pair":
+        raise ValueError(f"granularity must be entry or pair, got {granularity!r}")
+    scores, targets, where = jnp.asarray(scores), jnp.asarray(targets), jnp.asarray(where)
+    strength, scale = _strength_and_scale(gap, temperature)
+    weight = jnp.where(where, jnp.where(targets < 0, collapse_weight, 1.0), 0.0)
+    total = jnp.sum(weight)
+    has_weight = total > 0
+    margin = jnp.sum(weight * jnp.where(where, targets * scores, 0.0)) / jnp.where(has_weight, total, 1.0)
+    return jnp.where(has_weight, strength * jax.nn.softplus(-margin * scale), 0.0)
+
+
+def rank_loss(scores: ArrayLike, targets: ArrayLike, where: ArrayLike, *, margin: ArrayLike) -> Array:
+    """Hinge between the mean scores of the two kinds of entries of one pair.
+
+        relu(margin - (mean score where t = +1  -  mean score where t = -1))
+
+    Args:
+      scores: float32[M], policy scores of the pair's entries.
+      targets: float32[M], +1 or -1 where supervised.
+      where: bool[M], supervised entries.
+      margin: float32[], at least 0.
+
+    Returns:
+      float32[]; 0 unless both kinds are present.
+    """
+    scores, targets, where = jnp.asarray(scores), jnp.asarray(targets), jnp.asarray(where)
+    positive, negative = where & (targets > 0), where & (targets < 0)
+    difference = _masked_mean(scores, positive) - _masked_mean(scores, negative)
+    has_both = jnp.any(positive) & jnp.any(negative)
+    return jnp.where(has_both, jax.nn.relu(margin - difference), 0.0)

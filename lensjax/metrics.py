@@ -1,0 +1,137 @@
+"""Metrics as pure dictionaries of scalars: one name in TensorBoard, JSONL and here.
+
+A value that is not defined (a correlation without variance, say) is NaN on the device and "n/a" in the log; only names
+in `MAY_BE_UNDEFINED` may be so, every other NaN is a fault.
+"""
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+MAY_BE_UNDEFINED = (
+    "mc/preference_corr_mean",
+    "mc/preference_corr_max",
+    "mc/preference_corr_min",
+)
+
+
+def masked_mean(values: ArrayLike, where: ArrayLike) -> Array:
+    """Mean of the valid values, 0 without any; float32[]."""
+    values, where = jnp.asarray(values), jnp.asarray(where)
+    where = jnp.broadcast_to(where, values.shape)
+    return jnp.sum(jnp.where(where, values, 0.0)) / jnp.maximum(jnp.sum(where, dtype=jnp.float32), 1)
+
+
+def masked_std(values: ArrayLike, where: ArrayLike) -> Array:
+    """Population standard deviation of the valid values, 0 without any; float32[]."""
+    values = jnp.asarray(values)
+    return jnp.sqrt(masked_mean((values - masked_mean(values, where)) ** 2, where))
+
+
+def advantage_metrics(losses: ArrayLike, valid: ArrayLike) -> dict[str, Array]:
+    """What the rollouts of a batch were worth.
+
+    Args:
+      losses: float32[B, V], nats per token, the baseline first.
+      valid: bool[B, V], False for duplicates.
+
+    Returns:
+      Deltas are over the rollouts (the baseline's own is 0 by definition). `reward` is -NLL, over all variants;
+      `frac_reward_zero_std` is the share of sequences whose variants all have one loss.
+    """
+    losses, valid = jnp.asarray(losses), jnp.asarray(valid)
+    delta = (losses - losses[:, :1])[:, 1:]
+    where = valid[:, 1:]
+    p95 = jnp.nanpercentile(jnp.where(where, delta, jnp.nan), 95)
+    spread = jnp.max(jnp.where(valid, losses, -jnp.inf), 1) - jnp.min(jnp.where(valid, losses, jnp.inf), 1)
+    best = jnp.min(jnp.where(where, losses[:, 1:], jnp.inf), axis=1)
+    return {
+        "mc/adv_delta_mean": masked_mean(delta, where),
+        "mc/adv_delta_p95": p95,
+        "mc/adv_delta_std": masked_std(delta, where),
+        "nll_baseline": jnp.mean(losses[:, 0]),
+        "nll_rollout_mean": masked_mean(losses[:, 1:], where),
+        "nll_rollout_best": jnp.mean(best),
+        "mc/distinct_share": jnp.mean(where, dtype=jnp.float32),
+        "reward_std": masked_std(losses, valid),
+        "frac_reward_zero_std": jnp.mean(spread <= 0, dtype=jnp.float32),
+    }
+
+
+def correlation_metrics(correlations: ArrayLike, defined: ArrayLike) -> dict[str, Array]:
+    """Mean, largest and smallest of the sequences' correlations, NaN where no sequence has one.
+
+    Args:
+      correlations: float32[B].
+      defined: bool[B].
+    """
+    correlations, defined = jnp.asarray(correlations), jnp.asarray(defined)
+    any_defined = jnp.any(defined)
+
+    def or_nan(value: Array) -> Array:
+        return jnp.where(any_defined, value, jnp.nan)
+
+    return {
+        "mc/preference_corr_mean": or_nan(masked_mean(correlations, defined)),
+        "mc/preference_corr_max": or_nan(jnp.max(jnp.where(defined, correlations, -jnp.inf))),
+        "mc/preference_corr_min": or_nan(jnp.min(jnp.where(defined, correlations, jnp.inf))),
+        "mc/preference_corr_defined_share": jnp.mean(defined, dtype=jnp.float32),
+    }
+
+
+def score_metrics(scores: ArrayLike, lods: ArrayLike, where: ArrayLike, *, max_lod: int) -> dict[str, Array]:
+    """How much of the tanh range the policy uses, and how much it asks to change.
+
+    Args:
+      scores: float32[B, V, W].
+      lods: int32[B, V, W].
+      where: bool[B, V, W], valid entries outside the protected tail.
+      max_lod: highest level L.
+
+    Returns:
+      `mc/swap_rate` is the share of entries for which the policy asks for a legal edit: a positive score on a gist,
+      or a negative one below the highest level.
+    """
+    scores, lods, where = jnp.asarray(scores), jnp.asarray(lods), jnp.asarray(where)
+    count = jnp.maximum(jnp.sum(where, axis=-1, dtype=jnp.float32), 1)
+    mean = jnp.sum(jnp.where(where, scores, 0.0), axis=-1) / count
+    centred = jnp.where(where, scores - mean[..., None], 0.0)
+    std = jnp.sqrt(jnp.sum(centred**2, axis=-1) / count)
+    swaps = ((scores > 0) & (lods > 0)) | ((scores < 0) & (lods < max_lod))
+    return {
+        "mc/policy_score_abs_mean": masked_mean(jnp.abs(scores), where),
+        "mc/policy_score_std_mean": jnp.mean(std),
+        "mc/swap_rate": masked_mean(swaps.astype(jnp.float32), where),
+    }
+
+
+def reward_metrics(chosen: ArrayLike, rejected: ArrayLike, where: ArrayLike) -> dict[str, Array]:
+    """The names that users of other preference trainers know; the reward is the policy's value h of a variant.
+
+    Args:
+      chosen: float32[B, P], value of the better variant of each pair.
+      rejected: float32[B, P], value of the worse one.
+      where: bool[B, P].
+    """
+    chosen, rejected = jnp.asarray(chosen), jnp.asarray(rejected)
+    return {
+        "rewards/chosen": masked_mean(chosen, where),
+        "rewards/rejected": masked_mean(rejected, where),
+        "rewards/margins": masked_mean(chosen - rejected, where),
+        "rewards/accuracies": masked_mean((chosen > rejected).astype(jnp.float32), where),
+    }
+
+
+def lod_loss_metrics(
+    entry_losses: ArrayLike, lods: ArrayLike, where: ArrayLike, *, max_lod: int
+) -> dict[str, Array]:
+    """Mean preference loss of the supervised entries of each level, 0 where a level has none.
+
+    Args:
+      entry_losses: float32[...].
+      lods: int32[...].
+      where: bool[...].
+      max_lod: highest level L.
+    """
+    lods, where = jnp.asarray(lods), jnp.asarray(where)
+    return {f"mc/lod_loss/{lod}": masked_mean(entry_losses, where & (lods == lod)) for lod in range(max_lod + 1)}

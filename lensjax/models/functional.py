@@ -1,0 +1,215 @@
+"""The seam between Flax modules and the library: pure `init` and `apply` over plain parameter dicts.
+
+Nothing else in lensjax knows Flax. To use another base model, pass any object with the methods of `BaseModel`.
+All functions take one sequence; `jax.vmap` them over sequences and variants with the parameters unbatched.
+"""
+
+import abc
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import ArrayLike
+
+from lensjax.config import BaseConfig, Config, GistConfig, LensConfig
+from lensjax.models.base_lm import BaseLM
+from lensjax.models.gistnet import GistNet
+from lensjax.models.lensnet import LensNet
+
+Params = dict[str, Any]
+"""Nested dict with string keys; the leaves are float32 arrays."""
+
+Module = TypeVar("Module", bound=nnx.Module)
+
+
+class _Functional(abc.ABC, Generic[Module]):
+    """Splits an NNX module once into a static graph and parameters; subclasses say how the module is built."""
+
+    _graph: nnx.GraphDef[Module]
+
+    def __post_init__(self) -> None:
+        # Set past the frozen dataclass, and no field of it: models with equal fields compare and hash equal.
+        object.__setattr__(self, "_graph", nnx.split(nnx.eval_shape(lambda: self._build(nnx.Rngs(0))))[0])
+
+    @abc.abstractmethod
+    def _build(self, rngs: nnx.Rngs) -> Module: ...
+
+    def _bind(self, params: Params) -> Module:
+        return nnx.merge(self._graph, params)
+
+    def init(self, key: Array) -> Params:
+        """Fresh parameters. `key` is consumed."""
+        return nnx.to_pure_dict(nnx.state(self._build(nnx.Rngs(key)), nnx.Param))
+
+
+def _checked(name: str, values: ArrayLike, *shape: int | None) -> Array:
+    """`values` as an array of the given shape; None stands for any length."""
+    array = jnp.asarray(values)
+    fits = array.ndim == len(shape) and all(
+        want is None or want == have for want, have in zip(shape, array.shape, strict=True)
+    )
+    if not fits:
+        expected = ", ".join("any" if want is None else str(want) for want in shape)
+        raise ValueError(f"{name} must have shape [{expected}] (one sequence; vmap over more), got {array.shape}")
+    return array
+
+
+@dataclass(frozen=True)
+class BaseModel(_Functional[BaseLM]):
+    """Base language model as pure functions."""
+
+    config: BaseConfig
+    dtype: str = "float32"
+
+    def _build(self, rngs: nnx.Rngs) -> BaseLM:
+        return BaseLM(self.config, dtype=jnp.dtype(self.dtype), rngs=rngs)
+
+    def embed(self, params: Params, tokens: ArrayLike) -> Array:
+        """Token embeddings, the leaves of the tree.
+
+        Args:
+          params: from `init`.
+          tokens: int32[S]; a token outside the vocabulary gives NaN.
+
+        Returns:
+          float32[S, D].
+
+        Raises:
+          ValueError: `tokens` is not one sequence.
+        """
+        return self._bind(params).embed(_checked("tokens", tokens, None))
+
+    def apply(
+        self,
+        params: Params,
+        embeddings: ArrayLike,
+        positions: ArrayLike,
+        spans: ArrayLike,
+        rows: ArrayLike,
+    ) -> Array:
+        """Next-token logits at chosen entries, given all entries up to each of them.
+
+        Causal over the order of entries. Padding needs no mask: it always comes last in a working context, where
+        no entry sees it. It must be finite.
+
+        Args:
+          params: from `init`.
+          embeddings: float32[S, D], tokens and gists.
+          positions: float32[S], centre of each entry's span, in tokens from the start of the sequence.
+          spans: float32[S], tokens covered, K ** lod; sigma of the Gaussian rotary positions, if those are on.
+          rows: int32[R] in [0, S), entries whose prediction is wanted.
+
+        Returns:
+          float32[R, vocabulary].
+
+        Raises:
+          ValueError: a shape does not fit.
+        """
+        embeddings = _checked("embeddings", embeddings, None, self.config.dim)
+        count = embeddings.shape[0]
+        return self._bind(params)(
+            embeddings,
+            _checked("positions", positions, count),
+            _checked("spans", spans, count),
+            _checked("rows", rows, None),
+        )
+
+
+@dataclass(frozen=True)
+class GistModel(_Functional[GistNet]):
+    """GistNet as pure functions."""
+
+    config: GistConfig
+    dim: int
+    """Width of embeddings and gists [D]."""
+    block_size: int
+    """Children per gist [K]."""
+    dtype: str = "float32"
+
+    def _build(self, rngs: nnx.Rngs) -> GistNet:
+        return GistNet(self.config, self.dim, self.block_size, dtype=jnp.dtype(self.dtype), rngs=rngs)
+
+    def apply(self, params: Params, children: ArrayLike) -> Array:
+        """Gists of complete blocks, each independent of the others.
+
+        Args:
+          params: from `init`.
+          children: float32[n, K, D], embeddings or gists of one LOD; n may be 0.
+
+        Returns:
+          float32[n, D].
+
+        Raises:
+          ValueError: a block does not hold K children of width D.
+        """
+        return self._bind(params)(_checked("children", children, None, self.block_size, self.dim))
+
+
+@dataclass(frozen=True)
+class LensModel(_Functional[LensNet]):
+    """LensNet as pure functions."""
+
+    config: LensConfig
+    embedding_dim: int
+    """Width of the entries' embeddings [D]."""
+    max_lod: int
+    """Highest level of detail [L]."""
+    dtype: str = "float32"
+
+    def _build(self, rngs: nnx.Rngs) -> LensNet:
+        return LensNet(self.config, self.embedding_dim, self.max_lod, dtype=jnp.dtype(self.dtype), rngs=rngs)
+
+    def apply(
+        self,
+        params: Params,
+        embeddings: ArrayLike,
+        lods: ArrayLike,
+        spans: ArrayLike,
+        distances: ArrayLike,
+        valid: ArrayLike,
+    ) -> Array:
+        """Policy scores: positive asks to expand an entry, negative to collapse it.
+
+        Args:
+          params: from `init`.
+          embeddings: float32[W, D]. Detach them where LensNet's loss must not train their source.
+          lods: int32[W], level of detail.
+          spans: float32[W], tokens covered, K ** lod.
+          distances: float32[W], tokens from the entry's centre to the cursor.
+          valid: bool[W], False at padding, whose content is ignored.
+
+        Returns:
+          float32[W] in (-1, 1), 0 at padding.
+
+        Raises:
+          ValueError: a shape does not fit.
+        """
+        embeddings = _checked("embeddings", embeddings, None, self.embedding_dim)
+        count = embeddings.shape[0]
+        return self._bind(params)(
+            embeddings,
+            _checked("lods", lods, count),
+            _checked("spans", spans, count),
+            _checked("distances", distances, count),
+            _checked("valid", valid, count),
+        )
+
+
+@dataclass(frozen=True)
+class Models:
+    """The three models of a run. Hashable: pass it as a static argument of `jax.jit`."""
+
+    base: BaseModel
+    gist: GistModel
+    lens: LensModel
+
+
+def build_models(config: Config) -> Models:
+    """Builds the models of a configuration; call it once, outside `jax.jit`."""
+    return Models(
+        base=BaseModel(config.base, config.dtype),
+        gist=GistModel(config.gist, config.base.dim, config.context.block_size, config.dtype),
+        lens=LensModel(config.lens, config.base.dim, config.context.max_lod, config.dtype),
+    )

@@ -1,0 +1,99 @@
+"""GistNet: compresses K child embeddings into one gist of the same width."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+
+from lensjax.config import GistConfig
+from lensjax.models.transformer import SwiGLU, Transformer, TransformerConfig, linear, rms_norm
+
+MLP_RATIO = 3
+FRESH_GAIN = 1e-4
+"""Scale of what a fresh GistNet adds to plain pooling: far below the mean of many embeddings, but not 0."""
+TOKEN_STD = 0.02
+"""Scale of the learned token and query: that of the base model's fresh embeddings."""
+
+
+class QueryPooling(nnx.Module):
+    """Weighted mean of the children, the weights of each head read off by a learned query.
+
+        pooled[h] = sum_k softmax_k(q_h . key_h(norm(x_k)) / sqrt(d)) x_k[h]
+
+    The children themselves are averaged, not a projection of them, so that a gist stays in the embedding space.
+    """
+
+    def __init__(self, dim: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.heads = heads
+        self.norm = rms_norm(dim, rngs)
+        self.key = linear(dim, dim, dtype=dtype, rngs=rngs)
+        self.query = nnx.Param(TOKEN_STD * jax.random.normal(rngs.params(), (1, heads, dim // heads)))
+
+    def __call__(self, children: Array) -> Array:
+        """Maps [K, D] to [D]."""
+        values = children.reshape(children.shape[0], self.heads, -1)
+        keys = self.key(self.norm(children)).reshape(values.shape)
+        query = self.query[...].astype(keys.dtype)
+        with jax.numpy_dtype_promotion("standard"):
+            return jax.nn.dot_product_attention(query, keys, values.astype(keys.dtype)).reshape(-1)
+
+
+class GistNet(nnx.Module):
+    """Pools K children into a gist, plus a small learned correction: gist = pooled + head(norm(pooled)).
+
+    Bidirectional transformer layers over the children (with learned child positions) may come first. A fresh
+    `mean` or `query` GistNet of any depth gives nearly the mean of the children.
+
+    - `mean`: the mean of the children;
+    - `query`: an average weighted by a learned query (`QueryPooling`);
+    - `cls`: a learned token is put before the children, and pooled is its state after the last layer. The token
+      sees the children only inside a layer, so with `layers = 0` it still has one, without child positions.
+    """
+
+    def __init__(self, config: GistConfig, dim: int, block_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.dtype = dtype
+        has_token = config.pooling == "cls"
+        stack = TransformerConfig(
+            dim=dim,
+            heads=config.heads,
+            kv_heads=config.heads,
+            mlp_dim=MLP_RATIO * dim,
+            layers=max(config.layers, 1) if has_token else config.layers,
+            causal=False,
+            dtype=dtype,
+            # All that a token knows of the children comes through the layers; elsewhere they only correct.
+            gain=TOKEN_STD if has_token else FRESH_GAIN,
+        )
+        self.transformer = Transformer(stack, rngs=rngs)
+        if config.layers:
+            self.positions = nnx.Param(FRESH_GAIN * jax.random.normal(rngs.params(), (block_size, dim)))
+        if config.pooling == "query":
+            self.pooling = QueryPooling(dim, config.heads, dtype=dtype, rngs=rngs)
+        if has_token:
+            self.token = nnx.Param(TOKEN_STD * jax.random.normal(rngs.params(), (1, dim)))
+        self.norm = rms_norm(dim, rngs)
+        self.head = (
+            linear(dim, dim, dtype=dtype, rngs=rngs, gain=FRESH_GAIN)
+            if config.head == "linear"
+            else SwiGLU(dim, MLP_RATIO * dim, dim, dtype=dtype, rngs=rngs, gain=FRESH_GAIN)
+        )
+
+    def __call__(self, children: Array) -> Array:
+        """Gists float32[n, D] of children [n, K, D]; blocks are independent and n may be 0."""
+        return jax.vmap(self._gist)(children)
+
+    def _gist(self, children: Array) -> Array:
+        x = children
+        if self.config.layers:
+            x = x + self.positions[...]
+        if self.config.pooling == "cls":
+            x = jnp.concatenate([self.token[...], x])
+            pooled = self.transformer(x.astype(self.dtype), rows=jnp.zeros(1, jnp.int32))[0]
+        elif self.config.pooling == "query":
+            pooled = self.pooling(self.transformer(x.astype(self.dtype)))
+        else:
+            pooled = jnp.mean(self.transformer(x.astype(self.dtype)).astype(jnp.float32), axis=0)
+        correction = self.head(self.norm(pooled))
+        return pooled.astype(jnp.float32) + correction.astype(jnp.float32)

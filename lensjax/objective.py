@@ -1,0 +1,198 @@
+"""The LensNet objective over a batch of scored variants; calls no model.
+
+    L_lens = L_pref + rank_weight L_rank + budget_weight L_budget + smooth_weight L_smooth + kl_weight KL
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lensjax import losses, metrics, preferences, stability
+from lensjax.config import Config, Hyperparameters
+from lensjax.preferences import PairTargets, PreferencePairs
+from lensjax.stability import EmaMoments
+from lensjax.variants import ScoredVariants
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ObjectiveOutput:
+    """The loss and what the stability state takes in."""
+
+    loss: Array
+    """float32[]: L_lens."""
+    balance: Array
+    """float32[B, V]: net demand for detail of each variant."""
+    metrics: dict[str, Array]
+    """Scalars, with the names of the log."""
+
+
+def lens_objective(
+    scored: ScoredVariants,
+    scores: Array,
+    anchor_scores: Array | None,
+    *,
+    normaliser: EmaMoments,
+    budget: EmaMoments,
+    temperature: Array,
+    hyper: Hyperparameters,
+    config: Config,
+) -> ObjectiveOutput:
+    """Loss of the policy's scores against the preferences that the variants' losses express.
+
+    Args:
+      scored: B sequences of V scored variants; taken as constants.
+      scores: float32[B, V, W], the policy's.
+      anchor_scores: float32[B, V, W], the anchor policy's on the same entries; None leaves the KL term out.
+      normaliser: moments of the advantage deltas before this batch.
+      budget: moments of the net demand before this batch.
+      temperature: float32[].
+      hyper: weights.
+      config: switches and shapes.
+
+    Returns:
+      `ObjectiveOutput`.
+    """
+    scored = jax.lax.stop_gradient(scored)
+    shape = config.context
+    variants, distinct = scored.contexts, scored.distinct
+    advantages = stability.normalise(normaliser, preferences.advantage_deltas(scored.losses))
+    pairs, targets = jax.vmap(lambda one: _supervision(one, hyper, config))(scored)
+    is_free = variants.valid & (variants.start < shape.window - shape.recent_tokens) & distinct[..., None]
+
+    terms, entry_losses = _pair_terms(scores, advantages, pairs, targets, temperature, hyper, config)
+    per_variant = jax.vmap(jax.vmap(losses.budget_balance))
+    balance = per_variant(scores, scored.entries.spans, is_free)
+    average, _ = stability.moments_mean_var(budget)
+    average = jnp.where(budget.decay_product < 1, average, jax.lax.stop_gradient(jnp.mean(balance)))
+    smoothing = jax.vmap(jax.vmap(lambda s, w, m: losses.budget_smoothing_loss(s, w, m, average=average)))
+    terms["budget"] = metrics.masked_mean(balance**2, distinct)
+    terms["smooth"] = metrics.masked_mean(smoothing(scores, scored.entries.spans, is_free), distinct)
+    weights = {
+        "preference": 1.0,
+        "rank": hyper.rank_weight,
+        "budget": hyper.budget_weight,
+        "smooth": hyper.smooth_weight,
+    }
+    if anchor_scores is not None:
+        kl = jax.vmap(jax.vmap(lambda s, a, m: losses.policy_kl(s, a, m, temperature=temperature)))
+        terms["kl"] = metrics.masked_mean(kl(scores, anchor_scores, is_free), distinct)
+        weights["kl"] = hyper.kl_weight
+    loss = sum((weights[name] * term for name, term in terms.items()), jnp.zeros(()))
+
+    report = {"mc/lens_loss": loss}
+    report |= {f"mc/{name}_loss": term for name, term in terms.items()}
+    report |= {"kl": terms["kl"]} if "kl" in terms else {}
+    report |= metrics.advantage_metrics(scored.losses, distinct)
+    report |= metrics.score_metrics(scores, variants.lod, is_free, max_lod=shape.max_lod)
+    report |= _preference_metrics(scored, scores, pairs, targets, config)
+    picked_lods = jax.vmap(_rows_of_pairs)(variants.lod, pairs)
+    report |= metrics.lod_loss_metrics(entry_losses, picked_lods, targets.where, max_lod=shape.max_lod)
+    return ObjectiveOutput(loss, jax.lax.stop_gradient(balance), jax.lax.stop_gradient(report))
+
+
+def _supervision(
+    scored: ScoredVariants, hyper: Hyperparameters, config: Config
+) -> tuple[PreferencePairs, PairTargets]:
+    """Pairs and span targets of one sequence."""
+    pairs = preferences.select_pairs(
+        scored.losses,
+        scored.distinct,
+        hard_negative_ratio=hyper.hard_negative_ratio,
+        max_pairs=config.objective.max_pairs,
+    )
+    targets = preferences.span_targets(
+        scored.contexts,
+        pairs,
+        window=config.context.window,
+        block_size=config.context.block_size,
+        recent_tokens=config.context.recent_tokens,
+        worse_only=config.objective.targets == "worse_only",
+    )
+    return pairs, targets
+
+
+def _rows_of_pairs(rows: Array, pairs: PreferencePairs) -> Array:
+    """[V, W] per variant -> [P, 2, W] per pair, (better, worse)."""
+    return rows[jnp.stack([pairs.better, pairs.worse], axis=1)]
+
+
+def _pair_terms(
+    scores: Array,
+    advantages: Array,
+    pairs: PreferencePairs,
+    targets: PairTargets,
+    temperature: Array,
+    hyper: Hyperparameters,
+    config: Config,
+) -> tuple[dict[str, Array], Array]:
+    """Preference and rank loss, means over the supervised pairs of the batch; and float32[B, P, 2, W] by entry."""
+    flat = (*targets.where.shape[:2], -1)
+    picked = jax.vmap(_rows_of_pairs)(scores, pairs).reshape(flat)
+    target, where = targets.target.reshape(flat), targets.where.reshape(flat)
+    take = jax.vmap(jnp.take)
+    gap = jnp.abs(take(advantages, pairs.worse) - take(advantages, pairs.better))
+
+    def preference(score: Array, target: Array, where: Array, gap: Array) -> Array:
+        return losses.preference_loss(
+            score,
+            target,
+            where,
+            gap=gap,
+            temperature=temperature,
+            collapse_weight=hyper.collapse_weight,
+            granularity=config.objective.granularity,
+        )
+
+    def rank(score: Array, target: Array, where: Array) -> Array:
+        return losses.rank_loss(score, target, where, margin=hyper.margin)
+
+    def by_entry(score: Array, target: Array, where: Array, gap: Array) -> Array:
+        return losses.preference_entry_losses(
+            score, target, where, gap=gap, temperature=temperature, collapse_weight=hyper.collapse_weight
+        )
+
+    supervised = jnp.any(where, axis=-1)
+    terms = {
+        "preference": metrics.masked_mean(jax.vmap(jax.vmap(preference))(picked, target, where, gap), supervised),
+        "rank": metrics.masked_mean(jax.vmap(jax.vmap(rank))(picked, target, where), supervised),
+    }
+    entry_losses = jax.vmap(jax.vmap(by_entry))(jax.lax.stop_gradient(picked), target, where, gap)
+    return terms, entry_losses.reshape(targets.where.shape)
+
+
+def _preference_metrics(
+    scored: ScoredVariants, scores: Array, pairs: PreferencePairs, targets: PairTargets, config: Config
+) -> dict[str, Array]:
+    """Does the policy ask for what was measured to be better?"""
+    shape, variants = config.context, scored.contexts
+    supervised = jnp.any(targets.where, axis=(-2, -1))
+    share, count = preferences.agreement(jax.vmap(preferences.pair_margins)(scores, targets, pairs), supervised)
+    control = jax.vmap(preferences.pair_margins)(preferences.lod_only_scores(variants), targets, pairs)
+    control_share, _ = preferences.agreement(control, supervised)
+
+    def value(score: Array, variant_set: object) -> Array:
+        return preferences.variant_values(
+            score,
+            variant_set,  # type: ignore[arg-type]
+            window=shape.window,
+            block_size=shape.block_size,
+            max_lod=shape.max_lod,
+            recent_tokens=shape.recent_tokens,
+        )
+
+    values = jax.vmap(value)(scores, variants)
+    rewards = -preferences.advantage_deltas(scored.losses)
+    correlations, defined = jax.vmap(preferences.correlation)(values, rewards, scored.distinct)
+    take = jax.vmap(jnp.take)
+    report = {
+        "mc/preference_agreement": share,
+        "mc/preference_agreement_lod_only": control_share,
+        "mc/preference_pair_count": count.astype(jnp.float32),
+        "mc/preference_tie_share": jnp.mean(jax.vmap(preferences.tie_share)(scored.losses, scored.distinct)),
+    }
+    report |= metrics.correlation_metrics(correlations, defined)
+    report |= metrics.reward_metrics(take(values, pairs.better), take(values, pairs.worse), pairs.valid)
+    return report

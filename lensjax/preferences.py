@@ -1,0 +1,241 @@
+"""From variant losses to supervision: advantages, preference pairs, span targets, and how well a policy agrees."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from lensjax import context as contexts
+from lensjax.context import MISSING, WorkingContext
+
+# Standard deviations below this are rounding noise of float32 means: a correlation with them is undefined.
+MIN_STD = 1e-5
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PreferencePairs:
+    """P pairs of variants of one sequence; rows beyond the number of pairs are masked."""
+
+    better: Array
+    """int32[P]: variant with the lower loss."""
+    worse: Array
+    """int32[P]."""
+    gap: Array
+    """float32[P]: loss of the worse minus loss of the better, in the unit of the losses given; at least 0."""
+    valid: Array
+    """bool[P]."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PairTargets:
+    """Span targets of P pairs, on both variants: axis 1 is (better, worse)."""
+
+    target: Array
+    """float32[P, 2, W]: +1 asks for detail, -1 for less of it, 0 where not supervised."""
+    where: Array
+    """bool[P, 2, W]: entries that are supervised."""
+
+
+def advantage_deltas(losses: ArrayLike) -> Array:
+    """delta_v = nll(v) - nll(baseline), with the baseline at index 0.
+
+    Args:
+      losses: float[..., V], nats per token.
+
+    Returns:
+      float[..., V]; negative is better than the baseline.
+    """
+    losses = jnp.asarray(losses)
+    return losses - losses[..., :1]
+
+
+def select_pairs(
+    losses: ArrayLike, valid: ArrayLike, *, hard_negative_ratio: ArrayLike, max_pairs: int
+) -> PreferencePairs:
+    """The best variant against every other one, then the remaining pairs with the largest differences.
+
+    Args:
+      losses: float32[V], nats per token (or any loss).
+      valid: bool[V], False for duplicates.
+      hard_negative_ratio: float32[], share of the remaining pairs that is kept, largest |difference| first
+        (rounded up to a whole pair).
+      max_pairs: static bound on the pairs kept.
+
+    Returns:
+      `PreferencePairs` with P = min(max_pairs, V (V - 1) / 2) rows. Pairs of equal losses hold no preference and are
+      masked.
+    """
+    losses, valid = jnp.asarray(losses), jnp.asarray(valid)
+    first, second = (jnp.asarray(index, jnp.int32) for index in np.triu_indices(losses.shape[0], k=1))
+    gap = jnp.abs(losses[first] - losses[second])
+    usable = valid[first] & valid[second] & (gap > 0)
+    best = jnp.argmin(jnp.where(valid, losses, jnp.inf))
+    holds_best = usable & ((first == best) | (second == best))
+
+    kept_rest = jnp.ceil(jnp.asarray(hard_negative_ratio) * jnp.sum(usable & ~holds_best, dtype=jnp.float32) - 1e-4).astype(jnp.int32)
+    kept = jnp.sum(holds_best, dtype=jnp.int32) + kept_rest
+    # Three groups in order: pairs with the best variant, the rest by falling difference, unusable ones.
+    group = jnp.where(holds_best, 0, jnp.where(usable, 1, 2))
+    order = jnp.lexsort((-gap, group))[:max_pairs]
+    first, second, gap = first[order], second[order], gap[order]
+    is_first_better = losses[first] < losses[second]
+    return PreferencePairs(
+        better=jnp.where(is_first_better, first, second),
+        worse=jnp.where(is_first_better, second, first),
+        gap=gap,
+        valid=jnp.arange(order.shape[0]) < kept,
+    )
+
+
+def tie_share(losses: ArrayLike, valid: ArrayLike) -> Array:
+    """Share of the pairs of valid variants whose losses are equal, float32[]; 0 without pairs."""
+    losses, valid = jnp.asarray(losses), jnp.asarray(valid)
+    first, second = np.triu_indices(losses.shape[0], k=1)
+    both = valid[first] & valid[second]
+    tied = both & (losses[first] == losses[second])
+    return jnp.sum(tied, dtype=jnp.float32) / jnp.maximum(jnp.sum(both, dtype=jnp.float32), 1)
+
+
+def span_targets(
+    variants: WorkingContext,
+    pairs: PreferencePairs,
+    *,
+    window: int,
+    block_size: int,
+    recent_tokens: int,
+    worse_only: bool = False,
+) -> PairTargets:
+    """What each entry of a pair should ask for, so that its variant comes to show what the better one shows.
+
+    Where the better variant shows a span at a finer level than the worse one does, every entry of either inside that
+    span gets +1 ("this span deserves detail"); where coarser, -1. On a token that is in full already, +1 means "do not
+    collapse me": what is legal is the allocator's business. Not supervised: spans both show alike, the protected
+    tail, and spans that one of the two does not cover.
+
+    Args:
+      variants: V working contexts of one window, leading axis V.
+      pairs: P pairs of them.
+      window: tokens in the window T.
+      block_size: children per gist K.
+      recent_tokens: protected tail.
+      worse_only: the recipe as it is usually written: only entries of the worse variant, and +1 at LOD 0 masked as
+        illegal (-1 at the highest level cannot occur there). Then the label is a function of the entry's level and
+        nothing about the content is learned; kept for the ablation that shows it.
+
+    Returns:
+      `PairTargets`.
+    """
+    cuts = jax.vmap(lambda variant: contexts.to_cut(variant, window=window))(variants)
+    better_cut, worse_cut = cuts[pairs.better], cuts[pairs.worse]
+    # Cuts of one tree are nested: inside a span that either shows as one entry, the sign cannot change.
+    sign = jnp.sign(worse_cut - better_cut).astype(jnp.float32)
+    covered = (better_cut != MISSING) & (worse_cut != MISSING)
+
+    members = jnp.stack([pairs.better, pairs.worse], axis=1)
+    start, lod, valid = (leaf[members] for leaf in (variants.start, variants.lod, variants.valid))
+    at_start = jax.vmap(lambda row, index: jnp.take(row, index, mode="clip"))
+    target = at_start(sign, start)
+    # An entry that begins before the other variant's first token is not wholly covered; one that begins after is.
+    where = valid & at_start(covered, start) & (start < window - recent_tokens) & (target != 0)
+    where &= pairs.valid[:, None, None]
+    if worse_only:
+        where &= jnp.asarray([False, True])[None, :, None]
+        where &= ~((target > 0) & (lod == 0))
+    return PairTargets(jnp.where(where, target, 0.0), where)
+
+
+def pair_margins(scores: ArrayLike, targets: PairTargets, pairs: PreferencePairs) -> Array:
+    """Mean of target * score over a pair's supervised entries.
+
+    Args:
+      scores: float[V, W], policy scores.
+      targets: span targets of P pairs.
+      pairs: the pairs.
+
+    Returns:
+      float[P]: positive where the policy asks for the better variant; 0 without supervised entries.
+    """
+    picked = jnp.asarray(scores)[jnp.stack([pairs.better, pairs.worse], axis=1)]
+    total = jnp.sum(jnp.where(targets.where, targets.target * picked, 0), axis=(1, 2))
+    return total / jnp.maximum(jnp.sum(targets.where, axis=(1, 2), dtype=jnp.float32), 1)
+
+
+def agreement(margins: ArrayLike, valid: ArrayLike) -> tuple[Array, Array]:
+    """Share of pairs in which the policy asks for the measured winner; an undecided pair counts one half.
+
+    Args:
+      margins: float[..., P], from `pair_margins`.
+      valid: bool[..., P], pairs with at least one supervised entry.
+
+    Returns:
+      float32[] share over all pairs given (0 without pairs), int32[] number of pairs.
+    """
+    margins, valid = jnp.asarray(margins), jnp.asarray(valid)
+    # Scores that depend on the level alone cancel exactly in exact arithmetic; in float32 they leave rounding noise.
+    undecided = jnp.abs(margins) < 1e-6
+    wins = jnp.where(undecided, 0.5, (margins > 0).astype(jnp.float32))
+    count = jnp.sum(valid, dtype=jnp.int32)
+    return jnp.sum(jnp.where(valid, wins, 0.0)) / jnp.maximum(count, 1).astype(jnp.float32), count
+
+
+def lod_only_scores(variants: WorkingContext) -> Array:
+    """The control policy that sees nothing but the level: expand every gist, collapse every token; float32[V, W]."""
+    return jnp.where(variants.valid, jnp.where(variants.lod > 0, 1.0, -1.0), 0.0)
+
+
+def variant_values(
+    scores: ArrayLike, variants: WorkingContext, *, window: int, block_size: int, max_lod: int, recent_tokens: int
+) -> Array:
+    """The policy's value of each variant: how well its scores match the detail that the variant gives.
+
+        h(v) = sum_i a_i s_i(v) d(lod_i) / sum_i a_i,    d = 1 - 2 lod / L,    a_i = tokens covered
+
+    with a_i = 0 on the protected tail. A policy that only repeats the level gives all variants of one coverage nearly
+    the same value.
+
+    Args:
+      scores: float[V, W].
+      variants: V working contexts.
+      window: tokens in the window T.
+      block_size: children per gist K.
+      max_lod: highest level L.
+      recent_tokens: protected tail.
+
+    Returns:
+      float32[V]; 0 for a variant that shows nothing but the tail.
+    """
+    weight = contexts.spans(variants, block_size=block_size).astype(jnp.float32)
+    weight = jnp.where(variants.start < window - recent_tokens, weight, 0.0)
+    detail = 1.0 - 2.0 * variants.lod.astype(jnp.float32) / max_lod
+    total = jnp.sum(weight * jnp.asarray(scores) * detail, axis=-1)
+    return total / jnp.maximum(jnp.sum(weight, axis=-1), 1.0)
+
+
+def correlation(values: ArrayLike, rewards: ArrayLike, valid: ArrayLike) -> tuple[Array, Array]:
+    """Pearson correlation of the policy's values and the rewards over one sequence's variants.
+
+    Args:
+      values: float32[V], from `variant_values`.
+      rewards: float32[V], -delta_v; higher is better.
+      valid: bool[V].
+
+    Returns:
+      float32[] correlation, +1 is perfect, and bool[] whether it is defined (both standard deviations above rounding);
+      the correlation is 0 where it is not.
+    """
+    values, rewards, where = jnp.asarray(values), jnp.asarray(rewards), jnp.asarray(valid)
+    count = jnp.maximum(jnp.sum(where, dtype=jnp.float32), 1)
+
+    def centre(x: Array) -> Array:
+        return jnp.where(where, x - jnp.sum(jnp.where(where, x, 0.0)) / count, 0.0)
+
+    x, y = centre(values), centre(rewards)
+    std_x, std_y = (jnp.sqrt(jnp.sum(z * z) / count) for z in (x, y))
+    defined = (std_x > MIN_STD) & (std_y > MIN_STD)
+    product = jnp.where(defined, std_x * std_y, 1.0)
+    return jnp.where(defined, jnp.sum(x * y) / count / product, 0.0), defined

@@ -1,0 +1,102 @@
+"""Training of the base model itself (and GistNet with it, where asked) before LensNet has anything to learn from."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from lensjax import metrics, nll, optimizer, schedules
+from lensjax.config import Config
+from lensjax.models import Models, Params
+from lensjax.variants import score_variants
+
+Batch = dict[str, Array]
+Metrics = dict[str, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PretrainState:
+    """Everything that moves during pretraining."""
+
+    step: Array
+    """int32[]: updates done."""
+    params: dict[str, Params]
+    """Parameters of `base` and `gist`."""
+    opt_state: Any
+    key: Array
+    """PRNG key of the phase; step keys are `fold_in(key, step)`."""
+
+
+def trainable_parts(config: Config) -> tuple[str, ...]:
+    """GistNet is trained only where rollouts are read: nothing else gives it a gradient."""
+    return ("base", "gist") if config.pretrain.rollout_weight > 0 else ("base",)
+
+
+def init_pretrain_state(key: Array, *, config: Config, models: Models) -> PretrainState:
+    """A state with fresh parameters. `key` is consumed."""
+    run_key, base_key, gist_key = jax.random.split(key, 3)
+    params = {"base": models.base.init(base_key), "gist": models.gist.init(gist_key)}
+    return PretrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(config.optimizer, {name: params[name] for name in trainable_parts(config)}),
+        key=run_key,
+    )
+
+
+def pretrain_step(
+    state: PretrainState, batch: Batch, *, config: Config, models: Models
+) -> tuple[PretrainState, Metrics]:
+    """One update on one batch; compile it as `train.train_step`.
+
+    Args:
+      state: the state before the step.
+      batch: `tokens` int32[B, T].
+      config: static.
+      models: static.
+
+    Returns:
+      The next state, and scalars by name.
+    """
+    keys = jax.random.split(jax.random.fold_in(state.key, state.step), batch["tokens"].shape[0])
+
+    def loss_fn(trainable: dict[str, Params]) -> tuple[Array, Metrics]:
+        return _pretrain_loss({**state.params, **trainable}, batch["tokens"], keys, config, models)
+
+    trainable = {name: state.params[name] for name in trainable_parts(config)}
+    (loss, report), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
+    rate = schedules.learning_rate(
+        state.step,
+        config.pretrain.learning_rate,
+        schedule=config.optimizer.schedule,
+        warmup_steps=config.optimizer.warmup_steps,
+        steps=config.pretrain.steps,
+    )
+    trainable, opt_state = optimizer.update(
+        config.optimizer, grads, state.opt_state, trainable, learning_rate=rate, weight_decay=0.0
+    )
+    next_state = PretrainState(state.step + 1, {**state.params, **trainable}, opt_state, state.key)
+    return next_state, report | {"loss": loss, "grad_norm": optax.tree.norm(grads), "lr": rate}
+
+
+def _pretrain_loss(
+    params: dict[str, Params], tokens: Array, keys: Array, config: Config, models: Models
+) -> tuple[Array, Metrics]:
+    """Teacher-forced loss on full windows, plus the weighted loss of rollouts of every length."""
+    full = jax.vmap(lambda row: nll.sequence_losses(models.base, params["base"], row))(tokens)
+    token_loss = jnp.mean(full)
+    report = {"token_loss": token_loss}
+    if config.pretrain.rollout_weight == 0:
+        return token_loss, report
+    length = jnp.asarray(config.context_capacity, jnp.int32)
+    share = jnp.asarray(config.hyper.lod2_share, jnp.float32)
+    scored = jax.vmap(
+        lambda row, key: score_variants(models, params, row, key, length, share, config=config)
+    )(tokens, keys)
+    rollout_loss = metrics.masked_mean(scored.losses, scored.distinct)
+    report["rollout_loss"] = rollout_loss
+    return token_loss + config.pretrain.rollout_weight * rollout_loss, report

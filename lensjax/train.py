@@ -1,0 +1,209 @@
+"""LensNet training: `train_step(state, batch) -> (state, metrics)`, pure, compiled once for a whole run."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from lensjax import metrics, objective, optimizer, preferences, schedules, stability
+from lensjax.config import Config, Hyperparameters
+from lensjax.models import Models, Params
+from lensjax.stability import EmaMoments
+from lensjax.variants import ScoredVariants, policy_scores, score_variants
+
+Batch = dict[str, Array]
+Metrics = dict[str, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that moves during training, and the hyperparameters, so that one `vmap` runs many settings."""
+
+    step: Array
+    """int32[]: updates done."""
+    params: dict[str, Params]
+    """Parameters of `base`, `gist` and `lens`."""
+    opt_state: Any
+    """Optimizer state of the trainable parts."""
+    normaliser: EmaMoments
+    """Moving moments of the advantage deltas."""
+    anchor: Params | None
+    """The anchor policy's parameters; None when the KL term is off."""
+    budget: EmaMoments
+    """Moving moments of the net demand for detail."""
+    hyper: Hyperparameters
+    """float32[] each."""
+    key: Array
+    """PRNG key of the run; step keys are `fold_in(key, step)`."""
+
+
+def init_train_state(
+    key: Array, *, config: Config, models: Models, params: dict[str, Params] | None = None
+) -> TrainState:
+    """A state before the first step.
+
+    Args:
+      key: PRNG key, consumed.
+      config: the run; its `hyper` becomes arrays.
+      models: the models.
+      params: parameters of any of `base`, `gist`, `lens` to start from; the others are drawn.
+
+    Returns:
+      `TrainState` at step 0.
+
+    Raises:
+      ValueError: `params` names a part that does not exist.
+    """
+    given = params or {}
+    parts = {"base": models.base, "gist": models.gist, "lens": models.lens}
+    if unknown := set(given) - set(parts):
+        raise ValueError(f"params may hold base, gist and lens, got {', '.join(sorted(unknown))}")
+    run_key, *part_keys = jax.random.split(key, 1 + len(parts))
+    full = {
+        name: given[name] if name in given else part.init(part_key)
+        for (name, part), part_key in zip(parts.items(), part_keys, strict=True)
+    }
+    hyper = jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), config.hyper)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=full,
+        opt_state=optimizer.init(config.optimizer, {name: full[name] for name in config.trainable}),
+        normaliser=stability.init_moments(),
+        anchor=stability.init_anchor(full["lens"]) if uses_anchor(config) else None,
+        budget=stability.init_moments(),
+        hyper=hyper,
+        key=run_key,
+    )
+
+
+def uses_anchor(config: Config) -> bool:
+    """Whether the KL term is compiled in: a weight of 0 costs no second forward pass."""
+    return config.hyper.kl_weight > 0
+
+
+def train_step(state: TrainState, batch: Batch, *, config: Config, models: Models) -> tuple[TrainState, Metrics]:
+    """One update on one batch.
+
+    The caller compiles it: `jax.jit(partial(train_step, config=config, models=models), donate_argnums=0)`.
+
+    Args:
+      state: the state before the step.
+      batch: `tokens` int32[B, T].
+      config: static.
+      models: static.
+
+    Returns:
+      The next state, and scalars by name.
+    """
+    hyper = state.hyper
+    length = current_length(state.step, hyper, config)
+    temperature = schedules.linear(
+        state.step, start=hyper.temperature, end=hyper.temperature_end, steps=config.steps
+    )
+    rate = schedules.learning_rate(
+        state.step,
+        hyper.learning_rate,
+        schedule=config.optimizer.schedule,
+        warmup_steps=config.optimizer.warmup_steps,
+        steps=config.steps,
+    )
+    keys = jax.random.split(jax.random.fold_in(state.key, state.step), batch["tokens"].shape[0])
+
+    def loss_fn(trainable: dict[str, Params]) -> tuple[Array, tuple[ScoredVariants, Array, Metrics]]:
+        return _total_loss({**state.params, **trainable}, state, batch, keys, length, temperature, config, models)
+
+    trainable = {name: state.params[name] for name in config.trainable}
+    (loss, (scored, balance, report)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
+    trainable, opt_state = optimizer.update(
+        config.optimizer,
+        grads,
+        state.opt_state,
+        trainable,
+        learning_rate=rate,
+        weight_decay=hyper.weight_decay,
+    )
+    params = {**state.params, **trainable}
+    anchor = state.anchor
+    if uses_anchor(config):
+        anchor = stability.update_anchor(
+            anchor,
+            before=state.params["lens"],
+            after=params["lens"],
+            kind=config.objective.anchor,
+            beta=hyper.anchor_beta,
+        )
+    deltas = preferences.advantage_deltas(scored.losses)
+    next_state = replace(
+        state,
+        step=state.step + 1,
+        params=params,
+        opt_state=opt_state,
+        normaliser=stability.update_moments(state.normaliser, deltas, scored.distinct, hyper.adv_norm_beta),
+        anchor=anchor,
+        budget=stability.update_moments(state.budget, balance, scored.distinct, hyper.budget_smooth_beta),
+    )
+    report |= {
+        "loss": loss,
+        "grad_norm": optax.tree.norm(grads),
+        "lr": rate,
+        "temperature": temperature,
+        "context_length": length.astype(jnp.float32),
+    }
+    return next_state, report
+
+
+def _total_loss(
+    params: dict[str, Params],
+    state: TrainState,
+    batch: Batch,
+    keys: Array,
+    length: Array,
+    temperature: Array,
+    config: Config,
+    models: Models,
+) -> tuple[Array, tuple[ScoredVariants, Array, Metrics]]:
+    """L_lens, plus the token loss where the base model or GistNet is trained.
+
+    No gradient of L_lens reaches base or gist (its inputs are constants), none of the token loss reaches LensNet.
+    """
+    hyper = state.hyper
+    scored = jax.vmap(
+        lambda tokens, key: score_variants(models, params, tokens, key, length, hyper.lod2_share, config=config)
+    )(batch["tokens"], keys)
+    scores = policy_scores(models, params["lens"], scored.entries)
+    anchor_scores = None if state.anchor is None else policy_scores(models, state.anchor, scored.entries)
+    output = objective.lens_objective(
+        scored,
+        scores,
+        anchor_scores,
+        normaliser=state.normaliser,
+        budget=state.budget,
+        temperature=temperature,
+        hyper=hyper,
+        config=config,
+    )
+    loss, report = output.loss, output.metrics
+    if {"base", "gist"} & set(config.trainable):
+        token_loss = metrics.masked_mean(scored.losses, scored.distinct)
+        rises = jax.nn.relu(preferences.advantage_deltas(scored.losses))
+        gist_delta = metrics.masked_mean(rises, scored.distinct)
+        loss = loss + hyper.token_loss_weight * token_loss + hyper.gist_delta_weight * gist_delta
+        report = report | {"token_loss": token_loss, "gist_delta_loss": gist_delta}
+    return loss, (jax.lax.stop_gradient(scored), output.balance, report)
+
+
+def current_length(step: Array, hyper: Hyperparameters, config: Config) -> Array:
+    """Entries of every working context at a step of the curriculum, int32[]."""
+    steps = config.optimizer.curriculum_steps
+    return schedules.context_length(
+        step,
+        start=hyper.context_start,
+        end=hyper.context_end,
+        steps=config.steps // 2 if steps is None else steps,
+        geometry=config.context.geometry,
+        capacity=config.context_capacity,
+    )

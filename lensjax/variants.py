@@ -1,0 +1,97 @@
+"""One sequence to its scored variants: tree, baseline and rollouts, and their losses under the base model."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lensjax import context as contexts
+from lensjax import nll, rollouts
+from lensjax import tree as trees
+from lensjax.config import Config
+from lensjax.context import Entries, WorkingContext
+from lensjax.models import Models, Params
+from lensjax.tree import TreeState
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ScoredVariants:
+    """The variants of one sequence and their losses."""
+
+    contexts: WorkingContext
+    """V working contexts, the baseline first."""
+    distinct: Array
+    """bool[V]: False for duplicates of an earlier variant."""
+    entries: Entries
+    """What models read of them, leading axis V."""
+    losses: Array
+    """float32[V]: nats per token on the horizon."""
+
+
+def build_tree(models: Models, params: dict[str, Params], tokens: Array, config: Config) -> TreeState:
+    """The tree over one window int32[T], with gists of the models given."""
+    return trees.build(
+        models.base.embed(params["base"], tokens),
+        lambda children: models.gist.apply(params["gist"], children),
+        block_size=config.context.block_size,
+        max_lod=config.context.max_lod,
+    )
+
+
+def score_variants(
+    models: Models,
+    params: dict[str, Params],
+    tokens: Array,
+    key: Array,
+    length: Array,
+    lod2_share: Array,
+    *,
+    config: Config,
+) -> ScoredVariants:
+    """Draws the variants of one sequence and measures each on the shared tail.
+
+    Args:
+      models: the models.
+      params: parameters of `base` and `gist`.
+      tokens: int32[T].
+      key: PRNG key, consumed.
+      length: int32[], entries of every variant, at most `config.context_capacity`; may be traced.
+      lod2_share: float32[], see `rollouts.sample_cut`.
+      config: shapes.
+
+    Returns:
+      `ScoredVariants` with V = N + 1.
+    """
+    shape, capacity = config.context, config.context_capacity
+    tree = build_tree(models, params, tokens, config)
+    base_line = contexts.baseline(length, window=shape.window, capacity=capacity)
+    drawn, distinct = rollouts.sample_rollouts(
+        key, length, lod2_share, rollouts=shape.rollouts, geometry=shape.geometry, capacity=capacity
+    )
+    variants = jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), base_line, drawn)
+    losses, entries = nll.variant_losses(
+        models.base, params["base"], tree, variants, tokens, horizon=shape.horizon
+    )
+    return ScoredVariants(variants, jnp.concatenate([jnp.ones(1, bool), distinct]), entries, losses)
+
+
+def policy_scores(models: Models, lens_params: Params, entries: Entries) -> Array:
+    """LensNet's scores of a batch of working contexts; no gradient reaches the entries.
+
+    Args:
+      models: the models.
+      lens_params: parameters of LensNet.
+      entries: leading axes [...], then W.
+
+    Returns:
+      float32[..., W] in (-1, 1), 0 at padding.
+    """
+
+    def score(one: Entries) -> Array:
+        return models.lens.apply(lens_params, one.embeddings, one.lods, one.spans, one.distances, one.valid)
+
+    for _ in range(entries.valid.ndim - 1):
+        score = jax.vmap(score)
+    return score(jax.lax.stop_gradient(entries))

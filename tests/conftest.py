@@ -1,0 +1,49 @@
+"""Strict settings for every test, and the fixtures that several of them share.
+
+Warnings are errors by the pytest settings in pyproject.toml.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+# Before anything imports jax, and for subprocesses. JAX_PLATFORMS=cuda runs the tests on a GPU instead.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Derandomised: a property either passes on every machine or fails on every machine. No deadline, since the
+# first example of each shape pays for a compile.
+hypothesis.settings.register_profile("lensjax", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("lensjax")
+
+
+@pytest.fixture
+def compiles() -> Callable[[], AbstractContextManager[list[str]]]:
+    """A context manager that lists the names of the functions which XLA compiles inside it.
+
+    Example: `with compiles() as names: step(state, batch)` and then `assert names == ["jit(step)"]`.
+    """
+    return _list_compiles
+
+
+@contextlib.contextmanager
+def _list_compiles() -> Iterator[list[str]]:
+    names: list[str] = []
+
+    def listen(event: str, seconds: float, **labels: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(str(labels.get("fun_name")))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)

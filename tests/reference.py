@@ -1,0 +1,298 @@
+"""Slow and obvious versions of what lensjax computes: plain Python and numpy in float64, one entry at a time.
+
+An entry is a pair (start, lod); a working context is a list of entries in time order.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lensjax.context import WorkingContext
+from lensjax.lengths import CutGeometry
+
+Entry = tuple[int, int]
+Gist = Callable[[np.ndarray], np.ndarray]
+
+
+# Tree and working contexts.
+
+
+def node(leaves: np.ndarray, gist: Gist, start: int, lod: int, block_size: int) -> np.ndarray:
+    """The embedding of one node, from its children down to the leaves."""
+    if lod == 0:
+        return np.asarray(leaves[start], np.float64)
+    span = block_size ** (lod - 1)
+    children = [node(leaves, gist, start + i * span, lod - 1, block_size) for i in range(block_size)]
+    return gist(np.stack(children))
+
+
+def level(leaves: np.ndarray, gist: Gist, lod: int, block_size: int) -> list[np.ndarray]:
+    """All complete nodes of one level."""
+    span = block_size**lod
+    return [node(leaves, gist, i * span, lod, block_size) for i in range(len(leaves) // span)]
+
+
+def legal_cuts(geometry: CutGeometry) -> list[tuple[Entry, ...]]:
+    """Every cut of a window: whole aligned blocks before the protected tail, tokens anywhere."""
+
+    def tilings(start: int) -> Iterator[tuple[Entry, ...]]:
+        if start == geometry.window:
+            yield ()
+        for lod in range(geometry.max_lod + 1):
+            span = geometry.block_size**lod
+            limit = geometry.window - (geometry.recent_tokens if lod else 0)
+            if start % span == 0 and start + span <= limit:
+                for rest in tilings(start + span):
+                    yield ((start, lod), *rest)
+
+    return list(tilings(0))
+
+
+def random_cut(geometry: CutGeometry, length: int, rng: np.random.Generator) -> list[Entry]:
+    """A random cut of that length: full tokens, then one random legal collapse after another."""
+    size, entries = geometry.block_size, [(token, 0) for token in range(geometry.window)]
+    while len(entries) > length:
+        shown = set(entries)
+        parents = [
+            (start, lod)
+            for lod in range(1, geometry.max_lod + 1)
+            for start in range(0, geometry.blocks(lod) * size**lod, size**lod)
+            if shown >= {(start + i * size ** (lod - 1), lod - 1) for i in range(size)}
+        ]
+        parent = parents[rng.integers(len(parents))]
+        hidden = covered(parent, size)
+        entries = sorted([entry for entry in entries if entry[0] not in hidden] + [parent])
+    return entries
+
+
+def level_counts(entries: Sequence[Entry], max_lod: int) -> tuple[int, ...]:
+    """Blocks shown at each level, highest level first, tokens left out."""
+    return tuple(sum(lod == wanted for _, lod in entries) for wanted in range(max_lod, 0, -1))
+
+
+def entries_of(context: WorkingContext) -> list[Entry]:
+    """The valid entries of one working context."""
+    rows = zip(*(np.asarray(x).tolist() for x in (context.start, context.lod, context.valid)), strict=True)
+    return [(start, lod) for start, lod, valid in rows if valid]
+
+
+def context_of(entries: Sequence[Entry], *, window: int, capacity: int) -> WorkingContext:
+    """The working context that lists those entries, padded to the capacity; numpy arrays."""
+    padded = [*entries, *[(window, 0)] * (capacity - len(entries))]
+    start, lod = np.asarray(padded, np.int32).T
+    return WorkingContext(start, lod, np.arange(capacity) < len(entries))
+
+
+def covered(entry: Entry, block_size: int) -> range:
+    """The tokens that an entry covers."""
+    start, lod = entry
+    return range(start, start + block_size**lod)
+
+
+def cut_of(entries: Sequence[Entry], window: int, block_size: int) -> list[int | None]:
+    """The level at which each token is shown; None where it is not."""
+    cut: list[int | None] = [None] * window
+    for entry in entries:
+        for token in covered(entry, block_size):
+            cut[token] = entry[1]
+    return cut
+
+
+def reachable_lengths(geometry: CutGeometry) -> set[int]:
+    """Lengths that some cut has."""
+    return {len(cut) for cut in legal_cuts(geometry)}
+
+
+# The loss of a variant.
+
+
+def variant_loss(
+    logits_at_end: Callable[..., np.ndarray],
+    leaves: np.ndarray,
+    gist: Gist,
+    entries: Sequence[Entry],
+    tokens: Sequence[int],
+    *,
+    horizon: int,
+    block_size: int,
+) -> float:
+    """Mean over the horizon of -log p(token | entries that end at or before it).
+
+    `logits_at_end(embeddings, positions, spans)` reads only the entries that are given to it.
+    """
+    losses = []
+    for target in range(len(tokens) - horizon, len(tokens)):
+        readable = [entry for entry in entries if covered(entry, block_size).stop <= target]
+        embeddings = np.stack([node(leaves, gist, start, lod, block_size) for start, lod in readable])
+        spans = np.asarray([block_size**lod for _, lod in readable], np.float64)
+        positions = np.asarray([start for start, _ in readable], np.float64) + (spans - 1) / 2
+        logits = np.asarray(logits_at_end(embeddings, positions, spans), np.float64)
+        losses.append(np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[tokens[target]])
+    return float(np.mean(losses))
+
+
+# Pairs, targets and how well a policy agrees with them.
+
+
+def select_pairs(
+    losses: Sequence[float], valid: Sequence[bool], *, hard_negative_ratio: float, max_pairs: int
+) -> list[tuple[int, int, float]]:
+    """(better, worse, gap) of the pairs kept, in order."""
+    usable = [v for v in range(len(losses)) if valid[v]]
+    best = min(usable, key=lambda v: (losses[v], v))
+    pairs = [(b, w, losses[w] - losses[b]) for b in usable for w in usable if losses[b] < losses[w]]
+    pairs.sort(key=lambda pair: -pair[2])
+    with_best = [pair for pair in pairs if pair[0] == best]
+    rest = [pair for pair in pairs if pair[0] != best]
+    return (with_best + rest[: math.ceil(hard_negative_ratio * len(rest))])[:max_pairs]
+
+
+def span_targets(
+    better: Sequence[Entry],
+    worse: Sequence[Entry],
+    *,
+    window: int,
+    block_size: int,
+    recent_tokens: int,
+    worse_only: bool = False,
+) -> tuple[list[int | None], list[int | None]]:
+    """The target of each entry of the two variants, token by token; None where not supervised."""
+    better_cut, worse_cut = cut_of(better, window, block_size), cut_of(worse, window, block_size)
+
+    def target(entry: Entry, is_worse: bool) -> int | None:
+        signs = set()
+        for token in covered(entry, block_size):
+            b, w = better_cut[token], worse_cut[token]
+            if b is None or w is None or token >= window - recent_tokens:
+                return None
+            signs.add((w > b) - (w < b))
+        (sign,) = signs  # one sign for the whole span, since the blocks of two cuts are nested
+        if sign == 0 or (worse_only and (not is_worse or (sign > 0 and entry[1] == 0))):
+            return None
+        return sign
+
+    return [target(entry, False) for entry in better], [target(entry, True) for entry in worse]
+
+
+def variant_value(
+    scores: Sequence[float], entries: Sequence[Entry], *, window: int, block_size: int, max_lod: int, recent_tokens: int
+) -> float:
+    """Span-weighted alignment of scores with detail, over the tokens before the protected tail."""
+    aligned, weight = 0.0, 0.0
+    for score, entry in zip(scores, entries, strict=False):
+        if entry[0] < window - recent_tokens:
+            span = len(covered(entry, block_size))
+            aligned += span * score * (1 - 2 * entry[1] / max_lod)
+            weight += span
+    return aligned / weight if weight else 0.0
+
+
+# Losses, entry by entry. Each takes lists of supervised entries only.
+
+
+def softplus(x: float) -> float:
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+def preference_loss(
+    scores: Sequence[float],
+    targets: Sequence[float],
+    *,
+    gap: float,
+    temperature: float,
+    collapse_weight: float,
+    granularity: str = "entry",
+) -> float:
+    strength, scale = math.tanh(abs(gap)), max(1.0, abs(gap)) / temperature
+    weights = [collapse_weight if t < 0 else 1.0 for t in targets]
+    if not targets or sum(weights) == 0:
+        return 0.0
+    if granularity == "pair":
+        margin = sum(c * t * s for c, t, s in zip(weights, targets, scores, strict=True)) / sum(weights)
+        return strength * softplus(-margin * scale)
+    losses = [c * strength * softplus(-t * s * scale) for c, t, s in zip(weights, targets, scores, strict=True)]
+    return sum(losses) / len(losses)
+
+
+def rank_loss(scores: Sequence[float], targets: Sequence[float], *, margin: float) -> float:
+    positive = [s for s, t in zip(scores, targets, strict=True) if t > 0]
+    negative = [s for s, t in zip(scores, targets, strict=True) if t < 0]
+    if not positive or not negative:
+        return 0.0
+    return max(0.0, margin - (sum(positive) / len(positive) - sum(negative) / len(negative)))
+
+
+def budget_balance(scores: Sequence[float], spans: Sequence[float]) -> float:
+    expand = sum(a * s for s, a in zip(scores, spans, strict=True) if s > 0)
+    collapse = sum(-a * s for s, a in zip(scores, spans, strict=True) if s < 0)
+    return (expand - collapse) / (expand + collapse) if expand + collapse else 0.0
+
+
+def policy_kl(scores: Sequence[float], anchor: Sequence[float], *, temperature: float) -> float:
+    """Mean of KL(p || q) and KL(q || p) of Bernoulli policies, from the definition of the divergence."""
+
+    def kl(p: float, q: float) -> float:
+        return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+
+    pairs = [(sigmoid(s / temperature), sigmoid(a / temperature)) for s, a in zip(scores, anchor, strict=True)]
+    return sum(0.5 * (kl(p, q) + kl(q, p)) for p, q in pairs) / len(pairs) if pairs else 0.0
+
+
+# Moving averages.
+
+
+def ema_mean_var(batches: Sequence[Sequence[float]], betas: Sequence[float]) -> tuple[float, float]:
+    """Debiased moments: batch i has weight (1 - beta_i) * the product of all later betas, normalised to sum 1."""
+    weights = [(1 - beta) * math.prod(betas[i + 1 :]) for i, beta in enumerate(betas)]
+    first = [sum(batch) / len(batch) for batch in batches]
+    second = [sum(x * x for x in batch) / len(batch) for batch in batches]
+
+    def average(values: Sequence[float]) -> float:
+        return sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+
+    return average(first), average(second) - average(first) ** 2
+
+
+# A base model of three functions, to show that any can be passed.
+
+
+class TinyModel:
+    """Logits of an entry from its own embedding and a decaying memory of the entries before it.
+
+    memory_i = 0.5 memory_{i-1} + embedding_i * (1 + position_i / 64) / span_i;    logits_i = memory_i @ head
+    """
+
+    vocab_size = 7
+    dim = 5
+
+    def init(self, key: Any) -> dict[str, Any]:
+        table_key, head_key = jax.random.split(key)
+        return {
+            "table": jax.random.normal(table_key, (self.vocab_size, self.dim)),
+            "head": jax.random.normal(head_key, (self.dim, self.vocab_size)),
+        }
+
+    def embed(self, params: dict[str, Any], tokens: Any) -> Any:
+        return params["table"][tokens]
+
+    def apply(self, params: dict[str, Any], embeddings: Any, positions: Any, spans: Any, rows: Any) -> Any:
+        count = embeddings.shape[0]
+        inputs = embeddings * ((1 + positions / 64) / jnp.maximum(spans, 1))[:, None]
+        ages = np.arange(count)[:, None] - np.arange(count)[None, :]
+        decay = np.where(ages >= 0, 0.5 ** np.maximum(ages, 0), 0).astype(np.float32)
+        return (decay @ inputs)[rows] @ params["head"]
+
+    def logits_at_end(self, params: dict[str, Any], embeddings: Any, positions: Any, spans: Any) -> np.ndarray:
+        """The same recurrence as a loop over entries, in float64."""
+        memory = np.zeros(self.dim)
+        for embedding, position, span in zip(embeddings, positions, spans, strict=True):
+            memory = 0.5 * memory + embedding * (1 + position / 64) / span
+        return memory @ np.asarray(params["head"], np.float64)

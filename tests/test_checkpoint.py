@@ -1,0 +1,336 @@
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lensjax import checkpoint
+
+ROOT = Path(__file__).parents[1]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    step: jax.Array
+    params: dict[str, Any]
+    opt: tuple[Any, ...]
+    key: jax.Array
+
+
+def make_state(step: int = 3) -> State:
+    base = {"w": jnp.linspace(-1.0, 1.0, 60).reshape(5, 12) / 3, "b": jnp.full((2, 3), 1.1, jnp.bfloat16)}
+    lens = {"scale": jnp.float32(1 / 3), "none": jnp.zeros((0, 4), jnp.int8)}
+    odd = jnp.array([np.nan, -np.nan, -0.0, np.inf, 1e-45, 3.4e38], jnp.float32)
+    opt = ((jnp.int32(step), base), (), None, {"odd": odd, "mask": jnp.array([True, False])})
+    return State(jnp.int32(step), {"base": base, "lens": lens}, opt, jax.random.split(jax.random.key(step), 2))
+
+
+def assert_same_bits(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert type(a) is type(b) and a.dtype == b.dtype and a.shape == b.shape
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            assert jax.random.key_impl(a) == jax.random.key_impl(b)
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+# Round trips
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_round_trip_is_exact(tmp_path, abstract):
+    state, data_state = make_state(), {"next_index": 7, "nested": [1, "x", None, {"y": 0.1}]}
+    folder = checkpoint.save(tmp_path / "new" / "lens", 3, state, data_state=data_state)
+    assert folder == tmp_path / "new" / "lens" / "3" and folder.is_dir()
+    like = jax.eval_shape(lambda: state) if abstract else jax.tree.map(jnp.zeros_like, replace(state, key=0))
+    if not abstract:
+        like = replace(like, key=jax.random.split(jax.random.key(0), 2))
+    restored, restored_data = checkpoint.restore(tmp_path / "new" / "lens", 3, like)
+    assert_same_bits(restored, state)
+    assert restored_data == data_state
+
+
+@settings(max_examples=8)
+@given(
+    raw=st.binary(min_size=8, max_size=64),
+    dtype=st.sampled_from(["float32", "float64", "int8", "uint32", "int64", "float16", jnp.bfloat16]),
+)
+def test_any_bits_of_numpy_arrays(tmp_path_factory, raw, dtype):
+    size = np.dtype(dtype).itemsize
+    array = np.frombuffer(raw[: len(raw) // size * size], dtype)
+    directory = tmp_path_factory.mktemp("bits")
+    checkpoint.save(directory, 0, {"a": array, "scalar": array[:1].reshape(())})
+    restored, data_state = checkpoint.restore(directory, 0, {"a": array, "scalar": array[:1].reshape(())})
+    assert_same_bits(restored, {"a": array, "scalar": array[:1].reshape(())})
+    assert data_state is None
+
+
+def test_other_key_implementations(tmp_path):
+    tree = {"key": jax.random.key(1, impl="rbg")}
+    checkpoint.save(tmp_path, 0, tree)
+    assert_same_bits(checkpoint.restore(tmp_path, 0, jax.eval_shape(lambda: tree))[0], tree)
+    with pytest.raises(ValueError, match=r"holds key as key<rbg>\[\], not key<fry>\[\]"):
+        checkpoint.restore(tmp_path, 0, {"key": jax.random.key(1)})
+
+
+def test_restored_state_needs_no_second_compile(tmp_path, compiles):
+    @jax.jit
+    def step(state):
+        return replace(state, step=state.step + 1, key=jax.vmap(lambda key: jax.random.fold_in(key, 1))(state.key))
+
+    state = step(make_state())
+    checkpoint.save(tmp_path, 0, state)
+    restored, _ = checkpoint.restore(tmp_path, 0, state)
+    expected = step(state)
+    with compiles() as names:
+        actual = step(restored)
+    assert "jit(step)" not in names
+    assert_same_bits(actual, expected)
+
+
+def test_leaves_take_the_placement_of_like(tmp_path):
+    tree = {"here": jnp.ones(3), "there": jax.device_put(jnp.ones(3), jax.devices()[0]), "host": np.ones(3)}
+    checkpoint.save(tmp_path, 0, tree)
+    restored, _ = checkpoint.restore(tmp_path, 0, tree)
+    assert not restored["here"].committed
+    assert restored["there"].committed and restored["there"].sharding == tree["there"].sharding
+    assert type(restored["host"]) is np.ndarray
+
+
+def test_subtree(tmp_path):
+    state = make_state()
+    checkpoint.save(tmp_path, 3, state)
+    base = checkpoint.restore_subtree(tmp_path, 3, state.params["base"], path=("params", "base"))
+    assert_same_bits(base, state.params["base"])
+    moments = checkpoint.restore_subtree(tmp_path, 3, state.opt[0], path=("opt", "0"))
+    assert_same_bits(moments, state.opt[0])
+    assert_same_bits(checkpoint.restore_subtree(tmp_path, 3, state, path=()), state)
+    with pytest.raises(ValueError, match="3 does not fit: it lacks params/bas/b, lacks params/bas/w; use the config"):
+        checkpoint.restore_subtree(tmp_path, 3, state.params["base"], path=("params", "bas"))
+
+
+# Steps
+
+
+def test_keeps_the_newest(tmp_path):
+    assert checkpoint.latest_step(tmp_path / "nowhere") is None and checkpoint.steps(tmp_path) == []
+    for step in (2, 10, 9, 100, 30):
+        checkpoint.save(tmp_path, step, {"a": jnp.int32(step)}, keep=3)
+    assert checkpoint.steps(tmp_path) == [10, 30, 100] and checkpoint.latest_step(tmp_path) == 100
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "100", "30"]
+    for step in (10, 30, 100):
+        assert checkpoint.restore(tmp_path, step, {"a": jnp.int32(0)})[0]["a"] == step
+
+
+def test_no_thread_outlives_a_call(tmp_path):
+    before = threading.active_count()
+    checkpoint.save(tmp_path, 0, make_state())
+    checkpoint.restore(tmp_path, 0, make_state())
+    assert threading.active_count() == before
+
+
+# Bad input
+
+
+def without_lens(state):
+    return replace(state, params={"base": state.params["base"]})
+
+
+MISMATCHES = {
+    "dtype": (lambda s: replace(s, step=jnp.float32(0)), r"holds step as int32\[\], not float32\[\]"),
+    "shape": (lambda s: replace(s, step=jnp.zeros(2, jnp.int32)), r"holds step as int32\[\], not int32\[2\]"),
+    "empty shape": (
+        lambda s: replace(s, params=s.params | {"lens": s.params["lens"] | {"none": jnp.zeros((0, 5), jnp.int8)}}),
+        r"holds params/lens/none as int8\[0, 4\], not int8\[0, 5\]",
+    ),
+    "key for array": (
+        lambda s: replace(s, step=jax.random.key(0)),
+        r"holds step as int32\[\], not key<fry>\[\]",
+    ),
+    "unexpected": (without_lens, "holds an unexpected params/lens/none, holds an unexpected params/lens/scale"),
+    "lacks": (lambda s: replace(s, params=s.params | {"gist": jnp.ones(2)}), "it lacks params/gist;"),
+    "many": (lambda s: {"a": s}, r"lacks a/step.* and \d+ more differences; use the configuration"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), MISMATCHES.values(), ids=MISMATCHES)
+def test_another_tree_is_refused(tmp_path, change, message):
+    folder = checkpoint.save(tmp_path, 0, make_state())
+    with pytest.raises(ValueError, match=message) as error:
+        checkpoint.restore(tmp_path, 0, change(make_state()))
+    assert str(folder) in str(error.value)
+
+
+BAD_SAVES = {
+    "step is there": (dict(step=5, tree={"a": np.ones(1)}), "5 is there already; restore it, or delete it"),
+    "negative step": (dict(step=-1, tree={"a": np.ones(1)}), "got -1"),
+    "keep": (dict(step=6, tree={"a": np.ones(1)}, keep=0), "a keep of at least 1, got 6 and 0"),
+    "number": (dict(step=6, tree={"a": {"b": 1.0}}), "leaf a/b is not an array: .* got 1.0"),
+    "ambiguous name": (
+        dict(step=6, tree={"a/b": np.ones(1), "a": {"b": np.ones(1)}}),
+        "expected no / in its keys",
+    ),
+    "tuple": (
+        dict(step=6, tree={"a": np.ones(1)}, data_state={"x": (1, 2)}),
+        r"must be JSON .*got \{'x': \(1, 2\)",
+    ),
+    "bytes": (dict(step=6, tree={"a": np.ones(1)}, data_state=b"x"), "data_state must be JSON"),
+    "infinity": (dict(step=6, tree={"a": np.ones(1)}, data_state=float("inf")), "data_state must be JSON"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_SAVES.values(), ids=BAD_SAVES)
+def test_bad_saves_are_refused_before_anything_is_written(tmp_path, arguments, message):
+    checkpoint.save(tmp_path, 5, {"a": np.zeros(1)})
+    before = checkpoint._checksums(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.save(tmp_path, **arguments)
+    assert checkpoint._checksums(tmp_path) == before
+
+
+def test_missing_step_names_those_that_are_there(tmp_path):
+    with pytest.raises(ValueError, match=r"no checkpoint .*7; steps in that directory: none"):
+        checkpoint.restore(tmp_path, 7, {"a": np.zeros(1)})
+    for step in (5, 6):
+        checkpoint.save(tmp_path, step, {"a": np.zeros(1)})
+    with pytest.raises(ValueError, match=r"no checkpoint .*7; steps in that directory: 5, 6"):
+        checkpoint.restore(tmp_path, 7, {"a": np.zeros(1)})
+
+
+# Damage
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
+def test_damage_to_any_file_is_noticed(tmp_path, damage):
+    state = make_state()
+    checkpoint.save(tmp_path, 1, state)
+    folder = checkpoint.save(tmp_path, 2, state)
+    backup = tmp_path / "backup"
+    shutil.copytree(folder, backup)
+    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    assert len(names) > 5 and {"SHA256SUMS", "manifest.json"} < {str(name) for name in names}
+    for name in names:
+        damage(folder / name)
+        with pytest.raises(ValueError, match=r"2 is damaged: .*; delete that folder to resume from step 1") as error:
+            checkpoint.restore(tmp_path, 2, state)
+        assert str(folder) in str(error.value)
+        shutil.rmtree(folder)
+        shutil.copytree(backup, folder)
+        checkpoint.restore(tmp_path, 2, state)  # the copy is sound: it was the damage that was noticed
+
+
+def test_damage_messages(tmp_path):
+    folder = checkpoint.save(tmp_path, 1, make_state())
+
+    def check(message):
+        with pytest.raises(ValueError, match=f"1 is damaged: {message}; delete that folder to start anew"):
+            checkpoint.restore_subtree(tmp_path, 1, {}, path=())
+
+    (folder / "extra").write_text("")
+    check("SHA256SUMS does not list extra")
+    (folder / "extra").unlink()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"data_state": 1}))
+    check("manifest.json is not as it was written")
+    (folder / "manifest.json").unlink()
+    check("manifest.json is missing")
+    (folder / "SHA256SUMS").unlink()
+    check("SHA256SUMS is missing")
+
+
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="needs sha256sum")
+def test_sums_are_those_of_sha256sum(tmp_path):
+    folder = checkpoint.save(tmp_path, 1, make_state())
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=folder, check=True, capture_output=True)
+
+
+# Interruption
+
+
+class Killed(BaseException):
+    """Stands for a signal: no handler of the code under test may catch it."""
+
+
+def kill(*args, **kwargs):
+    raise Killed
+
+
+@pytest.mark.parametrize("stage", ["orbax", "manifest", "rename", "prune", "delete"])
+def test_a_save_cut_short_leaves_whole_checkpoints_alone(tmp_path, monkeypatch, stage):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, {"a": jnp.int32(step)}, keep=2)
+    with monkeypatch.context() as patch:
+        if stage == "orbax":
+            patch.setattr(ocp.PyTreeCheckpointer, "save", kill)
+        elif stage == "manifest":
+            patch.setattr(Path, "write_text", kill)
+        elif stage == "rename":
+            patch.setattr(Path, "rename", kill)
+        elif stage == "prune":
+            patch.setattr(checkpoint, "steps", kill)
+        else:
+            patch.setattr(checkpoint.shutil, "rmtree", kill)
+        with pytest.raises(Killed):
+            checkpoint.save(tmp_path, 3, {"a": jnp.int32(3)}, keep=2)
+    done = {"prune": [1, 2, 3], "delete": [2, 3]}.get(stage, [1, 2])
+    assert checkpoint.steps(tmp_path) == done
+    for step in done:
+        assert checkpoint.restore(tmp_path, step, {"a": jnp.int32(0)})[0]["a"] == step
+    checkpoint.save(tmp_path, 4, {"a": jnp.int32(4)}, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [str(done[-1]), "4"]
+
+
+SAVER = """
+import sys
+import jax.numpy as jnp
+from lensjax import checkpoint
+step = checkpoint.latest_step(sys.argv[1]) or 0
+while True:
+    step += 1
+    checkpoint.save(sys.argv[1], step, {"a": jnp.full((300, 300), step), "b": jnp.int32(step)}, data_state=step)
+    print(step, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment(tmp_path):
+    like = {"a": jnp.zeros((300, 300), jnp.int32), "b": jnp.int32(0)}
+    moments, reported = random.Random(0), 0
+    for _ in range(5):
+        with subprocess.Popen([sys.executable, "-c", SAVER, tmp_path], cwd=ROOT, stdout=subprocess.PIPE) as process:
+            for _ in range(2):
+                reported = int(process.stdout.readline())
+            time.sleep(moments.uniform(0, 0.1))
+            process.send_signal(signal.SIGKILL)
+        assert checkpoint.latest_step(tmp_path) >= reported
+        for step in checkpoint.steps(tmp_path):
+            restored, data_state = checkpoint.restore(tmp_path, step, like)
+            assert data_state == step and restored["b"] == step and (restored["a"] == step).all()
+    assert reported >= 10

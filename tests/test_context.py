@@ -1,0 +1,148 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lensjax import context as contexts
+from lensjax import tree as trees
+from lensjax.context import MISSING, WorkingContext
+from lensjax.lengths import CutGeometry
+from tests import reference
+
+GEOMETRY = CutGeometry(window=17, block_size=2, max_lod=3, recent_tokens=4)
+# (start, lod): all levels, and a token in full between blocks.
+ENTRIES = [(0, 2), (4, 0), (5, 0), (6, 1), (8, 2), (12, 0), (13, 0), (14, 0), (15, 0), (16, 0)]
+
+
+from_cut = jax.jit(contexts.from_cut, static_argnames=("block_size", "capacity"))
+materialise = jax.jit(contexts.materialise)
+
+
+def working_context(entries, *, window=17, capacity=None):
+    return reference.context_of(entries, window=window, capacity=capacity or len(entries))
+
+
+def invariants(context, *, length=10, recent_tokens=4, first_token=0):
+    result = check(context, np.int32(length), np.int32(first_token), recent_tokens)
+    return {name for name, holds in result.items() if not holds}
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def check(context, length, first_token, recent_tokens):
+    return contexts.invariants(
+        context, window=17, block_size=2, length=length, recent_tokens=recent_tokens, first_token=first_token
+    )
+
+
+def test_baseline_is_the_tail_in_full():
+    context = contexts.baseline(5, window=17, capacity=7)
+    assert context.start.tolist() == [12, 13, 14, 15, 16, 17, 17]
+    assert context.lod.tolist() == [0] * 7
+    assert context.valid.tolist() == [True] * 5 + [False] * 2
+    assert int(context.length) == 5
+    assert invariants(context, length=5, first_token=12) == set()
+
+
+def test_from_cut_by_hand():
+    cut = np.asarray([2, 2, 2, 2, 0, 0, 1, 1, 2, 2, 2, 2, 0, 0, 0, 0, 0], np.int32)
+    context = from_cut(cut, block_size=2, capacity=12)
+    assert reference.entries_of(context) == ENTRIES
+    assert context.start[10:].tolist() == [17, 17]  # padding sorts last
+    assert contexts.spans(context, block_size=2).tolist() == [4, 1, 1, 2, 4, 1, 1, 1, 1, 1, 0, 0]
+    np.testing.assert_array_equal(contexts.to_cut(context, window=17), cut)
+
+
+def test_neighbouring_blocks_of_one_level_stay_apart():
+    context = from_cut(np.asarray([1] * 6 + [0] * 3, np.int32), block_size=3, capacity=9)
+    assert reference.entries_of(context) == [(0, 1), (3, 1), (6, 0), (7, 0), (8, 0)]
+
+
+def test_cuts_and_entries_are_two_views_of_one_thing():
+    legal = reference.legal_cuts(GEOMETRY)
+    assert len(legal) > 100
+    cuts = np.asarray([reference.cut_of(entries, 17, 2) for entries in legal], np.int32)
+
+    @jax.jit
+    @jax.vmap
+    def there_and_back(cut):
+        context = contexts.from_cut(cut, block_size=2, capacity=17)
+        return context, contexts.to_cut(context, window=17)
+
+    listed, back = there_and_back(cuts)
+    np.testing.assert_array_equal(back, cuts)
+    for i, entries in enumerate(legal):
+        assert tuple(reference.entries_of(jax.tree.map(lambda x: x[i], listed))) == entries
+
+
+def test_tokens_before_the_first_entry_are_missing():
+    cut = contexts.to_cut(contexts.baseline(4, window=9, capacity=6), window=9)
+    assert cut.tolist() == [MISSING] * 5 + [0] * 4
+    assert reference.entries_of(from_cut(cut, block_size=2, capacity=6)) == [(i, 0) for i in range(5, 9)]
+
+
+def test_materialise_equals_the_reference():
+    leaves = np.random.default_rng(0).normal(size=(17, 3)).astype(np.float32)
+    tree = trees.build(leaves, lambda children: children.mean(axis=1), block_size=2, max_lod=3)
+    entries = materialise(tree, working_context(ENTRIES, capacity=13))
+    for row, (start, lod) in enumerate(ENTRIES):
+        tokens = reference.covered((start, lod), 2)
+        expected = reference.node(leaves, lambda children: children.mean(axis=0), start, lod, 2)
+        np.testing.assert_allclose(entries.embeddings[row], expected, rtol=1e-6)
+        assert float(entries.positions[row]) == np.mean(tokens)
+        assert float(entries.distances[row]) == 16 - np.mean(tokens)
+        assert float(entries.spans[row]) == len(tokens)
+        assert int(entries.lods[row]) == lod
+    assert all(not np.asarray(leaf[10:]).any() for leaf in jax.tree.leaves(entries))
+
+
+def test_the_cursor_is_the_last_token_held():
+    tree = trees.init(capacity=32, dim=1, block_size=2, max_lod=1)
+    tree = dataclasses.replace(tree, length=jnp.asarray(6, jnp.int32))
+    entries = materialise(tree, working_context([(0, 1), (2, 0), (5, 0)], window=32))
+    assert entries.distances.tolist() == [4.5, 3.0, 0.0]
+
+
+def test_every_legal_cut_holds_the_invariants():
+    legal = reference.legal_cuts(GEOMETRY)
+    batch = jax.tree.map(lambda *rows: jnp.stack(rows), *(working_context(cut, capacity=17) for cut in legal))
+
+    @jax.jit
+    @jax.vmap
+    def check(context, length):
+        return contexts.invariants(context, window=17, block_size=2, length=length, recent_tokens=4)
+
+    result = check(batch, jnp.asarray([len(cut) for cut in legal], jnp.int32))
+    assert {name: bool(holds.all()) for name, holds in result.items()} == dict.fromkeys(
+        ["alignment", "budget", "contiguity", "tail"], True
+    )
+
+
+@pytest.mark.parametrize(
+    ("entries", "broken"),
+    [
+        ([(0, 0), (1, 1), *((i, 0) for i in range(3, 17))], {"alignment"}),
+        ([*ENTRIES[:3], *ENTRIES[4:]], {"contiguity"}),  # a hole
+        ([*ENTRIES[:4], (6, 0), (7, 0), *ENTRIES[4:]], {"contiguity"}),  # shown twice
+        (ENTRIES[:-1], {"contiguity"}),  # stops before the window ends
+        (ENTRIES[1:], {"contiguity"}),  # starts after the first token
+        ([*ENTRIES[:5], (12, 1), (14, 0), (15, 0), (16, 0)], {"tail"}),
+    ],
+)
+def test_each_invariant_notices_its_violation(entries, broken):
+    assert invariants(working_context(entries, capacity=17), length=len(entries)) == broken
+
+
+def test_the_budget_is_exact_and_padding_is_last():
+    context = working_context(ENTRIES, capacity=17)
+    assert invariants(context, length=10) == set()
+    assert invariants(context, length=11) == invariants(context, length=9) == {"budget"}
+    late = dataclasses.replace(context, valid=jnp.roll(context.valid, 1))
+    assert "budget" in invariants(late, length=10)
+
+
+def test_the_tail_counts_whole_spans():
+    assert invariants(working_context(ENTRIES), recent_tokens=5) == set()
+    assert invariants(working_context(ENTRIES), recent_tokens=6) == {"tail"}

@@ -1,0 +1,123 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lensjax import losses, stability
+from tests import reference
+
+update_moments = jax.jit(stability.update_moments)
+moments_mean_var = jax.jit(stability.moments_mean_var)
+
+
+def moments_after(batches, betas, size=6):
+    """Moments after a run of batches, each padded with values that must not be read."""
+    moments = stability.init_moments()
+    for batch, beta in zip(batches, betas, strict=True):
+        values = np.full(size, np.nan, np.float32)
+        values[: len(batch)] = batch
+        moments = update_moments(moments, values, np.arange(size) < len(batch), np.float32(beta))
+    return moments
+
+
+def test_empty_moments_normalise_nothing():
+    moments = stability.init_moments()
+    assert [float(x) for x in stability.moments_mean_var(moments)] == [0.0, 1.0]
+    values = np.asarray([0.5, -2.0], np.float32)
+    np.testing.assert_allclose(stability.normalise(moments, values), values, rtol=1e-6)
+
+
+def test_moments_by_hand():
+    # One batch: its own mean and variance, whatever the decay. Two: weights 0.9 * 0.1 and 0.1, divided by 0.19.
+    assert [float(x) for x in moments_mean_var(moments_after([[1.0, 3.0]], [0.9]))] == pytest.approx([2.0, 1.0])
+    moments = moments_after([[1.0, 3.0], [5.0]], [0.9, 0.9])
+    mean = (0.09 * 2 + 0.1 * 5) / 0.19
+    variance = (0.09 * 5 + 0.1 * 25) / 0.19 - mean**2
+    assert [float(x) for x in moments_mean_var(moments)] == pytest.approx([mean, variance], rel=1e-5)
+    assert float(moments.decay_product) == pytest.approx(0.81)
+    z = stability.normalise(moments, np.asarray([mean, mean + 2 * variance**0.5], np.float32))
+    assert z.tolist() == pytest.approx([0.0, 2.0], abs=1e-5)
+
+
+@settings(max_examples=40)
+@given(
+    batches=st.lists(st.lists(st.floats(-4, 4, width=16), min_size=1, max_size=6), min_size=1, max_size=6),
+    data=st.data(),
+)
+def test_moments_agree_with_the_reference(batches, data):
+    betas = [data.draw(st.sampled_from([0.0, 0.5, 0.75, 0.99]), label="beta") for _ in batches]
+    found = [float(x) for x in moments_mean_var(moments_after(batches, betas))]
+    assert found == pytest.approx(reference.ema_mean_var(batches, betas), rel=1e-3, abs=2e-3)
+
+
+def test_a_batch_without_valid_values_changes_nothing():
+    moments = moments_after([[1.0, 2.0]], [0.9])
+    after = moments_after([[1.0, 2.0], []], [0.9, 0.9])
+    assert jax.tree.map(float, after) == jax.tree.map(float, moments)
+
+
+def test_equal_values_are_normalised_without_dividing_by_zero():
+    moments = moments_after([[0.3, 0.3]], [0.9])
+    assert stability.normalise(moments, np.full(2, 0.3, np.float32)).tolist() == pytest.approx([0, 0], abs=1e-2)
+
+
+def test_a_nan_among_valid_values_stays():
+    moments = stability.update_moments(
+        stability.init_moments(), np.asarray([1.0, np.nan], np.float32), np.ones(2, bool), 0.9
+    )
+    assert all(np.isnan(x) for x in stability.moments_mean_var(moments))
+
+
+def test_a_fresh_state_can_be_donated():
+    moments = stability.init_moments()
+    buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(moments)]
+    assert len(set(buffers)) == 3
+    params = {"w": jnp.ones(3)}
+    anchor = stability.init_anchor(params)
+    np.testing.assert_array_equal(anchor["w"], params["w"])
+    assert anchor["w"].unsafe_buffer_pointer() != params["w"].unsafe_buffer_pointer()
+
+
+# The policy anchor, over a run in which the parameter is the number of updates made.
+
+
+def anchors_of_a_run(kind, beta=0.5, steps=4):
+    """The parameter and the anchor that each step's loss sees."""
+    params = {"w": jnp.asarray(0.0)}
+    anchor = stability.init_anchor(params)
+    seen = []
+    for _ in range(steps):
+        seen.append((float(params["w"]), float(anchor["w"])))
+        after = {"w": params["w"] + 1}
+        anchor = stability.update_anchor(anchor, params, after, kind=kind, beta=beta)
+        params = after
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("previous", [(0, 0), (1, 0), (2, 1), (3, 2)]),
+        ("ema", [(0, 0), (1, 0.5), (2, 1.25), (3, 2.125)]),
+        ("fixed", [(0, 0), (1, 0), (2, 0), (3, 0)]),
+    ],
+)
+def test_which_anchor_each_step_sees(kind, expected):
+    assert anchors_of_a_run(kind) == expected
+
+
+def test_the_kl_against_the_previous_policy_is_positive_after_a_step():
+    inputs, where = np.asarray([0.5, -1.0, 2.0], np.float32), np.ones(3, bool)
+    kls = [
+        float(losses.policy_kl(params * inputs, anchor * inputs, where, temperature=1.0))
+        for params, anchor in anchors_of_a_run("previous")
+    ]
+    assert kls[0] == 0
+    assert all(kl > 0.01 for kl in kls[1:])
+
+
+def test_an_unknown_anchor_is_refused():
+    with pytest.raises(ValueError, match="anchor must be previous, ema or fixed, got 'cache'"):
+        stability.update_anchor({}, {}, {}, kind="cache", beta=0.9)
