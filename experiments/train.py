@@ -115,9 +115,15 @@ class _Inputs:
         self.validation = jax.device_put(batches("validation"))
         self.test = jax.device_put(batches("test"))
         self.pretrain = data.make_iterator(
-            config, "train", seed=config.seed, batch_size=config.pretrain.batch_size, pretraining=True
+            config,
+            "train",
+            seed=2 * config.seed + PRETRAIN_STREAM,
+            batch_size=config.pretrain.batch_size,
+            pretraining=True,
         )
-        self.lens = data.make_iterator(config, "train", seed=config.seed, batch_size=config.batch_size)
+        self.lens = data.make_iterator(
+            config, "train", seed=2 * config.seed + LENS_STREAM, batch_size=config.batch_size
+        )
 
 
 def _stream(config: Config, stream: int) -> Array:
@@ -230,6 +236,7 @@ def _draw_maps(folder: Path, state: train.TrainState, config: Config, models: Mo
             nll=arrays["nll"][i],
             labels=labels,
             recent_tokens=config.context.recent_tokens,
+            block_size=config.context.block_size,
             answer=(answers[i], answers[i] + config.context.block_size) if answers else None,
         )
         for i in range(len(batch["tokens"]))

@@ -185,7 +185,7 @@ def agreement(margins: ArrayLike, valid: ArrayLike) -> tuple[Array, Array]:
 
 def lod_only_scores(variants: WorkingContext) -> Array:
     """The control policy that sees nothing but the level: expand every gist, collapse every token; float32[V, W]."""
-    return jnp.where(variants.valid, jnp.where(variants.lod > 0, 1.0, -1.0), 0.0)
+    return jnp.where(variants.valid, jnp.where(variants.lod > 0, 1.0, -1.0), 0.0).astype(jnp.float32)
 
 
 def variant_values(

@@ -96,5 +96,5 @@ def test_jit_changes_nothing() -> None:
 
 
 def test_odd_heads_are_refused() -> None:
-    with pytest.raises(ValueError, match="even.*got 5"):
+    with pytest.raises(ValueError, match=r"even.*got 5"):
         rotary([0.0], 5, 100.0)

@@ -41,7 +41,7 @@ def test_create_writes_config_and_environment(tmp_path, monkeypatch, exists):
 def test_create_refuses_a_folder_in_use(tmp_path):
     run_folder.create_run(tmp_path / "run", Config())
     before = (tmp_path / "run" / "config.json").read_bytes()
-    message = r"run is not empty: choose another --output-dir, or pass --resume"
+    message = r"run is not empty: choose another --output-dir, or go on with that run by --resume .*run"
     with pytest.raises(FileExistsError, match=message):
         run_folder.create_run(tmp_path / "run", Config(seed=1))
     assert (tmp_path / "run" / "config.json").read_bytes() == before
@@ -59,12 +59,14 @@ def test_open_accepts_the_same_config_even_in_a_moved_folder(tmp_path):
 
 
 def test_open_names_every_difference(tmp_path):
-    config = replace(Config(), **{"hyper.temperature": 2.0, "data.max_files": 4})
+    config = replace(Config(), **{"steps": 60, "hyper.temperature": 2.0, "data.max_files": 4})
     run_folder.create_run(tmp_path, config)
     with pytest.raises(ValueError, match="another configuration") as error:
-        run_folder.open_run(tmp_path, replace(config, **{"steps": 5, "hyper.temperature": 3.0, "data.max_files": None}))
+        run_folder.open_run(
+            tmp_path, replace(config, **{"steps": 50, "hyper.temperature": 3.0, "data.max_files": None})
+        )
     message = str(error.value)
-    assert "steps is 1000 in the run and 5 now" in message
+    assert "steps is 60 in the run and 50 now" in message
     assert "hyper.temperature is 2.0 in the run and 3.0 now" in message
     assert "data.max_files is 4 in the run and None now" in message
     assert message.count(" in the run ") == 3 and str(tmp_path) in message
@@ -72,7 +74,7 @@ def test_open_names_every_difference(tmp_path):
 
 def test_open_refuses_a_folder_without_a_run(tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(FileNotFoundError, match=r"holds no run .*drop --resume"):
+        with pytest.raises(FileNotFoundError, match=r"holds no run .*name the folder of a run"):
             run_folder.open_run(folder, Config())
     (tmp_path / "config.json").write_text('{"seed": 0, "sede": 1}')
     with pytest.raises(ValueError, match="unknown key sede"):

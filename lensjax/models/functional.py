@@ -79,7 +79,8 @@ class BaseModel(_Functional[BaseLM]):
         Raises:
           ValueError: `tokens` is not one sequence.
         """
-        return self._bind(params).embed(_checked("tokens", tokens, None))
+        tokens = _checked("tokens", tokens, None)
+        return self._bind(params).embed(tokens)
 
     def apply(
         self,
@@ -109,12 +110,9 @@ class BaseModel(_Functional[BaseLM]):
         """
         embeddings = _checked("embeddings", embeddings, None, self.config.dim)
         count = embeddings.shape[0]
-        return self._bind(params)(
-            embeddings,
-            _checked("positions", positions, count),
-            _checked("spans", spans, count),
-            _checked("rows", rows, None),
-        )
+        positions, spans = _checked("positions", positions, count), _checked("spans", spans, count)
+        rows = _checked("rows", rows, None)
+        return self._bind(params)(embeddings, positions, spans, rows)
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,8 @@ class GistModel(_Functional[GistNet]):
         Raises:
           ValueError: a block does not hold K children of width D.
         """
-        return self._bind(params)(_checked("children", children, None, self.block_size, self.dim))
+        children = _checked("children", children, None, self.block_size, self.dim)
+        return self._bind(params)(children)
 
 
 @dataclass(frozen=True)
@@ -188,13 +187,9 @@ class LensModel(_Functional[LensNet]):
         """
         embeddings = _checked("embeddings", embeddings, None, self.embedding_dim)
         count = embeddings.shape[0]
-        return self._bind(params)(
-            embeddings,
-            _checked("lods", lods, count),
-            _checked("spans", spans, count),
-            _checked("distances", distances, count),
-            _checked("valid", valid, count),
-        )
+        lods, spans = _checked("lods", lods, count), _checked("spans", spans, count)
+        distances, valid = _checked("distances", distances, count), _checked("valid", valid, count)
+        return self._bind(params)(embeddings, lods, spans, distances, valid)
 
 
 @dataclass(frozen=True)
