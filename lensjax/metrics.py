@@ -100,7 +100,7 @@ def score_metrics(scores: ArrayLike, lods: ArrayLike, where: ArrayLike, *, max_l
     swaps = ((scores > 0) & (lods > 0)) | ((scores < 0) & (lods < max_lod))
     return {
         "mc/policy_score_abs_mean": masked_mean(jnp.abs(scores), where),
-        "mc/policy_score_std_mean": jnp.mean(std),
+        "mc/policy_score_std_mean": masked_mean(std, jnp.any(where, axis=-1)),
         "mc/swap_rate": masked_mean(swaps.astype(jnp.float32), where),
     }
 

@@ -66,7 +66,7 @@ def lens_objective(
     per_variant = jax.vmap(jax.vmap(losses.budget_balance))
     balance = per_variant(scores, scored.entries.spans, is_free)
     average, _ = stability.moments_mean_var(budget)
-    average = jnp.where(budget.decay_product < 1, average, jax.lax.stop_gradient(jnp.mean(balance)))
+    average = jnp.where(budget.decay_product < 1, average, metrics.masked_mean(balance, distinct))
     smoothing = jax.vmap(jax.vmap(lambda s, w, m: losses.budget_smoothing_loss(s, w, m, average=average)))
     terms["budget"] = metrics.masked_mean(balance**2, distinct)
     terms["smooth"] = metrics.masked_mean(smoothing(scores, scored.entries.spans, is_free), distinct)

@@ -6,7 +6,7 @@ Both functions build a `Figure` of their own and leave matplotlib's global state
 import fnmatch
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,12 +39,13 @@ def _layout() -> ConstrainedLayoutEngine:
     return ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
 
 
-class _Panel(NamedTuple):
+@dataclass(frozen=True)
+class _Panel:
     title: str
     unit: str
     curves: dict[str, str]
     """Label by "phase/metric", where a * matches several and their own names label them."""
-    references: dict[str, str] = {}  # noqa: RUF012
+    references: dict[str, str] = field(default_factory=dict)
     """As `curves`, drawn as grey dashes."""
     level: float | None = None
     """Where a thin line marks what knowing nothing would give."""

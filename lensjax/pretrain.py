@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from lensjax import metrics, nll, optimizer, schedules
+from lensjax import nll, optimizer, rollouts, schedules
 from lensjax.config import Config
 from lensjax.models import Models, Params
-from lensjax.variants import score_variants
+from lensjax.variants import build_tree
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
@@ -86,17 +86,27 @@ def pretrain_step(
 def _pretrain_loss(
     params: dict[str, Params], tokens: Array, keys: Array, config: Config, models: Models
 ) -> tuple[Array, Metrics]:
-    """Teacher-forced loss on full windows, plus the weighted loss of rollouts of every length."""
+    """Teacher-forced loss on full windows, plus the weighted loss of one rollout of each sequence."""
     full = jax.vmap(lambda row: nll.sequence_losses(models.base, params["base"], row))(tokens)
     token_loss = jnp.mean(full)
     report = {"token_loss": token_loss}
     if config.pretrain.rollout_weight == 0:
         return token_loss, report
-    length = jnp.asarray(config.context_capacity, jnp.int32)
-    share = jnp.asarray(config.hyper.lod2_share, jnp.float32)
-    scored = jax.vmap(
-        lambda row, key: score_variants(models, params, row, key, length, share, config=config)
-    )(tokens, keys)
-    rollout_loss = metrics.masked_mean(scored.losses, scored.distinct)
+    rollout_losses = jax.vmap(lambda row, key: _rollout_loss(models, params, row, key, config))(tokens, keys)
+    rollout_loss = jnp.mean(rollout_losses)
     report["rollout_loss"] = rollout_loss
     return token_loss + config.pretrain.rollout_weight * rollout_loss, report
+
+
+def _rollout_loss(models: Models, params: dict[str, Params], tokens: Array, key: Array, config: Config) -> Array:
+    """Loss of one rollout whose length is drawn from the range of the curriculum."""
+    shape, geometry, capacity = config.context, config.context.geometry, config.context_capacity
+    shortest = geometry.length_of_fraction(min(config.hyper.context_start, config.hyper.context_end))
+    length_key, rollout_key = jax.random.split(key)
+    length = jax.random.randint(length_key, (), shortest, capacity + 1)
+    variant, _ = rollouts.sample_rollouts(
+        rollout_key, length, config.hyper.lod2_share, rollouts=1, geometry=geometry, capacity=capacity
+    )
+    tree = build_tree(models, params, tokens, config)
+    losses, _ = nll.variant_losses(models.base, params["base"], tree, variant, tokens, horizon=shape.horizon)
+    return losses[0]

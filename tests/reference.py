@@ -87,6 +87,12 @@ def context_of(entries: Sequence[Entry], *, window: int, capacity: int) -> Worki
     return WorkingContext(start, lod, np.arange(capacity) < len(entries))
 
 
+def unstack(batch: WorkingContext) -> list[list[Entry]]:
+    """The entries of each of a batch of working contexts."""
+    rows = zip(*(np.asarray(x) for x in (batch.start, batch.lod, batch.valid)), strict=True)
+    return [entries_of(WorkingContext(*row)) for row in rows]
+
+
 def covered(entry: Entry, block_size: int) -> range:
     """The tokens that an entry covers."""
     start, lod = entry

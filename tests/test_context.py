@@ -8,7 +8,7 @@ import pytest
 
 from lensjax import context as contexts
 from lensjax import tree as trees
-from lensjax.context import MISSING, WorkingContext
+from lensjax.context import MISSING
 from lensjax.lengths import CutGeometry
 from tests import reference
 
@@ -73,8 +73,7 @@ def test_cuts_and_entries_are_two_views_of_one_thing():
 
     listed, back = there_and_back(cuts)
     np.testing.assert_array_equal(back, cuts)
-    for i, entries in enumerate(legal):
-        assert tuple(reference.entries_of(jax.tree.map(lambda x: x[i], listed))) == entries
+    assert [tuple(entries) for entries in reference.unstack(listed)] == legal
 
 
 def test_tokens_before_the_first_entry_are_missing():

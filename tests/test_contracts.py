@@ -163,7 +163,9 @@ LOSSES = [
         (SCORES, spans, WHERE, UNIT),
         "f",
     ),
-    Case("policy_kl", lambda s, a, w, t: losses.policy_kl(s, a, w, temperature=t), (SCORES, SCORES, WHERE, POSITIVE), "f"),
+    Case(
+        "policy_kl", lambda s, a, w, t: losses.policy_kl(s, a, w, temperature=t), (SCORES, SCORES, WHERE, POSITIVE), "f"
+    ),
 ]
 
 STABILITY = [
@@ -273,15 +275,13 @@ SCHEDULES = [
     ),
     Case(
         "context_length",
-        lambda i, a, b: schedules.context_length(
-            i, start=a, end=b, steps=8, geometry=GEOMETRY, capacity=CAPACITY
-        ),
+        lambda i, a, b: schedules.context_length(i, start=a, end=b, steps=8, geometry=GEOMETRY, capacity=CAPACITY),
         (STEP, uniform(low=0.4, high=1), uniform(low=0.4, high=1)),
         "i",
     ),
 ]
 
-SMALL, LARGE = LOSSES + STABILITY + PREFERENCES + SCHEDULES, CUTS + TREES + NLL
+SMALL, LARGE = LOSSES + STABILITY + SCHEDULES, PREFERENCES + CUTS + TREES + NLL
 TABLE = SMALL + LARGE
 every_case = pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)
 every_loss = pytest.mark.parametrize("case", LOSSES, ids=lambda case: case.name)
@@ -327,6 +327,18 @@ def test_other_values_do_not_compile_again(case, compiles):
     with compiles() as names:
         case.jitted(*arguments)
     assert names == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in TABLE if "f" in case.outputs], ids=lambda case: case.name)
+def test_gradients_are_finite(case):
+    def total(arguments):
+        results = jax.tree.leaves(case.function(*arguments))
+        return sum(leaf.sum() for leaf in results if leaf.dtype == jnp.float32)
+
+    gradients = jax.jit(jax.grad(total, allow_int=True))(case.draw(0))
+    for leaf in jax.tree.leaves(gradients):
+        assert leaf.dtype == jax.dtypes.float0 or np.isfinite(leaf).all()
 
 
 # Losses: a mean over valid entries that survives everything except a NaN among them.

@@ -36,7 +36,7 @@ def test_preference_loss_by_hand():
     # gap 1.5 at temperature 0.5: strength tanh(1.5), scale 3. Right with 0.5, right with 0.25, right with 0.9.
     first, second, third = (math.log1p(math.exp(-3 * margin)) for margin in (0.5, 0.25, 0.9))
     expected = math.tanh(1.5) * (first + 2 * second + third) / 3
-    found = losses.preference_loss(scores, targets, where, **HYPER)
+    found = JITTED["entry"](scores, targets, where, **HYPER)
     assert float(found) == pytest.approx(expected, rel=1e-6)
     entries = losses.preference_entry_losses(scores, targets, where, **HYPER)
     np.testing.assert_allclose(entries, np.tanh(1.5) * np.asarray([first, 2 * second, third, 0]), rtol=1e-6)
@@ -46,42 +46,29 @@ def test_pair_preference_loss_by_hand():
     scores, targets, where = floats(0.5, 0.25, 0.9), floats(1, -1, 1), np.asarray([True, True, False])
     margin = (0.5 - 2 * 0.25) / 3  # the wrong answer weighs twice
     expected = math.tanh(1.5) * math.log1p(math.exp(-3 * margin))
-    found = losses.preference_loss(scores, targets, where, granularity="pair", **HYPER)
+    found = JITTED["pair"](scores, targets, where, **HYPER)
     assert float(found) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("granularity", ["entry", "pair"])
 def test_scores_at_zero_cost_log_two_times_the_strength(granularity):
-    loss = losses.preference_loss(
-        np.zeros(4, np.float32),
-        floats(1, -1, 1, -1),
-        np.ones(4, bool),
-        gap=0.7,
-        temperature=0.3,
-        collapse_weight=1.0,
-        granularity=granularity,
-    )
+    hyper = {"gap": 0.7, "temperature": 0.3, "collapse_weight": 1.0}
+    loss = JITTED[granularity](np.zeros(4, np.float32), floats(1, -1, 1, -1), np.ones(4, bool), **hyper)
     assert float(loss) == pytest.approx(math.tanh(0.7) * math.log(2), rel=1e-6)
 
 
 @pytest.mark.parametrize("granularity", ["entry", "pair"])
 def test_the_gradient_asks_for_what_the_better_variant_shows(granularity):
     targets, where = floats(1, -1, 1, -1), np.asarray([True, True, True, False])
-    gradient = jax.grad(losses.preference_loss)(
-        np.full(4, 0.1, np.float32), targets, where, granularity=granularity, **HYPER
-    )
+    gradient = jax.grad(JITTED[granularity])(np.full(4, 0.1, np.float32), targets, where, **HYPER)
     assert np.sign(gradient).tolist() == [-1, 1, -1, 0]
 
 
 def test_a_gap_below_one_does_not_soften_the_scale():
     def ratio(gap):
-        one, other = (
-            losses.preference_entry_losses(
-                floats(s), floats(1), np.ones(1, bool), gap=gap, temperature=1.0, collapse_weight=1.0
-            )
-            for s in (0.0, 1.0)
-        )
-        return float(one[0] / other[0])
+        hyper = {"gap": gap, "temperature": 1.0, "collapse_weight": 1.0}
+        one, other = losses.preference_entry_losses(floats(0, 1), floats(1, 1), np.ones(2, bool), **hyper)
+        return float(one / other)
 
     at_scale = [math.log(2) / math.log1p(math.exp(-scale)) for scale in (1, 3)]
     assert ratio(0.1) == pytest.approx(at_scale[0], rel=1e-5)
@@ -92,9 +79,7 @@ def test_weight_zero_leaves_collapses_out():
     scores, targets, where = floats(0.2, 0.7), floats(-1, -1), np.ones(2, bool)
     hyper = HYPER | {"collapse_weight": 0.0}
     for granularity in ("entry", "pair"):
-        value, gradient = jax.value_and_grad(losses.preference_loss)(
-            scores, targets, where, granularity=granularity, **hyper
-        )
+        value, gradient = jax.value_and_grad(JITTED[granularity])(scores, targets, where, **hyper)
         assert float(value) == 0 and not np.asarray(gradient).any()
 
 
@@ -117,7 +102,7 @@ def test_an_unknown_granularity_is_refused():
 )
 def test_rank_loss_by_hand(scores, targets, expected):
     where = np.asarray(targets) != 0
-    assert float(losses.rank_loss(floats(*scores), floats(*targets), where, margin=0.1)) == pytest.approx(
+    assert float(JITTED["rank"](floats(*scores), floats(*targets), where, margin=0.1)) == pytest.approx(
         expected, abs=1e-6
     )
 
@@ -134,17 +119,15 @@ def test_rank_loss_by_hand(scores, targets, expected):
 )
 def test_budget_balance_by_hand(scores, spans, expected):
     arguments = floats(*scores, 9.0), floats(*spans, 4), np.asarray([True, True, False])
-    assert float(losses.budget_balance(*arguments)) == pytest.approx(expected, abs=1e-5)
-    assert float(losses.budget_loss(*arguments)) == pytest.approx(expected**2, abs=1e-5)
-    smooth = losses.budget_smoothing_loss(*arguments, average=0.25)
+    assert float(JITTED["balance"](*arguments)) == pytest.approx(expected, abs=1e-5)
+    assert float(JITTED["budget"](*arguments)) == pytest.approx(expected**2, abs=1e-5)
+    smooth = JITTED["smoothing"](*arguments, average=0.25)
     assert float(smooth) == pytest.approx((expected - 0.25) ** 2, abs=1e-5)
 
 
 def test_the_moving_average_gets_no_gradient():
     gradient = jax.grad(
-        lambda average: losses.budget_smoothing_loss(
-            floats(0.5, -0.1), floats(1, 1), np.ones(2, bool), average=average
-        )
+        lambda average: JITTED["smoothing"](floats(0.5, -0.1), floats(1, 1), np.ones(2, bool), average=average)
     )(0.3)
     assert float(gradient) == 0
 
@@ -153,7 +136,7 @@ def test_policy_kl_by_hand():
     # Logits 2 and 0: p = sigmoid(2), q = 1/2; and an entry on which both agree.
     p = 1 / (1 + math.exp(-2))
     expected = 0.5 * (p - 0.5) * 2 / 2
-    found = losses.policy_kl(floats(1, 0.3, 9), floats(0, 0.3, -9), np.asarray([True, True, False]), temperature=0.5)
+    found = JITTED["kl"](floats(1, 0.3, 9), floats(0, 0.3, -9), np.asarray([True, True, False]), temperature=0.5)
     assert float(found) == pytest.approx(expected, rel=1e-6)
 
 
@@ -161,17 +144,15 @@ def test_policy_kl_is_zero_against_itself_and_positive_otherwise():
     rng = np.random.default_rng(0)
     scores, other = rng.uniform(-1, 1, (2, 50)).astype(np.float32)
     where = np.ones(50, bool)
-    value, gradient = jax.value_and_grad(losses.policy_kl)(scores, scores, where, temperature=1.0)
+    value, gradient = jax.value_and_grad(JITTED["kl"])(scores, scores, where, temperature=1.0)
     assert float(value) == 0 and not np.asarray(gradient).any()
-    apart = losses.policy_kl(scores, other, where, temperature=1.0)
+    apart = JITTED["kl"](scores, other, where, temperature=1.0)
     assert float(apart) > 0.01
-    assert float(apart) == pytest.approx(float(losses.policy_kl(other, scores, where, temperature=1.0)), rel=1e-5)
+    assert float(apart) == pytest.approx(float(JITTED["kl"](other, scores, where, temperature=1.0)), rel=1e-5)
 
 
 def test_the_anchor_gets_no_gradient():
-    gradient = jax.grad(losses.policy_kl, argnums=1)(
-        floats(0.5, -0.5), floats(0.1, 0.2), np.ones(2, bool), temperature=1.0
-    )
+    gradient = jax.grad(JITTED["kl"], argnums=1)(floats(0.5, -0.5), floats(0.1, 0.2), np.ones(2, bool), temperature=1.0)
     assert not np.asarray(gradient).any()
 
 

@@ -12,6 +12,12 @@ from lensjax.lengths import CutGeometry
 from lensjax.preferences import PairTargets, PreferencePairs
 from tests import reference
 
+variant_values = jax.jit(
+    preferences.variant_values, static_argnames=("window", "block_size", "max_lod", "recent_tokens")
+)
+pair_margins = jax.jit(preferences.pair_margins)
+correlation = jax.jit(preferences.correlation)
+
 
 def context_batch(cuts, *, window, capacity):
     rows = [reference.context_of(cut, window=window, capacity=capacity) for cut in cuts]
@@ -132,9 +138,7 @@ def targets_of(cuts, pairs, *, worse_only=False, capacity=10, **shape):
     return result
 
 
-targets_jit = jax.jit(
-    preferences.span_targets, static_argnames=("window", "block_size", "recent_tokens", "worse_only")
-)
+targets_jit = jax.jit(preferences.span_targets, static_argnames=("window", "block_size", "recent_tokens", "worse_only"))
 
 
 def test_span_targets_by_hand():
@@ -194,9 +198,7 @@ def all_pairs(count=4):
     first, second = np.triu_indices(count, k=1)
     better, worse = np.concatenate([first, second]), np.concatenate([second, first])
     ones = np.ones(len(better))
-    return PreferencePairs(
-        better.astype(np.int32), worse.astype(np.int32), ones.astype(np.float32), ones.astype(bool)
-    )
+    return PreferencePairs(better.astype(np.int32), worse.astype(np.int32), ones.astype(np.float32), ones.astype(bool))
 
 
 @settings(max_examples=25)
@@ -223,9 +225,7 @@ def balanced_cuts():
     return cuts, context_batch(cuts, window=30, capacity=24)
 
 
-@pytest.mark.parametrize(
-    ("worse_only", "labels"), [(True, {0: {-1}, 1: {1}}), (False, {0: {-1, 1}, 1: {-1, 1}})]
-)
+@pytest.mark.parametrize(("worse_only", "labels"), [(True, {0: {-1}, 1: {1}}), (False, {0: {-1, 1}, 1: {-1, 1}})])
 def test_only_the_one_sided_labels_are_a_function_of_the_level(worse_only, labels):
     (cuts, variants), pairs = balanced_cuts(), all_pairs()
     result = targets_of(cuts, pairs, capacity=24, worse_only=worse_only, **BALANCED)
@@ -242,10 +242,10 @@ def test_margins_by_hand():
     scores[0, :9] = [0.5, -0.5, 0, 0.9, -1, 1, 0, 0.9, 0.9]  # FINE: targets + + + . - + + . .
     scores[1, :7] = [1, 0.9, -1, 0, -0.25, 0.9, 0.9]  # COARSE: targets + . - - + . .
     targets = targets_of([FINE, COARSE], one_pair(), **HAND)
-    margin = preferences.pair_margins(scores, targets, one_pair())
+    margin = pair_margins(scores, targets, one_pair())
     np.testing.assert_allclose(margin, [(0.5 - 0.5 + 0 + 1 + 1 + 0 + 1 + 1 + 0 - 0.25) / 10])
     none = PairTargets(jnp.zeros_like(targets.target), jnp.zeros_like(targets.where))
-    np.testing.assert_array_equal(preferences.pair_margins(scores, none, one_pair()), [0.0])
+    np.testing.assert_array_equal(pair_margins(scores, none, one_pair()), [0.0])
 
 
 def test_agreement_by_hand():
@@ -259,7 +259,7 @@ def test_agreement_by_hand():
 
 
 def agreement_of(scores, targets, pairs):
-    margins = preferences.pair_margins(scores, targets, pairs)
+    margins = pair_margins(scores, targets, pairs)
     share, count = preferences.agreement(margins, targets.where.any(axis=(1, 2)))
     return float(share), int(count)
 
@@ -293,7 +293,7 @@ def test_lod_only_scores():
 
 def values_of(scores, cuts, *, window=12, block_size=2, max_lod=2, recent_tokens=2, capacity=10):
     variants = context_batch(cuts, window=window, capacity=capacity)
-    return preferences.variant_values(
+    return variant_values(
         scores, variants, window=window, block_size=block_size, max_lod=max_lod, recent_tokens=recent_tokens
     )
 
@@ -312,9 +312,7 @@ def test_variant_values_agree_with_the_reference():
     cuts = random_variants(2)
     scores = np.random.default_rng(0).uniform(-1, 1, (4, 24)).astype(np.float32)
     values = values_of(scores, cuts, window=30, max_lod=3, recent_tokens=5, capacity=24)
-    expected = [
-        reference.variant_value(row, cut, max_lod=3, **SHAPE) for row, cut in zip(scores, cuts, strict=True)
-    ]
+    expected = [reference.variant_value(row, cut, max_lod=3, **SHAPE) for row, cut in zip(scores, cuts, strict=True)]
     np.testing.assert_allclose(values, expected, rtol=1e-5)
 
 
@@ -324,7 +322,7 @@ def test_a_policy_that_repeats_the_level_gives_every_cut_one_value():
     values = values_of(scores, cuts, window=30, block_size=3, max_lod=1, recent_tokens=5, capacity=24)
     np.testing.assert_allclose(values, np.full(4, values[0]), rtol=1e-6)
     # So the correlation with any reward is not defined, and the shortcut shows.
-    assert not preferences.correlation(values, np.asarray([1.0, 2, 3, 4], np.float32), np.ones(4, bool))[1]
+    assert not correlation(values, np.asarray([1.0, 2, 3, 4], np.float32), np.ones(4, bool))[1]
 
 
 @pytest.mark.parametrize(
@@ -341,13 +339,11 @@ def test_a_policy_that_repeats_the_level_gives_every_cut_one_value():
     ],
 )
 def test_correlation_by_hand(values, rewards, valid, expected):
-    found, defined = preferences.correlation(
-        np.asarray(values, np.float32), np.asarray(rewards, np.float32), np.asarray(valid)
-    )
+    found, defined = correlation(np.asarray(values, np.float32), np.asarray(rewards, np.float32), np.asarray(valid))
     assert bool(defined) == (expected is not None)
     assert float(found) == pytest.approx(expected or 0.0, abs=1e-6)
 
 
 def test_correlation_ignores_rounding_noise():
     noise = np.asarray([2.0, 2.0 + 1e-6, 2.0 - 1e-6], np.float32)
-    assert not preferences.correlation(noise, np.asarray([1.0, 2, 3], np.float32), np.ones(3, bool))[1]
+    assert not correlation(noise, np.asarray([1.0, 2, 3], np.float32), np.ones(3, bool))[1]

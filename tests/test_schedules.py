@@ -77,9 +77,7 @@ def test_the_curriculum_shortens_the_context_through_reachable_lengths():
 
 def test_the_curriculum_can_grow_and_never_exceeds_the_capacity():
     lengths = over_steps(
-        lambda step: schedules.context_length(
-            step, start=0.4, end=1.0, steps=5, geometry=GEOMETRY, capacity=80
-        ),
+        lambda step: schedules.context_length(step, start=0.4, end=1.0, steps=5, geometry=GEOMETRY, capacity=80),
         5,
     )
     assert lengths == [40, 55, 70, 79, 79]
@@ -91,9 +89,7 @@ def test_the_device_and_the_host_round_fractions_alike(window):
     fractions = [i / 100 for i in range(51, 101)]
     lengths = jax.jit(
         jax.vmap(
-            lambda end: schedules.context_length(
-                0, start=1.0, end=end, steps=0, geometry=geometry, capacity=window
-            )
+            lambda end: schedules.context_length(0, start=1.0, end=end, steps=0, geometry=geometry, capacity=window)
         )
     )(np.asarray(fractions, np.float32))
     assert lengths.tolist() == [geometry.length_of_fraction(fraction) for fraction in fractions]

@@ -1,0 +1,163 @@
+"""One run of the smallest size at which everything happens, shared by the tests of the training core.
+
+Compiling is what these tests cost, so the configurations are few, each function of one is compiled at most once, and
+XLA's optimisations, which take half of that time, are off.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lensjax import config as configs
+from lensjax import train, variants
+from lensjax.config import (
+    BaseConfig,
+    Config,
+    ContextConfig,
+    DataConfig,
+    GistConfig,
+    Hyperparameters,
+    LensConfig,
+    OptimizerConfig,
+)
+from lensjax.models import GistModel, LensModel, Models, build_models
+from lensjax.train import Batch, Metrics, TrainState
+from lensjax.variants import ScoredVariants
+from tests import reference
+
+VOCABULARY = 16
+SMALL = Config(
+    steps=12,
+    batch_size=3,
+    base=BaseConfig(vocab_size=VOCABULARY, dim=16, layers=1, heads=2, kv_heads=1, mlp_dim=32),
+    gist=GistConfig(heads=2),
+    lens=LensConfig(dim=16, layers=1, heads=2, mlp_dim=32),
+    context=ContextConfig(window=32, block_size=2, max_lod=2, horizon=4, recent_tokens=8, rollouts=3),
+    # Lengths 25 to 16; below 20 no cut does without LOD 2.
+    hyper=Hyperparameters(context_start=0.8, context_end=0.5, lod2_share=0.3),
+    # A norm that is never reached: clipping would let the gradient of one part scale the others.
+    optimizer=OptimizerConfig(warmup_steps=2, curriculum_steps=6, clip_norm=1e9),
+    data=DataConfig(task="recall"),
+)
+
+
+def jit(function: Callable[..., Any], **options: Any) -> Any:
+    """`jax.jit` for functions that are slow to compile and quick to run."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **options)
+
+
+class Run:
+    """A configuration, its models, and what is compiled of them."""
+
+    def __init__(self, make_models: Callable[[Config], Models] = build_models, **changes: Any) -> None:
+        self.config = configs.replace(SMALL, **changes)
+        self._make_models = make_models
+
+    @functools.cached_property
+    def models(self) -> Models:
+        return self._make_models(self.config)
+
+    @functools.cached_property
+    def train_step(self) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+        step = functools.partial(train.train_step, config=self.config, models=self.models)
+        return jit(step, donate_argnums=0)
+
+    def state(self, seed: int = 0, *, step: int = 0, **hyper: float) -> TrainState:
+        """A state that may be donated, at a step, with some hyperparameters changed as data."""
+        state = jax.tree.map(jnp.copy, self._fresh(seed))
+        changed = {name: jnp.asarray(value, jnp.float32) for name, value in hyper.items()}
+        return replace(state, step=jnp.asarray(step, jnp.int32), hyper=replace(state.hyper, **changed))
+
+    @functools.cache  # noqa: B019
+    def _fresh(self, seed: int) -> TrainState:
+        return train.init_train_state(jax.random.key(seed), config=self.config, models=self.models)
+
+    def history(self, state: TrainState, steps: int) -> tuple[list[TrainState], list[Metrics]]:
+        """All states of a run, the first one included, and the reports of its steps; step i reads `batch(i)`."""
+        states, reports = [jax.tree.map(jnp.copy, state)], []
+        for index in range(steps):
+            state, report = self.train_step(state, batch(index))
+            states.append(jax.tree.map(jnp.copy, state))
+            reports.append(report)
+        return states, reports
+
+    def observe(self, state: TrainState, tokens: Batch) -> tuple[ScoredVariants, np.ndarray, np.ndarray | None]:
+        """What the objective of the next step is given: variants, and scores of the policy and of its anchor."""
+        keys = jax.random.split(jax.random.fold_in(state.key, state.step), tokens["tokens"].shape[0])
+        length = train.current_length(state.step, state.hyper, self.config)
+        scored = self.score_variants(state.params, tokens["tokens"], keys, length, state.hyper.lod2_share)
+        scores = self.policy_scores(state.params["lens"], scored.entries)
+        anchor = None if state.anchor is None else self.policy_scores(state.anchor, scored.entries)
+        return scored, scores, anchor
+
+    @functools.cached_property
+    def score_variants(self) -> Callable[..., ScoredVariants]:
+        def score(params: Any, tokens: Any, keys: Any, length: Any, lod2_share: Any) -> ScoredVariants:
+            one = functools.partial(variants.score_variants, self.models, params, config=self.config)
+            return jax.vmap(lambda row, key: one(row, key, length, lod2_share))(tokens, keys)
+
+        return jit(score)
+
+    @functools.cached_property
+    def policy_scores(self) -> Callable[..., Any]:
+        return jit(functools.partial(variants.policy_scores, self.models))
+
+
+def batch(seed: int = 0, size: int = 3) -> Batch:
+    """Random tokens."""
+    tokens = np.random.default_rng(seed).integers(0, reference.TinyModel.vocab_size, (size, SMALL.context.window))
+    return {"tokens": jnp.asarray(tokens, jnp.int32)}
+
+
+def tiny_models(config: Config) -> Models:
+    """Models whose base is no Flax module: `reference.TinyModel`."""
+    dim = reference.TinyModel.dim
+    return Models(
+        base=reference.TinyModel(),  # type: ignore[arg-type]
+        gist=GistModel(config.gist, dim, config.context.block_size),
+        lens=LensModel(config.lens, dim, config.context.max_lod),
+    )
+
+
+# Everything is trained and every term is on.
+FULL = Run(
+    trainable=("base", "gist", "lens"),
+    **{
+        "hyper.kl_weight": 0.5,
+        "hyper.smooth_weight": 0.5,
+        "hyper.gist_delta_weight": 0.5,
+        "hyper.temperature_end": 0.5,
+        "hyper.collapse_weight": 0.7,
+        "hyper.hard_negative_ratio": 0.5,
+    },
+)
+
+# What is trained by default, and no KL.
+LENS = Run()
+
+# Another base model, and the other choice wherever the objective has one. It starts at the length of the window.
+OTHER = Run(
+    tiny_models,
+    trainable=("lens", "base"),
+    **{
+        "gist.heads": 1,
+        "hyper.kl_weight": 0.5,
+        "hyper.context_start": 1.0,
+        "hyper.anchor_beta": 0.75,
+        "objective.anchor": "ema",
+        "objective.targets": "worse_only",
+        "objective.granularity": "pair",
+        "objective.max_pairs": 2,
+    },
+)
+
+HALF_PRECISION = Run(
+    dtype="bfloat16",
+    trainable=("base", "gist", "lens"),
+    **{"hyper.kl_weight": 0.5, "objective.anchor": "fixed", "base.gaussian_rope": True},
+)

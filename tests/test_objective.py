@@ -1,0 +1,196 @@
+"""The objective against a slow reference, on random variants and random scores; no model is called."""
+
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lensjax import config as configs
+from lensjax.context import Entries
+from lensjax.metrics import MAY_BE_UNDEFINED
+from lensjax.objective import lens_objective
+from lensjax.stability import EmaMoments
+from lensjax.variants import ScoredVariants
+from tests import reference, slow_objective
+from tests.small import SMALL, jit
+
+SHAPE, CAPACITY, VARIANTS, BATCH = SMALL.context, SMALL.context_capacity, SMALL.context.rollouts + 1, 3
+CHOICES = [("both", "entry"), ("both", "pair"), ("worse_only", "entry"), ("worse_only", "pair")]
+EMPTY = EmaMoments(*(np.asarray(x, np.float32) for x in (1.0, 0.0, 0.0)))
+SWEPT = {
+    "temperature": st.sampled_from([0.5, 1.0, 2.0]),
+    "collapse_weight": st.sampled_from([0.0, 0.5, 2.0]),
+    "rank_weight": st.sampled_from([0.0, 0.5]),
+    "margin": st.sampled_from([0.0, 0.3]),
+    "budget_weight": st.sampled_from([0.0, 0.2]),
+    "smooth_weight": st.sampled_from([0.0, 0.4]),
+    "kl_weight": st.sampled_from([0.0, 3.0]),
+    "hard_negative_ratio": st.sampled_from([0.0, 0.5, 1.0]),
+}
+
+
+def one_update(mean, second):
+    """Moments after one update with decay 0.9."""
+    return EmaMoments(*(np.asarray(x, np.float32) for x in (0.9, 0.1 * mean, 0.1 * second)))
+
+
+def random_sequence(rng, *, with_duplicate):
+    """The baseline and random cuts of one length, with losses as if measured."""
+    length = int(rng.integers(SHAPE.geometry.shortest, CAPACITY + 1))
+    cuts = [[(token, 0) for token in range(SHAPE.window - length, SHAPE.window)]]
+    cuts += [reference.random_cut(SHAPE.geometry, length, rng) for _ in range(VARIANTS - 1)]
+    distinct = np.ones(VARIANTS, bool)
+    if with_duplicate:
+        cuts[-1], distinct[-1] = cuts[1], False
+    contexts = [reference.context_of(cut, window=SHAPE.window, capacity=CAPACITY) for cut in cuts]
+    contexts = jax.tree.map(lambda *rows: np.stack(rows), *contexts)
+    spans = np.where(contexts.valid, SHAPE.block_size**contexts.lod, 0).astype(np.float32)
+    unread = np.full(spans.shape, np.nan, np.float32)
+    entries = Entries(unread[..., None], unread, contexts.lod, spans, unread, contexts.valid)
+    losses = (2 + 0.5 * rng.standard_normal(VARIANTS)).astype(np.float32)
+    return ScoredVariants(contexts, distinct, entries, losses)
+
+
+def random_case(seed):
+    """Scored variants of a batch, and scores of a policy and of its anchor that hold garbage at padding."""
+    rng = np.random.default_rng(seed)
+    rows = [random_sequence(rng, with_duplicate=b == 0) for b in range(BATCH)]
+    scored = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+    scores, anchor = rng.uniform(-0.9, 0.9, (2, BATCH, VARIANTS, CAPACITY)).astype(np.float32)
+    return scored, np.where(scored.contexts.valid, scores, 7), np.where(scored.contexts.valid, anchor, -7)
+
+
+@functools.cache
+def objective(targets, granularity):
+    changes = {"objective.targets": targets, "objective.granularity": granularity, "objective.max_pairs": 4}
+    config = configs.replace(SMALL, **changes)
+
+    def call(scored, scores, anchor, normaliser, budget, hyper):
+        return lens_objective(
+            scored,
+            scores,
+            anchor,
+            normaliser=normaliser,
+            budget=budget,
+            temperature=hyper.temperature,
+            hyper=hyper,
+            config=config,
+        )
+
+    return config, call
+
+
+@functools.cache
+def compiled(targets, granularity):
+    config, call = objective(targets, granularity)
+    return config, jit(call)
+
+
+def as_arrays(hyper):
+    return jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), hyper)
+
+
+@settings(max_examples=12)
+@given(seed=st.integers(0, 10**6), is_first=st.booleans(), swept=st.fixed_dictionaries(SWEPT))
+@pytest.mark.parametrize(("targets", "granularity"), CHOICES)
+def test_the_objective_is_the_slow_reference(targets, granularity, seed, is_first, swept):
+    config, call = compiled(targets, granularity)
+    config = replace(config, hyper=replace(config.hyper, **swept))
+    scored, scores, anchor = random_case(seed)
+    output = call(
+        scored,
+        scores,
+        anchor,
+        EMPTY if is_first else one_update(0.1, 0.31),
+        EMPTY if is_first else one_update(-0.2, 0.1),
+        as_arrays(config.hyper),
+    )
+    expected = slow_objective.objective(
+        scored,
+        scores,
+        anchor,
+        advantage_moments=None if is_first else (0.1, 0.3),
+        balance_average=None if is_first else -0.2,
+        temperature=config.hyper.temperature,
+        config=config,
+    )
+    found = {name: float(value) for name, value in output.metrics.items()}
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-5, nan_ok=True)
+    assert float(output.loss) == found["mc/lens_loss"]
+    assert not [name for name, value in found.items() if np.isnan(value) and name not in MAY_BE_UNDEFINED]
+
+
+def test_the_balance_of_each_variant_is_given_back_for_the_moving_average():
+    scored, scores, anchor = random_case(0)
+    config, call = compiled("both", "entry")
+    balance = call(scored, scores, anchor, EMPTY, EMPTY, as_arrays(config.hyper)).balance
+    for b, v in np.argwhere(scored.distinct):
+        row = slow_objective.Row(jax.tree.map(lambda leaf, b=b: leaf[b], scored), scores[b], None, config)
+        assert float(balance[b, v]) == pytest.approx(row.balance(v), abs=1e-5)
+
+
+# Where gradients go.
+
+
+@functools.cache
+def gradients():
+    """Of the whole loss with respect to scores, anchor scores and the measured losses."""
+    config, call = objective("both", "entry")
+    hyper = as_arrays(replace(config.hyper, kl_weight=1.0, smooth_weight=1.0))
+
+    def loss(scores, anchor, losses, scored):
+        return call(replace(scored, losses=losses), scores, anchor, EMPTY, EMPTY, hyper).loss
+
+    scored, scores, anchor = random_case(1)
+    return scored, jit(jax.grad(loss, argnums=(0, 1, 2)))(scores, anchor, scored.losses, scored)
+
+
+def test_only_scores_before_the_protected_tail_are_trained():
+    scored, (scores, _, _) = gradients()
+    contexts = scored.contexts
+    is_free = contexts.valid & (contexts.start < SHAPE.window - SHAPE.recent_tokens) & scored.distinct[..., None]
+    assert np.isfinite(scores).all()
+    assert (np.asarray(scores)[is_free] != 0).all()
+    assert not np.asarray(scores)[~is_free].any()
+
+
+def test_the_variants_and_the_anchor_are_constants():
+    _, (_, anchor, losses) = gradients()
+    assert not np.asarray(anchor).any()
+    assert not np.asarray(losses).any()
+
+
+# Degenerate batches. Both use functions that are compiled already.
+
+
+def test_equal_losses_are_reported_and_train_nothing_by_preference():
+    scored, scores, anchor = random_case(2)
+    config, call = compiled("both", "entry")
+    scored = replace(scored, losses=np.full_like(scored.losses, np.log(VARIANTS)))
+    report = call(scored, scores, anchor, EMPTY, EMPTY, as_arrays(config.hyper)).metrics
+    assert report["mc/preference_tie_share"] == 1
+    assert report["frac_reward_zero_std"] == 1
+    zero = ["mc/preference_pair_count", "mc/preference_loss", "mc/rank_loss", "mc/preference_corr_defined_share"]
+    zero += [f"mc/lod_loss/{lod}" for lod in range(SHAPE.max_lod + 1)]
+    zero += [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")]
+    assert [float(report[name]) for name in zero] == [0] * len(zero)
+    assert {name for name, value in report.items() if np.isnan(value)} == set(MAY_BE_UNDEFINED)
+
+
+@pytest.mark.parametrize("content", [np.nan, np.inf])
+def test_a_broken_loss_or_score_is_not_hidden(content):
+    scored, scores, anchor = random_case(3)
+    config, call = compiled("both", "entry")
+    hyper = as_arrays(config.hyper)
+    broken = scores.copy()
+    broken[1, 1, 0] = content
+    assert not np.isfinite(call(scored, broken, anchor, EMPTY, EMPTY, hyper).loss)
+    losses = scored.losses.copy()
+    losses[1, 1] = content
+    report = call(replace(scored, losses=losses), scores, anchor, EMPTY, EMPTY, hyper).metrics
+    assert not np.isfinite(report["nll_rollout_mean"])

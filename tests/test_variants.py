@@ -1,0 +1,115 @@
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lensjax import context as contexts
+from lensjax import train
+from lensjax.variants import build_tree, policy_scores
+from tests import reference
+from tests.small import FULL, OTHER, SMALL, batch, jit
+
+SHAPE = SMALL.context
+
+
+@functools.cache
+def observed(run=OTHER, step=4):
+    """A batch of variants under a base model whose loss the reference can compute, and the policy's scores."""
+    state = run.state(step=step, lod2_share=0.5)
+    scored, scores, _ = run.observe(state, batch())
+    length = int(train.current_length(state.step, state.hyper, run.config))
+    return state, length, scored, np.asarray(scores)
+
+
+def rows(scored):
+    """(sequence, variant, that variant) of all that are scored."""
+    for b, v in np.ndindex(scored.losses.shape):
+        yield b, v, jax.tree.map(lambda leaf, b=b, v=v: leaf[b, v], scored)
+
+
+@pytest.mark.parametrize("step", [4, 11])
+def test_the_baseline_comes_first_and_all_variants_hold_the_invariants(step):
+    _, length, scored, _ = observed(step=step)
+    assert scored.losses.shape == (3, SHAPE.rollouts + 1)
+    for _, v, one in rows(scored):
+        holds = contexts.invariants(
+            one.contexts,
+            window=SHAPE.window,
+            block_size=SHAPE.block_size,
+            length=length,
+            recent_tokens=SHAPE.recent_tokens,
+            first_token=SHAPE.window - length if v == 0 else 0,
+        )
+        assert all(holds.values()), (v, holds)
+        assert v > 0 or not one.contexts.lod.any()
+
+
+def test_losses_are_those_of_the_reference():
+    state, _, scored, _ = observed()
+    model, base, gist = OTHER.models.base, jax.device_get(state.params["base"]), state.params["gist"]
+    pool = jax.jit(OTHER.models.gist.apply)
+
+    def gist_of_block(children):
+        return np.asarray(pool(gist, jnp.asarray(children[None], jnp.float32))[0], np.float64)
+
+    for b, v, one in rows(scored):
+        tokens = np.asarray(batch()["tokens"][b])
+        expected = reference.variant_loss(
+            functools.partial(model.logits_at_end, base),
+            base["table"][tokens],
+            gist_of_block,
+            reference.entries_of(one.contexts),
+            tokens,
+            horizon=SHAPE.horizon,
+            block_size=SHAPE.block_size,
+        )
+        assert float(one.losses) == pytest.approx(expected, rel=1e-4), (b, v)
+    assert np.std(scored.losses) > 1e-3
+
+
+def test_duplicates_are_marked():
+    # Every rollout collapses all blocks once, but the aggressive one in the last place.
+    length = SHAPE.window - SHAPE.geometry.blocks(1) * (SHAPE.block_size - 1)
+    state = OTHER.state(step=11, lod2_share=0.0, context_end=length / SHAPE.window)
+    scored, _, _ = OTHER.observe(state, batch())
+    assert scored.distinct.tolist() == [[True, True, False, True]] * 3
+    cuts = jax.vmap(jax.vmap(lambda one: contexts.to_cut(one, window=SHAPE.window)))(scored.contexts)
+    np.testing.assert_array_equal(cuts[:, 1], cuts[:, 2])
+    assert (np.asarray(cuts[:, 1]).max(1) == 1).all() and (np.asarray(cuts[:, 3]).max(1) == 2).all()
+    np.testing.assert_array_equal(scored.losses[:, 1], scored.losses[:, 2])
+
+
+def test_the_tree_holds_the_embeddings_and_the_gists_of_the_models():
+    state, *_ = observed()
+    tokens = batch()["tokens"][0]
+    tree = jax.jit(functools.partial(build_tree, OTHER.models, config=OTHER.config))(state.params, tokens)
+    leaves = np.asarray(state.params["base"]["table"])[np.asarray(tokens)]
+    np.testing.assert_array_equal(tree.levels[0], leaves)
+    pairs = jnp.asarray(leaves.reshape(-1, SHAPE.block_size, leaves.shape[-1]))
+    np.testing.assert_allclose(tree.levels[1], OTHER.models.gist.apply(state.params["gist"], pairs), rtol=1e-5)
+    assert len(tree.levels) == SHAPE.max_lod + 1
+
+
+def test_scores_of_a_batch_are_those_of_each_context():
+    state, _, scored, scores = observed()
+    for b, v, one in rows(scored):
+        entries = one.entries
+        alone = OTHER.policy_scores(state.params["lens"], entries)
+        np.testing.assert_allclose(scores[b, v], alone, rtol=1e-4, atol=1e-6)
+        assert not scores[b, v][~np.asarray(entries.valid)].any()
+    assert np.abs(scores).max() < 1
+
+
+def test_no_gradient_of_scores_reaches_what_they_read():
+    state, _, scored, _ = observed(FULL)
+    entries = jax.tree.map(lambda leaf: leaf[0, :2], scored.entries)
+
+    def total(params, embeddings):
+        return policy_scores(FULL.models, params, replace(entries, embeddings=embeddings)).sum()
+
+    lens, embeddings = jit(jax.grad(total, argnums=(0, 1)))(state.params["lens"], entries.embeddings)
+    assert not np.asarray(embeddings).any()
+    assert all(np.asarray(leaf).any() for leaf in jax.tree.leaves(lens))
