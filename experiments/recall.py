@@ -22,6 +22,8 @@ from rich.table import Table
 
 from experiments.train import load_preset, run
 from lensjax import config as configs
+from lensjax import run_folder
+from lensjax.config import Config
 
 ARMS: tuple[Literal["both", "worse_only"], ...] = ("both", "worse_only")
 COLUMNS = {
@@ -50,12 +52,12 @@ class Arguments:
     """LensNet training steps of each run; None takes the preset's."""
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     """Command line."""
-    arguments = tyro.cli(Arguments, description=__doc__)
+    arguments = tyro.cli(Arguments, args=words, description=__doc__)
     try:
         compare(arguments)
-    except (ValueError, FileExistsError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -65,33 +67,21 @@ def compare(arguments: Arguments) -> dict[str, Any]:
     folder, console = arguments.output_dir, Console()
     if folder.exists() and any(folder.iterdir()) and not arguments.resume:
         raise FileExistsError(f"{folder} is not empty: choose another --output-dir, or pass --resume to finish it")
-    preset = load_preset(arguments.preset)
-    if arguments.steps is not None:
-        preset = configs.replace(preset, steps=arguments.steps)
-    base = configs.replace(preset, steps=0, output_dir=str(folder / "base"))
+    base, lens = _configs(arguments)
     base_summary = _run_once(base, console)
-    results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
-    for seed in arguments.seeds:
-        for arm in ARMS:
-            config = configs.replace(
-                preset,
-                seed=seed,
-                output_dir=str(folder / f"{arm}-{seed}"),
-                base_run=base.output_dir,
-                **{"objective.targets": arm},
-            )
-            results[arm].append(_run_once(config, console))
+    results = {run: _run_once(config, console) for run, config in lens.items()}
+    by_arm = {arm: [results[arm, seed] for seed in arguments.seeds] for arm in ARMS}
     summary: dict[str, Any] = {
-        arm: {column: [run[name] for run in runs] for column, name in COLUMNS.items()} for arm, runs in results.items()
+        arm: {column: [run[name] for run in runs] for column, name in COLUMNS.items()} for arm, runs in by_arm.items()
     }
     summary |= {
-        "task": preset.data.task,
+        "task": base.data.task,
         "split": "test",
         "seeds": list(arguments.seeds),
-        "steps": preset.steps,
-        "compression": results["both"][0]["compression"],
+        "steps": by_arm["both"][0]["steps"],
+        "compression": by_arm["both"][0]["compression"],
         "base_nll_full_tail": base_summary["nll_full_tail"],
-        "training_seconds": {arm: [run["training_seconds"] for run in runs] for arm, runs in results.items()},
+        "training_seconds": {arm: [run["training_seconds"] for run in runs] for arm, runs in by_arm.items()},
         "seconds": round(time.perf_counter() - started, 1),
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -99,11 +89,36 @@ def compare(arguments: Arguments) -> dict[str, Any]:
     return summary
 
 
-def _run_once(config: configs.Config, console: Console) -> dict[str, Any]:
+def _configs(arguments: Arguments) -> tuple[Config, dict[tuple[str, int], Config]]:
+    """The base model's run, and LensNet's by arm and seed: all of them are checked before the first one starts."""
+    preset = load_preset(arguments.preset)
+    if preset.data.task != "recall":
+        raise ValueError(f"preset {arguments.preset} has data.task {preset.data.task!r}: expected one for recall")
+    if not arguments.seeds or len(set(arguments.seeds)) < len(arguments.seeds):
+        raise ValueError(f"seeds must name one or more different seeds, got {arguments.seeds}")
+    if arguments.steps is not None:
+        preset = configs.replace(preset, steps=arguments.steps)
+    base = configs.replace(preset, steps=0, base_run=None, output_dir=str(arguments.output_dir / "base"))
+    lens = {
+        (arm, seed): configs.replace(
+            preset,
+            seed=seed,
+            output_dir=str(arguments.output_dir / f"{arm}-{seed}"),
+            base_run=base.output_dir,
+            **{"objective.targets": arm},
+        )
+        for seed in arguments.seeds
+        for arm in ARMS
+    }
+    return base, lens
+
+
+def _run_once(config: Config, console: Console) -> dict[str, Any]:
     """A run, from its summary if it is finished, and from its last checkpoint if it was interrupted."""
     folder = Path(config.output_dir)
     finished = folder / "summary.json"
     if finished.is_file():
+        run_folder.open_run(folder, config)  # the summary of another configuration would be no answer
         summary: dict[str, Any] = json.loads(finished.read_text())
         return summary
     return run(config, resume=folder.exists(), console=console)

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax import Array
@@ -31,6 +30,8 @@ from lensjax import config as configs
 from lensjax import logging as run_logging
 from lensjax.config import Config
 from lensjax.models import Models, Params, build_models
+
+Batches = list[dict[str, Array]]
 
 CONFIGS = Path(__file__).parent / "configs"
 # Streams of randomness that must not touch: each is folded into the run's seed.
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         config, resume = parse(words)
         run(config, resume=resume)
-    except (ValueError, FileExistsError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -73,7 +74,9 @@ def load_preset(name: str) -> Config:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    preset: Config = module.CONFIG
+    preset = getattr(module, "CONFIG", None)
+    if not isinstance(preset, Config):
+        raise ValueError(f"{path} must define CONFIG, a lensjax.config.Config; got {preset!r}")
     return preset
 
 
@@ -91,12 +94,14 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         params, seconds = taken or {}, 0.0
         summary: dict[str, Any] = {}
         if taken is None:
-            params, seconds = _pretrain(config, models, inputs, surroundings)
-            summary |= _pretrain_evaluator(config, models, inputs.test)(params)
+            pretrain_report = _pretrain_evaluator(config, models)
+            params, seconds = _pretrain(config, models, inputs, pretrain_report, surroundings)
+            summary |= pretrain_report(params, inputs.test)
         if config.steps:
-            state, lens_seconds = _train_lens(config, models, params, inputs, surroundings)
+            report = _evaluator(config, models)
+            state, lens_seconds = _train_lens(config, models, params, inputs, report, surroundings)
             seconds += lens_seconds
-            summary |= _evaluator(config, models, inputs.test)(state)
+            summary |= report(state, inputs.test)
             _draw_maps(folder, state, config, models, inputs)
     plots.training_curves(run_logging.read_rows(folder), folder / "training.png")
     summary = _summary(config, summary, training_seconds=seconds, seconds=time.perf_counter() - started)
@@ -140,15 +145,18 @@ def _restore_point(folder: Path) -> tuple[str, int]:
 
 
 def _pretrain(
-    config: Config, models: Models, inputs: _Inputs, surroundings: dict[str, Any]
+    config: Config,
+    models: Models,
+    inputs: _Inputs,
+    report: Callable[[dict[str, Params], Batches], dict[str, float]],
+    surroundings: dict[str, Any],
 ) -> tuple[dict[str, Params], float]:
-    evaluate = _pretrain_evaluator(config, models, inputs.validation)
     phase = loop.Phase(
         name="pretrain",
         steps=config.pretrain.steps,
         batch_size=config.pretrain.batch_size,
         step=functools.partial(pretrain.pretrain_step, config=config, models=models),
-        evaluate=lambda state: evaluate(state.params),
+        evaluate=lambda state: report(state.params, inputs.validation),
         headline=("nll_full", "nll_full_tail"),
     )
     state = pretrain.init_pretrain_state(_stream(config, PRETRAIN_STREAM), config=config, models=models)
@@ -161,6 +169,7 @@ def _train_lens(
     models: Models,
     params: dict[str, Params],
     inputs: _Inputs,
+    report: Callable[[train.TrainState, Batches], dict[str, float]],
     surroundings: dict[str, Any],
 ) -> tuple[train.TrainState, float]:
     phase = loop.Phase(
@@ -168,29 +177,25 @@ def _train_lens(
         steps=config.steps,
         batch_size=config.batch_size,
         step=functools.partial(train.train_step, config=config, models=models),
-        evaluate=_evaluator(config, models, inputs.validation),
+        evaluate=lambda state: report(state, inputs.validation),
         headline=("nll_policy", "nll_baseline", "nll_rollout_mean", "mc/preference_agreement", "hit_rate"),
     )
     state = train.init_train_state(_stream(config, LENS_STREAM), config=config, models=models, params=params)
     return loop.run_phase(phase, state, inputs.lens, **surroundings)
 
 
-def _evaluator(
-    config: Config, models: Models, batches: list[dict[str, Array]]
-) -> Callable[[train.TrainState], dict[str, float]]:
-    """Held-out metrics of a state, always on the same batches and rollouts."""
+def _evaluator(config: Config, models: Models) -> Callable[[train.TrainState, Batches], dict[str, float]]:
+    """Held-out metrics of a state, always on the same rollouts of a batch; compiled once for all splits."""
     step = jax.jit(functools.partial(evaluation.eval_step, config=config, models=models))
-    keys = [jax.random.fold_in(jax.random.key(EVALUATION_SEED), i) for i in range(len(batches))]
-    return lambda state: evaluation.mean_over_batches(
+    keys = [jax.random.fold_in(jax.random.key(EVALUATION_SEED), i) for i in range(config.eval_batches)]
+    return lambda state, batches: evaluation.mean_over_batches(
         step(state, batch, key) for batch, key in zip(batches, keys, strict=True)
     )
 
 
-def _pretrain_evaluator(
-    config: Config, models: Models, batches: list[dict[str, Array]]
-) -> Callable[[dict[str, Params]], dict[str, float]]:
+def _pretrain_evaluator(config: Config, models: Models) -> Callable[[dict[str, Params], Batches], dict[str, float]]:
     step = jax.jit(functools.partial(evaluation.pretrain_eval_step, config=config, models=models))
-    return lambda params: evaluation.mean_over_batches(step(params, batch) for batch in batches)
+    return lambda params, batches: evaluation.mean_over_batches(step(params, batch) for batch in batches)
 
 
 def load_base(config: Config, models: Models) -> dict[str, Params]:
@@ -244,9 +249,7 @@ def _draw_maps(folder: Path, state: train.TrainState, config: Config, models: Mo
     plots.lod_maps(maps, folder / "maps.png")
 
 
-def _summary(
-    config: Config, report: Mapping[str, float], *, training_seconds: float, seconds: float
-) -> dict[str, Any]:
+def _summary(config: Config, report: Mapping[str, float], *, training_seconds: float, seconds: float) -> dict[str, Any]:
     """Held-out test metrics under short names, and what they came from."""
     short = {name.removeprefix("mc/"): value for name, value in report.items()}
     if config.data.task == "recall":
@@ -269,8 +272,10 @@ def _summary(
 
 
 def _print_summary(console: Console, folder: Path, summary: dict[str, Any]) -> None:
-    shown = ("nll_full", "nll_policy", "nll_baseline", "nll_rollout_mean", "nll_rollout_best", "nll_oracle", "hit_rate")
-    shown += ("preference_agreement", "preference_agreement_lod_only", "preference_corr_mean", "seconds")
+    shown = [
+        *("nll_full", "nll_policy", "nll_baseline", "nll_rollout_mean", "nll_rollout_best", "nll_oracle", "hit_rate"),
+        *("preference_agreement", "preference_agreement_lod_only", "preference_corr_mean", "seconds"),
+    ]
     for name in shown:
         if isinstance(summary.get(name), float):
             console.print(f"  {name:<32}{summary[name]:>9.3f}", highlight=False)

@@ -98,9 +98,7 @@ class LensConfig:
     def __post_init__(self) -> None:
         _require_positive(self, "dim", "layers", "heads", "mlp_dim")
         _require_choice(self, "head")
-        _require(
-            self.dim % self.heads == 0, f"lens.dim must be a multiple of heads, got {self.dim} and {self.heads}"
-        )
+        _require(self.dim % self.heads == 0, f"lens.dim must be a multiple of heads, got {self.dim} and {self.heads}")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,12 @@ import numpy as np
 from jax import Array
 
 from lensjax import context as contexts
-from lensjax import focus, nll, objective, preferences
+from lensjax import focus, nll, objective
 from lensjax.config import Config
 from lensjax.context import WorkingContext
 from lensjax.models import Models, Params
 from lensjax.train import Batch, Metrics, TrainState, current_length
-from lensjax.variants import ScoredVariants, build_tree, policy_scores, score_variants
+from lensjax.variants import build_tree, policy_scores, score_variants
 
 
 def eval_step(state: TrainState, batch: Batch, key: Array, *, config: Config, models: Models) -> Metrics:
@@ -70,16 +70,12 @@ def cold_start_scores(models: Models, params: dict[str, Params], tokens: Array, 
     geometry = config.context.geometry
     capacity = geometry.window - geometry.blocks(1) * (geometry.block_size - 1)
     tree = build_tree(models, params, tokens, config)
-    start = contexts.from_cut(
-        focus.coarse_cut(geometry), block_size=geometry.block_size, capacity=capacity
-    )
+    start = contexts.from_cut(focus.coarse_cut(geometry), block_size=geometry.block_size, capacity=capacity)
     scores = policy_scores(models, params["lens"], contexts.materialise(tree, start))
     return scores[: geometry.blocks(1)]
 
 
-def _pick_metrics(
-    params: dict[str, Params], batch: Batch, length: Array, config: Config, models: Models
-) -> Metrics:
+def _pick_metrics(params: dict[str, Params], batch: Batch, length: Array, config: Config, models: Models) -> Metrics:
     shape, geometry = config.context, config.context.geometry
     has_answer = "answer" in batch
     answers = batch["answer"] // shape.block_size if has_answer else jnp.zeros(batch["tokens"].shape[0], jnp.int32)
@@ -90,14 +86,10 @@ def _pick_metrics(
         picks = [block_scores, oracle_scores] if has_answer else [block_scores]
         cuts = jnp.stack([focus.cut_from_block_scores(pick, length, geometry) for pick in picks])
         picked = jax.vmap(
-            lambda cut: contexts.from_cut(
-                cut, block_size=shape.block_size, capacity=config.context_capacity
-            )
+            lambda cut: contexts.from_cut(cut, block_size=shape.block_size, capacity=config.context_capacity)
         )(cuts)
         tree = build_tree(models, params, tokens, config)
-        losses, _ = nll.variant_losses(
-            models.base, params["base"], tree, picked, tokens, horizon=shape.horizon
-        )
+        losses, _ = nll.variant_losses(models.base, params["base"], tree, picked, tokens, horizon=shape.horizon)
         return losses, jnp.argmax(block_scores) == answer
 
     losses, hits = jax.vmap(measure)(batch["tokens"], answers)
@@ -145,14 +137,12 @@ def mean_over_batches(reports: Iterable[Metrics]) -> dict[str, float]:
     return merged
 
 
-def _ignoring_nan(reduce: object, values: np.ndarray) -> float:
+def _ignoring_nan(reduce: Callable[[np.ndarray], float], values: np.ndarray) -> float:
     defined = values[~np.isnan(values)]
-    return float(reduce(defined)) if defined.size else math.nan  # type: ignore[operator]
+    return float(reduce(defined)) if defined.size else math.nan
 
 
-def variant_maps(
-    state: TrainState, tokens: Array, key: Array, *, config: Config, models: Models
-) -> dict[str, Array]:
+def variant_maps(state: TrainState, tokens: Array, key: Array, *, config: Config, models: Models) -> dict[str, Array]:
     """What the baseline, the rollouts and the policy's pick show of each sequence, for drawing.
 
     Args:
@@ -179,11 +169,12 @@ def variant_maps(
         )
         picked = jax.tree.map(lambda leaf: leaf[None], pick)
         tree = build_tree(models, state.params, row, config)
-        loss, entries = nll.variant_losses(
-            models.base, state.params["base"], tree, picked, row, horizon=shape.horizon
+        loss, entries = nll.variant_losses(models.base, state.params["base"], tree, picked, row, horizon=shape.horizon)
+        variants, all_entries, losses = jax.tree.map(
+            lambda many, last: jnp.concatenate([many, last]),
+            (scored.contexts, scored.entries, scored.losses),
+            (picked, entries, loss),
         )
-        everything = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), (scored.contexts, scored.entries, scored.losses), (picked, entries, loss))
-        variants, all_entries, losses = everything
         scores = policy_scores(models, state.params["lens"], all_entries)
         cuts = jax.vmap(lambda variant: contexts.to_cut(variant, window=shape.window))(variants)
         per_token = jax.vmap(functools.partial(_score_of_tokens, window=shape.window))(variants, scores)

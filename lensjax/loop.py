@@ -111,9 +111,12 @@ def run_phase(
                 recorder.check()
                 position = {"batches": batches.get_state(), "seconds": time.perf_counter() - started}
                 checkpoint.save(folder, done, state, data_state=position)
-            if stop.requested and not is_last:
-                console.print(f"stopped at {phase.name} step {done}; go on with --resume {run_dir}", highlight=False)
-                raise Interrupted(128 + stop.signal)
+                if stop.requested:
+                    break
+    # Also after the last step: another phase may follow, which would not know of the request.
+    if stop.requested:
+        console.print(f"stopped at {phase.name} step {done}; go on with --resume {run_dir}", highlight=False)
+        raise Interrupted(128 + stop.signal)
     return state, time.perf_counter() - started
 
 
@@ -141,7 +144,7 @@ class _Recorder:
         jax.block_until_ready(metrics)
         seconds = time.perf_counter() - self._since
         speed = {"perf/steps_per_second": self._steps / seconds, "perf/tokens_per_second": self._tokens / seconds}
-        self._logger.log(self._phase, step, metrics | speed)
+        self._logger.log(self._phase, step, {**metrics, **speed})
         self._logger.flush()
         self.check()
         self._steps, self._tokens, self._since = 0, 0, time.perf_counter()

@@ -122,9 +122,7 @@ def reward_metrics(chosen: ArrayLike, rejected: ArrayLike, where: ArrayLike) -> 
     }
 
 
-def lod_loss_metrics(
-    entry_losses: ArrayLike, lods: ArrayLike, where: ArrayLike, *, max_lod: int
-) -> dict[str, Array]:
+def lod_loss_metrics(entry_losses: ArrayLike, lods: ArrayLike, where: ArrayLike, *, max_lod: int) -> dict[str, Array]:
     """Mean preference loss of the supervised entries of each level, 0 where a level has none.
 
     Args:

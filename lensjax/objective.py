@@ -1,6 +1,6 @@
 """The LensNet objective over a batch of scored variants; calls no model.
 
-    L_lens = L_pref + rank_weight L_rank + budget_weight L_budget + smooth_weight L_smooth + kl_weight KL
+L_lens = L_pref + rank_weight L_rank + budget_weight L_budget + smooth_weight L_smooth + kl_weight KL
 """
 
 from dataclasses import dataclass
@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from lensjax import losses, metrics, preferences, stability
 from lensjax.config import Config, Hyperparameters
+from lensjax.context import WorkingContext
 from lensjax.preferences import PairTargets, PreferencePairs
 from lensjax.stability import EmaMoments
 from lensjax.variants import ScoredVariants
@@ -36,7 +38,7 @@ def lens_objective(
     *,
     normaliser: EmaMoments,
     budget: EmaMoments,
-    temperature: Array,
+    temperature: ArrayLike,
     hyper: Hyperparameters,
     config: Config,
 ) -> ObjectiveOutput:
@@ -93,9 +95,7 @@ def lens_objective(
     return ObjectiveOutput(loss, jax.lax.stop_gradient(balance), jax.lax.stop_gradient(report))
 
 
-def _supervision(
-    scored: ScoredVariants, hyper: Hyperparameters, config: Config
-) -> tuple[PreferencePairs, PairTargets]:
+def _supervision(scored: ScoredVariants, hyper: Hyperparameters, config: Config) -> tuple[PreferencePairs, PairTargets]:
     """Pairs and span targets of one sequence."""
     pairs = preferences.select_pairs(
         scored.losses,
@@ -124,7 +124,7 @@ def _pair_terms(
     advantages: Array,
     pairs: PreferencePairs,
     targets: PairTargets,
-    temperature: Array,
+    temperature: ArrayLike,
     hyper: Hyperparameters,
     config: Config,
 ) -> tuple[dict[str, Array], Array]:
@@ -173,10 +173,10 @@ def _preference_metrics(
     control = jax.vmap(preferences.pair_margins)(preferences.lod_only_scores(variants), targets, pairs)
     control_share, _ = preferences.agreement(control, supervised)
 
-    def value(score: Array, variant_set: object) -> Array:
+    def value(score: Array, variant_set: WorkingContext) -> Array:
         return preferences.variant_values(
             score,
-            variant_set,  # type: ignore[arg-type]
+            variant_set,
             window=shape.window,
             block_size=shape.block_size,
             max_lod=shape.max_lod,

@@ -49,8 +49,8 @@ def _transformation(
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(config.b1, config.b2),
-        optax.add_decayed_weights(weight_decay, mask=_is_matrix),  # type: ignore[arg-type]
-        optax.scale_by_learning_rate(learning_rate),  # type: ignore[arg-type]
+        optax.add_decayed_weights(weight_decay, mask=_is_matrix),
+        optax.scale_by_learning_rate(learning_rate),
     )
 
 

@@ -77,7 +77,9 @@ def select_pairs(
     best = jnp.argmin(jnp.where(valid, losses, jnp.inf))
     holds_best = usable & ((first == best) | (second == best))
 
-    kept_rest = jnp.ceil(jnp.asarray(hard_negative_ratio) * jnp.sum(usable & ~holds_best, dtype=jnp.float32) - 1e-4).astype(jnp.int32)
+    rest = jnp.sum(usable & ~holds_best, dtype=jnp.float32)
+    # A ratio times a count that should be whole may come out a rounding error above it.
+    kept_rest = jnp.ceil(jnp.asarray(hard_negative_ratio) * rest - 1e-4).astype(jnp.int32)
     kept = jnp.sum(holds_best, dtype=jnp.int32) + kept_rest
     # Three groups in order: pairs with the best variant, the rest by falling difference, unusable ones.
     group = jnp.where(holds_best, 0, jnp.where(usable, 1, 2))

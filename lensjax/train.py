@@ -1,5 +1,6 @@
 """LensNet training: `train_step(state, batch) -> (state, metrics)`, pure, compiled once for a whole run."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,13 +60,14 @@ def init_train_state(
       ValueError: `params` names a part that does not exist.
     """
     given = params or {}
-    parts = {"base": models.base, "gist": models.gist, "lens": models.lens}
+    parts: dict[str, Callable[[Array], Params]]
+    parts = {"base": models.base.init, "gist": models.gist.init, "lens": models.lens.init}
     if unknown := set(given) - set(parts):
         raise ValueError(f"params may hold base, gist and lens, got {', '.join(sorted(unknown))}")
     run_key, *part_keys = jax.random.split(key, 1 + len(parts))
     full = {
-        name: given[name] if name in given else part.init(part_key)
-        for (name, part), part_key in zip(parts.items(), part_keys, strict=True)
+        name: given[name] if name in given else init(part_key)
+        for (name, init), part_key in zip(parts.items(), part_keys, strict=True)
     }
     hyper = jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), config.hyper)
     return TrainState(
@@ -101,9 +103,7 @@ def train_step(state: TrainState, batch: Batch, *, config: Config, models: Model
     """
     hyper = state.hyper
     length = current_length(state.step, hyper, config)
-    temperature = schedules.linear(
-        state.step, start=hyper.temperature, end=hyper.temperature_end, steps=config.steps
-    )
+    temperature = schedules.linear(state.step, start=hyper.temperature, end=hyper.temperature_end, steps=config.steps)
     rate = schedules.learning_rate(
         state.step,
         hyper.learning_rate,

@@ -120,9 +120,7 @@ def append(tree: TreeState, leaves: ArrayLike, gist_fn: GistFn, *, count: ArrayL
     return TreeState(tuple(levels), length, tree.block_size)
 
 
-def _extend_level(
-    tree: TreeState, children: Array, lod: int, length: Array, new_tokens: int, gist_fn: GistFn
-) -> Array:
+def _extend_level(tree: TreeState, children: Array, lod: int, length: Array, new_tokens: int, gist_fn: GistFn) -> Array:
     """Writes the gists of the blocks of one level that the new tokens completed."""
     level, span, size = tree.levels[lod], tree.block_size**lod, tree.block_size
     # The unfinished block and then one more for every span of new tokens: no more can have been completed.

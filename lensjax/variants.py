@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from lensjax import context as contexts
 from lensjax import nll, rollouts
@@ -45,8 +46,8 @@ def score_variants(
     params: dict[str, Params],
     tokens: Array,
     key: Array,
-    length: Array,
-    lod2_share: Array,
+    length: ArrayLike,
+    lod2_share: ArrayLike,
     *,
     config: Config,
 ) -> ScoredVariants:
@@ -71,9 +72,7 @@ def score_variants(
         key, length, lod2_share, rollouts=shape.rollouts, geometry=shape.geometry, capacity=capacity
     )
     variants = jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), base_line, drawn)
-    losses, entries = nll.variant_losses(
-        models.base, params["base"], tree, variants, tokens, horizon=shape.horizon
-    )
+    losses, entries = nll.variant_losses(models.base, params["base"], tree, variants, tokens, horizon=shape.horizon)
     return ScoredVariants(variants, jnp.concatenate([jnp.ones(1, bool), distinct]), entries, losses)
 
 

@@ -83,7 +83,7 @@ def test_a_fresh_state_can_be_donated():
 # The policy anchor, over a run in which the parameter is the number of updates made.
 
 
-def anchors_of_a_run(kind, beta=0.5, steps=4):
+def anchors_of_a_run(kind, beta=0.75, steps=4):
     """The parameter and the anchor that each step's loss sees."""
     params = {"w": jnp.asarray(0.0)}
     anchor = stability.init_anchor(params)
@@ -100,7 +100,7 @@ def anchors_of_a_run(kind, beta=0.5, steps=4):
     ("kind", "expected"),
     [
         ("previous", [(0, 0), (1, 0), (2, 1), (3, 2)]),
-        ("ema", [(0, 0), (1, 0.5), (2, 1.25), (3, 2.125)]),
+        ("ema", [(0, 0), (1, 0.25), (2, 0.6875), (3, 1.265625)]),
         ("fixed", [(0, 0), (1, 0), (2, 0), (3, 0)]),
     ],
 )

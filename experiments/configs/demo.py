@@ -1,14 +1,14 @@
 """The main job in a few minutes on two cores: pretrain on the standard library of this Python, then train LensNet.
 
-    make demo
-    python experiments/train.py demo
+make demo
+python experiments/train.py demo
 """
 
 from lensjax.config import BaseConfig, Config, ContextConfig, DataConfig, Hyperparameters, LensConfig, PretrainConfig
 
 CONFIG = Config(
     output_dir="runs/demo",
-    steps=400,
+    steps=300,
     batch_size=8,
     eval_steps=100,
     eval_batches=8,
@@ -18,5 +18,5 @@ CONFIG = Config(
     context=ContextConfig(window=256, block_size=8, max_lod=2, horizon=32, recent_tokens=40, rollouts=4),
     hyper=Hyperparameters(context_start=0.8, context_end=0.5),
     data=DataConfig(task="stdlib"),
-    pretrain=PretrainConfig(steps=800, batch_size=16, rollout_weight=1.0),
+    pretrain=PretrainConfig(steps=600, batch_size=16, rollout_weight=1.0),
 )

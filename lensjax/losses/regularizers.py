@@ -49,9 +49,7 @@ def budget_smoothing_loss(scores: ArrayLike, spans: ArrayLike, where: ArrayLike,
     return jnp.where(jnp.any(jnp.asarray(where)), deviation**2, 0.0)
 
 
-def policy_kl(
-    scores: ArrayLike, anchor_scores: ArrayLike, where: ArrayLike, *, temperature: ArrayLike
-) -> Array:
+def policy_kl(scores: ArrayLike, anchor_scores: ArrayLike, where: ArrayLike, *, temperature: ArrayLike) -> Array:
     """Symmetric KL divergence between two policies on the same entries, mean over entries.
 
     Each entry is a Bernoulli choice with p = sigmoid(s / temperature); with logits x and y the symmetric divergence

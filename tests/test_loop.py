@@ -1,0 +1,412 @@
+"""The loop around a step that costs nothing, so that it can be interrupted at every step and in every place."""
+
+import functools
+import io
+import json
+import math
+import signal
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from lensjax import checkpoint, data, loop
+from lensjax.config import BaseConfig, Config, ContextConfig, DataConfig, OptimizerConfig
+from lensjax.logging import RunLogger, read_rows
+
+CONFIG = Config(
+    steps=7,
+    batch_size=2,
+    logging_steps=2,
+    eval_steps=3,
+    save_steps=3,
+    base=BaseConfig(vocab_size=32),
+    context=ContextConfig(window=16, block_size=4, max_lod=1, horizon=3, recent_tokens=4),
+    optimizer=OptimizerConfig(warmup_steps=0),
+    data=DataConfig(task="recall"),
+)
+PLACES = ("batch", "logged", "evaluate", "save", "in save", "saved")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    step: jax.Array
+    digest: jax.Array  # of all tokens so far, in their order
+    weights: jax.Array
+    key: jax.Array
+
+
+def init_state() -> State:
+    return State(jnp.int32(0), jnp.uint32(1), jnp.zeros(3), jax.random.key(5))
+
+
+def toy_step(state, batch):
+    tokens = batch["tokens"].astype(jnp.uint32)
+    places = 1 + jnp.arange(tokens.size, dtype=jnp.uint32).reshape(tokens.shape)
+    noise = jax.random.normal(jax.random.fold_in(state.key, state.step), (3,))
+    after = replace(
+        state,
+        step=state.step + 1,
+        digest=jnp.uint32(31) * state.digest + jnp.sum(tokens * places),
+        weights=0.9 * state.weights + noise,
+    )
+    return after, {"loss": jnp.mean(after.weights**2), "digest": after.digest}
+
+
+def faulty_step(state, batch, *, faults):
+    """`toy_step` with metrics that are set from a step on: name to (step, value)."""
+    after, metrics = toy_step(state, batch)
+    faulty = {
+        name: jnp.where(after.step >= step, value, metrics.get(name, 1.0)) for name, (step, value) in faults.items()
+    }
+    return after, metrics | faulty
+
+
+class Killed(BaseException):
+    """Leaves the files as SIGKILL would: nothing of the loop catches it."""
+
+
+class Batches:
+    """Data that tells when a batch is taken."""
+
+    def __init__(self, iterator, hook):
+        self._iterator, self._hook = iterator, hook
+        self.get_state, self.set_state = iterator.get_state, iterator.set_state
+
+    def __next__(self):
+        self._hook("batch", self.get_state()["next_index"] + 1)
+        return next(self._iterator)
+
+
+class Logger(RunLogger):
+    """A logger that tells when it has written."""
+
+    hook = staticmethod(lambda place, step: None)
+
+    def flush(self):
+        rows = super().flush()
+        if rows:
+            self.hook("logged", rows[-1]["step"])
+        return rows
+
+
+class Run:
+    """A run folder, and what it takes to start the run as often as one likes."""
+
+    def __init__(self, folder: Path, monkeypatch, config: Config = CONFIG):
+        self.folder, self.config = folder, config
+        self.output = io.StringIO()
+        self._hook = lambda place, step: None
+        save, checksums = checkpoint.save, checkpoint._checksums
+
+        def hooked_save(directory, step, tree, **kwargs):
+            self._hook("save", step)
+            save(directory, step, tree, **kwargs)
+            self._hook("saved", step)
+
+        def hooked_checksums(directory):
+            if directory.name.startswith("."):  # all is written, nothing is final
+                self._hook("in save", int(directory.name.rpartition("-")[2]))
+            return checksums(directory)
+
+        monkeypatch.setattr(checkpoint, "save", hooked_save)
+        monkeypatch.setattr(checkpoint, "_checksums", hooked_checksums)
+
+    @property
+    def checkpoints(self) -> Path:
+        return loop.checkpoint_dir(self.folder, "lens")
+
+    def start(self, *, step=toy_step, evaluate=None, hook=lambda place, step: None, state=None):
+        """Starts or resumes; `hook(place, step)` is called in the places of `PLACES`."""
+        self._hook = hook
+
+        def measure(state):
+            hook("evaluate", int(state.step))
+            return {"nll": float(jnp.sum(state.weights))} if evaluate is None else evaluate(state)
+
+        phase = loop.Phase("lens", self.config.steps, self.config.batch_size, step, measure, ("nll", "absent"))
+        batches = data.make_iterator(self.config, "train", seed=3, batch_size=2)
+        newest = checkpoint.latest_step(self.checkpoints)
+        with Logger(self.folder, resume=None if newest is None and not self.rows() else ("lens", newest or 0)) as logger:
+            logger.hook = hook
+            return loop.run_phase(
+                phase,
+                init_state() if state is None else state,
+                Batches(batches, hook),
+                run_dir=self.folder,
+                config=self.config,
+                logger=logger,
+                console=Console(file=self.output, width=200),
+            )
+
+    def rows(self):
+        """Metrics without those of speed."""
+        rows = read_rows(self.folder)
+        return [{name: row[name] for name in row if not name.startswith("perf/")} for row in rows]
+
+    def result(self):
+        """All bits of the last checkpoint, the position in the data, and the metrics."""
+        state, saved = checkpoint.restore(self.checkpoints, self.config.steps, init_state())
+        state = replace(state, key=jax.random.key_data(state.key))
+        return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)], saved["batches"], self.rows()
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    return Run(tmp_path / "run", monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """What a run gives that nobody interrupts, and every place that it passes."""
+    passed = []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        whole = Run(tmp_path_factory.mktemp("expected"), monkeypatch)
+        whole.start(hook=lambda place, step: passed.append((place, step)))
+        return whole.result(), passed
+
+
+# An undisturbed run
+
+
+def test_a_run_by_hand(run):
+    state, seconds = run.start()
+    by_hand = init_state()
+    batches = data.make_iterator(CONFIG, "train", seed=3, batch_size=2)
+    losses = {}
+    for done in range(1, 8):
+        by_hand, metrics = jax.jit(toy_step)(by_hand, {"tokens": next(batches)["tokens"]})
+        losses[done] = float(metrics["loss"])
+    assert state.digest == by_hand.digest and state.step == 7
+    np.testing.assert_array_equal(state.weights, by_hand.weights)
+    training = {row["step"]: row["loss"] for row in run.rows() if "loss" in row}
+    assert training == {step: losses[step] for step in (2, 4, 6, 7)}
+    assert [row["step"] for row in run.rows() if "eval/nll" in row] == [3, 6, 7]
+    assert checkpoint.steps(run.checkpoints) == [3, 6, 7]
+    _, saved = checkpoint.restore(run.checkpoints, 7, init_state())
+    assert saved["batches"] == batches.get_state() and 0 < saved["seconds"] <= seconds
+    perf = [row for row in read_rows(run.folder) if "perf/steps_per_second" in row]
+    assert [row["step"] for row in perf] == [2, 4, 6, 7]
+    for row in perf:
+        assert row["perf/tokens_per_second"] == pytest.approx(2 * 16 * row["perf/steps_per_second"])
+    shown = run.output.getvalue().splitlines()
+    assert len(shown) == 3 and shown[-1] == f"lens      7  nll {float(jnp.sum(state.weights)):.3f}"
+
+
+def test_the_places_cover_every_step(expected):
+    _, passed = expected
+    steps = {place: [step for name, step in passed if name == place] for place in PLACES}
+    assert steps["batch"] == [1, 2, 3, 4, 5, 6, 7]
+    assert steps["evaluate"] == steps["save"] == steps["in save"] == steps["saved"] == [3, 6, 7]
+    assert sorted(set(steps["logged"])) == [2, 3, 4, 6, 7]
+
+
+def test_one_compile_and_none_for_a_finished_phase(run, compiles):
+    def never_compiled():
+        def fresh_step(state, batch):
+            return toy_step(state, batch)
+
+        return fresh_step
+
+    with compiles() as names:
+        run.start(step=never_compiled())
+    assert names.count("jit(fresh_step)") == 1
+    before = run.result()
+    with compiles() as names:
+        state, _ = run.start(step=never_compiled())
+    assert "jit(fresh_step)" not in names
+    assert state.step == 7 and run.result() == before
+
+
+def test_a_batch_of_another_shape_is_an_error_and_no_second_compile(run):
+    run.config = replace(CONFIG, batch_size=3)
+    with pytest.raises(TypeError, match=r"int32\[3,16\]"):
+        run.start()
+
+
+def test_nothing_moves_between_host_and_device_inside_the_step(run):
+    on_host = replace(init_state(), weights=np.zeros(3, np.float32))
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        run.start(state=on_host)
+
+
+# Interruptions
+
+
+def interrupted_everywhere(run, place, interrupt):
+    """Starts a run again and again; each time it is interrupted where it first passes the place at a new step."""
+    done = set()
+
+    def hook(at, step):
+        if at == place and step not in done:
+            done.add(step)
+            interrupt()
+
+    while True:
+        yield functools.partial(run.start, hook=hook), done
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_run_killed_at_every_step_ends_as_if_nothing_had_happened(run, expected, place):
+    result, passed = expected
+    steps = {step for name, step in passed if name == place}
+    kills = 0
+
+    def kill():
+        raise Killed
+
+    for start, done in interrupted_everywhere(run, place, kill):
+        try:
+            start()
+            break
+        except Killed:
+            kills += 1
+            rows = run.rows()
+            assert rows == result[2][: len(rows)]
+            assert done <= steps
+    assert done == steps and kills == len(steps)
+    assert run.result() == result
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_run_stopped_at_every_step_saves_that_step_and_loses_nothing(run, expected, place):
+    result, passed = expected
+    steps = {step for name, step in passed if name == place}
+    handlers = [signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)]
+    stops = 0
+    for start, done in interrupted_everywhere(run, place, lambda: signal.raise_signal(signal.SIGTERM)):
+        try:
+            start()
+            break
+        except loop.Interrupted as stop:
+            stops += 1
+            assert stop.code == 143
+            assert checkpoint.latest_step(run.checkpoints) == max(done)
+            assert run.rows() == [row for row in result[2] if row["step"] <= max(done)]
+            assert f"stopped at lens step {max(done)}; go on with --resume {run.folder}" in run.output.getvalue()
+            assert [signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert done == steps and stops == len(steps)
+    assert run.result() == result
+
+
+def test_ctrl_c_stops_after_the_step_and_a_second_one_at_once(run, expected):
+    def once(place, step):
+        if (place, step) == ("batch", 2):
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(loop.Interrupted) as stop:
+        run.start(hook=once)
+    assert stop.value.code == 130 and checkpoint.steps(run.checkpoints) == [2]
+
+    def twice(place, step):
+        if (place, step) == ("batch", 4):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run.start(hook=twice)
+    assert checkpoint.steps(run.checkpoints) == [2, 3]
+    run.start()
+    assert run.result() == expected[0]
+
+
+def test_a_stop_in_the_last_step_is_not_forgotten(run, expected):
+    def hook(place, step):
+        if (place, step) == ("saved", 7):
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(loop.Interrupted):
+        run.start(hook=hook)
+    assert run.result() == expected[0]
+
+
+def test_seconds_add_up_over_starts(run, monkeypatch):
+    clock = iter(range(0, 10_000, 10))
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: float(next(clock)))
+
+    def hook(place, step):
+        if (place, step) == ("batch", 5):
+            raise Killed
+
+    with pytest.raises(Killed):
+        run.start(hook=hook)
+    _, first = checkpoint.restore(run.checkpoints, 3, init_state())
+    _, seconds = run.start()
+    assert seconds > first["seconds"] + 10
+    assert checkpoint.restore(run.checkpoints, 7, init_state())[1]["seconds"] > first["seconds"]
+    assert run.start()[1] == checkpoint.restore(run.checkpoints, 7, init_state())[1]["seconds"]
+
+
+# Values that are not finite
+
+
+@pytest.mark.parametrize(
+    ("faults", "changes", "message", "saved"),
+    [
+        ({"loss": (5, math.nan)}, {}, "phase lens, step 5: loss = nan; the last good checkpoint is {folder}/3", [3]),
+        ({"loss": (1, math.nan)}, {}, "phase lens, step 1: loss = nan; there is no checkpoint of this phase yet", []),
+        (
+            {"loss": (4, math.inf), "mc/rank_loss": (4, math.nan), "grad_norm": (6, math.nan)},
+            {},
+            "phase lens, step 4: loss = inf, mc/rank_loss = nan; the last good checkpoint is {folder}/3",
+            [3],
+        ),
+        # Nothing is logged before the checkpoint: what is saved must have been looked at.
+        (
+            {"grad_norm": (2, -math.inf)},
+            {"logging_steps": 100, "eval_steps": 100},
+            "phase lens, step 2: grad_norm = -inf; there is no checkpoint",
+            [],
+        ),
+        # Only the last step is bad, and nothing but the end of the phase looks at it.
+        (
+            {"loss": (7, math.nan)},
+            {"logging_steps": 100, "eval_steps": 100},
+            "phase lens, step 7: loss = nan; the last good checkpoint is {folder}/6",
+            [3, 6],
+        ),
+    ],
+)
+def test_a_loss_that_is_not_finite_stops_the_run(run, faults, changes, message, saved):
+    run.config = replace(CONFIG, **changes)
+    evaluated = []
+    with pytest.raises(FloatingPointError) as error:
+        run.start(
+            step=functools.partial(faulty_step, faults=faults),
+            evaluate=lambda state: evaluated.append(int(state.step)) or {"nll": 1.0},
+        )
+    assert str(error.value).startswith(message.format(folder=run.checkpoints))
+    assert checkpoint.steps(run.checkpoints) == saved
+    first = min(step for step, _ in faults.values())
+    assert all(step < first for step in evaluated)
+
+
+def test_a_held_out_loss_that_is_not_finite_stops_the_run(run):
+    def evaluate(state):
+        return {"nll": math.nan if int(state.step) == 6 else 1.0}
+
+    with pytest.raises(FloatingPointError, match=r"phase lens, step 6: eval/nll = nan; the last good .*/lens/3"):
+        run.start(evaluate=evaluate)
+    assert checkpoint.steps(run.checkpoints) == [3]
+
+
+def test_undefined_correlations_do_not_stop_the_run(run):
+    name = "mc/preference_corr_mean"
+    step = functools.partial(faulty_step, faults={name: (1, math.nan)})
+    run.start(step=step, evaluate=lambda state: {name: math.nan})
+    assert {row.get(name, row.get(f"eval/{name}")) for row in run.rows()} == {"n/a"}
+    text = (run.folder / "metrics.jsonl").read_text()
+    assert all(json.loads(line, parse_constant=pytest.fail) for line in text.splitlines())
+
+
+def test_a_run_with_a_fault_goes_on_from_the_good_checkpoint(run, expected):
+    with pytest.raises(FloatingPointError):
+        run.start(step=functools.partial(faulty_step, faults={"loss": (5, math.nan)}))
+    assert "nan" in [row.get("loss") for row in run.rows()]
+    run.start()
+    assert run.result() == expected[0]
