@@ -88,7 +88,7 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
     inputs = _Inputs(config)  # reads all data first: an empty corpus must not leave a folder behind
     taken = None if config.base_run is None else load_base(config, models)
     folder = (run_folder.open_run if resume else run_folder.create_run)(config.output_dir, config)
-    console.print(f"run folder {folder}, {jax.default_backend()}, seed {config.seed}", highlight=False)
+    console.out(f"run folder {folder}, {jax.default_backend()}, seed {config.seed}", highlight=False)
     with run_logging.RunLogger(folder, resume=_restore_point(folder) if resume else None) as logger:
         surroundings = {"run_dir": folder, "config": config, "logger": logger, "console": console}
         params, seconds = taken or {}, 0.0
@@ -252,8 +252,6 @@ def _draw_maps(folder: Path, state: train.TrainState, config: Config, models: Mo
 def _summary(config: Config, report: Mapping[str, float], *, training_seconds: float, seconds: float) -> dict[str, Any]:
     """Held-out test metrics under short names, and what they came from."""
     short = {name.removeprefix("mc/"): value for name, value in report.items()}
-    if config.data.task == "recall":
-        short["hit_rate_chance"] = 1 / data.recall_candidates(config.context)
     undefined = {name: run_logging.UNDEFINED for name, value in short.items() if math.isnan(value)}
     end = config.context.geometry.length_of_fraction(config.hyper.context_end)
     return {
@@ -278,8 +276,8 @@ def _print_summary(console: Console, folder: Path, summary: dict[str, Any]) -> N
     ]
     for name in shown:
         if isinstance(summary.get(name), float):
-            console.print(f"  {name:<32}{summary[name]:>9.3f}", highlight=False)
-    console.print(f"pictures, metrics and checkpoints are in {folder}", highlight=False)
+            console.out(f"  {name:<32}{summary[name]:>9.3f}", highlight=False)
+    console.out(f"pictures, metrics and checkpoints are in {folder}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -180,7 +180,8 @@ class Hyperparameters:
         if not all(isinstance(value, int | float) for value in dataclasses.asdict(self).values()):
             return
         for name in ("learning_rate", "temperature", "temperature_end"):
-            _require(getattr(self, name) > 0, f"{name} must be above 0, got {getattr(self, name)}")
+            value = getattr(self, name)
+            _require(0 < value < math.inf, f"{name} must be finite and above 0, got {value}")
         for name in ("adv_norm_beta", "budget_smooth_beta", "anchor_beta"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"{name} must be in [0, 1), got {value}")
@@ -283,7 +284,10 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "steps", "batch_size")
-        _require(self.learning_rate > 0, f"pretrain.learning_rate must be above 0, got {self.learning_rate}")
+        _require(
+            0 < self.learning_rate < math.inf,
+            f"pretrain.learning_rate must be finite and above 0, got {self.learning_rate}",
+        )
         _require(self.rollout_weight >= 0, f"pretrain.rollout_weight must be 0 or more, got {self.rollout_weight}")
 
 
@@ -330,7 +334,7 @@ class Config:
             self.steps > 0 or self.base_run is None,
             f"steps is 0 and base_run is {self.base_run!r}: there is nothing to do; raise steps or drop base_run",
         )
-        _require(self.seed >= 0, f"seed must be 0 or more, got {self.seed}")
+        _require(0 <= self.seed < 2**31, f"seed must be in [0, 2**31), got {self.seed}")
         _require(bool(self.output_dir), "output_dir must name a folder, got an empty string")
         _require(
             len(self.trainable) > 0 and set(self.trainable) <= {"base", "gist", "lens"},
@@ -401,7 +405,8 @@ def _checked_type(hint: Any, value: Any, *, where: str) -> Any:
     if origin is Literal:
         return value  # checked with its choices in __post_init__
     if origin is tuple:
-        _require(isinstance(value, list | tuple), f"{where}: expected a list, got {value!r}")
+        is_list = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+        _require(is_list, f"{where}: expected a list of names, got {value!r}")
         return tuple(value)
     accepted: tuple[type, ...] = tuple(args) if args else (hint,)
     if float in accepted and isinstance(value, int) and not isinstance(value, bool):
@@ -424,15 +429,20 @@ def replace(config: Config, **changes: Any) -> Config:
     flat: dict[str, Any] = {}
     for name, value in changes.items():
         head, _, rest = name.partition(".")
-        _require(hasattr(config, head), f"unknown config key {name}")
+        _require(head in _names(config), f"unknown config key {name}")
         if rest:
+            _require(dataclasses.is_dataclass(getattr(config, head)), f"unknown config key {name}")
             nested.setdefault(head, {})[rest] = value
         else:
             flat[head] = value
     change: Callable[..., Any] = dataclasses.replace
     for head, inner in nested.items():
         section = flat.get(head, getattr(config, head))
-        unknown = sorted(set(inner) - {f.name for f in dataclasses.fields(section)})
+        unknown = sorted(set(inner) - _names(section))
         _require(not unknown, f"unknown config key {head}.{unknown[0] if unknown else ''}")
         flat[head] = change(section, **inner)
     return change(config, **flat)
+
+
+def _names(section: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(section)}

@@ -154,7 +154,8 @@ class RecallSource:
         if self.context.horizon > size - 1:
             raise ValueError(
                 "recall needs context.horizon of at most block_size - 1 (nothing foretells the first token of "
-                f"the tail block): expected {size - 1} or less, got {self.context.horizon}"
+                f"the tail block): expected {size - 1} or less, got {self.context.horizon}; the preset "
+                "`experiments/train.py recall` has sizes that fit"
             )
         if self.vocab_size**size < self._distinct:
             raise ValueError(
@@ -177,14 +178,9 @@ class RecallSource:
         blocks = _distinct_blocks(rng, self._distinct, size, self.vocab_size)
         if is_pretraining:
             return {"tokens": blocks[rng.integers(len(blocks), size=self.context.window // size)].reshape(-1)}
-        source = rng.integers(recall_candidates(self.context))
+        source = rng.integers(self.context.geometry.blocks(1))
         tokens = np.concatenate([blocks, blocks[source : source + 1]]).reshape(-1)
         return {"tokens": tokens, "answer": np.asarray(source * size, np.int32)}
-
-
-def recall_candidates(context: ContextConfig) -> int:
-    """Counts the blocks which the tail may repeat; one over it is the hit rate of a guess."""
-    return (context.window - context.recent_tokens) // context.block_size
 
 
 def _distinct_blocks(rng: np.random.Generator, count: int, size: int, vocab_size: int) -> np.ndarray:

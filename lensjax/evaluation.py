@@ -30,8 +30,9 @@ def eval_step(state: TrainState, batch: Batch, key: Array, *, config: Config, mo
 
     Returns:
       The names of `train_step` that concern the objective, and at the length of the curriculum's end `nll_policy` (the
-      policy's own one-shot pick from a cold start), and for recall `hit_rate` (its top-scored block is the answer) and
-      `nll_oracle` (the answer in full, then the most recent blocks).
+      policy's own one-shot pick from a cold start), and for recall `hit_rate` (its top-scored block is the answer),
+      `hit_rate_chance` (one over the number of blocks) and `nll_oracle` (the answer in full, then the most recent
+      blocks).
     """
     length = current_length(jnp.asarray(config.steps, jnp.int32), state.hyper, config)
     keys = jax.random.split(key, batch["tokens"].shape[0])
@@ -95,7 +96,11 @@ def _pick_metrics(params: dict[str, Params], batch: Batch, length: Array, config
     losses, hits = jax.vmap(measure)(batch["tokens"], answers)
     report = {"nll_policy": jnp.mean(losses[:, 0])}
     if has_answer:
-        report |= {"nll_oracle": jnp.mean(losses[:, 1]), "hit_rate": jnp.mean(hits, dtype=jnp.float32)}
+        report |= {
+            "nll_oracle": jnp.mean(losses[:, 1]),
+            "hit_rate": jnp.mean(hits, dtype=jnp.float32),
+            "hit_rate_chance": jnp.asarray(1 / geometry.blocks(1), jnp.float32),
+        }
     return report
 
 

@@ -106,7 +106,7 @@ def run_phase(
                 report = phase.evaluate(state)
                 recorder.log_evaluation(done, report)
                 shown = "  ".join(f"{name} {report[name]:.3f}" for name in phase.headline if name in report)
-                console.print(f"{phase.name} {done:>6}  {shown}", highlight=False)
+                console.out(f"{phase.name} {done:>6}  {shown}", highlight=False)
             if is_last or stop.requested or done % config.save_steps == 0:
                 recorder.check()
                 position = {"batches": batches.get_state(), "seconds": time.perf_counter() - started}
@@ -115,7 +115,7 @@ def run_phase(
                     break
     # Also after the last step: another phase may follow, which would not know of the request.
     if stop.requested:
-        console.print(f"stopped at {phase.name} step {done}; go on with --resume {run_dir}", highlight=False)
+        console.out(f"stopped at {phase.name} step {done}; go on with --resume {run_dir}", highlight=False)
         raise Interrupted(128 + stop.signal)
     return state, time.perf_counter() - started
 

@@ -125,9 +125,9 @@ def span_targets(
       window: tokens in the window T.
       block_size: children per gist K.
       recent_tokens: protected tail.
-      worse_only: the recipe as it is usually written: only entries of the worse variant, and +1 at LOD 0 masked as
-        illegal (-1 at the highest level cannot occur there). Then the label is a function of the entry's level and
-        nothing about the content is learned; kept for the ablation that shows it.
+      worse_only: the recipe as it is usually written: only entries of the worse variant. Its gists then ask for
+        detail and its tokens for less, always: the label is a function of the entry's level, and nothing about the
+        content is learned. Kept for the ablation that shows it.
 
     Returns:
       `PairTargets`.
@@ -139,7 +139,7 @@ def span_targets(
     covered = (better_cut != MISSING) & (worse_cut != MISSING)
 
     members = jnp.stack([pairs.better, pairs.worse], axis=1)
-    start, lod, valid = (leaf[members] for leaf in (variants.start, variants.lod, variants.valid))
+    start, valid = variants.start[members], variants.valid[members]
     at_start = jax.vmap(lambda row, index: jnp.take(row, index, mode="clip"))
     target = at_start(sign, start)
     # An entry that begins before the other variant's first token is not wholly covered; one that begins after is.
@@ -147,7 +147,6 @@ def span_targets(
     where &= pairs.valid[:, None, None]
     if worse_only:
         where &= jnp.asarray([False, True])[None, :, None]
-        where &= ~((target > 0) & (lod == 0))
     return PairTargets(jnp.where(where, target, 0.0), where)
 
 

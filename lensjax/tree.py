@@ -99,12 +99,14 @@ def append(tree: TreeState, leaves: ArrayLike, gist_fn: GistFn, *, count: ArrayL
       The longer tree. Its arrays equal those of `build` on all tokens at once.
 
     Raises:
-      ValueError: the tree cannot hold n more tokens (checked where the length is concrete; under `jit` it is the
-        caller's duty, tokens past the capacity are dropped and the length says how many are held).
+      ValueError: `count` is not in [0, n], or the tree cannot hold so many more. Checked where these are concrete;
+        under `jit` it is the caller's duty, tokens past the capacity are dropped and the length says how many are held.
     """
     leaves = jnp.asarray(leaves)
     rows = leaves.shape[0]
     count = jnp.asarray(rows if count is None else count, jnp.int32)
+    if not isinstance(count, jax.core.Tracer) and not 0 <= int(count) <= rows:
+        raise ValueError(f"count must be between 0 and the {rows} leaves given, got {int(count)}")
     wanted = tree.length + count
     if not isinstance(wanted, jax.core.Tracer) and int(wanted) > tree.capacity:
         raise ValueError(

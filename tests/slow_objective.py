@@ -31,7 +31,9 @@ class Row:
         count = len(scored.losses)
         self.shape = config.context
         self.distinct = [v for v in range(count) if scored.distinct[v]]
-        self.entries = [reference.entries_of(jax.tree.map(lambda leaf, v=v: leaf[v], scored.contexts)) for v in range(count)]
+        self.entries = [
+            reference.entries_of(jax.tree.map(lambda leaf, v=v: leaf[v], scored.contexts)) for v in range(count)
+        ]
         self.scores = [[float(s) for s in scores[v]][: len(self.entries[v])] for v in range(count)]
         self.anchor = None if anchor is None else [[float(s) for s in row] for row in anchor]
         self.losses = [float(loss) for loss in scored.losses]
@@ -39,7 +41,9 @@ class Row:
 
     def free(self, v: int) -> list[int]:
         """Entries outside the protected tail."""
-        return [i for i, (start, _) in enumerate(self.entries[v]) if start < self.shape.window - self.shape.recent_tokens]
+        return [
+            i for i, (start, _) in enumerate(self.entries[v]) if start < self.shape.window - self.shape.recent_tokens
+        ]
 
     def span(self, entry: Entry) -> int:
         return len(reference.covered(entry, self.shape.block_size))

@@ -52,7 +52,8 @@ def test_load_names_the_file(tmp_path):
 
 # Every row: a dotted name, a bad value, and what the error must say.
 BAD_VALUES = [
-    ("seed", -1, "seed must be 0 or more, got -1"),
+    ("seed", -1, "seed must be in [0, 2**31), got -1"),
+    ("seed", 2**31, "seed must be in [0, 2**31), got 2147483648"),
     ("steps", -1, "steps must be 0 (pretraining only) or more, got -1"),
     ("steps", 20, "steps must be above optimizer.warmup_steps 20, got 20"),
     ("pretrain.steps", 5, "pretrain.steps must be above optimizer.warmup_steps 20, got 5"),
@@ -85,10 +86,11 @@ BAD_VALUES = [
     ("objective.granularity", "token", "granularity must be one of entry, pair, got 'token'"),
     ("objective.anchor", "cache", "anchor must be one of previous, ema, fixed, got 'cache'"),
     ("objective.max_pairs", 0, "max_pairs must be at least 1, got 0"),
-    ("hyper.learning_rate", 0.0, "learning_rate must be above 0, got 0.0"),
-    ("hyper.learning_rate", float("nan"), "learning_rate must be above 0, got nan"),
-    ("hyper.temperature", 0.0, "temperature must be above 0, got 0.0"),
-    ("hyper.temperature_end", -1.0, "temperature_end must be above 0, got -1.0"),
+    ("hyper.learning_rate", 0.0, "learning_rate must be finite and above 0, got 0.0"),
+    ("hyper.learning_rate", float("inf"), "learning_rate must be finite and above 0, got inf"),
+    ("hyper.learning_rate", float("nan"), "learning_rate must be finite and above 0, got nan"),
+    ("hyper.temperature", 0.0, "temperature must be finite and above 0, got 0.0"),
+    ("hyper.temperature_end", -1.0, "temperature_end must be finite and above 0, got -1.0"),
     ("hyper.adv_norm_beta", 1.0, "adv_norm_beta must be in [0, 1), got 1.0"),
     ("hyper.anchor_beta", -0.1, "anchor_beta must be in [0, 1), got -0.1"),
     ("hyper.hard_negative_ratio", 1.5, "hard_negative_ratio must be in [0, 1], got 1.5"),
@@ -109,7 +111,7 @@ BAD_VALUES = [
     ("data.max_files", 0, "max_files must be 1 or more, got 0"),
     ("data.recall_pool", 0, "recall_pool must be at least 1, got 0"),
     ("pretrain.steps", 0, "steps must be at least 1, got 0"),
-    ("pretrain.learning_rate", -1e-3, "pretrain.learning_rate must be above 0, got -0.001"),
+    ("pretrain.learning_rate", -1e-3, "pretrain.learning_rate must be finite and above 0, got -0.001"),
     ("pretrain.rollout_weight", -1.0, "pretrain.rollout_weight must be 0 or more, got -1.0"),
 ]
 
@@ -146,7 +148,7 @@ def test_a_run_with_nothing_to_do_is_refused():
         ('{"hyper": {"temperature": "hot"}}', "config.hyper.temperature: expected float, got 'hot'"),
         ('{"hyper": {"temperature": null}}', "config.hyper.temperature: expected float, got None"),
         ('{"data": {"max_files": "all"}}', "config.data.max_files: expected int | None, got 'all'"),
-        ('{"trainable": "lens"}', "config.trainable: expected a list, got 'lens'"),
+        ('{"trainable": "lens"}', "config.trainable: expected a list of names, got 'lens'"),
     ],
 )
 def test_bad_json_is_refused_with_the_place(text, message):

@@ -284,6 +284,9 @@ SCHEDULES = [
 SMALL, LARGE = LOSSES + STABILITY + SCHEDULES, PREFERENCES + CUTS + TREES + NLL
 TABLE = SMALL + LARGE
 every_case = pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)
+small_cases_fast = pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (case in LARGE)) for case in TABLE]
+)
 every_loss = pytest.mark.parametrize("case", LOSSES, ids=lambda case: case.name)
 
 
@@ -300,18 +303,14 @@ def test_output_types(case):
     assert not any(leaf.weak_type for leaf in leaves)
 
 
-# Without jit every operation of the large ones is compiled by itself.
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (case in LARGE)) for case in TABLE],
-)
+@small_cases_fast
 def test_jit_equals_no_jit(case):
     arguments = case.draw(1)
     plain = case.function(*jax.tree.map(jnp.asarray, arguments))
     chex.assert_trees_all_close(case.jitted(*arguments), plain, rtol=1e-5, atol=1e-6)
 
 
-@every_case
+@small_cases_fast
 def test_vmap_equals_a_loop(case):
     rows = [case.draw(seed) for seed in range(BATCH)]
     batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)

@@ -241,7 +241,7 @@ def test_recall_invariants(size, blocks, recent_blocks, vocab, index, split):
 
 def test_answers_are_uniform_over_the_candidates():
     context = ContextConfig(window=64, block_size=8, horizon=7, recent_tokens=17)
-    candidates, count = data.recall_candidates(context), 3000
+    candidates, count = context.geometry.blocks(1), 3000
     assert candidates == 5  # blocks 0 to 4 end at or before token 64 - 17 = 47
     source = data.RecallSource(context, 256, "train", seed=0)
     found = Counter(int(source[i]["answer"]) for i in range(count))

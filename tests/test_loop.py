@@ -141,7 +141,7 @@ class Run:
                 run_dir=self.folder,
                 config=self.config,
                 logger=logger,
-                console=Console(file=self.output, width=200),
+                console=Console(file=self.output),
             )
 
     def rows(self):

@@ -189,7 +189,8 @@ def test_vmap_equals_a_loop(kind: str) -> None:
     assert not np.allclose(mapped[0], mapped[1])
 
 
-@pytest.mark.parametrize("kind", ["gist", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("base", "lens"))])
+@pytest.mark.slow
+@kinds
 def test_jit_equals_no_jit(kind: str) -> None:
     model, arguments = example(kind)
     assert_close(model.apply(trained(model), *arguments), run(model, trained(model), *arguments))
@@ -315,7 +316,7 @@ def reference_logits(params: Params, config: BaseConfig, embeddings: Any, positi
                 mixed[s, own] = attention / attention.sum() @ values
         x = x + mixed @ weights["out"]
         normed = np.stack([norm(row, block["mlp_norm"]["scale"]) for row in x])
-        gate, up = normed @ block["mlp"]["gate"]["kernel"], normed @ block["mlp"]["up"]["kernel"]
+        gate, up = np.split(normed @ block["mlp"]["gate_up"]["kernel"], 2, axis=-1)
         x = x + (gate / (1 + np.exp(-gate)) * up) @ block["mlp"]["down"]["kernel"]
     x = np.stack([norm(row, params["norm"]["scale"]) for row in x])
     return x @ (params["embedding"]["embedding"].T if config.tied else params["head"]["kernel"])

@@ -61,7 +61,8 @@ def moved(before, after):
 
 @pytest.mark.parametrize(("run", "extra"), [(LENS, set()), (FULL, KL | JOINT), (OTHER, KL | JOINT)])
 def test_the_names_of_the_report(run, extra):
-    (report, *_) = history(run)[1]
+    step = functools.partial(train.train_step, config=run.config, models=run.models)
+    _, report = jax.eval_shape(step, run.state(), batch())
     assert set(report) == REPORT | extra
     assert all(value.shape == () and value.dtype == jnp.float32 for value in report.values())
 
@@ -104,7 +105,7 @@ def test_reports_and_moving_averages_are_those_of_the_slow_reference(run):
             scale = 1 - beta ** (step + 1)
             mean, variance = reference.ema_mean_var(values, [beta] * (step + 1))
             assert float(moments.first) / scale == pytest.approx(mean, rel=1e-3, abs=1e-6)
-            assert float(moments.second) / scale - mean**2 == pytest.approx(variance, rel=1e-2, abs=1e-6)
+            assert float(moments.second) / scale == pytest.approx(variance + mean**2, rel=1e-3, abs=1e-6)
 
 
 def test_the_loss_adds_the_token_losses_to_the_lens_loss():
@@ -120,14 +121,14 @@ def test_the_loss_adds_the_token_losses_to_the_lens_loss():
 
 
 def test_the_rate_is_that_of_the_schedule():
-    rates = [float(report["lr"]) for report in history(LENS)[1]]
+    rates = [float(report["lr"]) for report in history(FULL)[1]]
     assert rates == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3], rel=1e-5)
 
 
 # What it trains.
 
 
-@pytest.mark.parametrize("run", [LENS, FULL, OTHER])
+@pytest.mark.parametrize("run", [FULL, OTHER, HALF_PRECISION])
 def test_every_trainable_leaf_moves_and_every_frozen_one_stays(run):
     # At full length all variants are equal, so the policy's first lesson is the second step.
     first, second = history(run)[0][1:3]
@@ -189,8 +190,8 @@ def test_the_divergence_from_the_anchor_is_zero_at_first_and_positive_after_a_st
     # The policy of OTHER has nothing to learn from at full length but to balance its demands.
     for run in (FULL, OTHER, HALF_PRECISION):
         first, *later = [float(report["kl"]) for report in history(run)[1]]
-        assert first == 0
-        assert all(divergence > 0 for divergence in later)
+        assert first < 1e-12
+        assert all(divergence > 1e-9 for divergence in later), later
 
 
 @pytest.mark.parametrize(("run", "kind"), [(FULL, "previous"), (OTHER, "ema"), (HALF_PRECISION, "fixed")])
@@ -246,12 +247,12 @@ def test_a_whole_run_is_one_program_that_moves_nothing_to_or_from_the_host(compi
     assert names == []
     assert int(state.step) == SMALL.steps
     lengths = [int(report["context_length"]) for report in reports]
-    assert lengths == [25, 23, 21, 20, 18, *[16] * 7]
+    assert lengths == [25, 23, 21, 19, 17, *[16] * 7]
     assert [not_finite(report) for report in reports] == [[]] * SMALL.steps
 
 
 def test_equal_keys_give_equal_bits_and_other_keys_other_rollouts():
-    one, again, other = (LENS.history(replace(LENS.state(), key=jax.random.key(k)), 2) for k in (5, 5, 6))
+    one, again, other = (FULL.history(replace(FULL.state(), key=jax.random.key(k)), 2) for k in (5, 5, 6))
     chex.assert_trees_all_equal(one, again)
     assert float(one[1][0]["nll_rollout_mean"]) != float(other[1][0]["nll_rollout_mean"])
     assert float(one[1][0]["nll_baseline"]) == float(other[1][0]["nll_baseline"])
@@ -259,11 +260,11 @@ def test_equal_keys_give_equal_bits_and_other_keys_other_rollouts():
 
 
 def test_each_step_draws_new_rollouts():
-    means = [float(LENS.history(LENS.state(step=step), 1)[1][0]["nll_rollout_mean"]) for step in (8, 9, 10)]
+    means = [float(FULL.history(FULL.state(step=step), 1)[1][0]["nll_rollout_mean"]) for step in (8, 9, 10)]
     assert len(set(means)) == 3
 
 
-@pytest.mark.parametrize("run", [LENS, FULL, OTHER])
+@pytest.mark.parametrize("run", [FULL, OTHER])
 def test_the_state_is_donated_whole(run):
     state = run.state()
     run.train_step(state, batch())
@@ -319,8 +320,8 @@ def test_half_precision_stays_finite_and_keeps_parameters_in_float32():
     assert [not_finite(report) for report in reports] == [[]] * len(reports)
     for leaf in jax.tree.leaves((states[-1].params, states[-1].opt_state, states[-1].normaliser, reports)):
         assert leaf.dtype in (jnp.float32, jnp.int32)
-    full = numbers(LENS.history(LENS.state(), 1)[1][0])
-    assert numbers(reports[0])["nll_baseline"] == pytest.approx(full["nll_baseline"], abs=0.1)
+    # The baseline holds no gist: its loss is that of the same base model in float32, to rounding.
+    assert float(reports[0]["nll_baseline"]) == pytest.approx(float(history(FULL)[1][0]["nll_baseline"]), abs=0.01)
 
 
 # Degenerate batches.
@@ -364,15 +365,16 @@ def test_duplicates_and_an_aggressive_variant_stay_finite():
 
 
 def test_padding_changes_nothing():
-    """The same contexts of 16 entries, in arrays for 25 and in arrays for 16."""
+    """The same contexts of 16 entries, in arrays for 25 and in arrays for 16; the objective's part is its reference's."""
     tight = Run(**{"hyper.context_start": SMALL.hyper.context_end})
-    assert (LENS.config.context_capacity, tight.config.context_capacity) == (25, 16)
-    (_, padded), (report,) = LENS.history(LENS.state(step=6), 1)
-    (_, unpadded), (expected,) = tight.history(tight.state(step=6), 1)
-    assert float(report["context_length"]) == float(expected["context_length"]) == 16
-    assert numbers(report) == pytest.approx(numbers(expected), rel=1e-4, abs=1e-5, nan_ok=True)
-    chex.assert_trees_all_close(padded.params, unpadded.params, atol=1e-5)
-    chex.assert_trees_all_close(padded.normaliser, unpadded.normaliser, rtol=1e-4, atol=1e-6)
+    assert (FULL.config.context_capacity, tight.config.context_capacity) == (25, 16)
+    padded, padded_scores, _ = FULL.observe(FULL.state(step=6), batch())
+    found, scores, _ = tight.observe(tight.state(step=6), batch())
+    np.testing.assert_array_equal(padded.contexts.length, found.contexts.length)
+    chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf[..., :16], padded.contexts), found.contexts)
+    np.testing.assert_allclose(padded.losses, found.losses, rtol=1e-5)
+    np.testing.assert_allclose(padded_scores[..., :16], scores, rtol=1e-4, atol=1e-6)
+    assert not padded_scores[..., 16:].any()
 
 
 # The start, the curriculum, other models.
@@ -413,29 +415,12 @@ def test_lengths_of_the_curriculum_are_reachable_and_monotone(changes, start, en
     assert max(lengths) == config.context_capacity
 
 
-class BagOfEntries:
-    """Three methods are all that a base model needs: here, logits from the mean of all entries so far."""
-
-    def init(self, key):
-        return {"table": jax.random.normal(key, (reference.TinyModel.vocab_size, SMALL.base.dim))}
-
-    def embed(self, params, tokens):
-        return params["table"][tokens]
-
-    def apply(self, params, embeddings, positions, spans, rows):
-        count = jnp.arange(1, len(spans) + 1, dtype=jnp.float32)[:, None]
-        return (jnp.cumsum(embeddings * spans[:, None], axis=0) / count)[rows] @ params["table"].T
-
-
-def test_any_base_model_can_be_trained():
-    def models(config):
-        ours = build_models(config)
-        return Models(base=BagOfEntries(), gist=ours.gist, lens=ours.lens)
-
-    run = Run(models, trainable=("base", "lens"))
-    state, tokens, losses = run.state(learning_rate=0.03), batch(), []
-    for _ in range(SMALL.steps):
-        state, report = run.train_step(state, tokens)
+def test_a_base_model_that_is_no_flax_module_can_be_trained():
+    """All that it needs is `init`, `embed` and `apply`."""
+    assert not hasattr(OTHER.models.base, "config")
+    state, tokens, losses = OTHER.state(step=6, learning_rate=0.03), batch(), []
+    for _ in range(6):
+        state, report = OTHER.train_step(state, tokens)
         assert not_finite(report) == []
         losses.append(float(report["nll_baseline"]))
     assert losses[-1] < losses[0] - 0.1

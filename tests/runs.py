@@ -1,0 +1,156 @@
+"""Whole runs that are as small as they can be, what came out of them, and interruptions at a chosen place."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from lensjax import checkpoint, data, loop
+from lensjax.config import (
+    BaseConfig,
+    Config,
+    ContextConfig,
+    DataConfig,
+    GistConfig,
+    LensConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    replace,
+)
+from lensjax.logging import PHASES, read_rows
+
+ROOT = Path(__file__).parents[1]
+
+# Checkpoints at 2 and 4 of pretraining, at 2, 4 and 5 of LensNet's.
+TINY = Config(
+    steps=5,
+    batch_size=2,
+    logging_steps=1,
+    eval_steps=3,
+    eval_batches=2,
+    save_steps=2,
+    base=BaseConfig(dim=8, layers=1, heads=2, kv_heads=1, mlp_dim=8, conv_width=2),
+    gist=GistConfig(heads=2),
+    lens=LensConfig(dim=8, layers=1, heads=2, mlp_dim=8),
+    context=ContextConfig(window=32, block_size=4, max_lod=1, horizon=3, recent_tokens=4, rollouts=2),
+    optimizer=OptimizerConfig(warmup_steps=1),
+    data=DataConfig(task="recall"),
+    pretrain=PretrainConfig(steps=4, batch_size=2),
+)
+
+
+def tiny_config(output_dir: Path, corpus: Path | None = None, **changes: Any) -> Config:
+    """The recall task, or the text files of `corpus`."""
+    config = replace(TINY, output_dir=str(output_dir), **changes)
+    return config if corpus is None else replace(config, data=DataConfig(task="text", path=str(corpus)))
+
+
+def write_corpus(folder: Path) -> Path:
+    """A folder of small text files, some of which are in each split."""
+    folder.mkdir()
+    missing = {"train": 6, "validation": 2, "test": 2}
+    for name in (f"{i}.txt" for i in range(1000)):
+        split = data.split_of(name)
+        if missing[split]:
+            missing[split] -= 1
+            (folder / name).write_text(f"{name} is in {split}. " * 6)
+    assert not any(missing.values())
+    return folder
+
+
+def outcome(run_dir: Path) -> dict[str, Any]:
+    """All that must be the same to the bit however often a run was interrupted."""
+    rows = [{name: row[name] for name in row if not name.startswith("perf/")} for row in read_rows(run_dir)]
+    summary = json.loads((run_dir / "summary.json").read_text())
+    kept = {name: summary[name] for name in summary if not name.endswith("seconds")}
+    last = {phase: checkpoint.latest_step(loop.checkpoint_dir(run_dir, phase)) for phase in PHASES}
+    saved = {phase: saved_arrays(run_dir, phase, step) for phase, step in last.items() if step is not None}
+    return {"rows": rows, "summary": kept, "last": last, "saved": saved}
+
+
+def saved_arrays(run_dir: Path, phase: str, step: int) -> dict[str, Any]:
+    """Bytes of every array of a checkpoint by name, and the position in the data."""
+    folder = loop.checkpoint_dir(run_dir, phase) / str(step)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        raw = checkpointer.restore(folder / "arrays")
+    position = json.loads((folder / "manifest.json").read_text())["data_state"]["batches"]
+    return {name: array.tobytes() for name, array in raw.items()} | {"position": position}
+
+
+def all_saved_are_finite(run_dir: Path) -> bool:
+    """Whether no checkpoint holds a NaN or an infinity; there must be at least one."""
+    folders = [path for path in (run_dir / "checkpoints").glob("*/*") if path.name.isdecimal()]
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        trees = [checkpointer.restore(folder / "arrays") for folder in folders]
+    return bool(trees) and all(jnp.isfinite(array).all() for tree in trees for array in tree.values())
+
+
+Hook = Callable[[str, str, int], None]
+
+
+def hook_run(setattr_: Callable[[Any, str, Any], None], hook: Hook) -> None:
+    """Calls `hook(place, phase, step)` after the update ("step"), within a save ("in save") and after it ("saved")."""
+    take, save, checksums = loop._Recorder.take, checkpoint.save, checkpoint._checksums
+
+    def hooked_take(self: Any, step: int, *args: Any, **kwargs: Any) -> None:
+        take(self, step, *args, **kwargs)
+        hook("step", self._phase, step)
+
+    def hooked_save(directory: Path, step: int, *args: Any, **kwargs: Any) -> None:
+        save(directory, step, *args, **kwargs)
+        hook("saved", directory.name, step)
+
+    def hooked_checksums(folder: Path) -> dict[str, str]:
+        if folder.name.startswith("."):  # all is written, nothing is final
+            hook("in save", folder.parent.name, int(folder.name.rpartition("-")[2]))
+        return checksums(folder)
+
+    setattr_(loop._Recorder, "take", hooked_take)
+    setattr_(checkpoint, "save", hooked_save)
+    setattr_(checkpoint, "_checksums", hooked_checksums)
+
+
+_INTERRUPTED = """
+import os, sys
+from experiments import train
+from tests.runs import hook_run
+place, phase, step, number = sys.argv[1:5]
+hook_run(setattr, lambda *at: at == (place, phase, int(step)) and os.kill(os.getpid(), int(number)))
+train.main(sys.argv[5:])
+"""
+
+
+def run_script(
+    *arguments: str | Path,
+    cache: Path,
+    script: str = "train",
+    interrupt: tuple[str, str, int, int] | None = None,
+    **environment: str,
+) -> subprocess.CompletedProcess[str]:
+    """Runs a script of experiments/ in a process of its own, as strictly as the tests run.
+
+    Args:
+      arguments: its command line.
+      cache: folder in which compiled programs are kept for the next call.
+      script: name of the script.
+      interrupt: place, phase and step (see `hook_run`) at which the process gets a signal, and the signal's number.
+      environment: variables to set.
+    """
+    start = ["-m", f"experiments.{script}"] if interrupt is None else ["-c", _INTERRUPTED, *map(str, interrupt)]
+    strict = {"PYTHONWARNINGS": "error", "JAX_NUMPY_RANK_PROMOTION": "raise", "JAX_NUMPY_DTYPE_PROMOTION": "strict"}
+    cached = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return subprocess.run(
+        [sys.executable, *start, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **strict, **cached, **environment},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )

@@ -1,0 +1,214 @@
+"""Held-out measurements, with a policy whose scores are known."""
+
+import functools
+import math
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lensjax import context as contexts
+from lensjax import evaluation
+from lensjax.models import build_models
+from tests.small import FULL, SMALL, Run, batch, jit
+
+SHAPE, GEOMETRY = SMALL.context, SMALL.context.geometry
+BLOCKS = GEOMETRY.blocks(1)
+SIZE, SHORTEST_CURRICULUM = SHAPE.block_size, 22
+
+
+class KnownScores:
+    """A policy whose parameters are its scores of the LOD-1 blocks, oldest first; it scores nothing else."""
+
+    def init(self, key):
+        return {"scores": jax.random.uniform(key, (BLOCKS,), minval=-0.9, maxval=0.9)}
+
+    def apply(self, params, embeddings, lods, spans, distances, valid):
+        start = SHAPE.window - 1 - distances - (spans - 1) / 2
+        block = jnp.clip((start / SIZE).astype(jnp.int32), 0, BLOCKS - 1)
+        return jnp.where(valid & (lods == 1), params["scores"][block], 0.0)
+
+
+# At 22 of 32 entries two blocks of twelve can be in full.
+RUN = Run(
+    lambda config: replace(build_models(config), lens=KnownScores()),
+    **{"hyper.context_end": SHORTEST_CURRICULUM / SHAPE.window},
+)
+KEY = jax.random.key(11)
+
+
+@functools.cache
+def eval_step():
+    return jit(functools.partial(evaluation.eval_step, config=RUN.config, models=RUN.models))
+
+
+def state_that_scores(scores):
+    state = RUN.state()
+    return replace(state, params={**state.params, "lens": {"scores": jnp.asarray(scores, jnp.float32)}})
+
+
+def evaluate(scores, answer_blocks=(0, 0, 0), key=KEY, **hyper):
+    """The report on a batch whose answers start in the blocks given."""
+    state = state_that_scores(scores)
+    state = replace(state, hyper=replace(state.hyper, **{n: jnp.asarray(x, jnp.float32) for n, x in hyper.items()}))
+    report = eval_step()(state, batch() | {"answer": SIZE * jnp.asarray(answer_blocks, jnp.int32)}, key)
+    return {name: float(value) for name, value in report.items()}
+
+
+def wish(block):
+    return np.eye(BLOCKS)[block] * 0.5
+
+
+def assert_same(found, expected):
+    """To the bit; undefined values are equal."""
+    assert found == pytest.approx(expected, rel=0, abs=0, nan_ok=True)
+
+
+# The policy's pick.
+
+
+def test_cold_start_scores_are_those_of_the_blocks_in_order():
+    scores = np.linspace(-0.9, 0.9, BLOCKS)[np.random.default_rng(0).permutation(BLOCKS)]
+    state = state_that_scores(scores)
+    score = jit(functools.partial(evaluation.cold_start_scores, RUN.models, config=RUN.config))
+    np.testing.assert_allclose(score(state.params, batch()["tokens"][0]), scores, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("answers", "rate"), [((7, 7, 7), 1), ((6, 8, 0), 0), ((7, 6, 7), 2 / 3)], ids=["hit", "missed", "some"]
+)
+def test_the_hit_rate_is_that_of_a_policy_whose_scores_are_known(answers, rate):
+    report = evaluate(wish(7), answers)
+    assert report["hit_rate"] == pytest.approx(rate)
+    assert report["hit_rate_chance"] == pytest.approx(1 / BLOCKS)
+
+
+def test_the_pick_of_a_policy_that_knows_the_answer_is_the_oracle():
+    report = evaluate(wish(4), (4, 4, 4))
+    assert report["nll_policy"] == pytest.approx(report["nll_oracle"], rel=1e-6)
+    wrong = evaluate(wish(4), (1, 1, 1))
+    assert wrong["nll_policy"] == report["nll_policy"]
+    assert abs(wrong["nll_oracle"] - report["nll_oracle"]) > 1e-6
+
+
+def test_without_answers_nothing_is_said_about_them():
+    run = functools.partial(evaluation.eval_step, config=RUN.config, models=RUN.models)
+    names = set(jax.eval_shape(run, RUN.state(), batch(), KEY))
+    assert set(evaluate(wish(0))) - names == {"hit_rate", "hit_rate_chance", "nll_oracle"}
+    assert "nll_policy" in names
+
+
+# The report.
+
+
+def test_training_and_evaluation_measure_the_same_loss():
+    """One function: the baseline's loss does not depend on who asks, nor on the policy or the rollouts."""
+    state = FULL.state(step=11, context_end=SHORTEST_CURRICULUM / SHAPE.window)
+    parts = {"base": jax.tree.map(jnp.copy, state.params["base"]), "gist": jax.tree.map(jnp.copy, state.params["gist"])}
+    _, trained = FULL.train_step(state, batch())
+    held_out = replace(state_that_scores(wish(3)), step=jnp.asarray(0, jnp.int32))
+    held_out = replace(held_out, params={**held_out.params, **parts})
+    report = eval_step()(held_out, batch() | {"answer": jnp.zeros(3, jnp.int32)}, KEY)
+    assert float(trained["context_length"]) == SHORTEST_CURRICULUM
+    assert float(report["nll_baseline"]) == pytest.approx(float(trained["nll_baseline"]), rel=1e-5)
+
+
+def test_at_the_length_of_the_window_it_is_the_ordinary_loss_of_the_tail():
+    run = Run(**{"hyper.context_start": 1.0, "hyper.context_end": 1.0})
+    state = run.state()
+    scored, _, _ = run.observe(state, batch())
+    pretrained = jit(functools.partial(evaluation.pretrain_eval_step, config=run.config, models=run.models))
+    report = pretrained(state.params, batch())
+    tails = np.asarray(scored.losses)
+    assert float(report["nll_full_tail"]) == pytest.approx(tails[:, 0].mean(), rel=1e-5)
+    np.testing.assert_allclose(tails, np.broadcast_to(tails[:, :1], tails.shape), rtol=1e-5)
+    assert abs(float(report["nll_full"]) - float(report["nll_full_tail"])) > 1e-3
+
+
+def test_every_metric_of_the_objective_is_there():
+    report = evaluate(wish(0))
+    step = functools.partial(jax.eval_shape, RUN.train_step)
+    _, trained = step(RUN.state(), batch())
+    assert set(trained) - set(report) == {"loss", "grad_norm", "lr", "temperature", "context_length"}
+
+
+def test_one_key_is_one_measurement_and_another_key_other_rollouts():
+    one, again, other = evaluate(wish(5)), evaluate(wish(5)), evaluate(wish(5), key=jax.random.key(12))
+    assert_same(again, one)
+    assert other["nll_rollout_mean"] != one["nll_rollout_mean"]
+    for name in ("nll_baseline", "nll_policy", "nll_oracle", "hit_rate"):
+        assert other[name] == one[name]
+
+
+def test_measured_at_the_end_of_the_curriculum_and_of_the_temperature():
+    report, sharp = evaluate(wish(5)), evaluate(wish(5), temperature_end=0.1)
+    assert sharp["mc/preference_loss"] != report["mc/preference_loss"]
+    # All 25 entries of the array, instead of 22: more is read.
+    assert evaluate(wish(5), context_end=25 / 32)["nll_baseline"] != report["nll_baseline"]
+    assert_same(evaluate(wish(5), context_start=0.6, temperature=0.1), report)
+
+
+# Means over batches.
+
+
+def test_means_over_batches():
+    rows = [
+        {"nll_policy": 1.0, "mc/preference_pair_count": 3.0, "mc/preference_corr_mean": 0.5},
+        {"nll_policy": 2.0, "mc/preference_pair_count": 0.0, "mc/preference_corr_mean": math.nan},
+        {"nll_policy": 6.0, "mc/preference_pair_count": 5.0, "mc/preference_corr_mean": -0.25},
+    ]
+    for name, values in (("max", (0.9, math.nan, 0.2)), ("min", (-0.5, math.nan, -0.75))):
+        for row, value in zip(rows, values, strict=True):
+            row[f"mc/preference_corr_{name}"] = value
+    found = evaluation.mean_over_batches({name: jnp.float32(x) for name, x in row.items()} for row in rows)
+    assert found == pytest.approx(
+        {
+            "nll_policy": 3.0,
+            "mc/preference_pair_count": 8.0,
+            "mc/preference_corr_mean": 0.125,
+            "mc/preference_corr_max": 0.9,
+            "mc/preference_corr_min": -0.75,
+        }
+    )
+    assert all(type(value) is float for value in found.values())
+
+
+def test_only_correlations_may_be_undefined_in_a_mean():
+    rows = [
+        {"nll_policy": np.float32(1), "mc/preference_corr_mean": np.float32("nan")},
+        {"nll_policy": np.float32("nan"), "mc/preference_corr_mean": np.float32("nan")},
+    ]
+    found = evaluation.mean_over_batches(rows)
+    assert math.isnan(found["nll_policy"]) and math.isnan(found["mc/preference_corr_mean"])
+
+
+# Maps.
+
+
+def test_maps_show_the_baseline_the_rollouts_and_the_pick():
+    scores = np.linspace(-0.9, 0.9, BLOCKS)
+    state = state_that_scores(scores)
+    draw = jit(functools.partial(evaluation.variant_maps, config=RUN.config, models=RUN.models))
+    maps = jax.device_get(draw(state, batch()["tokens"], KEY))
+    shape = (3, SHAPE.rollouts + 2, SHAPE.window)
+    assert (maps["cuts"].shape, maps["scores"].shape, maps["nll"].shape) == (shape, shape, shape[:2])
+    shown = maps["cuts"] != contexts.MISSING
+    np.testing.assert_array_equal(np.isnan(maps["scores"]), ~shown)
+    head = SHAPE.window - SHORTEST_CURRICULUM
+    assert not shown[:, 0, :head].any() and shown[:, 0, head:].all() and shown[:, 1:].all()
+    # The pick keeps the two blocks of the highest scores, here the last ones before the tail.
+    edge = (BLOCKS - 2) * SIZE
+    assert maps["cuts"][:, -1].tolist() == [[1] * edge + [0] * (SHAPE.window - edge)] * 3
+    # Every token has the score of the entry that shows it.
+    by_token = np.zeros(SHAPE.window)
+    by_token[: BLOCKS * SIZE] = np.repeat(scores, SIZE)
+    expected = np.where(shown, np.where(maps["cuts"] == 1, by_token, 0), np.nan)
+    np.testing.assert_allclose(maps["scores"], expected, rtol=1e-6)
+
+    report = evaluate(scores)
+    assert maps["nll"][:, 0].mean() == pytest.approx(report["nll_baseline"], rel=1e-5)
+    assert maps["nll"][:, -1].mean() == pytest.approx(report["nll_policy"], rel=1e-5)
+    distinct = maps["nll"][:, 1:-1]
+    assert distinct.min(1).mean() == pytest.approx(report["nll_rollout_best"], rel=1e-5)

@@ -1,0 +1,113 @@
+import functools
+from dataclasses import replace
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lensjax import evaluation, nll, pretrain
+from tests.small import Run, batch, jit
+
+STEPS, RATE = 12, 0.01
+PLAIN, JOINT = (
+    Run(**{"pretrain.rollout_weight": weight, "pretrain.steps": STEPS, "pretrain.learning_rate": RATE})
+    for weight in (0.0, 0.5)
+)
+BOTH = pytest.mark.parametrize("run", [PLAIN, JOINT], ids=["full windows", "rollouts too"])
+
+
+@functools.cache
+def compiled(run):
+    step = functools.partial(pretrain.pretrain_step, config=run.config, models=run.models)
+    return jit(step, donate_argnums=0)
+
+
+def fresh(run, seed=0):
+    return pretrain.init_pretrain_state(jax.random.key(seed), config=run.config, models=run.models)
+
+
+@functools.cache
+def history(run):
+    """The first state, the last one, and the reports of a short run on one batch."""
+    state, reports = fresh(run), []
+    first = jax.tree.map(jnp.copy, state)
+    for _ in range(STEPS):
+        state, report = compiled(run)(state, batch())
+        reports.append({name: float(value) for name, value in report.items()})
+    return first, state, reports
+
+
+@BOTH
+def test_the_loss_falls_on_a_repeated_batch(run):
+    *_, reports = history(run)
+    for name in ("loss", "token_loss", *(["rollout_loss"] if run is JOINT else [])):
+        assert reports[-1][name] < reports[0][name] - 0.2, name
+
+
+@BOTH
+def test_gists_are_trained_only_where_rollouts_are_read(run):
+    first, last, _ = history(run)
+    for part in ("base", "gist"):
+        pairs = jax.tree.map(
+            lambda a, b: bool((np.asarray(a) != np.asarray(b)).any()), first.params[part], last.params[part]
+        )
+        assert set(jax.tree.leaves(pairs)) == {part in pretrain.trainable_parts(run.config)}
+    assert ("gist" in pretrain.trainable_parts(run.config)) == (run is JOINT)
+
+
+@BOTH
+def test_the_report(run):
+    *_, reports = history(run)
+    rollouts = {"rollout_loss"} if run is JOINT else set()
+    for report in reports:
+        assert set(report) == {"loss", "token_loss", "grad_norm", "lr"} | rollouts
+        assert np.isfinite(list(report.values())).all()
+        weighted = run.config.pretrain.rollout_weight * report.get("rollout_loss", 0.0)
+        assert report["loss"] == pytest.approx(report["token_loss"] + weighted, rel=1e-6)
+    assert [report["lr"] for report in reports[:3]] == pytest.approx([RATE / 3, 2 * RATE / 3, RATE], rel=1e-5)
+    assert reports[-1]["lr"] == pytest.approx(RATE / 10, rel=1e-4)
+
+
+def test_its_loss_is_that_of_evaluation():
+    first, _, reports = history(PLAIN)
+    measure = jit(functools.partial(evaluation.pretrain_eval_step, config=PLAIN.config, models=PLAIN.models))
+    held_out = measure(first.params, batch())
+    assert float(held_out["nll_full"]) == pytest.approx(reports[0]["token_loss"], rel=1e-5)
+    of_a_row = jit(functools.partial(nll.sequence_losses, PLAIN.models.base, first.params["base"]))
+    losses = [of_a_row(row) for row in batch()["tokens"]]
+    assert float(held_out["nll_full"]) == pytest.approx(float(np.mean(losses)), rel=1e-5)
+    tail = np.asarray(losses)[:, -PLAIN.config.context.horizon :]
+    assert float(held_out["nll_full_tail"]) == pytest.approx(float(tail.mean()), rel=1e-5)
+
+
+def test_it_is_one_program_and_repeats_to_the_bit(compiles):
+    def run():
+        state = fresh(JOINT, seed=1)
+        for index in range(3):
+            state, _ = compiled(JOINT)(state, batch(index))
+        return state
+
+    once = run()
+    with compiles() as names:
+        again = run()
+    assert names == []
+    chex.assert_trees_all_equal(again, once)
+    assert int(once.step) == 3
+
+
+def test_each_step_draws_other_rollouts():
+    losses = [history(JOINT)[2][0]["rollout_loss"]]
+    first = history(JOINT)[0]
+    for step in (1, 2):
+        state = replace(jax.tree.map(jnp.copy, first), step=jnp.asarray(step, jnp.int32))
+        _, report = compiled(JOINT)(state, batch())
+        losses.append(float(report["rollout_loss"]))
+    assert len(set(losses)) == 3
+
+
+def test_the_state_is_donated_whole():
+    state = fresh(JOINT)
+    compiled(JOINT)(state, batch())
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
