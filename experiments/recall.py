@@ -125,13 +125,12 @@ def _run_once(config: Config, console: Console) -> dict[str, Any]:
 
 
 def _print_table(console: Console, summary: dict[str, Any]) -> None:
+    """One row a metric, so that it fits into a log of 80 columns."""
     title = f"recall, {summary['compression']:.1f}x, seeds {summary['seeds']}, held-out test sequences"
-    table = Table(title=f"{title} (mean and range over seeds)")
-    for column in ("targets", *COLUMNS):
-        table.add_column(column, justify="left" if column == "targets" else "right")
-    for arm in ARMS:
-        cells = [np.asarray(summary[arm][column]) for column in COLUMNS]
-        table.add_row(arm, *(f"{x.mean():.3f}\n{x.min():.3f}..{x.max():.3f}" for x in cells))
+    table = Table("mean (range over seeds)", *ARMS, title=title)
+    for column in COLUMNS:
+        values = [np.asarray(summary[arm][column]) for arm in ARMS]
+        table.add_row(column, *(f"{x.mean():.3f} ({x.min():.3f}..{x.max():.3f})" for x in values))
     console.print(table)
 
 

@@ -66,7 +66,8 @@ def init_train_state(
         raise ValueError(f"params may hold base, gist and lens, got {', '.join(sorted(unknown))}")
     run_key, *part_keys = jax.random.split(key, 1 + len(parts))
     full = {
-        name: given[name] if name in given else init(part_key)
+        # Copied, since a donated state takes its buffers with it.
+        name: jax.tree.map(jnp.copy, given[name]) if name in given else init(part_key)
         for (name, init), part_key in zip(parts.items(), part_keys, strict=True)
     }
     hyper = jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), config.hyper)

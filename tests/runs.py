@@ -1,17 +1,23 @@
 """Whole runs that are as small as they can be, what came out of them, and interruptions at a chosen place."""
 
+import contextlib
+import dataclasses
+import functools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+import pytest
 
-from lensjax import checkpoint, data, loop
+from experiments import train as train_script
+from lensjax import checkpoint, data, evaluation, loop, plots, pretrain, train
 from lensjax.config import (
     BaseConfig,
     Config,
@@ -24,6 +30,7 @@ from lensjax.config import (
     replace,
 )
 from lensjax.logging import PHASES, read_rows
+from lensjax.models import Models, build_models
 
 ROOT = Path(__file__).parents[1]
 
@@ -62,6 +69,51 @@ def write_corpus(folder: Path) -> Path:
             (folder / name).write_text(f"{name} is in {split}. " * 6)
     assert not any(missing.values())
     return folder
+
+
+class Killed(BaseException):
+    """Raised where a process would be killed: nothing catches it, so the files are left as they are."""
+
+
+@contextlib.contextmanager
+def cheap_programs() -> Iterator[None]:
+    """Replaces what the scripts compile: a step moves one array, by an amount that tells the order of all batches."""
+
+    def step(state: Any, batch: Any, *, config: Config, models: Models, part: str) -> Any:
+        noise = jax.random.normal(jax.random.fold_in(state.key, state.step))
+        shift = jnp.mean(batch["tokens"].astype(jnp.float32)) + noise
+        (first, *others), structure = jax.tree.flatten(state.params[part])
+        params = {**state.params, part: jax.tree.unflatten(structure, [0.5 * first + shift, *others])}
+        after = dataclasses.replace(state, step=state.step + 1, params=params)
+        return after, {"loss": shift, "lr": jnp.float32(0.1)}
+
+    def eval_step(state: Any, batch: Any, key: jax.Array, *, config: Config, models: Models) -> Any:
+        value = jnp.sum(jax.tree.leaves(state.params["lens"])[0]) + jax.random.normal(key)
+        return dict.fromkeys(_MEASURED, value) | {"mc/preference_corr_mean": jnp.float32(jnp.nan)}
+
+    def pretrain_eval_step(params: Any, batch: Any, *, config: Config, models: Models) -> Any:
+        return dict.fromkeys(("nll_full", "nll_full_tail"), jnp.sum(jax.tree.leaves(params["base"])[0]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "pretrain_step", functools.partial(step, part="base"))
+        patch.setattr(train, "train_step", functools.partial(step, part="lens"))
+        patch.setattr(evaluation, "eval_step", eval_step)
+        patch.setattr(evaluation, "pretrain_eval_step", pretrain_eval_step)
+        patch.setattr(train_script, "build_models", functools.cache(build_models))
+        patch.setattr(train_script, "_draw_maps", lambda *arguments: None)
+        patch.setattr(plots, "training_curves", lambda rows, path: None)
+        yield
+
+
+_MEASURED = (
+    *("nll_policy", "nll_baseline", "nll_rollout_mean", "nll_oracle", "hit_rate", "hit_rate_chance"),
+    *("mc/preference_agreement", "mc/preference_agreement_lod_only"),
+)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Every file under a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def outcome(run_dir: Path) -> dict[str, Any]:
@@ -118,11 +170,11 @@ def hook_run(setattr_: Callable[[Any, str, Any], None], hook: Hook) -> None:
 
 _INTERRUPTED = """
 import os, sys
-from experiments import train
+from importlib import import_module
 from tests.runs import hook_run
-place, phase, step, number = sys.argv[1:5]
+script, place, phase, step, number = sys.argv[1:6]
 hook_run(setattr, lambda *at: at == (place, phase, int(step)) and os.kill(os.getpid(), int(number)))
-train.main(sys.argv[5:])
+import_module(f"experiments.{script}").main(sys.argv[6:])
 """
 
 
@@ -142,7 +194,7 @@ def run_script(
       interrupt: place, phase and step (see `hook_run`) at which the process gets a signal, and the signal's number.
       environment: variables to set.
     """
-    start = ["-m", f"experiments.{script}"] if interrupt is None else ["-c", _INTERRUPTED, *map(str, interrupt)]
+    start = ["-m", f"experiments.{script}"] if interrupt is None else ["-c", _INTERRUPTED, script, *map(str, interrupt)]
     strict = {"PYTHONWARNINGS": "error", "JAX_NUMPY_RANK_PROMOTION": "raise", "JAX_NUMPY_DTYPE_PROMOTION": "strict"}
     cached = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return subprocess.run(

@@ -124,7 +124,7 @@ def tiny_models(config: Config) -> Models:
     """Models whose base is no Flax module: `reference.TinyModel`."""
     dim = reference.TinyModel.dim
     return Models(
-        base=reference.TinyModel(),  # type: ignore[arg-type]
+        base=reference.TinyModel(),
         gist=GistModel(config.gist, dim, config.context.block_size),
         lens=LensModel(config.lens, dim, config.context.max_lod),
     )

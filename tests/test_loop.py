@@ -132,7 +132,9 @@ class Run:
         phase = loop.Phase("lens", self.config.steps, self.config.batch_size, step, measure, ("nll", "absent"))
         batches = data.make_iterator(self.config, "train", seed=3, batch_size=2)
         newest = checkpoint.latest_step(self.checkpoints)
-        with Logger(self.folder, resume=None if newest is None and not self.rows() else ("lens", newest or 0)) as logger:
+        with Logger(
+            self.folder, resume=None if newest is None and not self.rows() else ("lens", newest or 0)
+        ) as logger:
             logger.hook = hook
             return loop.run_phase(
                 phase,

@@ -13,7 +13,7 @@ import pytest
 from lensjax import config as configs
 from lensjax import train
 from lensjax.metrics import MAY_BE_UNDEFINED
-from lensjax.models import Models, build_models
+from lensjax.models import build_models
 from tests import reference, slow_objective
 from tests.small import FULL, HALF_PRECISION, LENS, OTHER, SMALL, Run, batch, jit
 
@@ -141,7 +141,7 @@ def test_every_trainable_leaf_moves_and_every_frozen_one_stays(run):
 def test_frozen_parts_are_passed_through_for_every_choice_of_trainable_parts(trainable):
     """Read off the program: the output for a frozen leaf is the input itself."""
     config = configs.replace(SMALL, trainable=trainable)
-    state = replace(train.init_train_state(jax.random.key(0), config=config, models=LENS.models))
+    state = train.init_train_state(jax.random.key(0), config=config, models=LENS.models)
     step = functools.partial(train.train_step, config=config, models=LENS.models)
     program, (after, _) = jax.make_jaxpr(step, return_shape=True)(state, batch())
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
@@ -310,7 +310,7 @@ def test_several_settings_in_one_program_are_several_runs():
     for index, state in enumerate(states):
         expected, report = FULL.train_step(state, batch(1))
         ours, our_report = jax.tree.map(lambda leaf, i=index: leaf[i], (found, reports))
-        assert numbers(our_report) == pytest.approx(numbers(report), rel=1e-4, abs=1e-5, nan_ok=True)
+        assert numbers(our_report) == pytest.approx(numbers(report), rel=1e-3, abs=1e-5, nan_ok=True)
         chex.assert_trees_all_close(ours.normaliser, expected.normaliser, rtol=1e-4, atol=1e-6)
         chex.assert_trees_all_close(ours.params, expected.params, atol=1e-5)
 
@@ -365,7 +365,7 @@ def test_duplicates_and_an_aggressive_variant_stay_finite():
 
 
 def test_padding_changes_nothing():
-    """The same contexts of 16 entries, in arrays for 25 and in arrays for 16; the objective's part is its reference's."""
+    """Contexts of 16 entries, in arrays for 25 and in arrays for 16. The objective is compared with its reference."""
     tight = Run(**{"hyper.context_start": SMALL.hyper.context_end})
     assert (FULL.config.context_capacity, tight.config.context_capacity) == (25, 16)
     padded, padded_scores, _ = FULL.observe(FULL.state(step=6), batch())
@@ -390,6 +390,13 @@ def test_given_parts_are_taken_and_the_others_are_drawn():
     assert float(state.hyper.context_end) == LENS.config.hyper.context_end
     other = train.init_train_state(jax.random.key(4), config=LENS.config, models=LENS.models)
     assert all(moved(drawn.params["lens"]["content"], other.params["lens"]["content"]).values())
+
+
+def test_given_parts_outlive_a_donated_state():
+    params = jax.tree.map(jnp.copy, FULL.state().params)
+    state = train.init_train_state(jax.random.key(0), config=FULL.config, models=FULL.models, params=params)
+    FULL.train_step(state, batch())
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
 
 
 def test_unknown_parts_are_refused():

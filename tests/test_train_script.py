@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 import io
 import json
 import math
@@ -13,14 +12,17 @@ import pytest
 from rich.console import Console
 
 from experiments import train as script
-from lensjax import checkpoint, evaluation, loop, plots, pretrain, run_folder, train
+from lensjax import checkpoint, loop, pretrain, run_folder, train
 from lensjax import config as configs
 from lensjax.config import Config
 from lensjax.logging import read_rows
 from lensjax.models import build_models
 from tests.runs import (
     TINY,
+    Killed,
     all_saved_are_finite,
+    cheap_programs,
+    contents,
     hook_run,
     outcome,
     run_script,
@@ -42,10 +44,6 @@ SUMMARY_KEYS = {
     "seconds",
     "seed",
 }
-
-
-class Killed(BaseException):
-    """Leaves the files as SIGKILL would: nothing catches it."""
 
 
 # Presets and the command line
@@ -94,8 +92,8 @@ def test_help_names_every_field(capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert end.value.code == 0
     assert "--resume runs/notes" in shown
-    for name in run_folder._flat(Config()):
-        assert f"--{name.replace('_', '-')} " in shown
+    flags = {name.replace("_", "-") for name in run_folder._flat(Config())}
+    assert flags <= set(re.findall(r"--([a-z0-9.-]+)", shown))
 
 
 # Every row: a command line in which {tmp} is a folder, and what the one message must say.
@@ -104,13 +102,16 @@ BAD_COMMANDS = [
     ("recall demo", "Unrecognized options: demo"),
     ("--steps ten", "invalid literal for int() with base 10: 'ten'"),
     ("--dtype float16", "invalid choice 'float16' for argument '--dtype'. Expected one of ('float32', 'bfloat16')"),
-    ("--data.task web", "invalid choice 'web' for argument '--data.task'. Expected one of ('stdlib', 'text', 'recall')"),
+    (
+        "--data.task web",
+        "invalid choice 'web' for argument '--data.task'. Expected one of ('stdlib', 'text', 'recall')",
+    ),
     ("--trainable head", "invalid choice 'head' for argument '--trainable'. Expected one of ('base', 'gist', 'lens')"),
     ("--trainable lens lens", "trainable names a part twice: ('lens', 'lens')"),
     ("--steps 10", "steps must be above optimizer.warmup_steps 20, got 10"),
     ("--batch-size 0", "batch_size must be at least 1, got 0"),
-    ("--hyper.learning-rate -1", "learning_rate must be above 0, got -1.0"),
-    ("--hyper.learning-rate nan", "learning_rate must be above 0, got nan"),
+    ("--hyper.learning-rate -1", "above 0, got -1.0"),
+    ("--hyper.learning-rate nan", "above 0, got nan"),
     ("--hyper.context-end 0.1", "context_end asks for 25 entries, .* the nearest reachable lengths are 46 and 53"),
     ("--context.horizon 40", "recent_tokens must be at least horizon + 1 .* got recent_tokens 40 and horizon 40"),
     ("--context.window 40", "window must hold the recent tokens and at least one block: expected at least 48, got 40"),
@@ -128,10 +129,16 @@ BAD_COMMANDS = [
     ),
     ("recall --context.window 100", "recall needs context.window as a multiple of block_size 8, got 100"),
     ("recall --context.horizon 8 --context.recent-tokens 9", "horizon of at most block_size - 1 .* 7 or less, got 8"),
-    ("recall --base.vocab-size 1", "recall needs 4 different blocks of 8 tokens, .* raise base.vocab_size or"),
+    ("recall --base.vocab-size 1", "recall needs 7 different blocks of 8 tokens, .* raise base.vocab_size or"),
     ("recall --base-run {tmp}/none", "{tmp}/none holds no run (config.json is missing): name the folder of a run"),
-    ("recall --base-run {tmp}/base --base.layers 1", "base of base_run {tmp}/base is .*layers=2.*layers=1.*: use the same"),
-    ("recall --base-run {tmp}/base --gist.layers 1", "gist of base_run {tmp}/base is .*layers=0.*layers=1.*: use the same"),
+    (
+        "recall --base-run {tmp}/base --base.layers 1",
+        "base of base_run {tmp}/base is .*layers=2.*layers=1.*: use the same",
+    ),
+    (
+        "recall --base-run {tmp}/base --gist.layers 1",
+        "gist of base_run {tmp}/base is .*layers=0.*layers=1.*: use the same",
+    ),
     (
         "recall --base-run {tmp}/base --context.block-size 16 --context.recent-tokens 16 --hyper.context-end 0.6",
         "context.block_size of base_run {tmp}/base is 8, this run has 16: use the same",
@@ -143,11 +150,17 @@ BAD_COMMANDS = [
     ("{tmp}/typo.json", "{tmp}/typo.json: unknown key stepps; known keys: base, base_run"),
     ("{tmp}/empty.py", "{tmp}/empty.py must define CONFIG, a lensjax.config.Config; got None"),
     ("{tmp}/dict.py", "{tmp}/dict.py must define CONFIG, a lensjax.config.Config; got {'steps': 3}"),
-    ("recall --output-dir {tmp}/base", "{tmp}/base is not empty: choose another --output-dir, or go on .* --resume {tmp}/base"),
+    (
+        "recall --output-dir {tmp}/base",
+        "{tmp}/base is not empty: choose another --output-dir, or go on .* --resume {tmp}/base",
+    ),
     ("recall --output-dir {tmp}/one.txt", "{tmp}/one.txt is not empty: choose another --output-dir"),
     ("recall --output-dir {tmp}/one.txt/run", "Not a directory: '{tmp}/one.txt/run'"),
     ("--resume", "--resume takes a run folder and nothing else, got: --resume"),
-    ("--resume {tmp}/base --steps 900", "--resume takes a run folder and nothing else, got: --resume {tmp}/base --steps"),
+    (
+        "--resume {tmp}/base --steps 900",
+        "--resume takes a run folder and nothing else, got: --resume {tmp}/base --steps",
+    ),
     ("recall --resume {tmp}/base", "--resume takes a run folder and nothing else, got: recall --resume {tmp}/base"),
     ("--resume {tmp}/empty", "{tmp}/empty holds no run (config.json is missing): name the folder of a run"),
 ]
@@ -190,36 +203,13 @@ def test_bad_command_lines_are_refused_before_anything_is_written(bad_files, com
     assert files() == before
 
 
-# A run whose steps cost nothing: what the script itself does
+# A run whose steps cost next to nothing: what the script itself does
 
 
-@pytest.fixture
-def cheap(monkeypatch):
-    """Replaces what is compiled by steps that move every parameter they may, by an amount that tells the order of all
-    batches, and leaves out the pictures.
-    """
-
-    def step(state, batch, *, config, models, part):
-        shift = jnp.mean(batch["tokens"].astype(jnp.float32)) + jax.random.normal(
-            jax.random.fold_in(state.key, state.step)
-        )
-        moved = jax.tree.map(lambda leaf: 0.5 * leaf + 1e-3 * shift, state.params[part])
-        after = dataclasses.replace(state, step=state.step + 1, params={**state.params, part: moved})
-        return after, {"loss": shift, "lr": jnp.float32(0.1)}
-
-    def eval_step(state, batch, key, *, config, models):
-        total = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(state.params)) + jax.random.normal(key)
-        return {"nll_policy": total, "mc/preference_corr_mean": jnp.float32(jnp.nan)}
-
-    def pretrain_eval_step(params, batch, *, config, models):
-        return {"nll_full": sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params))}
-
-    monkeypatch.setattr(pretrain, "pretrain_step", functools.partial(step, part="base"))
-    monkeypatch.setattr(train, "train_step", functools.partial(step, part="lens"))
-    monkeypatch.setattr(evaluation, "eval_step", eval_step)
-    monkeypatch.setattr(evaluation, "pretrain_eval_step", pretrain_eval_step)
-    monkeypatch.setattr(script, "_draw_maps", lambda *arguments: None)
-    monkeypatch.setattr(plots, "training_curves", lambda rows, path: None)
+@pytest.fixture(scope="module")
+def cheap():
+    with cheap_programs():
+        yield
 
 
 def start(config, **kwargs):
@@ -231,47 +221,33 @@ def go_on(folder):
     return start(config, resume=resume)
 
 
-@pytest.fixture
-def expected(cheap, tmp_path):
-    folder = tmp_path / "expected"
+@pytest.fixture(scope="module")
+def whole(cheap, tmp_path_factory):
+    """The folder of a run that nobody interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
     start(tiny_config(folder))
-    return outcome(folder)
+    return folder
 
 
-def comparable(run_dir):
-    return outcome(run_dir)
+# Where a run is interrupted, one time after the other: place, phase and step (see `hook_run`).
+KILLS = [
+    ("step", "pretrain", 1),  # before the first checkpoint
+    ("in save", "pretrain", 2),
+    ("saved", "pretrain", 4),  # between the phases
+    ("step", "lens", 1),  # before the second phase has a checkpoint
+    ("step", "lens", 4),
+    ("saved", "lens", 5),  # all done but for the summary
+]
+STOPS = [("step", "pretrain", 3), ("in save", "pretrain", 4), ("step", "lens", 1), ("in save", "lens", 5)]
 
 
-# Where a run is interrupted, one after the other: (place, phase, step); see `hook_run`.
-INTERRUPTIONS = {
-    "before the first checkpoint": [("step", "pretrain", 1)],
-    "in the first save": [("in save", "pretrain", 2)],
-    "after a save": [("saved", "pretrain", 2)],
-    "in the last save of a phase": [("in save", "pretrain", 4)],
-    "between the phases": [("saved", "pretrain", 4)],
-    "before the second phase has a checkpoint": [("step", "lens", 1)],
-    "between saves": [("step", "lens", 3)],
-    "in a save of the second phase": [("in save", "lens", 4)],
-    "at the end": [("saved", "lens", 5)],
-    "again and again": [
-        ("step", "pretrain", 1),
-        ("step", "pretrain", 3),
-        ("in save", "pretrain", 4),
-        ("saved", "lens", 2),
-        ("step", "lens", 3),
-        ("in save", "lens", 5),
-    ],
-}
-
-
-@pytest.mark.parametrize("places", INTERRUPTIONS.values(), ids=INTERRUPTIONS)
-@pytest.mark.parametrize("kind", ["killed", "stopped"])
-def test_an_interrupted_run_ends_as_if_nothing_had_happened(expected, tmp_path, monkeypatch, places, kind):
+@pytest.mark.parametrize(("kind", "places"), [("killed", KILLS), ("stopped", STOPS)])
+def test_an_interrupted_run_ends_as_if_nothing_had_happened(whole, tmp_path, monkeypatch, kind, places):
     pending = list(places)
 
     def hook(*at):
-        if pending and at == pending[0]:
-            pending.pop(0)
+        if at in pending:
+            pending.remove(at)
             if kind == "killed":
                 raise Killed
             signal.raise_signal(signal.SIGTERM)
@@ -281,96 +257,92 @@ def test_an_interrupted_run_ends_as_if_nothing_had_happened(expected, tmp_path, 
     for attempt, (_, phase, step) in enumerate(places):
         with pytest.raises(Killed if kind == "killed" else loop.Interrupted) as end:
             go_on(folder) if attempt else start(tiny_config(folder))
-        assert not (folder / "summary.json").exists()
+        assert pending == places[attempt + 1 :] and not (folder / "summary.json").exists()
         if kind == "stopped":
             assert end.value.code == 143
-            assert script._restore_point(folder) == (phase, step)
+            assert checkpoint.latest_step(folder / "checkpoints" / phase) == step
     go_on(folder)
-    assert not pending
-    assert outcome(folder) == expected
+    assert outcome(folder) == outcome(whole)
 
 
-def test_the_same_config_and_seed_give_the_same_run_and_another_seed_another(expected, tmp_path):
-    start(tiny_config(tmp_path / "same"))
-    assert outcome(tmp_path / "same") == expected
-    start(tiny_config(tmp_path / "other", seed=1))
-    other = outcome(tmp_path / "other")["saved"]
+def test_resuming_a_finished_run_changes_nothing(whole):
+    before = outcome(whole)
+    go_on(whole)
+    assert outcome(whole) == before
+
+
+def test_another_seed_gives_another_run(whole, tmp_path):
+    start(tiny_config(tmp_path / "run", seed=1))
+    ours, others = outcome(whole)["saved"], outcome(tmp_path / "run")["saved"]
     for phase in ("pretrain", "lens"):
-        names = [name for name in other[phase] if name.startswith("params/") or name == "key"]
-        assert any(other[phase][name] != expected["saved"][phase][name] for name in names)
+        assert ours[phase].keys() == others[phase].keys()
+        assert ours[phase]["key"] != others[phase]["key"]
+        assert ours[phase]["position"] == others[phase]["position"]
 
 
-def test_resuming_a_finished_run_changes_nothing(expected, tmp_path):
-    folder = tmp_path / "expected"
-    go_on(folder)
-    assert outcome(folder) == expected
-
-
-def test_a_folder_in_use_is_never_written_to(expected, tmp_path):
-    folder = tmp_path / "expected"
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    with pytest.raises(FileExistsError, match=r"expected is not empty: choose another --output-dir, or .*--resume"):
-        start(tiny_config(folder))
+def test_a_folder_in_use_is_never_written_to(whole):
+    before = contents(whole)
+    with pytest.raises(FileExistsError, match=r"is not empty: choose another --output-dir, or go on .* --resume"):
+        start(tiny_config(whole))
     with pytest.raises(SystemExit, match="is not empty"):
-        script.main([str(folder / "config.json")])
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+        script.main([str(whole / "config.json")])
+    assert contents(whole) == before
 
 
-def test_steps_0_only_pretrains(cheap, tmp_path):
-    summary = start(tiny_config(tmp_path / "run", steps=0))
-    assert {row["phase"] for row in read_rows(tmp_path / "run")} == {"pretrain"}
-    assert checkpoint.steps(tmp_path / "run" / "checkpoints" / "pretrain") == [2, 4]
-    assert summary["steps"] == 0 and "nll_full" in summary and "nll_policy" not in summary
-    assert not (tmp_path / "run" / "checkpoints" / "lens").exists()
-
-
-@pytest.mark.parametrize("steps", [0, 5])
-def test_a_base_run_is_taken_and_left_as_it_is(cheap, tmp_path, steps):
-    start(tiny_config(tmp_path / "base", steps=steps))
-    before = {path: path.read_bytes() for path in (tmp_path / "base").rglob("*") if path.is_file()}
-    start(tiny_config(tmp_path / "run", seed=8, base_run=str(tmp_path / "base")))
-    base = saved_arrays(tmp_path / "base", "pretrain", 4)
-    taken = saved_arrays(tmp_path / "run", "lens", 5)
-    names = {name for name in taken if name.startswith(("params/base/", "params/gist/"))}
-    assert {name.split("/")[1] for name in names} == {"base", "gist"}
-    assert all(taken[name] == base[name] for name in names)
-    assert {path: path.read_bytes() for path in (tmp_path / "base").rglob("*") if path.is_file()} == before
-    assert not (tmp_path / "run" / "checkpoints" / "pretrain").exists()
-    assert {row["phase"] for row in read_rows(tmp_path / "run")} == {"lens"}
-
-
-def test_an_interrupted_run_with_a_base_run_goes_on(cheap, tmp_path, monkeypatch):
-    start(tiny_config(tmp_path / "base", steps=0))
-    start(tiny_config(tmp_path / "whole", base_run=str(tmp_path / "base")))
+def test_a_base_run_is_taken_and_left_as_it_is(cheap, whole, tmp_path, monkeypatch):
+    before = contents(whole)
     pending = [("step", "lens", 1), ("step", "lens", 3)]
 
     def hook(*at):
-        if pending and at == pending[0]:
-            pending.pop(0)
+        if at in pending:
+            pending.remove(at)
             raise Killed
 
     hook_run(monkeypatch.setattr, hook)
+    folder = tmp_path / "run"
     with pytest.raises(Killed):
-        start(tiny_config(tmp_path / "run", base_run=str(tmp_path / "base")))
+        start(tiny_config(folder, seed=8, base_run=str(whole)))
     with pytest.raises(Killed):
-        go_on(tmp_path / "run")
-    go_on(tmp_path / "run")
-    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+        go_on(folder)
+    go_on(folder)
+    assert contents(whole) == before
+    given, taken = saved_arrays(whole, "pretrain", 4), saved_arrays(folder, "lens", 5)
+    names = {name for name in taken if name.startswith(("params/base/", "params/gist/"))}
+    assert {name.split("/")[1] for name in names} == {"base", "gist"}
+    assert all(taken[name] == given[name] for name in names)
+    assert not (folder / "checkpoints" / "pretrain").exists()
+    assert [row["step"] for row in read_rows(folder) if "loss" in row] == [1, 2, 3, 4, 5]
 
 
-def test_undefined_values_are_strict_json(cheap, tmp_path):
-    summary = start(tiny_config(tmp_path / "run"))
-    text = (tmp_path / "run" / "summary.json").read_text()
-    assert json.loads(text, parse_constant=pytest.fail) == summary
+def test_steps_0_only_pretrains_and_serves_as_a_base_run(whole, tmp_path):
+    summary = start(tiny_config(tmp_path / "base", steps=0))
+    assert {row["phase"] for row in read_rows(tmp_path / "base")} == {"pretrain"}
+    assert checkpoint.steps(tmp_path / "base" / "checkpoints" / "pretrain") == [2, 4]
+    assert not (tmp_path / "base" / "checkpoints" / "lens").exists()
+    assert summary["steps"] == 0 and "nll_full" in summary and "nll_policy" not in summary
+    config = tiny_config(tmp_path / "run", base_run=str(tmp_path / "base"))
+    base = script.load_base(config, build_models(config))
+    expected = saved_arrays(whole, "pretrain", 4)
+    leaves = jax.tree_util.tree_leaves_with_path(base)
+    names = {"params/" + jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    assert names.keys() == {name for name in expected if name.startswith("params/")}
+    assert all(leaf.tobytes() == expected[name] for name, leaf in names.items())
+
+
+def test_undefined_values_are_strict_json(whole):
+    summary = json.loads((whole / "summary.json").read_text(), parse_constant=pytest.fail)
     assert summary["preference_corr_mean"] == "n/a"
-    assert summary["hit_rate_chance"] == pytest.approx(1 / 7)
+    assert math.isfinite(summary["nll_policy"])
 
 
 @pytest.mark.parametrize(
-    ("phase", "step", "last_good"),
-    [("pretrain", 1, None), ("pretrain", 4, "pretrain/2"), ("lens", 1, None), ("lens", 3, "lens/2")],
+    ("phase", "step", "advice"),
+    [
+        ("pretrain", 4, "the last good checkpoint is {folder}/checkpoints/pretrain/2"),
+        ("lens", 1, "there is no checkpoint of this phase yet"),
+    ],
 )
-def test_a_loss_that_is_not_finite_ends_the_command(cheap, tmp_path, monkeypatch, phase, step, last_good):
+def test_a_loss_that_is_not_finite_ends_the_command(cheap, tmp_path, monkeypatch, phase, step, advice):
     module, name = (pretrain, "pretrain_step") if phase == "pretrain" else (train, "train_step")
     good = getattr(module, name)
 
@@ -386,9 +358,9 @@ def test_a_loss_that_is_not_finite_ends_the_command(cheap, tmp_path, monkeypatch
     (tmp_path / "config.json").write_text(configs.to_json(tiny_config(folder)))
     with pytest.raises(SystemExit) as end:
         script.main([str(tmp_path / "config.json")])
-    advice = "there is no checkpoint" if last_good is None else f"the last good checkpoint is {folder}/checkpoints/"
-    assert str(end.value.code).startswith(f"error: phase {phase}, step {step}: loss = nan; {advice}{last_good or ''}")
-    assert (phase, step) == ("pretrain", 1) or all_saved_are_finite(folder)
+    message = f"error: phase {phase}, step {step}: loss = nan; {advice.format(folder=folder)}"
+    assert str(end.value.code).startswith(message)
+    assert all_saved_are_finite(folder)
     assert not (folder / "summary.json").exists()
 
 
@@ -407,9 +379,7 @@ def real(tmp_path_factory, cache):
     folder = tmp_path_factory.mktemp("real")
     config = tiny_config(folder / "run", write_corpus(folder / "corpus"))
     (folder / "config.json").write_text(configs.to_json(config))
-    done = run_script(
-        folder / "config.json", cache=cache, JAX_DISABLE_MOST_OPTIMIZATIONS="1", JAX_LOG_COMPILES="1"
-    )
+    done = run_script(folder / "config.json", cache=cache, JAX_DISABLE_MOST_OPTIMIZATIONS="1", JAX_LOG_COMPILES="1")
     assert done.returncode == 0, done.stderr
     return folder / "run", done
 
