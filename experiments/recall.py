@@ -99,7 +99,7 @@ def _configs(arguments: Arguments) -> tuple[Config, dict[tuple[str, int], Config
     if arguments.steps is not None:
         preset = configs.replace(preset, steps=arguments.steps)
     base = configs.replace(preset, steps=0, base_run=None, output_dir=str(arguments.output_dir / "base"))
-    lens = {
+    lens: dict[tuple[str, int], Config] = {
         (arm, seed): configs.replace(
             preset,
             seed=seed,

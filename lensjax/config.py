@@ -160,6 +160,7 @@ class Hyperparameters:
     smooth_weight: float = 0.0
     budget_smooth_beta: float = 0.9
     kl_weight: float = 0.0
+    """0 in the `Config` leaves the term, and the anchor's forward pass, out of the compiled step."""
     anchor_beta: float = 0.99
     """Decay of the policy anchor's parameters when the anchor is an EMA."""
     hard_negative_ratio: float = 1.0
@@ -167,7 +168,8 @@ class Hyperparameters:
     lod2_share: float = 0.1
     """Probability of each block of LOD 2 or above that the target length leaves open."""
     context_start: float = 0.8
-    """Length of a working context at step 0, as a fraction of the window."""
+    """Length of a working context at step 0, as a fraction of the window. The larger of the two lengths in the `Config`
+    is the compiled capacity, which bounds them in a state."""
     context_end: float = 0.75
     """Length of a working context at the end of the curriculum, as a fraction of the window."""
     token_loss_weight: float = 1.0

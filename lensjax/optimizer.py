@@ -1,4 +1,8 @@
-"""The optimizer of every trainer: AdamW with global-norm clipping, its rate and decay passed in as arrays."""
+"""The optimizer of every trainer: AdamW with norm clipping, its rate and decay passed in as arrays.
+
+Each trainable part (base, gist, lens) has its own state and is clipped by its own norm: with one norm for all, a large
+gradient of the token loss would shrink LensNet's steps.
+"""
 
 from typing import Any
 
@@ -9,38 +13,42 @@ from jax.typing import ArrayLike
 from lensjax.config import OptimizerConfig
 
 
-def init(config: OptimizerConfig, params: Any) -> Any:
-    """Optimizer state for a tree of trainable parameters; it does not depend on rate or decay."""
-    return _transformation(config, 0.0, 0.0).init(params)
+def init(config: OptimizerConfig, parts: dict[str, Any]) -> dict[str, Any]:
+    """Optimizer state of the trainable parts; it does not depend on rate or decay."""
+    transformation = _transformation(config, 0.0, 0.0)
+    return {name: transformation.init(params) for name, params in parts.items()}
 
 
 def update(
     config: OptimizerConfig,
-    grads: Any,
-    opt_state: Any,
-    params: Any,
+    grads: dict[str, Any],
+    opt_state: dict[str, Any],
+    parts: dict[str, Any],
     *,
     learning_rate: ArrayLike,
     weight_decay: ArrayLike,
-) -> tuple[Any, Any]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """One step.
 
     Args:
       config: moments and clipping.
-      grads: gradients, a tree like `params`.
+      grads: gradients of each part.
       opt_state: from `init` or the step before.
-      params: trainable parameters.
+      parts: parameters of each trainable part.
       learning_rate: float32[], may be traced.
       weight_decay: float32[], applied to matrices only; may be traced.
 
     Returns:
       The new parameters and the new optimizer state.
     """
+    transformation = _transformation(config, learning_rate, weight_decay)
+    params, state = {}, {}
     # optax raises a float decay to an integer step count, which strict promotion refuses.
     with jax.numpy_dtype_promotion("standard"):
-        transformation = _transformation(config, learning_rate, weight_decay)
-        updates, opt_state = transformation.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
+        for name, part in parts.items():
+            updates, state[name] = transformation.update(grads[name], opt_state[name], part)
+            params[name] = optax.apply_updates(part, updates)
+    return params, state
 
 
 def _transformation(

@@ -17,13 +17,18 @@ def compiled(config):
 
 
 def run(grads, *, rate=0.1, decay=0.0, config=CONFIG):
-    """Parameters after each step of a run."""
-    params, state, seen = PARAMS, optimizer.init(config, PARAMS), []
+    """Parameters after each step of a run with one part."""
+    steps = run_parts([{"lens": grad} for grad in grads], {"lens": PARAMS}, rate=rate, decay=decay, config=config)
+    return [parts["lens"] for parts in steps]
+
+
+def run_parts(grads, parts, *, rate=0.1, decay=0.0, config=CONFIG):
+    state, seen = optimizer.init(config, parts), []
     for grad in grads:
-        params, state = compiled(config)(
-            grad, state, params, learning_rate=np.float32(rate), weight_decay=np.float32(decay)
+        parts, state = compiled(config)(
+            grad, state, parts, learning_rate=np.float32(rate), weight_decay=np.float32(decay)
         )
-        seen.append(params)
+        seen.append(parts)
     return seen
 
 
@@ -51,7 +56,7 @@ def test_it_is_adamw_that_decays_matrices_only():
     assert [*last["matrix"][0].tolist(), *last["scale"].tolist()] == pytest.approx(expected, rel=1e-5)
 
 
-def test_gradients_are_clipped_to_the_norm_of_the_whole_tree():
+def test_gradients_are_clipped_to_the_norm_of_the_whole_part():
     # The first gradient has norm 5 and counts as a fifth of itself.
     found = run([tree([3.0, 0.0], 4.0), tree([0.1, 0.2], 0.3)])
     clipped = run([tree([0.6, 0.0], 0.8), tree([0.1, 0.2], 0.3)])
@@ -59,6 +64,14 @@ def test_gradients_are_clipped_to_the_norm_of_the_whole_tree():
     np.testing.assert_allclose(found[-1]["matrix"], clipped[-1]["matrix"], rtol=1e-6)
     np.testing.assert_allclose(found[-1]["scale"], clipped[-1]["scale"], rtol=1e-6)
     assert abs(other[-1]["scale"] - found[-1]["scale"]) > 1e-3
+
+
+def test_each_part_is_clipped_alone():
+    small, large = tree([0.1, 0.2], 0.3), tree([300.0, 0.0], 400.0)
+    grads = [small, tree([0.3, -0.2], 0.1)]
+    alone = run(grads)
+    together = run_parts([{"lens": grad, "base": large} for grad in grads], {"lens": PARAMS, "base": PARAMS})
+    jax.tree.map(np.testing.assert_array_equal, together[-1]["lens"], alone[-1])
 
 
 def test_rate_and_decay_are_data(compiles):

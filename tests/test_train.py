@@ -32,6 +32,8 @@ REPORT = {
     *("mc/lens_loss", "mc/preference_loss", "mc/rank_loss", "mc/budget_loss", "mc/smooth_loss"),
     *("mc/lod_loss/0", "mc/lod_loss/1", "mc/lod_loss/2"),
 }
+# Without optional LOD 2 there is one cut of 20 entries, so that the last rollout becomes an aggressive one.
+DUPLICATES = {"context_start": 20 / 32, "context_end": 20 / 32, "lod2_share": 0.0}
 KL, JOINT = {"kl", "mc/kl_loss"}, {"token_loss", "gist_delta_loss"}
 
 
@@ -67,9 +69,9 @@ def test_the_names_of_the_report(run, extra):
     assert all(value.shape == () and value.dtype == jnp.float32 for value in report.values())
 
 
-@pytest.mark.parametrize("run", [FULL, OTHER])
-def test_reports_and_moving_averages_are_those_of_the_slow_reference(run):
-    states, reports = history(run)
+@pytest.mark.parametrize(("run", "settings"), [(FULL, {}), (FULL, DUPLICATES), (OTHER, {})])
+def test_reports_and_moving_averages_are_those_of_the_slow_reference(run, settings):
+    states, reports = run.history(run.state(**settings), 3)
     hyper, config = run.config.hyper, run.config
     deltas, balances = [], []
     for step, (state, after, report) in enumerate(zip(states[:-1], states[1:], reports, strict=True)):
@@ -108,8 +110,9 @@ def test_reports_and_moving_averages_are_those_of_the_slow_reference(run):
             assert float(moments.second) / scale == pytest.approx(variance + mean**2, rel=1e-3, abs=1e-6)
 
 
-def test_the_loss_adds_the_token_losses_to_the_lens_loss():
-    state, (report, *_) = FULL.state(), history(FULL)[1]
+@pytest.mark.parametrize("settings", [{}, DUPLICATES])
+def test_the_loss_adds_the_token_losses_to_the_lens_loss(settings):
+    (state, _), (report,) = FULL.history(FULL.state(**settings), 1)
     scored, _, _ = FULL.observe(state, batch())
     losses, distinct = np.asarray(scored.losses), np.asarray(scored.distinct)
     rises = np.maximum(losses - losses[:, :1], 0)
@@ -353,9 +356,7 @@ def test_at_the_length_of_the_window_every_variant_is_the_baseline():
 
 
 def test_duplicates_and_an_aggressive_variant_stay_finite():
-    # Without optional LOD 2 there is one cut of 20 entries, so the last rollout becomes an aggressive one.
-    hyper = {"context_start": 20 / 32, "context_end": 20 / 32, "lod2_share": 0.0, "hard_negative_ratio": 1.0}
-    _, reports = FULL.history(FULL.state(**hyper), 2)
+    _, reports = FULL.history(FULL.state(**DUPLICATES, hard_negative_ratio=1.0), 2)
     for report in reports:
         assert not_finite(report) == []
         assert numbers(report)["context_length"] == 20
