@@ -5,6 +5,8 @@
 PYTHON ?= python3
 PYTHONS ?= python3.11 python3.12 python3.13
 VENV ?= .venv
+# Two workers: a test is mostly one thread compiling.
+PYTEST_FLAGS ?= --numprocesses 2 --dist loadscope
 
 TAG := $(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])' 2>/dev/null)
 # Interpreters without a file of their own share the versions of Python 3.12.
@@ -38,10 +40,10 @@ recall: $(STAMP) ## Prove on a task with known answers that LensNet learns, into
 	$(RUN) -m experiments.recall
 
 test: $(STAMP) ## Run all tests
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(PYTEST_FLAGS)
 
 test-fast: $(STAMP) ## Run the tests that are not marked slow
-	$(RUN) -m pytest -m 'not slow'
+	$(RUN) -m pytest $(PYTEST_FLAGS) -m 'not slow'
 
 test-matrix: ## Run the fast tests with each interpreter of PYTHONS that is here
 	@ran=0; failed=; \

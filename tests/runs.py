@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -73,6 +74,12 @@ def write_corpus(folder: Path) -> Path:
 
 class Killed(BaseException):
     """Raised where a process would be killed: nothing catches it, so the files are left as they are."""
+
+
+def request_stop() -> None:
+    """Sends SIGTERM to this process; without a handler it would be the end of all tests."""
+    assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL, "nothing handles SIGTERM"
+    signal.raise_signal(signal.SIGTERM)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from rich.console import Console
 from lensjax import checkpoint, data, loop
 from lensjax.config import BaseConfig, Config, ContextConfig, DataConfig, OptimizerConfig
 from lensjax.logging import RunLogger, read_rows
+from tests.runs import Killed, request_stop
 
 CONFIG = Config(
     steps=7,
@@ -65,10 +66,6 @@ def faulty_step(state, batch, *, faults):
         name: jnp.where(after.step >= step, value, metrics.get(name, 1.0)) for name, (step, value) in faults.items()
     }
     return after, metrics | faulty
-
-
-class Killed(BaseException):
-    """Leaves the files as SIGKILL would: nothing of the loop catches it."""
 
 
 class Batches:
@@ -240,31 +237,32 @@ def test_nothing_moves_between_host_and_device_inside_the_step(run):
 # Interruptions
 
 
-def interrupted_everywhere(run, place, interrupt):
-    """Starts a run again and again; each time it is interrupted where it first passes the place at a new step."""
-    done = set()
+def start_and_interrupt(run, place, interrupt, done):
+    """Starts a run, and interrupts it once: where it first passes the place at a step that is not in `done`."""
+    is_interrupted = False
 
     def hook(at, step):
-        if at == place and step not in done:
+        nonlocal is_interrupted
+        if at == place and step not in done and not is_interrupted:
+            is_interrupted = True
             done.add(step)
             interrupt()
 
-    while True:
-        yield functools.partial(run.start, hook=hook), done
+    run.start(hook=hook)
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_run_killed_at_every_step_ends_as_if_nothing_had_happened(run, expected, place):
     result, passed = expected
     steps = {step for name, step in passed if name == place}
-    kills = 0
+    kills, done = 0, set()
 
     def kill():
         raise Killed
 
-    for start, done in interrupted_everywhere(run, place, kill):
+    while True:
         try:
-            start()
+            start_and_interrupt(run, place, kill, done)
             break
         except Killed:
             kills += 1
@@ -280,10 +278,10 @@ def test_a_run_stopped_at_every_step_saves_that_step_and_loses_nothing(run, expe
     result, passed = expected
     steps = {step for name, step in passed if name == place}
     handlers = [signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)]
-    stops = 0
-    for start, done in interrupted_everywhere(run, place, lambda: signal.raise_signal(signal.SIGTERM)):
+    stops, done = 0, set()
+    while True:
         try:
-            start()
+            start_and_interrupt(run, place, request_stop, done)
             break
         except loop.Interrupted as stop:
             stops += 1
@@ -320,7 +318,7 @@ def test_ctrl_c_stops_after_the_step_and_a_second_one_at_once(run, expected):
 def test_a_stop_in_the_last_step_is_not_forgotten(run, expected):
     def hook(place, step):
         if (place, step) == ("saved", 7):
-            signal.raise_signal(signal.SIGTERM)
+            request_stop()
 
     with pytest.raises(loop.Interrupted):
         run.start(hook=hook)
@@ -328,20 +326,23 @@ def test_a_stop_in_the_last_step_is_not_forgotten(run, expected):
 
 
 def test_seconds_add_up_over_starts(run, monkeypatch):
-    clock = iter(range(0, 10_000, 10))
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: float(next(clock)))
+    """Every step takes 10 seconds; a kill loses those after the last checkpoint."""
+    now = 0.0
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now)
 
-    def hook(place, step):
-        if (place, step) == ("batch", 5):
-            raise Killed
+    def hook(place, step, *, last):
+        nonlocal now
+        if place == "batch":
+            if step > last:
+                raise Killed
+            now += 10
 
     with pytest.raises(Killed):
-        run.start(hook=hook)
-    _, first = checkpoint.restore(run.checkpoints, 3, init_state())
-    _, seconds = run.start()
-    assert seconds > first["seconds"] + 10
-    assert checkpoint.restore(run.checkpoints, 7, init_state())[1]["seconds"] > first["seconds"]
-    assert run.start()[1] == checkpoint.restore(run.checkpoints, 7, init_state())[1]["seconds"]
+        run.start(hook=functools.partial(hook, last=5))
+    assert checkpoint.restore(run.checkpoints, 3, init_state())[1]["seconds"] == 30
+    now = 1000.0
+    assert run.start(hook=functools.partial(hook, last=7))[1] == 70
+    assert run.start()[1] == 70
 
 
 # Values that are not finite
@@ -363,6 +364,13 @@ def test_seconds_add_up_over_starts(run, monkeypatch):
             {"grad_norm": (2, -math.inf)},
             {"logging_steps": 100, "eval_steps": 100},
             "phase lens, step 2: grad_norm = -inf; there is no checkpoint",
+            [],
+        ),
+        # Nothing is logged or saved before the evaluation, which must not be of parameters that went bad.
+        (
+            {"loss": (2, math.nan)},
+            {"logging_steps": 100, "save_steps": 100},
+            "phase lens, step 2: loss = nan; there is no checkpoint",
             [],
         ),
         # Only the last step is bad, and nothing but the end of the phase looks at it.

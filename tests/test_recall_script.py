@@ -8,7 +8,7 @@ from experiments import recall
 from lensjax import config as configs
 from lensjax import run_folder
 from lensjax.logging import read_rows
-from tests.runs import TINY, Killed, cheap_programs, contents, hook_run, outcome, run_script
+from tests.runs import TINY, Killed, cheap_programs, contents, hook_run, outcome, request_stop, run_script
 
 PRESET = """
 from lensjax.config import replace
@@ -105,7 +105,7 @@ def test_resume_finishes_what_is_missing_and_nothing_else(whole, cheap, preset, 
             if len(steps) == 4 + 3:
                 raise Killed
             if len(steps) == 4 + 3 + 2 + 1:
-                signal.raise_signal(signal.SIGTERM)
+                request_stop()
 
     hook_run(monkeypatch.setattr, hook)
     words = ["--output-dir", str(folder), "--preset", str(preset), "--seeds", "0"]

@@ -25,6 +25,7 @@ from tests.runs import (
     contents,
     hook_run,
     outcome,
+    request_stop,
     run_script,
     saved_arrays,
     tiny_config,
@@ -250,7 +251,7 @@ def test_an_interrupted_run_ends_as_if_nothing_had_happened(whole, tmp_path, mon
             pending.remove(at)
             if kind == "killed":
                 raise Killed
-            signal.raise_signal(signal.SIGTERM)
+            request_stop()
 
     hook_run(monkeypatch.setattr, hook)
     folder = tmp_path / "run"
