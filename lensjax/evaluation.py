@@ -13,9 +13,10 @@ from lensjax import context as contexts
 from lensjax import focus, nll, objective
 from lensjax.config import Config
 from lensjax.context import WorkingContext
+from lensjax.metrics import Metrics
 from lensjax.models import Models, Params
-from lensjax.train import Batch, Metrics, TrainState, current_length
-from lensjax.variants import build_tree, policy_scores, score_variants
+from lensjax.train import TrainState, current_length
+from lensjax.variants import Batch, build_tree, policy_scores, score_variants
 
 
 def eval_step(state: TrainState, batch: Batch, key: Array, *, config: Config, models: Models) -> Metrics:

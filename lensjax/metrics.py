@@ -8,6 +8,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+Metrics = dict[str, Array]
+"""Scalars by name."""
+
 MAY_BE_UNDEFINED = (
     "mc/preference_corr_mean",
     "mc/preference_corr_max",

@@ -10,11 +10,9 @@ from jax import Array
 
 from lensjax import nll, optimizer, rollouts, schedules
 from lensjax.config import Config
+from lensjax.metrics import Metrics
 from lensjax.models import Models, Params
-from lensjax.variants import build_tree
-
-Batch = dict[str, Array]
-Metrics = dict[str, Array]
+from lensjax.variants import Batch, build_tree
 
 
 @jax.tree_util.register_dataclass

@@ -11,12 +11,10 @@ from jax import Array
 
 from lensjax import metrics, objective, optimizer, preferences, schedules, stability
 from lensjax.config import Config, Hyperparameters
+from lensjax.metrics import Metrics
 from lensjax.models import Models, Params
 from lensjax.stability import EmaMoments
-from lensjax.variants import ScoredVariants, policy_scores, score_variants
-
-Batch = dict[str, Array]
-Metrics = dict[str, Array]
+from lensjax.variants import Batch, ScoredVariants, policy_scores, score_variants
 
 
 @jax.tree_util.register_dataclass

@@ -15,6 +15,9 @@ from lensjax.context import Entries, WorkingContext
 from lensjax.models import Models, Params
 from lensjax.tree import TreeState
 
+Batch = dict[str, Array]
+"""`tokens` int32[B, T]; for recall also `answer` int32[B], first token of the block that the tail repeats."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
