@@ -381,7 +381,7 @@ def from_json(text: str, *, source: str = "config") -> Config:
 
 def load(path: str | Path) -> Config:
     """Reads a config file; errors name it."""
-    return from_json(Path(path).read_text(), source=str(path))
+    return from_json(Path(path).read_text(encoding="utf-8", errors="replace"), source=str(path))
 
 
 def _build(cls: type, raw: Any, *, where: str) -> Any:

@@ -149,6 +149,7 @@ def test_results_of_another_configuration_are_not_taken(whole, preset):
 )
 def test_bad_command_lines_are_refused_before_anything_is_written(tmp_path, command, message, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(recall, "run", lambda *args, **kwargs: pytest.fail("a run was started"))
     (tmp_path / "file").write_text("")
     words = command.replace("{tmp}", str(tmp_path)).split()
     with pytest.raises(SystemExit) as end:

@@ -188,6 +188,7 @@ def test_bad_command_lines_are_refused_before_anything_is_written(bad_files, com
         return {path: path.read_bytes() if path.is_file() else b"" for path in bad_files.rglob("*")}
 
     monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setattr(loop, "run_phase", lambda *args, **kwargs: pytest.fail("the run was started"))
     before = files()
     words = command.replace("{tmp}", str(bad_files)).split()
     if "--resume" not in words and "--output-dir" not in words:
