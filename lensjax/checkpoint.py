@@ -6,8 +6,8 @@ A checkpoint is the folder `<directory>/<step>`:
     manifest.json    step, name, shape and dtype of every leaf, and the state of the data iterator
     SHA256SUMS       a checksum of every other file, in the format of `sha256sum --check`
 
-It is written under a hidden name and renamed when complete. orbax alone notices only some kinds of damage:
-flipped bits can come back as numbers, hence the checksums.
+It is written under a hidden name and renamed when complete. The checksums make sure that damage is noticed whatever
+the format beneath would make of it.
 """
 
 import hashlib
