@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import lensjax
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -25,7 +27,6 @@ def test_every_target_and_file_that_is_named_exists():
 def test_every_module_is_in_the_table():
     rows = "\n".join(line.split("|")[1] for line in README.splitlines() if line.startswith("| `"))
     named = set(re.findall(r"`([a-z_]+)/?`", rows))
-    modules = {
-        path.stem for path in (ROOT / "lensjax").iterdir() if path.name[0] not in "_." and path.name != "py.typed"
-    }
+    package = Path(lensjax.__file__).parent
+    modules = {path.stem for path in package.iterdir() if path.name[0] not in "_." and path.name != "py.typed"}
     assert modules <= named, sorted(modules - named)
