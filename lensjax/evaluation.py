@@ -77,6 +77,12 @@ def cold_start_scores(models: Models, params: dict[str, Params], tokens: Array, 
     return scores[: geometry.blocks(1)]
 
 
+def _context_of_scores(block_scores: Array, length: Array, config: Config) -> WorkingContext:
+    """The working context of one length that shows the highest-scored blocks in full."""
+    cut = focus.cut_from_block_scores(block_scores, length, config.context.geometry)
+    return contexts.from_cut(cut, block_size=config.context.block_size, capacity=config.context_capacity)
+
+
 def _pick_metrics(params: dict[str, Params], batch: Batch, length: Array, config: Config, models: Models) -> Metrics:
     shape, geometry = config.context, config.context.geometry
     has_answer = "answer" in batch
@@ -86,10 +92,7 @@ def _pick_metrics(params: dict[str, Params], batch: Batch, length: Array, config
         block_scores = cold_start_scores(models, params, tokens, config=config)
         oracle_scores = (jnp.arange(geometry.blocks(1)) == answer).astype(jnp.float32)
         picks = [block_scores, oracle_scores] if has_answer else [block_scores]
-        cuts = jnp.stack([focus.cut_from_block_scores(pick, length, geometry) for pick in picks])
-        picked = jax.vmap(
-            lambda cut: contexts.from_cut(cut, block_size=shape.block_size, capacity=config.context_capacity)
-        )(cuts)
+        picked = jax.vmap(lambda pick: _context_of_scores(pick, length, config))(jnp.stack(picks))
         tree = build_tree(models, params, tokens, config)
         losses, _ = nll.variant_losses(models.base, params["base"], tree, picked, tokens, horizon=shape.horizon)
         return losses, jnp.argmax(block_scores) == answer
@@ -168,12 +171,7 @@ def variant_maps(state: TrainState, tokens: Array, key: Array, *, config: Config
     def one(row: Array, row_key: Array) -> dict[str, Array]:
         scored = score_variants(models, state.params, row, row_key, length, state.hyper.lod2_share, config=config)
         block_scores = cold_start_scores(models, state.params, row, config=config)
-        pick = contexts.from_cut(
-            focus.cut_from_block_scores(block_scores, length, shape.geometry),
-            block_size=shape.block_size,
-            capacity=config.context_capacity,
-        )
-        picked = jax.tree.map(lambda leaf: leaf[None], pick)
+        picked = jax.tree.map(lambda leaf: leaf[None], _context_of_scores(block_scores, length, config))
         tree = build_tree(models, state.params, row, config)
         loss, entries = nll.variant_losses(models.base, state.params["base"], tree, picked, row, horizon=shape.horizon)
         variants, all_entries, losses = jax.tree.map(

@@ -127,7 +127,8 @@ def sample_rollouts(
     """Draws N random working contexts of exactly one length that keep the same recent tail.
 
     Duplicates are masked, not drawn again. Where fewer than two distinct ones remain, the last is replaced by an
-    *aggressive* one, which takes the highest levels it can and prefers blocks that the others leave in full.
+    *aggressive* one, which takes the highest levels it can and prefers blocks that the others leave in full; it stays
+    masked where even that is the same cut.
 
     Args:
       key: PRNG key, consumed.
