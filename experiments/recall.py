@@ -28,7 +28,7 @@ from lensjax.config import Config
 ARMS: tuple[Literal["both", "worse_only"], ...] = ("both", "worse_only")
 COLUMNS = {
     "hit_rate": "hit_rate",
-    "hit_rate_chance": "hit_rate_chance",
+    "hit_rate_random": "hit_rate_random",
     "nll_policy": "nll_policy",
     "nll_recency": "nll_baseline",
     "nll_random": "nll_rollout_mean",

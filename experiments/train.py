@@ -15,9 +15,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -29,6 +29,7 @@ from lensjax import checkpoint, data, evaluation, loop, plots, pretrain, run_fol
 from lensjax import config as configs
 from lensjax import logging as run_logging
 from lensjax.config import Config
+from lensjax.maps import VariantMap, lod_maps
 from lensjax.models import Models, Params, build_models
 
 Batches = list[dict[str, Array]]
@@ -215,12 +216,22 @@ def load_base(config: Config, models: Models) -> dict[str, Params]:
     ):
         if theirs != ours:
             raise ValueError(f"{name} of base_run {folder} is {theirs}, this run has {ours}: use the same")
+    return load_params(folder, models, ("base", "gist"))
+
+
+def load_params(folder: Path, models: Models, parts: Sequence[Literal["base", "gist", "lens"]]) -> dict[str, Params]:
+    """Parameters of a run's newest checkpoint.
+
+    Raises:
+      ValueError: there is none, or LensNet is asked for and was not trained yet.
+    """
     phase, step = _restore_point(folder)
     if step == 0:
-        raise ValueError(f"base_run {folder} has no checkpoint: let it finish its pretraining first")
-    key = jax.random.key(0)
-    like = {"base": jax.eval_shape(models.base.init, key), "gist": jax.eval_shape(models.gist.init, key)}
+        raise ValueError(f"{folder} has no checkpoint: let it finish its pretraining first")
+    if "lens" in parts and phase != "lens":
+        raise ValueError(f"{folder} has no checkpoint of LensNet: let it train first (steps above 0)")
     directory = loop.checkpoint_dir(folder, phase)
+    like = {name: jax.eval_shape(getattr(models, name).init, jax.random.key(0)) for name in parts}
     return {
         name: checkpoint.restore_subtree(directory, step, part, path=("params", name)) for name, part in like.items()
     }
@@ -234,7 +245,7 @@ def _draw_maps(folder: Path, state: train.TrainState, config: Config, models: Mo
     labels = ["recency", *(f"rollout {i + 1}" for i in range(config.context.rollouts)), "LensNet's pick"]
     answers = np.asarray(batch["answer"]).tolist() if "answer" in batch else []
     maps = [
-        plots.VariantMap(
+        VariantMap(
             title=f"held-out sequence {i + 1}",
             cuts=arrays["cuts"][i],
             scores=arrays["scores"][i],
@@ -246,7 +257,7 @@ def _draw_maps(folder: Path, state: train.TrainState, config: Config, models: Mo
         )
         for i in range(len(batch["tokens"]))
     ]
-    plots.lod_maps(maps, folder / "maps.png")
+    lod_maps(maps, folder / "maps.png")
 
 
 def _summary(config: Config, report: Mapping[str, float], *, training_seconds: float, seconds: float) -> dict[str, Any]:

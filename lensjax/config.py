@@ -48,6 +48,8 @@ class BaseConfig:
     heads: int = 4
     kv_heads: int = 2
     mlp_dim: int = 192
+    copy_heads: int = 0
+    """Key-value heads in each layer that find an entry by the one before it, and so learn at once to copy."""
     conv_width: int = 3
     """Taps of the causal depthwise convolution on the input embeddings; 0 leaves it out."""
     tied: bool = True
@@ -65,6 +67,10 @@ class BaseConfig:
         _require(
             self.heads % self.kv_heads == 0,
             f"base.heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}",
+        )
+        _require(
+            0 <= self.copy_heads <= self.kv_heads,
+            f"base.copy_heads must be between 0 and kv_heads {self.kv_heads}, got {self.copy_heads}",
         )
         _require(self.conv_width >= 0, f"base.conv_width must be 0 (none) or more, got {self.conv_width}")
         _require(self.rope_theta > 1, f"base.rope_theta must be above 1, got {self.rope_theta}")
@@ -136,6 +142,35 @@ class ContextConfig:
     def geometry(self) -> CutGeometry:
         """The window as the arithmetic of lengths sees it."""
         return CutGeometry(self.window, self.block_size, self.max_lod, self.recent_tokens)
+
+
+@dataclass(frozen=True)
+class FocusConfig:
+    """How the allocator turns scores into edits; no part of training."""
+
+    steps: int = 4
+    """Refocus steps from a cold start."""
+    max_edits: int = 64
+    """Swaps in one refocus step, at most."""
+    expand_threshold: float = -1.0
+    """Scores below it are not expanded; scores lie in [-1, 1]."""
+    collapse_threshold: float = 1.0
+    """Scores above it are not collapsed."""
+    cooldown: int = 1
+    """Refocus steps for which an edited node is left alone; 0 for none."""
+    temperature: float = 0.0
+    """0 takes the best edits; above it they are sampled."""
+    top_k: int = 0
+    """Samples come from that many of the best candidates; 0 for all."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "steps", "max_edits")
+        for name in ("cooldown", "top_k", "temperature"):
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, f"focus.{name} must be finite and at least 0, got {value}")
+        for name in ("expand_threshold", "collapse_threshold"):
+            value = getattr(self, name)
+            _require(not math.isnan(value), f"focus.{name} must be a number, got {value}")
 
 
 @jax.tree_util.register_dataclass
@@ -318,6 +353,7 @@ class Config:
     lens: LensConfig = field(default_factory=LensConfig)
     context: ContextConfig = field(default_factory=ContextConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    focus: FocusConfig = field(default_factory=FocusConfig)
     hyper: Hyperparameters = field(default_factory=Hyperparameters)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)

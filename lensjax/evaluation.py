@@ -8,14 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 from lensjax import context as contexts
 from lensjax import focus, nll, objective
 from lensjax.config import Config
 from lensjax.context import WorkingContext
+from lensjax.focus import FocusState
+from lensjax.lengths import CutGeometry
 from lensjax.metrics import Metrics
 from lensjax.models import Models, Params
 from lensjax.train import TrainState, current_length
+from lensjax.tree import TreeState
 from lensjax.variants import Batch, build_tree, policy_scores, score_variants
 
 
@@ -31,9 +35,9 @@ def eval_step(state: TrainState, batch: Batch, key: Array, *, config: Config, mo
 
     Returns:
       The names of `train_step` that concern the objective, and at the length of the curriculum's end `nll_policy` (the
-      policy's own one-shot pick from a cold start), and for recall `hit_rate` (its top-scored block is the answer),
-      `hit_rate_chance` (one over the number of blocks) and `nll_oracle` (the answer in full, then the most recent
-      blocks).
+      context that the policy makes of a cold start), and for recall `hit_rate` (that context shows the answer in
+      full), `hit_rate_random` (the share of the rollouts that do) and `nll_oracle` (the answer in full, then the most
+      recent blocks).
     """
     length = current_length(jnp.asarray(config.steps, jnp.int32), state.hyper, config)
     keys = jax.random.split(key, batch["tokens"].shape[0])
@@ -54,57 +58,82 @@ def eval_step(state: TrainState, batch: Batch, key: Array, *, config: Config, mo
         hyper=state.hyper,
         config=config,
     ).metrics
+    if "answer" in batch:
+        shown = jax.vmap(jax.vmap(lambda variant, answer: shows_in_full(variant, answer, config), (0, None)))
+        hits = shown(scored.contexts, batch["answer"])[:, 1:]
+        report["hit_rate_random"] = jnp.mean(hits, dtype=jnp.float32)
     return report | _pick_metrics(state.params, batch, length, config, models)
 
 
-def cold_start_scores(models: Models, params: dict[str, Params], tokens: Array, *, config: Config) -> Array:
-    """The policy's score of every LOD-1 block, seen from a context in which all of them are collapsed.
+def policy_contexts(
+    models: Models,
+    params: dict[str, Params],
+    tree: TreeState,
+    length: ArrayLike,
+    *,
+    config: Config,
+    capacity: int,
+    key: Array | None = None,
+) -> WorkingContext:
+    """What the policy makes of a cold start: `focus.uniform`, and the contexts after each refocus step.
 
     Args:
       models: the models.
-      params: parameters of `base`, `gist` and `lens`.
-      tokens: int32[T].
-      config: shapes.
+      params: parameters of `lens`.
+      tree: one window.
+      length: int32[], entries of every context; may be traced.
+      config: shapes, and how the allocator acts.
+      capacity: static number of entries W, at least the length.
+      key: PRNG key, consumed; needed where `config.focus.temperature` is above 0.
 
     Returns:
-      float32[blocks(1)], oldest block first.
+      `WorkingContext` with leading axis `config.focus.steps` + 1.
     """
-    geometry = config.context.geometry
-    capacity = geometry.window - geometry.blocks(1) * (geometry.block_size - 1)
-    tree = build_tree(models, params, tokens, config)
-    start = contexts.from_cut(focus.coarse_cut(geometry), block_size=geometry.block_size, capacity=capacity)
-    scores = policy_scores(models, params["lens"], contexts.materialise(tree, start))
-    return scores[: geometry.blocks(1)]
+
+    def score(context: WorkingContext) -> Array:
+        return policy_scores(models, params["lens"], contexts.materialise(tree, context))
+
+    geometry, settings = config.context.geometry, config.focus
+    start = focus.uniform(length, geometry)
+    _, made = focus.iterate(
+        start, score, length, geometry, steps=settings.steps, capacity=capacity, settings=settings, key=key
+    )
+    return made
 
 
-def _context_of_scores(block_scores: Array, length: Array, config: Config) -> WorkingContext:
-    """The working context of one length that shows the highest-scored blocks in full."""
-    cut = focus.cut_from_block_scores(block_scores, length, config.context.geometry)
-    return contexts.from_cut(cut, block_size=config.context.block_size, capacity=config.context_capacity)
+def oracle_state(answer: ArrayLike, length: ArrayLike, geometry: CutGeometry) -> FocusState:
+    """The context of one length that shows the block at token `answer` in full, and else the most recent blocks."""
+    tokens = jnp.arange(geometry.window)
+    is_answer = (tokens >= answer) & (tokens < answer + geometry.block_size)
+    wish = jnp.where(is_answer, 1.0, tokens / geometry.window - 1)
+    return focus.fit(focus.uniform(geometry.window, geometry), focus.pool_tokens(wish, geometry), length, geometry)
+
+
+def shows_in_full(context: WorkingContext, answer: ArrayLike, config: Config) -> Array:
+    """Whether a context shows the block that begins at token `answer` in full; bool[]."""
+    cut = contexts.to_cut(context, window=config.context.window)
+    return jnp.all(jax.lax.dynamic_slice(cut, (jnp.asarray(answer),), (config.context.block_size,)) == 0)
 
 
 def _pick_metrics(params: dict[str, Params], batch: Batch, length: Array, config: Config, models: Models) -> Metrics:
-    shape, geometry = config.context, config.context.geometry
+    shape, geometry, capacity = config.context, config.context.geometry, config.context_capacity
     has_answer = "answer" in batch
-    answers = batch["answer"] // shape.block_size if has_answer else jnp.zeros(batch["tokens"].shape[0], jnp.int32)
+    answers = batch["answer"] if has_answer else jnp.zeros(batch["tokens"].shape[0], jnp.int32)
 
     def measure(tokens: Array, answer: Array) -> tuple[Array, Array]:
-        block_scores = cold_start_scores(models, params, tokens, config=config)
-        oracle_scores = (jnp.arange(geometry.blocks(1)) == answer).astype(jnp.float32)
-        picks = [block_scores, oracle_scores] if has_answer else [block_scores]
-        picked = jax.vmap(lambda pick: _context_of_scores(pick, length, config))(jnp.stack(picks))
         tree = build_tree(models, params, tokens, config)
-        losses, _ = nll.variant_losses(models.base, params["base"], tree, picked, tokens, horizon=shape.horizon)
-        return losses, jnp.argmax(block_scores) == answer
+        made = policy_contexts(models, params, tree, length, config=config, capacity=capacity)
+        picked = [jax.tree.map(lambda leaf: leaf[-1], made)]
+        if has_answer:
+            picked.append(focus.to_context(oracle_state(answer, length, geometry), geometry, capacity=capacity))
+        variants = jax.tree.map(lambda *leaves: jnp.stack(leaves), *picked)
+        losses, _ = nll.variant_losses(models.base, params["base"], tree, variants, tokens, horizon=shape.horizon)
+        return losses, shows_in_full(picked[0], answer, config)
 
     losses, hits = jax.vmap(measure)(batch["tokens"], answers)
     report = {"nll_policy": jnp.mean(losses[:, 0])}
     if has_answer:
-        report |= {
-            "nll_oracle": jnp.mean(losses[:, 1]),
-            "hit_rate": jnp.mean(hits, dtype=jnp.float32),
-            "hit_rate_chance": jnp.asarray(1 / geometry.blocks(1), jnp.float32),
-        }
+        report |= {"nll_oracle": jnp.mean(losses[:, 1]), "hit_rate": jnp.mean(hits, dtype=jnp.float32)}
     return report
 
 
@@ -170,9 +199,10 @@ def variant_maps(state: TrainState, tokens: Array, key: Array, *, config: Config
 
     def one(row: Array, row_key: Array) -> dict[str, Array]:
         scored = score_variants(models, state.params, row, row_key, length, state.hyper.lod2_share, config=config)
-        block_scores = cold_start_scores(models, state.params, row, config=config)
-        picked = jax.tree.map(lambda leaf: leaf[None], _context_of_scores(block_scores, length, config))
         tree = build_tree(models, state.params, row, config)
+        capacity = config.context_capacity
+        made = policy_contexts(models, state.params, tree, length, config=config, capacity=capacity)
+        picked = jax.tree.map(lambda leaf: leaf[-1:], made)
         loss, entries = nll.variant_losses(models.base, state.params["base"], tree, picked, row, horizon=shape.horizon)
         variants, all_entries, losses = jax.tree.map(
             lambda many, last: jnp.concatenate([many, last]),

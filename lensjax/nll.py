@@ -81,6 +81,33 @@ def variant_losses(
     return losses.mean(axis=-1), entries
 
 
+def entry_losses(
+    base: BaseModel, params: Params, entries: Entries, context: WorkingContext, tokens: ArrayLike
+) -> tuple[Array, Array]:
+    """Loss of the token after each LOD-0 entry, wherever in the context it stands, shown or inside a gist.
+
+    The horizon's losses are the last ones of these. Pretraining uses them all: a context of W entries then teaches as
+    many times how to read gists as it holds tokens.
+
+    Args:
+      base: the base model.
+      params: its parameters.
+      entries: W entries.
+      context: the working context they were gathered for.
+      tokens: int32[T].
+
+    Returns:
+      float32[W], in nats, 0 where not defined, and bool[W]: valid LOD-0 entries with a token after them.
+    """
+    tokens = jnp.asarray(tokens)
+    where = context.valid & (context.lod == 0) & (context.start < tokens.shape[0] - 1)
+    rows = jnp.arange(context.start.shape[0], dtype=jnp.int32)
+    logits = base.apply(params, entries.embeddings, entries.positions, entries.spans, rows)
+    targets = jnp.take(tokens, context.start + 1, mode="clip")
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return jnp.where(where, losses, 0.0), where
+
+
 def sequence_losses(base: BaseModel, params: Params, tokens: ArrayLike) -> Array:
     """Ordinary teacher-forced loss of a whole window.
 

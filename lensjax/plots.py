@@ -1,31 +1,30 @@
-"""Pictures of a run: training curves, and maps of what each variant shows. The only module that draws.
+"""Curves: how a run went, and how good each policy is at each budget. Also the look that all pictures share.
 
-Both functions build a `Figure` of their own and leave matplotlib's global state alone.
+Only this module and `maps` draw. Their functions build a `Figure` of their own and leave matplotlib's global state
+alone.
 """
 
 import fnmatch
+import itertools
 import math
-from collections.abc import Sequence
+import statistics
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.patches import Patch, Rectangle
 
-from lensjax.context import MISSING
 from lensjax.logging import UNDEFINED, Row
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_INK, _MUTED, _FAINT = "#222222", "#777777", "#dddddd"
-_LEGEND: dict[str, Any] = {
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+INK, MUTED, FAINT = "#222222", "#777777", "#dddddd"
+LEGEND: dict[str, Any] = {
     "frameon": False,
     "handlelength": 1.3,
     "handletextpad": 0.5,
@@ -35,8 +34,44 @@ _LEGEND: dict[str, Any] = {
 _DPI = 150
 
 
-def _layout() -> ConstrainedLayoutEngine:
-    return ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of a size in inches that lays itself out."""
+    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
+
+
+def write(figure: Figure, path: str | Path) -> None:
+    """Writes a figure; the ending sets the format."""
+    figure.savefig(path, dpi=_DPI)
+
+
+def dress(ax: Axes, title: str, x: str, y: str, *, pad: float = 6) -> None:
+    """Names axes, with room for `pad` points under the title, and keeps them in the background."""
+    ax.set_title(title, loc="left", pad=pad, fontsize=10, fontweight="bold", color=INK)
+    ax.set_xlabel(x, fontsize=8, color=MUTED)
+    ax.set_ylabel(y, fontsize=8, color=MUTED)
+    ax.grid(axis="y", color=FAINT, linewidth=0.6)
+    soften(ax, "top", "right")
+
+
+def soften(ax: Axes, *hidden_spines: str) -> None:
+    """Moves axes and ticks into the background."""
+    ax.set_axisbelow(True)
+    ax.spines[list(hidden_spines)].set_visible(False)
+    ax.spines[:].set_color(MUTED)
+    ax.tick_params(colors=MUTED, labelsize=8)
+
+
+def noise_width(count: int) -> int:
+    """Points that the running mean of a noisy curve takes in: an odd number, 1 for short curves."""
+    return 1 + 2 * (count // 40)
+
+
+def running_mean(values: np.ndarray, *, width: int) -> np.ndarray:
+    """Centred mean over an odd number of points, fewer at the ends; gaps stay gaps."""
+    known = np.isfinite(values)
+    totals = np.convolve(np.where(known, values, 0.0), np.ones(width), "same")
+    counts = np.convolve(known, np.ones(width), "same")
+    return np.where(known, totals / np.maximum(counts, 1), math.nan)
 
 
 @dataclass(frozen=True)
@@ -93,8 +128,8 @@ _PANELS = (
     _Panel(
         "Held-out hit rate",
         "share of sequences",
-        {"lens/eval/hit_rate": "top-scored block is the answer"},
-        references={"lens/eval/hit_rate_chance": "chance"},
+        {"lens/eval/hit_rate": "the answer is shown in full"},
+        references={"lens/eval/hit_rate_random": "random rollouts"},
     ),
     _Panel(
         "Score range",
@@ -136,10 +171,10 @@ def training_curves(rows: Sequence[Row], path: str | Path) -> Figure:
         raise ValueError(f"none of {len(rows)} rows holds a metric to draw: expected rows of a run's metrics.jsonl")
     columns = min(3, len(found))
     lines = math.ceil(len(found) / columns)
-    figure = Figure(figsize=(4.6 * columns, 3.1 * lines), layout=_layout())
+    figure = new_figure(4.6 * columns, 3.1 * lines)
     for place, (panel, series) in enumerate(found, start=1):
         _draw_panel(figure.add_subplot(lines, columns, place), panel, series)
-    figure.savefig(path, dpi=_DPI)
+    write(figure, path)
     return figure
 
 
@@ -164,203 +199,174 @@ def _series_of(panel: _Panel, points: dict[str, list[tuple[float, float]]]) -> l
 
 
 def _finite_or_nan(value: Any) -> float:
-    number = math.nan if value == UNDEFINED else float(value)
+    number = math.nan if value in (UNDEFINED, "") else float(value)
     return number if math.isfinite(number) else math.nan
 
 
 def _draw_panel(ax: Axes, panel: _Panel, series: list[_Series]) -> None:
-    colors = iter(_COLORS * len(series))
+    colors = iter(COLORS * len(series))
     step_label = "step"
     for one in series:
-        color = _MUTED if one.is_reference else next(colors)
+        color = MUTED if one.is_reference else next(colors)
         style: dict[str, Any] = {"color": color, "linestyle": "--" if one.is_reference else "-"}
         values = one.values
-        if panel.is_noisy and not one.is_held_out and (width := 1 + 2 * (len(values) // 40)) > 1:
+        if panel.is_noisy and not one.is_held_out and (width := noise_width(len(values))) > 1:
             ax.plot(one.steps, values, linewidth=0.7, alpha=0.3, **style)
-            values = _running_mean(values, width=width)
+            values = running_mean(values, width=width)
             step_label = "step (bold: running mean)"
         marker = "o" if one.is_held_out or len(values) == 1 else ""
         ax.plot(one.steps, values, linewidth=1.8, marker=marker, markersize=3.5, label=one.label, **style)
     if panel.level is not None:
-        ax.axhline(panel.level, color=_MUTED, linewidth=0.9, linestyle=":", zorder=1)
-    ax.set_title(panel.title, loc="left", pad=20, fontsize=10, fontweight="bold", color=_INK)
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(series), fontsize=8, **_LEGEND)
+        ax.axhline(panel.level, color=MUTED, linewidth=0.9, linestyle=":", zorder=1)
+    dress(ax, panel.title, step_label, panel.unit, pad=20)
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(series), fontsize=8, **LEGEND)
     ax.set_xlim(left=0)
-    ax.set_xlabel(step_label, fontsize=8, color=_MUTED)
-    ax.set_ylabel(panel.unit, fontsize=8, color=_MUTED)
-    ax.grid(axis="y", color=_FAINT, linewidth=0.6)
-    _soften(ax, "top", "right")
 
 
-def _soften(ax: Axes, *hidden_spines: str) -> None:
-    """Moves axes and ticks into the background."""
-    ax.set_axisbelow(True)
-    ax.spines[list(hidden_spines)].set_visible(False)
-    ax.spines[:].set_color(_MUTED)
-    ax.tick_params(colors=_MUTED, labelsize=8)
+_FULL, _ORACLE, _OWN = "full", "oracle", "lensnet"
+_OWN_COLORS = (COLORS[5], COLORS[0])
+_OTHER_COLORS = (INK, *COLORS[1:5], "#882255", "#999933", "#332288")
+_MARKERS = "osD^vPX<>ph"
 
 
-def _running_mean(values: np.ndarray, *, width: int) -> np.ndarray:
-    """Centred mean over an odd number of points, fewer at the ends; gaps stay gaps."""
-    known = np.isfinite(values)
-    totals = np.convolve(np.where(known, values, 0.0), np.ones(width), "same")
-    counts = np.convolve(known, np.ones(width), "same")
-    return np.where(known, totals / np.maximum(counts, 1), math.nan)
-
-
-@dataclass(frozen=True)
-class VariantMap:
-    """What the variants of one sequence show, for `lod_maps`."""
-
+class _QualityPanel(NamedTuple):
+    column: str
     title: str
-    cuts: np.ndarray
-    """int[V, T]: level at which each token is shown, -1 where it is not."""
-    scores: np.ndarray
-    """float[V, T]: policy score of the entry that shows each token, NaN where it is not shown."""
-    nll: np.ndarray
-    """float[V]: nats per token on the tail."""
-    labels: Sequence[str]
-    """Names of the V rows."""
-    recent_tokens: int
-    """Tail tokens that every variant holds in full."""
-    block_size: int
-    """Children per gist K."""
-    answer: tuple[int, int] | None = None
-    """First token, and the one after the last, of a span known to be worth detail."""
-
-    def __post_init__(self) -> None:
-        shapes = {name: np.shape(getattr(self, name)) for name in ("cuts", "scores", "nll", "labels")}
-        if len(shapes["cuts"]) != 2 or shapes["scores"] != shapes["cuts"] or shapes["nll"] != shapes["labels"]:
-            raise ValueError(f"expected cuts and scores [V, T], nll and labels [V], got {shapes}")
-        if shapes["cuts"][0] != len(self.labels):
-            raise ValueError(f"expected one label for each of {shapes['cuts'][0]} rows, got {list(self.labels)}")
+    unit: str
+    limits: tuple[float, float] = (-math.inf, math.inf)
+    """Values beyond are drawn at the limit."""
 
 
-# Inches, then fractions of a row.
-_ROW_HEIGHT, _AROUND_ROWS, _LEGEND_HEIGHT, _EXPLANATION_HEIGHT = 0.36, 1.15, 0.7, 0.55
-_STRIP, _SCORE_TOP, _SCORE_BOTTOM, _ROW_CENTRE = 0.60, 0.66, 0.82, 0.40
-_SHOWN: dict[str, Any] = {"align": "edge", "edgecolor": "white", "linewidth": 0.6}
-_NOT_SHOWN: dict[str, Any] = {"facecolor": "#f4f4f4", "edgecolor": "#c4c4c4", "hatch": "////", "linewidth": 0}
-_TAIL, _ANSWER = "#f6efdc", "#B0005A"
-_EXPLANATION = (
-    "Each row is one working context, all that the model reads of a text: parts of it in full (tall, dark), "
-    "the rest as gists (low, light).\n"
-    "To the right is the model's loss on the text's last tokens, given that context; lower is better."
+_QUALITY_PANELS = (
+    _QualityPanel("nll", "Held-out loss (lower is better)", "nats per token"),
+    _QualityPanel("gap_closed_oracle", "Gap closed", "share of the way from recency (0) to oracle (1)", (-0.5, 1.25)),
+    _QualityPanel("hit_rate", "Hit rate", "share of sequences whose answer is shown in full"),
 )
-_SCORE_COLORS = "PuOr_r"
+_LOW, _HIGH = "nll_ci_low", "nll_ci_high"
+_NUMBERS = (*(panel.column for panel in _QUALITY_PANELS), _LOW, _HIGH)
 
 
-def lod_maps(maps: Sequence[VariantMap], path: str | Path) -> Figure:
-    """Draws for each sequence, one row a variant, what is shown in full and what as gists along the timeline.
+def quality_at_budget(rows: Sequence[Row], path: str | Path, *, title: str = "") -> Figure:
+    """Draws what each policy makes of each budget: loss, share of the gap closed, hit rate.
 
-    Taller and darker means more detail. Under it runs the policy's score of the same entry, left out on the
-    protected tail, which no edit may touch. The lowest loss is in bold.
+    Points are means over seeds; bars reach from the lowest end of the seeds' intervals to the highest. Points of one
+    budget stand side by side. Panels that no row defines are left out.
 
     Args:
-      maps: one per sequence, of one block size; rows are drawn in the order given.
+      rows: of one task, each of a policy, budget and seed, with the columns `task`, `policy`, `entries` (the budget),
+        `budget_ratio` (tokens per entry), `nll`, `nll_ci_low` and `nll_ci_high` (nats per token), `gap_closed_oracle`
+        and `hit_rate`; others are not read. Numbers may be strings, empty where they are not defined. The policy
+        "full" has no budget and becomes a line across; those named "lensnet..." stand out.
       path: where to write; the ending sets the format.
+      title: stands above the panels.
 
     Returns:
       The figure that was written.
 
     Raises:
-      ValueError: there is no map, or block sizes differ.
+      ValueError: there are no rows or not all columns, several tasks, or a policy without a budget or a loss.
     """
-    if len({one.block_size for one in maps}) != 1:
-        raise ValueError(f"expected maps of one block size, got {[one.block_size for one in maps]}")
-    heights = [*(_AROUND_ROWS + _ROW_HEIGHT * len(one.labels) for one in maps), _LEGEND_HEIGHT]
-    figure = Figure(figsize=(12, sum(heights) + _EXPLANATION_HEIGHT), layout=_layout())
-    figure.suptitle(_EXPLANATION, x=0.01, ha="left", fontsize=10, color=_MUTED)
-    grid = figure.add_gridspec(len(heights), 2, height_ratios=heights, width_ratios=(1, 0.15))
-    colors = _lod_colors(max(int(one.cuts.max()) for one in maps))
-    for place, one in enumerate(maps):
-        timeline = figure.add_subplot(grid[place, 0])
-        _draw_timeline(timeline, one, colors)
-        _draw_losses(figure.add_subplot(grid[place, 1], sharey=timeline), one)
-    _draw_legend(figure.add_subplot(grid[-1, :]), colors, maps)
-    figure.savefig(path, dpi=_DPI)
+    curves = _budget_curves(rows)
+    ticks = {float(row["entries"]): float(row["budget_ratio"]) for row in rows if row["policy"] != _FULL}
+    panels = [panel for panel in _QUALITY_PANELS if any(np.isfinite(one.values[panel.column]).any() for one in curves)]
+    figure = new_figure(1.6 + 4.6 * len(panels), 4.8)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK, parse_math=False)
+    for place, panel in enumerate(panels, start=1):
+        ax = figure.add_subplot(1, len(panels), place)
+        _draw_quality(ax, panel, curves, ticks)
+    # From worst to best where they differ most.
+    handles = sorted(figure.axes[0].get_lines(), key=lambda line: -np.asarray(line.get_ydata())[0])
+    legend = figure.legend(handles=handles, loc="outside right center", fontsize=9, labelspacing=0.9, **LEGEND)
+    for text in legend.get_texts():
+        text.set(fontweight="bold" if text.get_text().startswith(_OWN) else "normal", parse_math=False)
+    write(figure, path)
     return figure
 
 
-def _lod_colors(max_lod: int) -> np.ndarray:
-    """Dark to light with rising level; float[L + 1, 4]."""
-    return matplotlib.colormaps["Blues"](np.linspace(0.95, 0.35, max_lod + 1))
+class _BudgetCurve(NamedTuple):
+    entries: np.ndarray
+    """float[N], rising; infinity for no budget."""
+    values: dict[str, np.ndarray]
+    """float[N] by column, NaN where it is not defined."""
+    style: dict[str, Any]
 
 
-def _shown_spans(cut: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """First tokens and widths: each gist by itself, neighbouring tokens of LOD 0, or not shown, together."""
-    starts_gist = (cut > 0) & (np.arange(len(cut)) % block_size ** np.maximum(cut, 0) == 0)
-    starts = np.flatnonzero(starts_gist | np.append(True, cut[1:] != cut[:-1]))
-    return starts, np.diff(starts, append=len(cut))
+def _budget_curves(rows: Sequence[Row]) -> list[_BudgetCurve]:
+    """One for each policy, in the order in which they come."""
+    columns = ("task", "policy", "entries", "budget_ratio", *_NUMBERS)
+    missing = [name for name in columns if any(row.get(name) is None for row in rows)]
+    if missing or not rows:
+        raise ValueError(
+            f"{len(rows)} rows, in which {', '.join(missing or columns)} are missing: expected a results table"
+        )
+    if len(tasks := {row["task"] for row in rows}) > 1:
+        raise ValueError(f"expected rows of one task, got those of {', '.join(sorted(tasks))}: draw each by itself")
+    found: dict[str, dict[float, list[Row]]] = {}
+    for row in rows:
+        has_budget = row["policy"] != _FULL
+        if has_budget and not all(_finite_or_nan(row[name]) > 0 for name in ("entries", "budget_ratio")):
+            raise ValueError(f"expected entries and budget_ratio above 0 in all rows but those of {_FULL!r}, got {row}")
+        entries = float(row["entries"]) if has_budget else math.inf
+        found.setdefault(row["policy"], {}).setdefault(entries, []).append(row)
+    if found.keys() == {_FULL}:
+        raise ValueError(f"expected rows of policies with a budget, got only rows of {_FULL!r}")
+    styles = _policy_styles(found)
+    curves = []
+    for policy, by_budget in found.items():
+        budgets = sorted(by_budget)
+        values = {name: np.array([_over_seeds(by_budget[one], name) for one in budgets]) for name in _NUMBERS}
+        if np.isnan(values["nll"]).any():
+            raise ValueError(f"expected a number as nll, got none of policy {policy} at one of {budgets} entries")
+        curves.append(_BudgetCurve(np.array(budgets), values, styles[policy]))
+    return curves
 
 
-def _draw_timeline(ax: Axes, one: VariantMap, colors: np.ndarray) -> None:
-    rows, window = one.cuts.shape
-    tail = window - one.recent_tokens
-    for row, (cut, scores) in enumerate(zip(one.cuts, one.scores, strict=True)):
-        starts, widths = _shown_spans(cut, one.block_size)
-        lods = cut[starts]
-        shown = lods != MISSING
-        base, height = row + _STRIP, -_STRIP * (1 - lods / len(colors))
-        ax.bar(starts[shown], height[shown], widths[shown], base, color=colors[lods[shown]], **_SHOWN)
-        ax.bar(starts[~shown], -_STRIP, widths[~shown], base, align="edge", **_NOT_SHOWN)
-        strip = np.ma.masked_invalid(scores[None, :tail])
-        edges = np.arange(tail + 1), np.array([row + _SCORE_TOP, row + _SCORE_BOTTOM])
-        ax.pcolormesh(*edges, strip, cmap=_SCORE_COLORS, vmin=-1, vmax=1)
-    ax.axvspan(tail, window, color=_TAIL, zorder=0)
-    _note_above(ax, (tail + window) / 2, "protected tail", "#8a6d1f")
-    if one.answer is not None:
-        first, end = one.answer
-        frame = Rectangle((first, -0.12), end - first, rows + 0.06, fill=False, color=_ANSWER, linewidth=1.4)
-        frame.set_clip_on(False)
-        ax.add_patch(frame)
-        _note_above(ax, (first + end) / 2, "answer", _ANSWER)
-    ax.set(xlim=(0, window), ylim=(rows - 0.1, -0.15))
-    ax.set_title(_budget_title(one), loc="left", pad=18, fontsize=11, fontweight="bold", color=_INK, parse_math=False)
-    ax.set_yticks(np.arange(rows) + _ROW_CENTRE, labels=one.labels, parse_math=False)
-    ax.set_xlabel("token (oldest to newest)", fontsize=8, color=_MUTED)
-    _soften(ax, "top", "right", "left")
-    ax.tick_params(axis="y", length=0, labelsize=9, labelcolor=_INK)
-    for label, best in zip(ax.get_yticklabels(), one.nll == one.nll.min(), strict=True):
-        label.set_fontweight("bold" if best else "normal")
+def _over_seeds(rows: Iterable[Row], column: str) -> float:
+    values = [value for row in rows if math.isfinite(value := _finite_or_nan(row[column]))]
+    reduce = {_LOW: min, _HIGH: max}.get(column, statistics.fmean)
+    return reduce(values) if values else math.nan
 
 
-def _note_above(ax: Axes, x: float, text: str, color: str) -> None:
-    ax.annotate(text, (x, 1), (0, 3), ("data", "axes fraction"), "offset points", ha="center", fontsize=8, color=color)
+def _policy_styles(policies: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Grey references, LensNet bold and in blue, all others thin."""
+    own, others, markers = (itertools.cycle(some) for some in (_OWN_COLORS, _OTHER_COLORS, _MARKERS))
+    styles: dict[str, dict[str, Any]] = {}
+    for policy in sorted(policies, key=lambda name: not name.startswith(_OWN)):
+        if policy == _FULL:
+            style = {"color": MUTED, "linestyle": "--", "linewidth": 1.6, "zorder": 2}
+        elif policy == _ORACLE:
+            style = {"color": MUTED, "linestyle": ":", "linewidth": 1.6, "marker": "*", "markersize": 7, "zorder": 2}
+        elif policy.startswith(_OWN):
+            style = {"color": next(own), "marker": next(markers), "linewidth": 2.6, "markersize": 7, "zorder": 4}
+        else:
+            style = {"color": next(others), "marker": next(markers), "linewidth": 1.1, "markersize": 5, "zorder": 3}
+        styles[policy] = {"label": policy} | style
+    return styles
 
 
-def _budget_title(one: VariantMap) -> str:
-    window = one.cuts.shape[1]
-    counts = {round(float(np.sum(1.0 / one.block_size ** row[row != MISSING]))) for row in one.cuts}
-    entries = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
-    return f"{one.title}: {window} tokens in {entries} entries ({window / max(counts):.1f}x)"
-
-
-def _draw_losses(ax: Axes, one: VariantMap) -> None:
-    """A dot and the number for each row; right of the timeline, on its rows."""
-    best = one.nll == one.nll.min()
-    for row, (value, bold) in enumerate(zip(one.nll, best, strict=True)):
-        y, weight = row + _ROW_CENTRE, "bold" if bold else "normal"
-        ax.axhline(y, color=_FAINT, linewidth=0.8, zorder=0)
-        ax.plot(value, y, "o", color=_COLORS[0] if bold else _MUTED, markersize=6)
-        ax.text(1.05, y, f"{value:.3f}", transform=ax.get_yaxis_transform(), va="center", fontsize=9, weight=weight)
-    ax.margins(x=0.12)
-    ax.set_title("loss on the tail", loc="left", fontsize=8, color=_MUTED)
-    ax.tick_params(left=False, labelleft=False)
-    ax.set_xlabel("nats per token", fontsize=8, color=_MUTED)
-    _soften(ax, "top", "right", "left")
-
-
-def _draw_legend(ax: Axes, colors: np.ndarray, maps: Sequence[VariantMap]) -> None:
-    size = maps[0].block_size
-    names = ["LOD 0: token in full", *(f"LOD {lod}: gist of {size**lod} tokens" for lod in range(1, len(colors)))]
-    patches = [Patch(facecolor=color, label=name) for color, name in zip(colors, names, strict=True)]
-    if any((one.cuts == MISSING).any() for one in maps):
-        patches.append(Patch(label="not shown", **_NOT_SHOWN))
-    ax.axis("off")
-    ax.legend(handles=patches, loc="center left", ncols=min(len(patches), 4), fontsize=9, **_LEGEND)
-    scale = ScalarMappable(Normalize(-1, 1), _SCORE_COLORS)
-    bar = ax.figure.colorbar(scale, cax=ax.inset_axes((0.76, 0.62, 0.2, 0.22)), orientation="horizontal")
-    bar.set_ticks([-1, 0, 1], labels=["-1 collapse", "0", "+1 expand"], fontsize=8)
-    bar.set_label("LensNet's score", fontsize=9)
-    bar.outline.set_visible(False)
+def _draw_quality(ax: Axes, panel: _QualityPanel, curves: Sequence[_BudgetCurve], ticks: Mapping[float, float]) -> None:
+    beyond = []
+    spacing = min(np.diff(np.log2(sorted(ticks))), default=1.0)
+    for curve, dodge in zip(curves, np.linspace(-0.2, 0.2, len(curves)) * spacing, strict=True):
+        values, style = curve.values[panel.column], curve.style
+        drawn = np.clip(values, *panel.limits)
+        if np.isinf(curve.entries).any():
+            ax.axhline(drawn[0], **style)
+            continue
+        x = curve.entries * 2**dodge
+        ax.plot(x, drawn, **style)
+        if panel.column == "nll":
+            bars = {name: style[name] for name in ("color", "linewidth", "zorder")}
+            ax.vlines(x, curve.values[_LOW], curve.values[_HIGH], alpha=0.6, **bars)
+        for marker, is_beyond in (("v", values < drawn), ("^", values > drawn)):
+            if is_beyond.any():
+                ax.plot(x[is_beyond], drawn[is_beyond], marker, color=style["color"], markersize=10, fillstyle="none")
+                worst = values[is_beyond][np.argmax(np.abs(values[is_beyond]))]
+                beyond.append(f"{style['label']} (to {worst:.2f})")
+    label = "budget: entries, and tokens per entry" + (" (bars: confidence intervals)" if panel.column == "nll" else "")
+    if beyond:
+        label += "\n" + textwrap.fill(f"beyond the edge (open triangles): {', '.join(beyond)}", width=66)
+    dress(ax, panel.title, label, panel.unit)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(list(ticks), labels=[f"{entries:g}\n{ratio:g}x" for entries, ratio in ticks.items()])
+    ax.minorticks_off()

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from lensjax import context as contexts
 from lensjax import nll, optimizer, rollouts, schedules
 from lensjax.config import Config
-from lensjax.metrics import Metrics
+from lensjax.metrics import Metrics, masked_mean
 from lensjax.models import Models, Params
 from lensjax.variants import Batch, build_tree
 
@@ -97,14 +98,18 @@ def _pretrain_loss(
 
 
 def _rollout_loss(models: Models, params: dict[str, Params], tokens: Array, key: Array, config: Config) -> Array:
-    """Loss of one rollout whose length is drawn from the range of the curriculum."""
-    shape, geometry, capacity = config.context, config.context.geometry, config.context_capacity
-    shortest = geometry.length_of_fraction(min(config.hyper.context_start, config.hyper.context_end))
+    """Mean loss of the token after every token that one rollout shows.
+
+    Its length is log-uniform from the shortest cut to the capacity: all ratios of compression are read equally often.
+    """
+    geometry, capacity = config.context.geometry, config.context_capacity
     length_key, rollout_key = jax.random.split(key)
-    length = jax.random.randint(length_key, (), shortest, capacity + 1)
-    variant, _ = rollouts.sample_rollouts(
+    bounds = jnp.log(jnp.asarray([geometry.shortest, capacity + 1], jnp.float32))
+    length = jnp.exp(jax.random.uniform(length_key, (), minval=bounds[0], maxval=bounds[1])).astype(jnp.int32)
+    drawn, _ = rollouts.sample_rollouts(
         rollout_key, length, config.hyper.lod2_share, rollouts=1, geometry=geometry, capacity=capacity
     )
-    tree = build_tree(models, params, tokens, config)
-    losses, _ = nll.variant_losses(models.base, params["base"], tree, variant, tokens, horizon=shape.horizon)
-    return losses[0]
+    context = jax.tree.map(lambda leaf: leaf[0], drawn)
+    entries = contexts.materialise(build_tree(models, params, tokens, config), context)
+    losses, where = nll.entry_losses(models.base, params["base"], entries, context, tokens)
+    return masked_mean(losses, where)

@@ -113,7 +113,7 @@ def cheap_programs() -> Iterator[None]:
 
 
 _MEASURED = (
-    *("nll_policy", "nll_baseline", "nll_rollout_mean", "nll_oracle", "hit_rate", "hit_rate_chance"),
+    *("nll_policy", "nll_baseline", "nll_rollout_mean", "nll_oracle", "hit_rate", "hit_rate_random"),
     *("mc/preference_agreement", "mc/preference_agreement_lod_only"),
 )
 

@@ -82,7 +82,7 @@ def test_cold_start_scores_are_those_of_the_blocks_in_order():
 def test_the_hit_rate_is_that_of_a_policy_whose_scores_are_known(answers, rate):
     report = evaluate(wish(7), answers)
     assert report["hit_rate"] == pytest.approx(rate)
-    assert report["hit_rate_chance"] == pytest.approx(1 / BLOCKS)
+    assert report["hit_rate_random"] == pytest.approx(1 / BLOCKS)
 
 
 def test_the_pick_of_a_policy_that_knows_the_answer_is_the_oracle():
@@ -96,7 +96,7 @@ def test_the_pick_of_a_policy_that_knows_the_answer_is_the_oracle():
 def test_without_answers_nothing_is_said_about_them():
     run = functools.partial(evaluation.eval_step, config=RUN.config, models=RUN.models)
     names = set(jax.eval_shape(run, RUN.state(), batch(), KEY))
-    assert set(evaluate(wish(0))) - names == {"hit_rate", "hit_rate_chance", "nll_oracle"}
+    assert set(evaluate(wish(0))) - names == {"hit_rate", "hit_rate_random", "nll_oracle"}
     assert "nll_policy" in names
 
 

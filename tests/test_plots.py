@@ -1,3 +1,4 @@
+import csv
 import math
 import sys
 from pathlib import Path
@@ -5,7 +6,6 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
-from matplotlib.colors import to_rgba
 
 from lensjax import plots
 
@@ -72,7 +72,7 @@ def test_noisy_training_metrics_get_a_running_mean_and_others_do_not(tmp_path):
 
 def test_running_mean_by_hand():
     values = np.array([1.0, 3.0, math.nan, 5.0, 0.0])
-    mean = plots._running_mean(values, width=3)
+    mean = plots.running_mean(values, width=3)
     assert mean.tolist() == pytest.approx([2.0, 2.0, math.nan, 2.5, 2.5], nan_ok=True)
 
 
@@ -83,104 +83,121 @@ def test_rows_without_a_known_metric_are_refused(tmp_path):
     assert not (tmp_path / "curves.png").exists()
 
 
-# Maps
+# Quality at each budget
 
-CUTS = np.array([[-1, -1, -1, 0, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0, 0, 0], [2, 2, 2, 2, 0, 0, 1, 1, 0, 0]])
-SCORES = np.where(CUTS == -1, math.nan, np.linspace(-1, 1, 30).reshape(3, 10))
-
-
-def variant_map(**changes):
-    fields = {
-        "title": "a$_$b",  # a file name; as a formula it would be an error
-        "cuts": CUTS,
-        "scores": SCORES,
-        "nll": np.array([2.5, 2.0, 2.25], np.float32),
-        "labels": ["baseline", "rollout 1", "$^$pick"],
-        "recent_tokens": 2,
-        "block_size": 2,
-    }
-    return plots.VariantMap(**fields | changes)
-
-
-def bars(ax):
-    """(row, first token, width, height in strips, colour) of each bar."""
-    found = [(bar, bar.get_bbox()) for container in ax.containers for bar in container]
-    return {
-        (math.floor(box.y0), round(box.x0), round(box.width), round(-box.height / plots._STRIP, 3), bar.get_facecolor())
-        for bar, box in found
-    }
+COLUMNS = (
+    *("task", "policy", "budget_ratio", "entries", "seed", "nll", "nll_ci_low", "nll_ci_high"),
+    *("gap_closed_oracle", "gap_closed_full", "hit_rate", "swap_rate"),
+)
+TABLE = """
+recall,recency,4,128,0,3.0,2.75,3.25,0.0,,0.0,
+recall,recency,8,64,0,4.0,3.5,4.5,0.0,,0.0,
+recall,lensnet_1,8,64,0,3.0,2.75,3.5,0.5,,0.75,0.1
+recall,lensnet_1,8,64,1,3.5,3.0,4.0,0.25,,0.25,0.2
+recall,lensnet_1,4,128,0,2.5,2.25,2.75,0.5,,1.0,
+recall,key_norm,8,64,0,8.0,,,-2.0,,0.0,
+recall,key_norm,4,128,0,2.75,2.5,3.0,,,,
+recall,key_norm,4,128,1,2.75,2.25,2.75,0.25,,0.0,
+recall,oracle,8,64,0,2.0,1.75,2.25,1.0,,1.0,
+recall,oracle,4,128,0,2.0,1.75,2.25,1.0,,1.0,
+recall,full,,,0,2.25,2.0,2.5,,,,
+recall,full,,,1,1.75,1.5,2.0,,,,
+"""
 
 
-def test_map_shows_each_entry_where_it_is(tmp_path):
-    figure = plots.lod_maps([variant_map(answer=(4, 6))], tmp_path / "maps.png")
-    assert is_png(tmp_path / "maps.png")
-    timeline, losses, legend = figure.axes
-    full, gist, gist_of_gists = (tuple(color) for color in plots._lod_colors(2))
-    absent = to_rgba(plots._NOT_SHOWN["facecolor"])
-    assert bars(timeline) == {
-        (0, 0, 3, 1.0, absent),
-        (0, 3, 7, 1.0, full),
-        (1, 0, 2, 0.667, gist),
-        (1, 2, 2, 0.667, gist),
-        (1, 4, 6, 1.0, full),
-        (2, 0, 4, 0.333, gist_of_gists),
-        (2, 4, 2, 1.0, full),
-        (2, 6, 2, 0.667, gist),
-        (2, 8, 2, 1.0, full),
-    }
-    for strip, scores in zip(timeline.collections, SCORES, strict=True):
-        np.testing.assert_array_equal(strip.get_array().filled(math.nan), scores[None, :8])
-        assert strip.get_clim() == (-1, 1)
-    assert timeline.get_title(loc="left") == "a$_$b: 10 tokens in 6 to 8 entries (1.2x)"
-    notes = {text.get_text(): text.xy[0] for text in timeline.texts}
-    assert notes == {"protected tail": 9.0, "answer": 5.0}
-    weights = {label.get_text(): label.get_fontweight() for label in timeline.get_yticklabels()}
-    assert weights == {"baseline": "normal", "rollout 1": "bold", "$^$pick": "normal"}
-    numbers = {text.get_text(): text.get_fontweight() for text in losses.texts}
-    assert numbers == {"2.500": "normal", "2.000": "bold", "2.250": "normal"}
-    dots = [line.get_xdata()[0] for line in losses.lines if line.get_marker() == "o"]
-    assert dots == [2.5, 2.0, 2.25]
-    names = [text.get_text() for text in legend.get_legend().get_texts()]
-    assert names == ["LOD 0: token in full", "LOD 1: gist of 2 tokens", "LOD 2: gist of 4 tokens", "not shown"]
+def results(table=TABLE, **changes):
+    return [dict(row, **changes) for row in csv.DictReader(table.split(), COLUMNS)]
 
 
-def test_levels_are_told_apart_by_lightness():
-    luminance = plots._lod_colors(4)[:, :3] @ [0.2126, 0.7152, 0.0722]
-    assert (np.diff(luminance) > 0.08).all()
+def own_lines(ax):
+    return {line.get_label(): line for line in ax.lines if not line.get_label().startswith("_")}
 
 
-def test_maps_of_several_windows_share_one_picture(tmp_path):
-    small = variant_map(cuts=CUTS[:2, 2:], scores=SCORES[:2, 2:], nll=np.ones(2), labels=["a", "b"])
-    figure = plots.lod_maps([variant_map(), small], tmp_path / "maps.svg")
-    assert "<svg" in (tmp_path / "maps.svg").read_text()
-    assert [ax.get_xlim()[1] for ax in figure.axes if ax.get_title(loc="left").startswith("a$_$b")] == [10, 8]
+def test_quality_is_drawn_at_its_budget_with_its_interval(tmp_path):
+    figure = plots.quality_at_budget(results(), tmp_path / "quality.png", title="a$_$b")
+    assert is_png(tmp_path / "quality.png")
+    assert figure.get_suptitle() == "a$_$b"
+    loss, gap, hits = panels(figure).values()
+    lines = own_lines(loss)
+    assert list(lines) == ["recency", "lensnet_1", "key_norm", "oracle", "full"]
+    means = {name: line.get_ydata().tolist() for name, line in lines.items() if name != "full"}
+    # From 64 entries to 128, whatever the order of the rows; the mean over seeds.
+    assert means == {"recency": [4.0, 3.0], "lensnet_1": [3.25, 2.5], "key_norm": [8.0, 2.75], "oracle": [2.0, 2.0]}
+    assert set(lines["full"].get_ydata()) == {2.0} and lines["full"].get_xdata()[:] == [0, 1]
+    dodges = [np.log2(lines[name].get_xdata() / [64, 128]) for name in means]
+    assert (np.abs(dodges) <= 0.2).all() and (np.diff(dodges, axis=0) > 0.05).all()
+    bars = dict(zip(means, loss.collections, strict=True))
+    ends = {name: [segment.tolist() for segment in some.get_segments()] for name, some in bars.items()}
+    (at_64, at_128), (undefined, defined) = lines["lensnet_1"].get_xdata(), ends["key_norm"]
+    assert ends["lensnet_1"] == [[[at_64, 2.75], [at_64, 4.0]], [[at_128, 2.25], [at_128, 2.75]]]
+    assert undefined == [] and [y for _, y in defined] == [2.25, 3.0]
+    for ax in (loss, gap, hits):
+        ticks = zip(ax.get_xticks(), ax.get_xticklabels(), strict=True)
+        assert {place: label.get_text() for place, label in ticks} == {64: "64\n8x", 128: "128\n4x"}
+        assert ax.get_xscale() == "log"
+    assert own_lines(hits)["lensnet_1"].get_ydata().tolist() == [0.5, 1.0]
+    assert hits.get_xlabel() == "budget: entries, and tokens per entry"
+
+
+def test_gaps_far_beyond_are_drawn_at_the_edge_and_named(tmp_path):
+    gap = plots.quality_at_budget(results(), tmp_path / "quality.png").axes[1]
+    lines = own_lines(gap)
+    assert lines["lensnet_1"].get_ydata().tolist() == [0.375, 0.5]
+    assert lines["key_norm"].get_ydata().tolist() == [-0.5, 0.25]
+    (edge,) = (line for line in gap.lines if line.get_marker() == "v" and line.get_fillstyle() == "none")
+    assert edge.get_ydata().tolist() == [-0.5] and edge.get_xdata()[0] == lines["key_norm"].get_xdata()[0]
+    assert gap.get_xlabel().endswith("beyond the edge (open triangles): key_norm (to -2.00)")
+    assert not any(np.isfinite(own_lines(gap)["full"].get_ydata()))
+
+
+def test_legend_stands_in_the_order_of_the_lines_and_lensnet_stands_out(tmp_path):
+    names = ("full", "lensnet_1", "uniform", "random", "recent_random", "key_norm", "snapkv", "bm25", "lensnet_4")
+    rows = [dict(results()[0], policy=name, nll=str(place)) for place, name in enumerate(names)]
+    figure = plots.quality_at_budget(rows, tmp_path / "quality.svg")
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [*reversed(names)]
+    bold = {text.get_text() for text in legend.get_texts() if text.get_fontweight() == "bold"}
+    lines = own_lines(figure.axes[0])
+    widest = max(line.get_linewidth() for line in lines.values())
+    assert (
+        bold == {name for name, line in lines.items() if line.get_linewidth() == widest} == {"lensnet_1", "lensnet_4"}
+    )
+    looks = {(line.get_color(), line.get_marker()) for line in lines.values()}
+    assert len(looks) == len({line.get_marker() for line in lines.values()}) == len(names)
+    assert lines["full"].get_linestyle() == "--" and lines["full"].get_color() == plots.MUTED
+
+
+def test_panels_without_values_are_left_out(tmp_path):
+    figure = plots.quality_at_budget(results(gap_closed_oracle="", hit_rate=""), tmp_path / "quality.png")
+    assert list(panels(figure)) == ["Held-out loss (lower is better)"]
+    numbers = [row | {"entries": 64, "budget_ratio": 8, "nll": 2.5} for row in results()[:1]]
+    (line,) = plots.quality_at_budget(numbers, tmp_path / "quality.png").axes[0].get_lines()
+    assert line.get_ydata().tolist() == [2.5]
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("rows", "message"),
     [
-        ({"cuts": CUTS[0]}, r"expected cuts and scores \[V, T\]"),
-        ({"scores": SCORES[:, 1:]}, r"'scores': \(3, 9\)"),
-        ({"nll": np.ones(2)}, r"nll and labels \[V\]"),
-        ({"nll": np.ones(2), "labels": ["a", "b"]}, "one label for each of 3 rows"),
+        ([], "0 rows, in which task, policy, entries, budget_ratio, nll, .* are missing"),
+        ([{**results()[0], "hit_rate": None}], "1 rows, in which hit_rate are missing"),
+        ([{"task": "recall", "policy": "recency"}], "in which entries, budget_ratio, nll, .* are missing"),
+        ([*results(), *results(task="text")], "rows of one task, got those of recall, text"),
+        (results(entries=""), "entries and budget_ratio above 0 in all rows but those of 'full', got .*'entries': ''"),
+        (results(budget_ratio="0"), "entries and budget_ratio above 0 .* got .*'budget_ratio': '0'"),
+        (results()[-2:], "only rows of 'full'"),
+        (results(nll=""), r"nll, got none of policy recency at one of \[64.0, 128.0\]"),
     ],
 )
-def test_maps_that_do_not_fit_together_are_refused(changes, message):
+def test_tables_that_cannot_be_drawn_are_refused(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message):
-        variant_map(**changes)
-
-
-def test_maps_of_none_or_several_block_sizes_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"maps of one block size, got \[\]"):
-        plots.lod_maps([], tmp_path / "maps.png")
-    with pytest.raises(ValueError, match=r"maps of one block size, got \[2, 4\]"):
-        plots.lod_maps([variant_map(), variant_map(block_size=4)], tmp_path / "maps.png")
+        plots.quality_at_budget(rows, tmp_path / "quality.png")
+    assert not (tmp_path / "quality.png").exists()
 
 
 def test_global_state_stays_as_it_was(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
     before = dict(matplotlib.rcParams)
     plots.training_curves([{"phase": "lens", "step": 1, "lr": 1.0}], tmp_path / "curves.png")
-    plots.lod_maps([variant_map()], tmp_path / "maps.png")
+    plots.quality_at_budget(results(), tmp_path / "quality.png")
     assert "matplotlib.pyplot" not in sys.modules
     assert dict(matplotlib.rcParams) == before

@@ -66,7 +66,7 @@ def test_the_summary_has_a_list_over_seeds_for_each_arm(whole):
     assert (summary["task"], summary["split"], summary["seeds"], summary["steps"]) == ("recall", "test", [0, 1], 4)
     for arm in ARMS:
         assert summary[arm].keys() >= {
-            *("hit_rate", "hit_rate_chance", "nll_policy", "nll_recency", "nll_random", "nll_oracle"),
+            *("hit_rate", "hit_rate_random", "nll_policy", "nll_recency", "nll_random", "nll_oracle"),
             *("agreement", "agreement_lod_only"),
         }
         runs = [summary_of(whole / f"{arm}-{seed}") for seed in (0, 1)]
@@ -82,7 +82,7 @@ def test_the_summary_has_a_list_over_seeds_for_each_arm(whole):
 def test_the_table_shows_both_arms(whole, preset, capsys):
     recall.main(["--output-dir", str(whole), "--preset", str(preset), "--seeds", "0", "1", "--resume"])
     table = capsys.readouterr().out
-    for word in (*ARMS, "hit_rate", "hit_rate_chance", "nll_policy", "agreement_lod_only"):
+    for word in (*ARMS, "hit_rate", "hit_rate_random", "nll_policy", "agreement_lod_only"):
         assert word in table
     for column, values in summary_of(whole)["both"].items():
         assert f"{sum(values) / 2:.3f}" in table, column
@@ -183,7 +183,7 @@ def test_the_command_as_a_whole(preset, tmp_path, tmp_path_factory):
     summary = summary_of(folder)
     for arm in ARMS:
         assert len(summary[arm]["hit_rate"]) == 1 and 0 <= summary[arm]["hit_rate"][0] <= 1
-        assert summary[arm]["hit_rate_chance"] == [pytest.approx(1 / 7)]
+        assert summary[arm]["hit_rate_random"] == [pytest.approx(1 / 7)]
         assert (folder / f"{arm}-0" / "maps.png").is_file()
         assert run_folder.config_file(folder / f"{arm}-0").is_file()
     # The rollouts are the same, and so is the base model: only what is learnt from them differs.

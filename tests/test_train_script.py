@@ -144,7 +144,7 @@ BAD_COMMANDS = [
         "recall --base-run {tmp}/base --context.block-size 16 --context.recent-tokens 16 --hyper.context-end 0.6",
         "context.block_size of base_run {tmp}/base is 8, this run has 16: use the same",
     ),
-    ("recall --base-run {tmp}/base", "base_run {tmp}/base has no checkpoint: let it finish its pretraining first"),
+    ("recall --base-run {tmp}/base", "{tmp}/base has no checkpoint: let it finish its pretraining first"),
     ("nosuch", "no config .*nosuch.py; name a file, or one of: demo, recall"),
     ("{tmp}/none.json", "no config {tmp}/none.json; name a file, or one of: demo, recall"),
     ("{tmp}/torn.json", "{tmp}/torn.json is not JSON"),

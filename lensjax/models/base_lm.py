@@ -6,8 +6,9 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from lensjax.config import BaseConfig
+from lensjax.models.cache import KVCache
 from lensjax.models.rope import rotary
-from lensjax.models.transformer import Transformer, TransformerConfig, rms_norm
+from lensjax.models.transformer import Rotary, Transformer, TransformerConfig, rms_norm
 
 # Small enough that a fresh model is near uniform over the vocabulary, far enough from 0 that no two contexts
 # get the same loss: equal losses would leave the policy without a single preference.
@@ -17,8 +18,8 @@ EMBEDDING_STD = 0.02
 class ShortConv(nnx.Module):
     """Causal depthwise convolution with a residual: y_s = x_s + sum_j kernel_j * x_{s-j}.
 
-    It starts as a token shift, y_s = (1 - m) x_s + m x_{s-1}, where m climbs from 0 to 1 over the channels.
-    Every entry then carries its predecessor's identity from the first step; attention needs that to copy.
+    It starts as a token shift, y_s = (1 - m) x_{s-j} + m x_{s-j-1}, where j + m climbs from 0 to width - 1 over the
+    channels. Every entry then carries its predecessors' identities from the first step; attention needs that to copy.
 
     References:
       Peng et al., RWKV, arXiv:2305.13048 (token shift).
@@ -27,8 +28,9 @@ class ShortConv(nnx.Module):
     def __init__(self, dim: int, width: int) -> None:
         kernel = jnp.zeros((width, dim), jnp.float32)
         if width > 1:
-            mix = jnp.linspace(0.0, 1.0, dim, dtype=jnp.float32)
-            kernel = kernel.at[0].set(-mix).at[1].set(mix)
+            shift = jnp.linspace(0.0, width - 1.0, dim, dtype=jnp.float32)
+            taps = jnp.maximum(0.0, 1.0 - jnp.abs(shift[None, :] - jnp.arange(width)[:, None]))
+            kernel = taps.at[0].add(-1.0)
         self.kernel = nnx.Param(kernel)
 
     def __call__(self, x: Array) -> Array:
@@ -61,6 +63,7 @@ class BaseLM(nnx.Module):
             mlp_dim=config.mlp_dim,
             layers=config.layers,
             causal=True,
+            copy_heads=config.copy_heads,
             dtype=dtype,
         )
         self.transformer = Transformer(stack, rngs=rngs)
@@ -76,11 +79,36 @@ class BaseLM(nnx.Module):
 
     def __call__(self, embeddings: Array, positions: Array, spans: Array, rows: Array) -> Array:
         """Next-token logits at `rows`: float32[R, vocab]. See `lensjax.models.functional.BaseModel.apply`."""
+        x = self.transformer(self._mix(embeddings), rotary=self._angles(positions, spans), rows=rows)
+        return self._logits(x)
+
+    def extend(
+        self, cache: KVCache, embeddings: Array, positions: Array, spans: Array, count: Array
+    ) -> tuple[Array, KVCache]:
+        """Logits of new entries and the longer cache. See `lensjax.models.functional.BaseModel.extend`."""
+        slots, embeddings = cache.slots(embeddings.shape[0], count), embeddings.astype(cache.inputs.dtype)
+        before = cache.last_inputs(max(self.config.conv_width - 1, 0))
+        x = self._mix(jnp.concatenate([before, embeddings]))[before.shape[0] :]
+        memory = (cache.keys, cache.values)
+        x, (keys, values) = self.transformer.extend(x, memory, rotary=self._angles(positions, spans), slots=slots)
+        inputs = cache.inputs.at[slots].set(embeddings, mode="drop")
+        length = jnp.minimum(cache.length + count, cache.capacity)
+        return self._logits(x), KVCache(keys, values, inputs, length)
+
+    def attention(self, embeddings: Array, positions: Array, spans: Array, rows: Array) -> tuple[Array, Array]:
+        """Attention weights and norms of keys. See `lensjax.models.functional.BaseModel.attention`."""
+        return self.transformer.attention(self._mix(embeddings), rotary=self._angles(positions, spans), rows=rows)
+
+    def _angles(self, positions: Array, spans: Array) -> Rotary:
         config = self.config
         sigma = spans if config.gaussian_rope else None
-        angles = rotary(positions, config.dim // config.heads, config.rope_theta, sigma)
+        return rotary(positions, config.dim // config.heads, config.rope_theta, sigma)
+
+    def _mix(self, embeddings: Array) -> Array:
+        """What the first layer reads of the entries [S, D]."""
         x = embeddings.astype(self.dtype)
-        if config.conv_width:
-            x = self.conv(x)
-        x = self.norm(self.transformer(x, rotary=angles, rows=rows))
-        return self.embedding.attend(x) if config.tied else self.head(x)
+        return self.conv(x) if self.config.conv_width else x
+
+    def _logits(self, x: Array) -> Array:
+        x = self.norm(x)
+        return self.embedding.attend(x) if self.config.tied else self.head(x)

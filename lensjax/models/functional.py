@@ -1,6 +1,7 @@
 """The seam between Flax modules and the library: pure `init` and `apply` over plain parameter dicts.
 
-Nothing else in lensjax knows Flax. To use another base model, pass any object with the methods of `BaseModel`.
+Nothing else in lensjax knows Flax. To use another base model, pass any object with the methods of `BaseModel` that
+are called on it: training needs `init`, `embed` and `apply`.
 All functions take one sequence; `jax.vmap` them over sequences and variants with the parameters unbatched.
 """
 
@@ -15,6 +16,7 @@ from jax.typing import ArrayLike
 
 from lensjax.config import BaseConfig, Config, GistConfig, LensConfig
 from lensjax.models.base_lm import BaseLM
+from lensjax.models.cache import KVCache
 from lensjax.models.gistnet import GistNet
 from lensjax.models.lensnet import LensNet
 
@@ -108,11 +110,100 @@ class BaseModel(_Functional[BaseLM]):
         Raises:
           ValueError: a shape does not fit.
         """
+        entries = self._checked_entries(embeddings, positions, spans)
+        return self._bind(params)(*entries, _checked("rows", rows, None))
+
+    def init_cache(self, capacity: int) -> KVCache:
+        """An empty cache.
+
+        Args:
+          capacity: entries that there is room for [S].
+
+        Returns:
+          A `KVCache` of length 0.
+
+        Raises:
+          ValueError: there is room for none.
+        """
+        if capacity < 1:
+            raise ValueError(f"capacity must be at least 1 entry, got {capacity}")
+        config = self.config
+        shape, dtype = (config.layers, capacity, config.kv_heads, config.dim // config.heads), jnp.dtype(self.dtype)
+        # Distinct buffers: a donated cache may not hold one buffer twice.
+        return KVCache(
+            keys=jnp.zeros(shape, dtype),
+            values=jnp.zeros(shape, dtype),
+            inputs=jnp.zeros((capacity, config.dim), jnp.float32),
+            length=jnp.zeros((), jnp.int32),
+        )
+
+    def extend(
+        self,
+        params: Params,
+        cache: KVCache,
+        embeddings: ArrayLike,
+        positions: ArrayLike,
+        spans: ArrayLike,
+        count: ArrayLike | None = None,
+    ) -> tuple[Array, KVCache]:
+        """Reads further entries after those in the cache, at the cost of these alone.
+
+        However a sequence is split, its logits equal those of `apply` on all of it at once, to rounding.
+
+        Args:
+          params: from `init`, the same that filled the cache.
+          cache: from `init_cache` or `extend`, or one of these cut back to a prefix.
+          embeddings: float32[R, D], tokens and gists.
+          positions: float32[R], centre of each entry's span, in tokens from the start of the sequence.
+          spans: float32[R], tokens covered, as for `apply`.
+          count: int32[], how many of the R entries are real (the rest is padding and may hold anything); None for all.
+
+        Returns:
+          Next-token logits float32[R, vocabulary], of which those of padding mean nothing, and the longer cache.
+
+        Raises:
+          ValueError: a shape does not fit, `count` is not in [0, R], or the cache cannot hold so many more. The last
+            two are checked where they are concrete; under `jit` they are the caller's duty, entries past the capacity
+            are dropped and their logits wrong.
+        """
+        config = self.config
+        entries = self._checked_entries(embeddings, positions, spans)
+        _checked("cache.keys", cache.keys, config.layers, None, config.kv_heads, config.dim // config.heads)
+        rows = entries[0].shape[0]
+        count = _checked("count", rows if count is None else count).astype(jnp.int32)
+        cache.check_room(rows, count)
+        return self._bind(params).extend(cache, *entries, count)
+
+    def attention(
+        self, params: Params, embeddings: ArrayLike, positions: ArrayLike, spans: ArrayLike, rows: ArrayLike
+    ) -> tuple[Array, Array]:
+        """What chosen entries attend to in every layer of `apply`, and how long the keys are there.
+
+            weights[l, h, r, s] = softmax_s(q_h(r) . k_h(s) / sqrt(head_dim)),  s <= r
+
+        Args:
+          params: from `init`.
+          embeddings: float32[S, D], tokens and gists.
+          positions: float32[S], centre of each entry's span, in tokens from the start of the sequence.
+          spans: float32[S], tokens covered, as for `apply`.
+          rows: int32[R] in [0, S), entries whose attention is wanted.
+
+        Returns:
+          Attention weights float32[layers, heads, R, S], 0 on later entries, and L2 norms of the keys
+          float32[layers, kv_heads, S], taken before the rotation, which without Gaussian damping keeps them.
+
+        Raises:
+          ValueError: a shape does not fit.
+        """
+        entries = self._checked_entries(embeddings, positions, spans)
+        return self._bind(params).attention(*entries, _checked("rows", rows, None))
+
+    def _checked_entries(
+        self, embeddings: ArrayLike, positions: ArrayLike, spans: ArrayLike
+    ) -> tuple[Array, Array, Array]:
         embeddings = _checked("embeddings", embeddings, None, self.config.dim)
         count = embeddings.shape[0]
-        positions, spans = _checked("positions", positions, count), _checked("spans", spans, count)
-        rows = _checked("rows", rows, None)
-        return self._bind(params)(embeddings, positions, spans, rows)
+        return embeddings, _checked("positions", positions, count), _checked("spans", spans, count)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,266 @@
+"""Quality at a fixed budget: every policy on the same held-out sequences, at exactly the same number of entries.
+
+    python experiments/evaluate.py runs/recall-long
+    python experiments/evaluate.py runs/a runs/b runs/c --merged docs/evaluation_recall
+
+Leaves `evaluation.csv`, `evaluation.json` and `evaluation.png` in each run's folder: one row a policy and budget. With
+several runs, `--merged` also writes all of their rows into one table and one picture.
+"""
+
+import csv
+import functools
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import tyro
+from jax import Array
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from experiments.train import EVALUATION_SEED, load_params
+from lensjax import comparison, data, plots, run_folder
+from lensjax import config as configs
+from lensjax.comparison import FULL, Measured
+from lensjax.config import Config, FocusConfig
+from lensjax.models import Models, Params, build_models
+
+COLUMNS = (
+    *("task", "policy", "budget_ratio", "entries", "seed", "nll", "nll_ci_low", "nll_ci_high"),
+    *("gap_closed_oracle", "gap_closed_full", "hit_rate", "swap_rate"),
+)
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What to measure."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders; each has its own table."""
+    merged: Path | None = None
+    """Where the tables of all runs go together, without ending: PATH.csv and PATH.png."""
+    name: str = "evaluation"
+    """Of the files in the run's folder; those that are there already are not overwritten."""
+    budgets: tuple[int, ...] = (2, 4, 8, 16)
+    """Window over entries: 4 means a quarter of the window, rounded down to a length that some cut has."""
+    split: Literal["test", "validation"] = "test"
+    """Choose settings on validation, report test."""
+    sequences: int = 256
+    draws: int = 8
+    """Contexts of each random policy, and N of the best of N."""
+    oracle_rounds: int = 2
+    """Rounds of the greedy search for the oracle."""
+    batch_size: int = 8
+    """Sequences measured at a time."""
+    resamples: int = 2000
+    """Bootstrap samples of an interval."""
+    focus: FocusConfig | None = None
+    """How the allocator acts; None as the run's config says."""
+
+
+def main(words: list[str] | None = None) -> None:
+    """Command line."""
+    arguments = tyro.cli(Arguments, args=words, description=__doc__)
+    try:
+        evaluate(arguments)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+
+
+def evaluate(arguments: Arguments) -> list[Row]:
+    """Measures every run and returns the rows of all tables; everything is checked before the first is measured."""
+    if not arguments.runs:
+        raise ValueError("name one or more run folders")
+    for number in ("sequences", "draws", "batch_size", "resamples"):
+        if getattr(arguments, number) < 1:
+            raise ValueError(f"{number} must be at least 1, got {getattr(arguments, number)}")
+    if arguments.sequences % arguments.batch_size:
+        raise ValueError(
+            f"sequences must be a multiple of batch_size {arguments.batch_size}, got {arguments.sequences}"
+        )
+    outputs = [run / f"{arguments.name}{ending}" for run in arguments.runs for ending in (".csv", ".json", ".png")]
+    if arguments.merged is not None:
+        outputs += [arguments.merged.with_suffix(ending) for ending in (".csv", ".png")]
+    if there := [str(path) for path in outputs if path.exists()]:
+        raise FileExistsError(f"{there[0]} exists: pass another --name or --merged, or move it away")
+    jobs = [_prepare(run, arguments) for run in arguments.runs]
+    console, rows = Console(), []
+    for job in jobs:
+        rows += _evaluate_run(job, arguments, console)
+    if arguments.merged is not None:
+        arguments.merged.parent.mkdir(parents=True, exist_ok=True)
+        write_csv(rows, arguments.merged.with_suffix(".csv"))
+        plots.quality_at_budget(rows, arguments.merged.with_suffix(".png"))
+    return rows
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A run, loaded and checked."""
+
+    folder: Path
+    config: Config
+    models: Models
+    params: dict[str, Params]
+    batches: list[dict[str, np.ndarray]]
+    lengths: dict[int, int]
+    """Entries by budget."""
+
+
+def _prepare(run: Path, arguments: Arguments) -> _Job:
+    stored = configs.load(run_folder.config_file(run))
+    config = stored if arguments.focus is None else replace(stored, focus=arguments.focus)
+    models, geometry = build_models(config), config.context.geometry
+    if any(ratio < 1 for ratio in arguments.budgets) or len(set(arguments.budgets)) < len(arguments.budgets):
+        raise ValueError(f"budgets must be different ratios of at least 1, got {arguments.budgets}")
+    lengths = {ratio: geometry.length(geometry.window // ratio, name=f"budget {ratio}x") for ratio in arguments.budgets}
+    count = arguments.sequences // arguments.batch_size
+    batches = data.fixed_batches(
+        config, arguments.split, batch_size=arguments.batch_size, count=count, seed=EVALUATION_SEED
+    )
+    return _Job(run, config, models, load_params(run, models, ("base", "gist", "lens")), batches, lengths)
+
+
+def _evaluate_run(job: _Job, arguments: Arguments, console: Console) -> list[Row]:
+    """Measures one run, and writes its table and picture."""
+    started = time.perf_counter()
+    full = _measure_all(job, arguments, None, console)
+    rows: list[Row] = []
+    details: list[Row] = []
+    for ratio, length in job.lengths.items():
+        found = _measure_all(job, arguments, length, console)
+        found_rows, found_details = _rows(job, arguments, ratio, length, found | full)
+        rows, details = rows + found_rows, details + found_details
+        _print_table(console, job, ratio, length, found_details)
+    report = {
+        "run": str(job.folder),
+        "split": arguments.split,
+        "sequences": arguments.sequences,
+        "draws": arguments.draws,
+        "oracle_rounds": arguments.oracle_rounds,
+        "focus": asdict(job.config.focus),
+        "environment": run_folder.environment(job.config),
+        "seconds": round(time.perf_counter() - started, 1),
+        "rows": details,
+    }
+    write_csv(rows, job.folder / f"{arguments.name}.csv")
+    (job.folder / f"{arguments.name}.json").write_text(json.dumps(report, indent=2) + "\n")
+    plots.quality_at_budget(rows, job.folder / f"{arguments.name}.png", title=str(job.folder))
+    console.out(f"table, intervals and picture are in {job.folder}/{arguments.name}.*", highlight=False)
+    return rows
+
+
+def _measure_all(job: _Job, arguments: Arguments, length: int | None, console: Console) -> dict[str, Measured]:
+    """All policies at one length, or the full context alone; arrays [sequences]."""
+    # Runs that differ in nothing that is compiled share one program.
+    static = replace(job.config, output_dir="-", seed=0, base_run=None)
+    measure = _compiled(static, job.models, length, arguments.draws, arguments.oracle_rounds)
+    key = jax.random.fold_in(jax.random.key(EVALUATION_SEED), length or 0)
+    found = []
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        for index, batch in enumerate(progress.track(job.batches, description=f"{length or 'full'} entries")):
+            keys = jax.random.split(jax.random.fold_in(key, index), len(batch["tokens"]))
+            found.append(jax.device_get(measure(job.params, batch["tokens"], batch.get("answer"), keys)))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
+
+
+@functools.cache
+def _compiled(config: Config, models: Models, length: int | None, draws: int, rounds: int) -> Callable[..., Any]:
+    def one(params: dict[str, Params], tokens: Array, answer: Array | None, key: Array) -> dict[str, Measured]:
+        if length is None:
+            return {FULL: comparison.measure_full(models, params, tokens, answer, config=config)}
+        return comparison.measure(
+            models, params, tokens, answer, key, length=length, draws=draws, oracle_rounds=rounds, config=config
+        )
+
+    # One sequence after the other: each has its dozens of contexts to fill the machine with.
+    return jax.jit(lambda params, *batch: jax.lax.map(lambda row: one(params, *row), batch))
+
+
+def _rows(
+    job: _Job, arguments: Arguments, ratio: int, length: int, found: dict[str, Measured]
+) -> tuple[list[Row], list[Row]]:
+    """Rows of the table at one budget, and the same with all intervals."""
+    mean = {name: float(one.nll.mean()) for name, one in found.items()}
+    interval = functools.partial(comparison.interval, resamples=arguments.resamples, seed=EVALUATION_SEED)
+    rows: list[Row] = []
+    details: list[Row] = []
+    for name, one in found.items():
+        entries = job.config.context.window if name == FULL else length
+        if not (one.entries == entries).all():
+            raise ValueError(
+                f"{name} made contexts of {one.entries.min()} to {one.entries.max()} entries, not {entries}"
+            )
+        if not np.isfinite(one.nll).all():
+            raise FloatingPointError(f"the loss of {name} at {ratio}x is not finite: {job.folder} holds a broken model")
+        losses = np.asarray(one.nll)
+        low, high = interval(losses)
+        row = {
+            "task": job.config.data.task,
+            "policy": name,
+            "budget_ratio": 1 if name == FULL else ratio,
+            "entries": entries,
+            "seed": job.config.seed,
+            "nll": mean[name],
+            "nll_ci_low": low,
+            "nll_ci_high": high,
+            "gap_closed_oracle": comparison.gap_closed(mean[name], mean["recency"], mean["oracle"]),
+            "gap_closed_full": comparison.gap_closed(mean[name], mean["recency"], mean[FULL]),
+            "hit_rate": float(one.hit.mean()),
+            "swap_rate": float(one.swap_rate.mean()),
+        }
+        row = {
+            column: None if isinstance(value, float) and math.isnan(value) else value for column, value in row.items()
+        }
+        detail = row | {"against_budget": ratio, "residency": _number(float(one.residency.mean()))}
+        for other in ("recency", "random", "recent_random", "oracle"):
+            difference = losses - np.asarray(found[other].nll)
+            detail[f"minus_{other}"] = [float(difference.mean()), *interval(difference)]
+        rows, details = [*rows, row], [*details, detail]
+    # The full context is one row of the whole table, however many budgets there are.
+    keep_full = ratio == arguments.budgets[0]
+    return [row for row in rows if row["policy"] != FULL or keep_full], details
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """Writes the table; what is not defined stays empty."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow(
+                {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
+            )
+
+
+def _print_table(console: Console, job: _Job, ratio: int, length: int, rows: Sequence[Row]) -> None:
+    title = f"{job.config.data.task}, {ratio}x: {length} of {job.config.context.window} entries, seed {job.config.seed}"
+    table = Table("policy", "nll", "- recency", "- random", "gap", "of full", "hit", "swaps", "stay", title=title)
+    for row in rows:
+        table.add_row(
+            row["policy"],
+            f"{row['nll']:.3f}",
+            *("{:+.3f} [{:+.3f}, {:+.3f}]".format(*row[f"minus_{other}"]) for other in ("recency", "random")),
+            *(
+                "" if row[name] is None else f"{row[name]:.2f}"
+                for name in ("gap_closed_oracle", "gap_closed_full", "hit_rate", "swap_rate", "residency")
+            ),
+        )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""Every policy on the same sequences at the same number of entries, and what the differences between them are worth."""
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lensjax import context as contexts
+from lensjax import evaluation, focus, nll, policies, rollouts
+from lensjax.config import Config
+from lensjax.context import WorkingContext
+from lensjax.models import Models, Params
+from lensjax.tree import TreeState
+from lensjax.variants import build_tree
+
+FULL = "full"
+"""Name of the whole window in full, which is no policy and has no budget."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Measured:
+    """One policy on one sequence; a leading axis for many."""
+
+    nll: Array
+    """float32[]: nats per token on the horizon; for a random policy the mean over its draws."""
+    hit: Array
+    """float32[]: share of its contexts that show the answer in full; NaN where there is none."""
+    swap_rate: Array
+    """float32[]: share of the entries that a refocus step replaces, mean over steps; NaN for policies without steps."""
+    residency: Array
+    """float32[]: mean number of contexts in a row that hold an entry; NaN for policies without steps."""
+    entries: Array
+    """int32[2]: fewest and most entries of its contexts."""
+
+
+def measure(
+    models: Models,
+    params: dict[str, Params],
+    tokens: Array,
+    answer: Array | None,
+    key: Array,
+    *,
+    length: int,
+    draws: int,
+    oracle_rounds: int,
+    config: Config,
+) -> dict[str, Measured]:
+    """All policies on one sequence, at one length.
+
+    Args:
+      models: the models.
+      params: parameters of `base`, `gist` and `lens`.
+      tokens: int32[T].
+      answer: int32[], first token of the block that the tail repeats; None where there is none.
+      key: PRNG key of the random policies, consumed.
+      length: entries of every context, a reachable length.
+      draws: contexts of each random policy.
+      oracle_rounds: see `policies.greedy_oracle`; a known answer is one of its starts.
+      config: shapes, and how the allocator acts.
+
+    Returns:
+      `Measured` by the name of the policy. `best_of_N` and `oracle` choose by the loss itself: no policy could.
+    """
+    shape = config.context
+    tree = build_tree(models, params, tokens, config)
+    made, path = _contexts(models, params, tokens, tree, key, length=length, draws=draws, config=config)
+
+    def losses_of(variants: WorkingContext) -> Array:
+        return nll.variant_losses(models.base, params["base"], tree, variants, tokens, horizon=shape.horizon)[0]
+
+    losses = {name: losses_of(variants) for name, variants in made.items()}
+    best, name = jnp.argmin(losses["random"]), f"best_of_{draws}"
+    made[name] = jax.tree.map(lambda leaf: leaf[best][None], made["random"])
+    losses[name] = losses["random"][best][None]
+    starts = _starts(made, answer, length, config)
+    found = policies.greedy_oracle(
+        models, params, tree, tokens, starts, length=length, rounds=oracle_rounds, config=config
+    )
+    made["oracle"] = _one(focus.to_context(found, shape.geometry, capacity=length))
+    losses["oracle"] = losses_of(made["oracle"])
+
+    report = {name: _measured(made[name], losses[name], answer, config) for name in made}
+    for name, steps in (("lensnet_1", path[:2]), (f"lensnet_{config.focus.steps}", path)):
+        report[name] = replace(report[name], **_movement(steps, window=shape.window))
+    return report
+
+
+def measure_full(
+    models: Models, params: dict[str, Params], tokens: Array, answer: Array | None, *, config: Config
+) -> Measured:
+    """The whole window in full, without a budget; arguments as of `measure`."""
+    shape = config.context
+    in_full = _one(contexts.baseline(shape.window, window=shape.window, capacity=shape.window))
+    tree = build_tree(models, params, tokens, config)
+    losses, _ = nll.variant_losses(models.base, params["base"], tree, in_full, tokens, horizon=shape.horizon)
+    return _measured(in_full, losses, answer, config)
+
+
+def _contexts(
+    models: Models,
+    params: dict[str, Params],
+    tokens: Array,
+    tree: TreeState,
+    key: Array,
+    *,
+    length: int,
+    draws: int,
+    config: Config,
+) -> tuple[dict[str, WorkingContext], list[WorkingContext]]:
+    """The contexts of each policy (leading axis: its draws), and the steps of LensNet's way from the cold start."""
+    shape, geometry, share = config.context, config.context.geometry, config.hyper.lod2_share
+    random_key, recent_key, lens_key = jax.random.split(key, 3)
+
+    def of_scores(scores: Array) -> WorkingContext:
+        return _one(focus.to_context(policies.by_scores(scores, length, geometry), geometry, capacity=length))
+
+    drawn, _ = rollouts.sample_rollouts(random_key, length, share, rollouts=draws, geometry=geometry, capacity=length)
+    attention, key_norm = policies.tail_attention(models.base, params["base"], tree, geometry)
+    walk = evaluation.policy_contexts(models, params, tree, length, config=config, capacity=length, key=lens_key)
+    path = [_one(jax.tree.map(lambda leaf, i=i: leaf[i], walk)) for i in range(config.focus.steps + 1)]
+    return {
+        "recency": _one(contexts.baseline(length, window=shape.window, capacity=length)),
+        "uniform": _one(focus.to_context(focus.uniform(length, geometry), geometry, capacity=length)),
+        "random": drawn,
+        "recent_random": policies.recent_random(recent_key, length, share, draws=draws, geometry=geometry),
+        "key_norm": of_scores(key_norm),
+        "snapkv": of_scores(attention),
+        "bm25": of_scores(policies.bm25(tokens, geometry)),
+        "lensnet_1": path[1],
+        f"lensnet_{config.focus.steps}": path[-1],
+    }, path
+
+
+def _starts(made: dict[str, WorkingContext], answer: Array | None, length: int, config: Config) -> focus.FocusState:
+    """Where the search for the oracle may start: every cut of the whole window (recency leaves its beginning out)."""
+    shape, geometry = config.context, config.context.geometry
+    covering = [context for name, context in made.items() if name != "recency"]
+    variants = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *covering)
+    cuts = jax.vmap(lambda one: contexts.to_cut(one, window=shape.window))(variants)
+    starts = jax.vmap(lambda cut: focus.from_cut(cut, geometry))(cuts)
+    if answer is None:
+        return starts
+    known = evaluation.oracle_state(answer, length, geometry)
+    return jax.tree.map(lambda many, one: jnp.concatenate([many, one[None]]), starts, known)
+
+
+def _one(context: WorkingContext) -> WorkingContext:
+    return jax.tree.map(lambda leaf: leaf[None], context)
+
+
+def _measured(variants: WorkingContext, losses: Array, answer: Array | None, config: Config) -> Measured:
+    nothing = jnp.full((), jnp.nan)
+    hit = nothing
+    if answer is not None:
+        shown = jax.vmap(lambda one: evaluation.shows_in_full(one, answer, config))(variants)
+        hit = jnp.mean(shown, dtype=jnp.float32)
+    entries = jnp.stack([variants.length.min(), variants.length.max()])
+    return Measured(losses.mean(), hit, nothing, nothing, entries)
+
+
+def _movement(path: list[WorkingContext], *, window: int) -> dict[str, Array]:
+    """How much a sequence of contexts of one length moves."""
+    rates = [
+        jax.vmap(lambda a, b: focus.swap_rate(a, b, window=window))(before, after)[0]
+        for before, after in itertools.pairwise(path)
+    ]
+    # Of n contexts of W entries, W + new entries stays begin; together they last n W steps.
+    residency = len(path) / (1 + sum(rates, jnp.zeros(())))
+    return {"swap_rate": jnp.mean(jnp.stack(rates)), "residency": residency}
+
+
+def interval(values: np.ndarray, *, resamples: int, seed: int) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean over sequences (percentile method).
+
+    Given differences of two policies on the same sequences it is the paired one.
+
+    Args:
+      values: float[S].
+      resamples: bootstrap samples.
+      seed: of the resampling; one seed draws the same sequences for every policy.
+
+    Returns:
+      The 2.5th and the 97.5th percentile of the resampled means.
+
+    References:
+      Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3.
+    """
+    rng = np.random.default_rng(seed)
+    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def gap_closed(policy: float, recency: float, reference: float) -> float:
+    """(recency - policy) / (recency - reference): 0 is recency, 1 the reference; NaN if that is not below recency."""
+    gap = recency - reference
+    return (recency - policy) / gap if gap > 0 else math.nan

@@ -1,0 +1,185 @@
+"""Who else could choose a context: the policies that LensNet is measured against, and the best that a search finds.
+
+All make working contexts of one exact length over the same window, from the same information: the window's tokens, the
+recent tail among them. Scorers that rate tokens (`tail_attention`, `bm25`) share one allocator, `by_scores`.
+"""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from lensjax import context as contexts
+from lensjax import focus, nll, rollouts
+from lensjax.config import Config, FocusConfig
+from lensjax.context import WorkingContext
+from lensjax.focus import FocusState
+from lensjax.lengths import CutGeometry
+from lensjax.models import BaseModel, Models, Params
+from lensjax.tree import TreeState
+
+BM25_K1 = 1.5
+"""How fast a repeated term saturates."""
+
+
+def by_scores(scores: ArrayLike, length: ArrayLike, geometry: CutGeometry) -> FocusState:
+    """The cut of one length that collapses the lowest-scored blocks, and their parents, first.
+
+    Args:
+      scores: float32[T], worth of each token in full; a block has the mean of its tokens, of equal blocks the oldest
+        goes first.
+      length: int32[], entries wanted, rounded down to a reachable length; may be traced.
+      geometry: the window.
+
+    Returns:
+      `FocusState`.
+    """
+    in_full = focus.from_cut(jnp.zeros(geometry.window, jnp.int32), geometry)
+    return focus.fit(in_full, focus.pool_tokens(scores, geometry), length, geometry)
+
+
+def recent_random(
+    key: Array, length: int, lod2_share: ArrayLike, *, draws: int, geometry: CutGeometry
+) -> WorkingContext:
+    """Half of the budget for the most recent tokens in full, a random cut of everything before them.
+
+    Args:
+      key: PRNG key, consumed.
+      length: entries of each context.
+      lod2_share: float32[], see `rollouts.sample_cut`.
+      draws: number of contexts.
+      geometry: the window.
+
+    Returns:
+      `WorkingContext` with leading axis `draws`. Where half the budget leaves too little for the rest, the tail in full
+      is the longest that does not.
+    """
+    recent = max(length // 2, geometry.recent_tokens)
+    while (longer := replace(geometry, recent_tokens=recent)).shortest > length and recent > geometry.recent_tokens:
+        recent -= 1
+    drawn, _ = rollouts.sample_rollouts(key, length, lod2_share, rollouts=draws, geometry=longer, capacity=length)
+    return drawn
+
+
+def bm25(tokens: ArrayLike, geometry: CutGeometry) -> Array:
+    """Lexical relevance of each block of K tokens to the protected tail, as scores of its tokens.
+
+        score(b) = sum over terms q of the tail  ln(1 + (n - n_q + 1/2) / (n_q + 1/2)) f (k1 + 1) / (f + k1)
+
+    where f counts q in block b and n_q of the n blocks hold q. All blocks are of one length, so the normalisation by
+    length drops out. Terms are tokens.
+
+    Args:
+      tokens: int32[T].
+      geometry: the window.
+
+    Returns:
+      float32[T], 0 outside of the blocks.
+
+    References:
+      Robertson and Zaragoza, The Probabilistic Relevance Framework: BM25 and Beyond, 2009, section 3.
+    """
+    tokens = jnp.asarray(tokens)
+    count, size = geometry.blocks(1), geometry.block_size
+    tail = tokens[-geometry.recent_tokens :]
+    is_first = jnp.argmax(tail[:, None] == tail[None, :], axis=1) == jnp.arange(tail.shape[0])
+    blocks = tokens[: count * size].reshape(count, size)
+    frequency = jnp.sum(blocks[:, None, :] == tail[None, :, None], axis=-1, dtype=jnp.float32)
+    holding = jnp.sum(frequency > 0, axis=0, dtype=jnp.float32)
+    idf = jnp.log1p((count - holding + 0.5) / (holding + 0.5))
+    weight = jnp.where(is_first, idf, 0.0)[None, :]
+    scores = jnp.sum(weight * frequency * (BM25_K1 + 1) / (frequency + BM25_K1), axis=1)
+    return _of_tokens(scores, geometry)
+
+
+def tail_attention(base: BaseModel, params: Params, tree: TreeState, geometry: CutGeometry) -> tuple[Array, Array]:
+    """What the base model itself looks at when it reads the whole window in full.
+
+    Args:
+      base: the base model.
+      params: its parameters.
+      tree: the window's tree.
+      geometry: the window.
+
+    Returns:
+      float32[T] attention from the protected tail to each token, mean over layers, heads and the tail (as SnapKV scores
+      the prompt's keys); float32[T] minus the L2 norm of each token's key, mean over layers and heads.
+
+    References:
+      Li et al., SnapKV, arXiv:2404.14469, section 4; Devoto et al., A Simple and Effective L2 Norm-Based Strategy for
+      KV Cache Compression, arXiv:2406.11430 (keys of low norm are attended to most).
+    """
+    in_full = contexts.baseline(geometry.window, window=geometry.window, capacity=geometry.window)
+    entries = contexts.materialise(tree, in_full)
+    rows = jnp.arange(geometry.window - geometry.recent_tokens, geometry.window, dtype=jnp.int32)
+    weights, norms = base.attention(params, entries.embeddings, entries.positions, entries.spans, rows)
+    return weights.mean(axis=(0, 1, 2)), -norms.mean(axis=(0, 1))
+
+
+def greedy_oracle(
+    models: Models,
+    params: dict[str, Params],
+    tree: TreeState,
+    tokens: Array,
+    starts: FocusState,
+    *,
+    length: int,
+    rounds: int,
+    config: Config,
+) -> FocusState:
+    """The best context that a greedy search on the measured loss itself finds: a bound, not a policy.
+
+    It starts from the best of the contexts given. A round measures every single edit of the context alone, ranks
+    expansions by what they gain and collapses by what they cost, applies the first 1, 2, 4, ... swaps of that ranking,
+    and keeps the best of these contexts if it is better.
+
+    Args:
+      models: the models.
+      params: parameters of `base`.
+      tree: the window's tree.
+      tokens: int32[T].
+      starts: states of exactly `length` entries, leading axis.
+      length: entries of the context.
+      rounds: static number of rounds; 0 takes the best of the starts.
+      config: shapes.
+
+    Returns:
+      `FocusState`.
+    """
+    geometry, horizon = config.context.geometry, config.context.horizon
+    step = geometry.block_size - 1
+
+    def loss(collapsed: Array, capacity: int) -> Array:
+        state = FocusState(collapsed, jnp.zeros(collapsed.shape, jnp.int32))
+        context = focus.to_context(state, geometry, capacity=capacity)
+        entries = contexts.materialise(tree, context)
+        return nll.token_losses(models.base, params["base"], entries, tokens[-horizon:]).mean()
+
+    def one_round(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
+        collapsed, best = carry
+        flips = jnp.eye(collapsed.shape[0], dtype=bool) ^ collapsed
+        # Illegal edits are measured with the others; the allocator leaves them out.
+        expanded = jax.lax.map(lambda row: loss(row, length + step), flips, batch_size=_EDITS_AT_ONCE)
+        scores = jnp.where(collapsed, best - expanded, expanded - best)
+        state = FocusState(collapsed, jnp.zeros(collapsed.shape, jnp.int32))
+        settings = [FocusConfig(max_edits=2**power) for power in range(_DOUBLINGS)]
+        tried = jnp.stack([focus.swap(state, scores, geometry, settings=one)[0].collapsed for one in settings])
+        losses = jax.vmap(lambda row: loss(row, length))(tried)
+        winner = jnp.argmin(losses)
+        is_better = losses[winner] < best
+        return (jnp.where(is_better, tried[winner], collapsed), jnp.minimum(best, losses[winner])), None
+
+    losses = jax.vmap(lambda row: loss(row, length))(starts.collapsed)
+    first = jnp.argmin(losses)
+    (collapsed, _), _ = jax.lax.scan(one_round, (starts.collapsed[first], losses[first]), length=rounds)
+    return FocusState(collapsed, jnp.zeros(collapsed.shape, jnp.int32))
+
+
+_EDITS_AT_ONCE, _DOUBLINGS = 32, 6
+
+
+def _of_tokens(block_scores: Array, geometry: CutGeometry) -> Array:
+    covered = jnp.repeat(block_scores, geometry.block_size)
+    return jnp.zeros(geometry.window, jnp.float32).at[: covered.shape[0]].set(covered)
