@@ -24,7 +24,6 @@ import tyro
 from jax import Array
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from experiments.train import EVALUATION_SEED, load_params
 from lensjax import comparison, data, plots, run_folder
@@ -194,7 +193,8 @@ def _rows(
     interval = functools.partial(comparison.interval, resamples=arguments.resamples, seed=EVALUATION_SEED)
     rows: list[Row] = []
     details: list[Row] = []
-    for name, one in found.items():
+    for name in sorted(found, key=comparison.order):
+        one = found[name]
         entries = job.config.context.window if name == FULL else length
         if not (one.entries == entries).all():
             raise ValueError(
@@ -247,19 +247,20 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 
 
 def _print_table(console: Console, job: _Job, ratio: int, length: int, rows: Sequence[Row]) -> None:
-    title = f"{job.config.data.task}, {ratio}x: {length} of {job.config.context.window} entries, seed {job.config.seed}"
-    table = Table("policy", "nll", "- recency", "- random", "gap", "of full", "hit", "swaps", "stay", title=title)
+    """Plain lines, so that a log of any width holds them."""
+    window, task = job.config.context.window, job.config.data.task
+    console.out(f"\n{task} at {ratio}x, {length} of {window} entries, seed {job.config.seed}", highlight=False)
+    heads = ("policy", "nll", "minus recency [95 %]", "minus random [95 %]", "gap", "full", "hit", "swaps", "stay")
+    widths = (14, 7, 26, 26, 7, 7, 7, 7, 7)
+    lines = [heads]
     for row in rows:
-        table.add_row(
-            row["policy"],
-            f"{row['nll']:.3f}",
-            *("{:+.3f} [{:+.3f}, {:+.3f}]".format(*row[f"minus_{other}"]) for other in ("recency", "random")),
-            *(
-                "" if row[name] is None else f"{row[name]:.2f}"
-                for name in ("gap_closed_oracle", "gap_closed_full", "hit_rate", "swap_rate", "residency")
-            ),
-        )
-    console.print(table)
+        differences = ("{:+.3f} [{:+.3f}, {:+.3f}]".format(*row[f"minus_{other}"]) for other in ("recency", "random"))
+        shares = ("gap_closed_oracle", "gap_closed_full", "hit_rate", "swap_rate", "residency")
+        numbers = ("" if row[name] is None else f"{row[name]:.2f}" for name in shares)
+        lines.append((row["policy"], f"{row['nll']:.3f}", *differences, *numbers))
+    for line in lines:
+        cells = (cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))
+        console.out(line[0].ljust(widths[0]) + "".join(cells), highlight=False)
 
 
 if __name__ == "__main__":

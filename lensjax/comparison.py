@@ -174,6 +174,24 @@ def _movement(path: list[WorkingContext], *, window: int) -> dict[str, Array]:
     return {"swap_rate": jnp.mean(jnp.stack(rates)), "residency": residency}
 
 
+def order(name: str) -> tuple[int, str]:
+    """Key to sort the names of policies by: what knows nothing first, what sees the loss itself last."""
+    kinds = (
+        "recency",
+        "uniform",
+        "random",
+        "recent_random",
+        "key_norm",
+        "snapkv",
+        "bm25",
+        "lensnet",
+        "best_of",
+        "oracle",
+    )
+    places = [place for place, kind in enumerate(kinds) if name == kind or name.startswith(f"{kind}_")]
+    return (max(places, default=len(kinds)), name)
+
+
 def interval(values: np.ndarray, *, resamples: int, seed: int) -> tuple[float, float]:
     """95 % bootstrap interval of the mean over sequences (percentile method).
 

@@ -159,7 +159,7 @@ def greedy_oracle(
 
     def one_round(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
         collapsed, best = carry
-        flips = jnp.eye(collapsed.shape[0], dtype=bool) ^ collapsed
+        flips = jnp.eye(collapsed.shape[0], dtype=bool) ^ collapsed[None]
         # Illegal edits are measured with the others; the allocator leaves them out.
         expanded = jax.lax.map(lambda row: loss(row, length + step), flips, batch_size=_EDITS_AT_ONCE)
         scores = jnp.where(collapsed, best - expanded, expanded - best)

@@ -16,6 +16,11 @@ from lensjax.models import Models, Params
 from lensjax.variants import Batch, build_tree
 
 
+ROLLOUTS_FROM = 0.5
+"""Share of the steps after which rollouts are read too. Read from the start, their noisier gradient keeps a small model
+from learning to use older context at all."""
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PretrainState:
@@ -64,7 +69,8 @@ def pretrain_step(
     keys = jax.random.split(jax.random.fold_in(state.key, state.step), batch["tokens"].shape[0])
 
     def loss_fn(trainable: dict[str, Params]) -> tuple[Array, Metrics]:
-        return _pretrain_loss({**state.params, **trainable}, batch["tokens"], keys, config, models)
+        reads_rollouts = state.step >= ROLLOUTS_FROM * config.pretrain.steps
+        return _pretrain_loss({**state.params, **trainable}, batch["tokens"], keys, reads_rollouts, config, models)
 
     trainable = {name: state.params[name] for name in trainable_parts(config)}
     (loss, report), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
@@ -83,16 +89,19 @@ def pretrain_step(
 
 
 def _pretrain_loss(
-    params: dict[str, Params], tokens: Array, keys: Array, config: Config, models: Models
+    params: dict[str, Params], tokens: Array, keys: Array, reads_rollouts: Array, config: Config, models: Models
 ) -> tuple[Array, Metrics]:
-    """Teacher-forced loss on full windows, plus the weighted loss of one rollout of each sequence."""
+    """Teacher-forced loss on full windows, and then also the weighted loss of one rollout of each sequence."""
     full = jax.vmap(lambda row: nll.sequence_losses(models.base, params["base"], row))(tokens)
     token_loss = jnp.mean(full)
     report = {"token_loss": token_loss}
     if config.pretrain.rollout_weight == 0:
         return token_loss, report
-    rollout_losses = jax.vmap(lambda row, key: _rollout_loss(models, params, row, key, config))(tokens, keys)
-    rollout_loss = jnp.mean(rollout_losses)
+
+    def read_rollouts() -> Array:
+        return jnp.mean(jax.vmap(lambda row, key: _rollout_loss(models, params, row, key, config))(tokens, keys))
+
+    rollout_loss = jax.lax.cond(reads_rollouts, read_rollouts, lambda: jnp.zeros(()))
     report["rollout_loss"] = rollout_loss
     return token_loss + config.pretrain.rollout_weight * rollout_loss, report
 

@@ -208,10 +208,11 @@ class Session:
                 f"{geometry.window} tokens, which takes {shortest}: raise hyper.context_end or context.max_lod, or "
                 "lower context.window, context.recent_tokens or context.horizon"
             )
-        if geometry.window < self._forget_size + self.interval + geometry.recent_tokens:
+        recent = self.config.context.recent_tokens
+        if geometry.window < self._forget_size + recent:
             raise ValueError(
-                f"context.window must hold more than the {self._forget_size} tokens that are forgotten at once, the "
-                f"recent tokens and the horizon, got {geometry.window}: raise it, or lower context.max_lod"
+                f"context.window must hold the {self._forget_size} tokens that are forgotten at once and {recent} "
+                f"recent tokens, got {geometry.window}: raise it, or lower context.max_lod"
             )
 
     @property
@@ -227,7 +228,9 @@ class Session:
         outside = (array < 0) | (array >= vocabulary)
         if outside.any():
             where = int(np.argmax(outside))
-            raise ValueError(f"token {array[where]} at place {where} is outside the vocabulary of {vocabulary}")
+            raise ValueError(
+                f"token {array[where]} at place {where} is outside the vocabulary: expected 0 to {vocabulary - 1}"
+            )
         return array.astype(np.int32)
 
     def _read_chunk(

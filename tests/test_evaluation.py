@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from lensjax import context as contexts
-from lensjax import evaluation
+from lensjax import evaluation, focus
 from lensjax.models import build_models
+from lensjax.variants import build_tree
 from tests.small import FULL, SMALL, Run, batch, jit
 
 SHAPE, GEOMETRY = SMALL.context, SMALL.context.geometry
@@ -20,7 +21,7 @@ SIZE, SHORTEST_CURRICULUM = SHAPE.block_size, 22
 
 
 class KnownScores:
-    """A policy whose parameters are its scores of the LOD-1 blocks, oldest first; it scores nothing else."""
+    """A policy whose parameters are its scores of the LOD-1 blocks, oldest first, and so of their tokens."""
 
     def init(self, key):
         return {"scores": jax.random.uniform(key, (BLOCKS,), minval=-0.9, maxval=0.9)}
@@ -28,7 +29,7 @@ class KnownScores:
     def apply(self, params, embeddings, lods, spans, distances, valid):
         start = SHAPE.window - 1 - distances - (spans - 1) / 2
         block = jnp.clip((start / SIZE).astype(jnp.int32), 0, BLOCKS - 1)
-        return jnp.where(valid & (lods == 1), params["scores"][block], 0.0)
+        return jnp.where(valid & (lods <= 1), params["scores"][block], 0.0)
 
 
 # At 22 of 32 entries two blocks of twelve can be in full.
@@ -69,11 +70,21 @@ def assert_same(found, expected):
 # The policy's pick.
 
 
-def test_cold_start_scores_are_those_of_the_blocks_in_order():
-    scores = np.linspace(-0.9, 0.9, BLOCKS)[np.random.default_rng(0).permutation(BLOCKS)]
-    state = state_that_scores(scores)
-    score = jit(functools.partial(evaluation.cold_start_scores, RUN.models, config=RUN.config))
-    np.testing.assert_allclose(score(state.params, batch()["tokens"][0]), scores, rtol=1e-6)
+def test_the_policys_contexts_lead_from_the_cold_start_to_what_it_wishes():
+    state = state_that_scores(wish(4))
+    run, params, tokens = RUN, state.params, batch()["tokens"][0]
+
+    @jit
+    def walk(params, length):
+        tree = build_tree(run.models, params, tokens, run.config)
+        return evaluation.policy_contexts(run.models, params, tree, length, config=run.config, capacity=25)
+
+    for length in (22, 19):
+        made = walk(params, length)
+        assert np.asarray(made.length).tolist() == [length] * (run.config.focus.steps + 1)
+        cuts = np.asarray(jax.vmap(lambda one: contexts.to_cut(one, window=SHAPE.window))(made))
+        np.testing.assert_array_equal(cuts[0], focus.to_cut(focus.uniform(length, GEOMETRY), GEOMETRY))
+        assert (cuts[-1, 4 * SIZE : 5 * SIZE] == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -82,15 +93,33 @@ def test_cold_start_scores_are_those_of_the_blocks_in_order():
 def test_the_hit_rate_is_that_of_a_policy_whose_scores_are_known(answers, rate):
     report = evaluate(wish(7), answers)
     assert report["hit_rate"] == pytest.approx(rate)
-    assert report["hit_rate_random"] == pytest.approx(1 / BLOCKS)
+    assert 0 < report["hit_rate_random"] < 0.6
 
 
-def test_the_pick_of_a_policy_that_knows_the_answer_is_the_oracle():
-    report = evaluate(wish(4), (4, 4, 4))
-    assert report["nll_policy"] == pytest.approx(report["nll_oracle"], rel=1e-6)
-    wrong = evaluate(wish(4), (1, 1, 1))
+def test_the_oracle_shows_the_answer_and_then_the_most_recent_blocks():
+    state = evaluation.oracle_state(jnp.asarray(4 * SIZE), 22, GEOMETRY)
+    cut = np.asarray(focus.to_cut(state, GEOMETRY))
+    assert (cut == 0).sum() + sum((cut == lod).sum() // SIZE**lod for lod in (1, 2)) == 22
+    assert (cut[4 * SIZE : 5 * SIZE] == 0).all()
+    others = np.delete(cut[: BLOCKS * SIZE], np.s_[4 * SIZE : 5 * SIZE])
+    assert (np.diff(others) <= 0).all(), "what is older is shown no finer"
+
+
+def test_the_oracle_depends_on_the_answer_and_the_policy_does_not():
+    report, wrong = evaluate(wish(4), (4, 4, 4)), evaluate(wish(4), (1, 1, 1))
     assert wrong["nll_policy"] == report["nll_policy"]
     assert abs(wrong["nll_oracle"] - report["nll_oracle"]) > 1e-6
+    assert report["hit_rate"] == 1
+
+
+def test_a_context_shows_a_block_in_full_or_it_does_not():
+    cut = np.zeros(SHAPE.window, np.int32)
+    cut[4:8] = 2
+    context = contexts.from_cut(cut, block_size=SIZE, capacity=SHAPE.window)
+    shown = [bool(evaluation.shows_in_full(context, start, SMALL)) for start in range(0, 12, SIZE)]
+    assert shown == [True, True, False, False, True, True]
+    late = contexts.baseline(10, window=SHAPE.window, capacity=10)
+    assert not evaluation.shows_in_full(late, 20, SMALL) and evaluation.shows_in_full(late, 22, SMALL)
 
 
 def test_without_answers_nothing_is_said_about_them():

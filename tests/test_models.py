@@ -403,9 +403,52 @@ def test_spans_matter_to_gaussian_positions_alone() -> None:
 
 
 def test_fresh_convolution_shifts_tokens() -> None:
-    kernel = fresh(BaseModel(BASE))["conv"]["kernel"]
-    mix = np.arange(D) / (D - 1)  # y_s = x_s + kernel * x = (1 - mix) x_s + mix x_{s-1}
-    np.testing.assert_allclose(kernel, [-mix, mix, 0 * mix], atol=1e-6)
+    kernel = np.asarray(fresh(BaseModel(BASE))["conv"]["kernel"])
+    shift = 2 * np.arange(D) / (D - 1)  # over the channels from this token to the one two before
+    taps = kernel + np.asarray([[1], [0], [0]])  # y_s = x_s + kernel * x
+    np.testing.assert_allclose(taps.sum(axis=0), 1, atol=1e-6)
+    np.testing.assert_allclose((taps * np.asarray([[0], [1], [2]])).sum(axis=0), shift, atol=1e-6)
+    assert ((taps > 1e-6).sum(axis=0) <= 2).all()
+
+
+def copies(model: BaseModel) -> tuple[Params, Array, Array]:
+    """Weights of a fresh model's first layer from the last token of a text whose end repeats places 8 to 11."""
+    tokens = np.random.default_rng(0).permutation(29)[:20].astype(np.int32)
+    tokens[16:] = tokens[8:12]
+    params, places = fresh(model), jnp.arange(20.0)
+    rows = jnp.asarray([18])
+    weights, _ = model.attention(params, model.embed(params, tokens), places, jnp.ones(20), rows)
+    return params, weights[0, :, 0], tokens
+
+
+def test_a_fresh_copy_head_finds_what_came_after_the_last_time() -> None:
+    config = dataclasses.replace(BASE, dim=128, copy_heads=1, rope_theta=1e6)
+    _, weights, _ = copies(BaseModel(config))
+    # Tokens 16 to 18 repeat 8 to 10, so 11 comes next. Two query heads share the one copy head, two have none.
+    assert (np.argmax(weights[:2], axis=-1) == 11).all()
+    _, plain, _ = copies(BaseModel(dataclasses.replace(config, copy_heads=0)))
+    assert (np.asarray(weights[:2, 11]) > 2 * np.asarray(plain[:2, 11])).all()
+
+
+def test_query_and_key_of_a_copy_head_start_equal_and_the_others_apart() -> None:
+    params = fresh(BaseModel(dataclasses.replace(BASE, copy_heads=1)))["transformer"]["block_1"]["attention"]
+    query, key = (np.asarray(params[name]["kernel"]).reshape(D, -1, D // 4) for name in ("query", "key"))
+    np.testing.assert_array_equal(query[:, 0], key[:, 0])
+    np.testing.assert_array_equal(query[:, 1], key[:, 0])
+    assert (query[:, 2:] != key[:, 1:]).any()
+
+
+def test_the_first_entry_and_causality_of_copy_heads() -> None:
+    model = BaseModel(dataclasses.replace(BASE, copy_heads=2))
+    params = fresh(model)
+    inputs = jax.random.normal(jax.random.key(0), (12, D))
+
+    def logits(inputs: Array) -> Array:
+        return model.apply(params, inputs, jnp.arange(12.0), jnp.ones(12), jnp.asarray([0, 5])).sum(axis=-1)
+
+    gradient = np.abs(np.asarray(jax.jacobian(logits)(inputs))).sum(axis=-1)
+    assert (gradient[0] > 0).tolist() == [True] + 11 * [False]
+    assert (gradient[1] > 0).tolist() == 6 * [True] + 6 * [False]
 
 
 @pytest.mark.parametrize("name", ["default", "untied, one layer"])

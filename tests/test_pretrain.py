@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lensjax import context as contexts
 from lensjax import evaluation, nll, pretrain
+from lensjax.variants import build_tree
 from tests.small import Run, batch, jit
 
 STEPS, RATE = 12, 0.01
@@ -43,7 +45,8 @@ def history(run):
 def test_the_loss_falls_on_a_repeated_batch(run):
     *_, reports = history(run)
     for name in ("loss", "token_loss", *(["rollout_loss"] if run is JOINT else [])):
-        assert reports[-1][name] < reports[0][name] - 0.2, name
+        first = reports[STEPS // 2 if name == "rollout_loss" else 0][name]
+        assert reports[-1][name] < first - 0.2, name
 
 
 @BOTH
@@ -98,13 +101,51 @@ def test_it_is_one_program_and_repeats_to_the_bit(compiles):
 
 
 def test_each_step_draws_other_rollouts():
-    losses = [history(JOINT)[2][0]["rollout_loss"]]
+    losses = []
     first = history(JOINT)[0]
-    for step in (1, 2):
+    for step in (6, 7, 8):
         state = replace(jax.tree.map(jnp.copy, first), step=jnp.asarray(step, jnp.int32))
         _, report = compiled(JOINT)(state, batch())
         losses.append(float(report["rollout_loss"]))
     assert len(set(losses)) == 3
+
+
+def test_rollouts_are_read_from_the_middle_on():
+    *_, reports = history(JOINT)
+    assert [report["rollout_loss"] > 0 for report in reports] == [False] * (STEPS // 2) + [True] * (STEPS // 2)
+
+
+def test_the_loss_of_a_rollout_is_that_of_every_token_that_follows_one():
+    """Against the ordinary loss where nothing is collapsed, and a slow loop over the entries elsewhere."""
+    config, models, params = JOINT.config, JOINT.models, fresh(JOINT).params
+    tokens, window = batch()["tokens"][0], JOINT.config.context.window
+
+    @jit
+    def measure(params, cut):
+        tree = build_tree(models, params, tokens, config)
+        context = contexts.from_cut(cut, block_size=2, capacity=window)
+        entries = contexts.materialise(tree, context)
+        losses, where = nll.entry_losses(models.base, params["base"], entries, context, tokens)
+        rows = jnp.arange(window)
+        logits = models.base.apply(params["base"], entries.embeddings, entries.positions, entries.spans, rows)
+        return losses, where, context, jax.nn.log_softmax(logits)
+
+    losses, where, *_ = measure(params, jnp.zeros(window, jnp.int32))
+    assert np.asarray(where).tolist() == [True] * (window - 1) + [False]
+    whole = jit(functools.partial(nll.sequence_losses, models.base, params["base"]))(tokens)
+    np.testing.assert_allclose(losses[:-1], whole, rtol=1e-5)
+
+    cut = np.zeros(window, np.int32)
+    cut[4:8], cut[10:12] = 2, 1
+    losses, where, context, logs = measure(params, cut)
+    expected = {}
+    for row in range(int(context.length)):
+        start = int(context.start[row])
+        if context.lod[row] == 0 and start + 1 < window:
+            expected[row] = -float(logs[row, tokens[start + 1]])
+    assert np.flatnonzero(where).tolist() == list(expected)
+    np.testing.assert_allclose(np.asarray(losses)[list(expected)], list(expected.values()), rtol=1e-5)
+    assert (np.asarray(losses)[~np.asarray(where)] == 0).all()
 
 
 def test_the_state_is_donated_whole():

@@ -17,5 +17,5 @@ CONFIG = Config(
     context=ContextConfig(window=512, block_size=4, max_lod=3, horizon=8, recent_tokens=12, rollouts=4),
     hyper=Hyperparameters(context_start=0.5, context_end=0.25, lod2_share=0.2),
     data=DataConfig(task="stdlib"),
-    pretrain=PretrainConfig(steps=2000, batch_size=8, rollout_weight=1.0),
+    pretrain=PretrainConfig(steps=1200, batch_size=8, rollout_weight=1.0),
 )

@@ -29,7 +29,7 @@ class ShortConv(nnx.Module):
         kernel = jnp.zeros((width, dim), jnp.float32)
         if width > 1:
             shift = jnp.linspace(0.0, width - 1.0, dim, dtype=jnp.float32)
-            taps = jnp.maximum(0.0, 1.0 - jnp.abs(shift[None, :] - jnp.arange(width)[:, None]))
+            taps = jnp.maximum(0.0, 1.0 - jnp.abs(shift[None, :] - jnp.arange(width, dtype=jnp.float32)[:, None]))
             kernel = taps.at[0].add(-1.0)
         self.kernel = nnx.Param(kernel)
 

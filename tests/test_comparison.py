@@ -1,0 +1,140 @@
+"""All policies on one sequence, and the statistics of their differences."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lensjax import comparison, focus, nll, policies, rollouts
+from lensjax import context as contexts
+from lensjax.variants import build_tree
+from tests.small import Run, batch, jit
+
+RUN = Run(**{"focus.steps": 2, "base.copy_heads": 1})
+SHAPE, GEOMETRY = RUN.config.context, RUN.config.context.geometry
+LENGTH, DRAWS, ANSWER = 19, 3, 6
+NAMES = {
+    *("recency", "uniform", "random", "recent_random", "key_norm", "snapkv", "bm25"),
+    *("lensnet_1", "lensnet_2", "best_of_3", "oracle"),
+}
+KEY = jax.random.key(5)
+
+
+@functools.cache
+def measured(has_answer):
+    options = {"length": LENGTH, "draws": DRAWS, "oracle_rounds": 1, "config": RUN.config}
+    run = jit(functools.partial(comparison.measure, RUN.models, **options))
+    answer = jnp.asarray(ANSWER) if has_answer else None
+    return jax.device_get(run(RUN.state().params, batch()["tokens"][0], answer, KEY))
+
+
+@pytest.mark.parametrize("has_answer", [True, False])
+def test_every_policy_has_exactly_the_entries(has_answer):
+    found = measured(has_answer)
+    assert set(found) == NAMES
+    assert all(one.entries.tolist() == [LENGTH, LENGTH] for one in found.values())
+    assert all(np.isfinite(one.nll) for one in found.values())
+
+
+def test_only_what_has_an_answer_can_hit_and_only_what_has_steps_can_move():
+    with_answer, without = measured(True), measured(False)
+    assert all(0 <= one.hit <= 1 for one in with_answer.values())
+    assert all(math.isnan(one.hit) for one in without.values())
+    for name, one in without.items():
+        assert math.isnan(one.swap_rate) == math.isnan(one.residency) == (not name.startswith("lensnet"))
+    # Half of all entries replaced in one step: each was there for two contexts of four thirds of their number.
+    first = without["lensnet_1"]
+    assert first.residency == pytest.approx(2 / (1 + first.swap_rate))
+
+
+def test_what_sees_the_loss_is_better_than_what_it_chose_from():
+    for found in (measured(True), measured(False)):
+        assert found["best_of_3"].nll <= found["random"].nll
+        others = [one.nll for name, one in found.items() if name not in ("recency", "random", "recent_random")]
+        assert found["oracle"].nll <= min(others)
+
+
+def test_each_policy_is_the_one_it_is_called():
+    params, tokens = RUN.state().params, batch()["tokens"][0]
+    config, models = RUN.config, RUN.models
+    random_key, _, _ = jax.random.split(KEY, 3)
+
+    @jit
+    def losses(params):
+        tree = build_tree(models, params, tokens, config)
+
+        def of_state(state):
+            return focus.to_context(state, GEOMETRY, capacity=LENGTH)
+
+        attention, norms = policies.tail_attention(models.base, params["base"], tree, GEOMETRY)
+        drawn, _ = rollouts.sample_rollouts(
+            random_key, LENGTH, config.hyper.lod2_share, rollouts=DRAWS, geometry=GEOMETRY, capacity=LENGTH
+        )
+        single = [
+            contexts.baseline(LENGTH, window=SHAPE.window, capacity=LENGTH),
+            of_state(focus.uniform(LENGTH, GEOMETRY)),
+            *(
+                of_state(policies.by_scores(scores, LENGTH, GEOMETRY))
+                for scores in (norms, attention, policies.bm25(tokens, GEOMETRY))
+            ),
+        ]
+        variants = jax.tree.map(lambda many, *leaves: jnp.concatenate([jnp.stack(leaves), many]), drawn, *single)
+        return nll.variant_losses(models.base, params["base"], tree, variants, tokens, horizon=SHAPE.horizon)[0]
+
+    expected, found = np.asarray(losses(params)), measured(False)
+    names = ("recency", "uniform", "key_norm", "snapkv", "bm25")
+    np.testing.assert_allclose([found[name].nll for name in names], expected[:5], rtol=1e-5)
+    assert found["random"].nll == pytest.approx(expected[5:].mean(), rel=1e-5)
+    assert found["best_of_3"].nll == pytest.approx(expected[5:].min(), rel=1e-5)
+
+
+def test_the_full_context_is_the_ordinary_loss_of_the_tail():
+    params, tokens = RUN.state().params, batch()["tokens"][0]
+    measure = jit(functools.partial(comparison.measure_full, RUN.models, config=RUN.config))
+    found = measure(params, tokens, jnp.asarray(ANSWER))
+    whole = jit(functools.partial(nll.sequence_losses, RUN.models.base))(params["base"], tokens)
+    assert float(found.nll) == pytest.approx(float(whole[-SHAPE.horizon :].mean()), rel=1e-5)
+    assert found.entries.tolist() == [SHAPE.window, SHAPE.window] and found.hit == 1
+
+
+def test_an_interval_is_that_of_the_resampled_mean():
+    values = np.random.default_rng(1).normal(3.0, 2.0, 400)
+    low, high = comparison.interval(values, resamples=4000, seed=0)
+    # The mean's standard error is 0.1 within a few percent; 1.96 of them each way.
+    assert low == pytest.approx(values.mean() - 1.96 * values.std() / 20, abs=0.015)
+    assert high == pytest.approx(values.mean() + 1.96 * values.std() / 20, abs=0.015)
+    assert comparison.interval(values, resamples=4000, seed=0) == (low, high)
+    assert comparison.interval(np.full(5, 1.5), resamples=10, seed=0) == (1.5, 1.5)
+
+
+def test_intervals_of_one_seed_draw_the_same_sequences():
+    """So that the interval of a difference is the paired one, however far the sequences lie apart."""
+    level = np.random.default_rng(0).normal(0.0, 10.0, 50)
+    one, other = level + 0.5, level
+    assert comparison.interval(one - other, resamples=100, seed=3) == pytest.approx((0.5, 0.5))
+    shifted = comparison.interval(one, resamples=100, seed=3)
+    assert np.subtract(shifted, comparison.interval(other, resamples=100, seed=3)) == pytest.approx([0.5, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("policy", "recency", "reference", "expected"),
+    [(4.0, 4.0, 1.0, 0), (1.0, 4.0, 1.0, 1), (2.0, 4.0, 1.0, 2 / 3), (5.0, 4.0, 1.0, -1 / 3)],
+)
+def test_the_gap_by_hand(policy, recency, reference, expected):
+    assert comparison.gap_closed(policy, recency, reference) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("reference", [4.0, 4.5])
+def test_without_a_gap_nothing_is_closed(reference):
+    assert math.isnan(comparison.gap_closed(3.0, 4.0, reference))
+
+
+def test_the_table_goes_from_what_knows_nothing_to_what_sees_the_loss():
+    names = sorted([*NAMES, "full", "lensnet_10"], key=comparison.order)
+    assert names == [
+        *("recency", "uniform", "random", "recent_random", "key_norm", "snapkv", "bm25"),
+        *("lensnet_1", "lensnet_10", "lensnet_2", "best_of_3", "oracle", "full"),
+    ]

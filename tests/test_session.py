@@ -1,0 +1,424 @@
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lensjax import config as configs
+from lensjax import context as contexts
+from lensjax import nll
+from lensjax import tree as trees
+from lensjax.context import MISSING
+from lensjax.models import build_models
+from lensjax.session import Session
+from tests.small import SMALL, VOCABULARY, jit
+
+CASES = {
+    # Budget 16 of 32 tokens, 4 of which are forgotten at once.
+    "plain": SMALL,
+    # Only one token stays in full at a refocus step, and the window is no multiple of the blocks of 9.
+    "other": configs.replace(
+        SMALL,
+        **{
+            "base.gaussian_rope": True,
+            "base.copy_heads": 1,
+            "base.conv_width": 3,
+            "context.window": 40,
+            "context.block_size": 3,
+            "context.horizon": 5,
+            "context.recent_tokens": 6,
+        },
+    ),
+    # The allocator makes no swaps, and three blocks of the highest level are forgotten at once.
+    "no edits": configs.replace(
+        SMALL,
+        **{
+            "context.max_lod": 1,
+            "context.horizon": 6,
+            "hyper.context_end": 0.75,
+            "focus.expand_threshold": 2.0,
+        },
+    ),
+    "sampled": configs.replace(SMALL, **{"focus.temperature": 0.5, "focus.top_k": 3}),
+}
+STREAM = np.random.default_rng(0).integers(0, VOCABULARY, 75)
+
+
+@functools.cache
+def session_of(name):
+    """A session whose parameters are far from their initialisation, so that no term is too small to notice."""
+    config, random = CASES[name], np.random.default_rng(1)
+    models = build_models(config)
+    shapes = {part: jax.eval_shape(getattr(models, part).init, jax.random.key(0)) for part in ("base", "gist", "lens")}
+    params = jax.tree.map(lambda leaf: 0.4 * random.normal(size=leaf.shape).astype("f") + (leaf.ndim == 1), shapes)
+    return Session(models, params, config)
+
+
+@functools.cache
+def read_at_once(name):
+    """States and reports of all refocus steps, the last state, and all losses."""
+    session, steps = session_of(name), []
+    last, losses = session.append(session.init(), STREAM, on_refocus=lambda *step: steps.append(step))
+    return steps, last, losses
+
+
+@functools.cache
+def reference(name):
+    """Of tokens int32[T], which may end with padding, and a context: tree, entries, and losses of a known tail."""
+    session, shape = session_of(name), CASES[name].context
+
+    def read(tokens, context, targets):
+        tree = trees.build(
+            session.models.base.embed(session.params["base"], tokens),
+            functools.partial(session.models.gist.apply, session.params["gist"]),
+            block_size=shape.block_size,
+            max_lod=shape.max_lod,
+        )
+        entries = contexts.materialise(tree, context)
+        last = jnp.maximum(context.length - 1, 0)[None]
+        arrays = (entries.embeddings, entries.positions, entries.spans)
+        logits = session.models.base.apply(session.params["base"], *arrays, last)[0]
+        losses = nll.token_losses(session.models.base, session.params["base"], entries, targets)
+        whole = jnp.full((), session.budget, jnp.int32)
+        _, cache = session.models.base.extend(
+            session.params["base"], session.models.base.init_cache(session.budget), *arrays, whole
+        )
+        return tree, logits, losses, cache
+
+    return jit(read)
+
+
+def reread(name, state, *, context=None, targets=None):
+    session = session_of(name)
+    padded = np.zeros(session.geometry.window, np.int32)
+    held = STREAM[int(state.forgotten) :][: session.geometry.window]
+    padded[: len(held)] = held
+    targets = np.zeros(session.interval, np.int32) if targets is None else targets.astype(np.int32)
+    return reference(name)(padded, state.context if context is None else context, targets)
+
+
+def assert_same(one, other):
+    """To the bit."""
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        if jnp.issubdtype(left.dtype, jax.dtypes.prng_key):
+            left, right = jax.random.key_data(left), jax.random.key_data(right)
+        np.testing.assert_array_equal(left, right)
+
+
+def assert_close(actual, expected):
+    np.testing.assert_allclose(actual, expected, atol=2e-5 * max(np.abs(expected).max(initial=0.0), 1.0), rtol=0)
+
+
+def entries_of(state):
+    """What is shown, as (first token in the stream, level)."""
+    length, before = int(state.context.length), int(state.forgotten)
+    starts, lods = np.asarray(state.context.start)[:length] + before, np.asarray(state.context.lod)[:length]
+    return list(zip(starts.tolist(), lods.tolist(), strict=True))
+
+
+def expected_length(session, held):
+    """The largest length that some cut has and that leaves room for the next interval."""
+    step = session.geometry.block_size - 1
+    over = held - (session.budget - session.interval)
+    return held - max(-(-over // step), 0) * step
+
+
+# How a stream is split
+
+
+@pytest.mark.parametrize("name", ["plain", "other", "sampled"])
+@settings(max_examples=6)
+@given(counts=st.lists(st.one_of(st.integers(0, 2), st.integers(0, 30)), min_size=2, max_size=25))
+def test_any_split_gives_the_same_session_to_the_bit(name, counts):
+    session, (steps, whole, expected) = session_of(name), read_at_once(name)
+    state, losses, seen, place = session.init(), [], [], 0
+    for count in [*counts, len(STREAM)]:
+        chunk = STREAM[place : place + count]
+        state, chunk_losses = session.append(state, chunk, on_refocus=lambda *step: seen.append(step))
+        assert chunk_losses.shape == chunk.shape and chunk_losses.dtype == np.float32
+        assert int(state.context.length) <= session.budget
+        losses.append(chunk_losses)
+        place += len(chunk)
+        assert int(state.read) == place
+    np.testing.assert_array_equal(np.concatenate(losses), expected)
+    assert_same(state, whole)
+    assert_same(seen, steps)
+
+
+def test_an_empty_append_changes_nothing():
+    session = session_of("plain")
+    _, state, _ = read_at_once("plain")
+    for nothing in ([], np.zeros(0, np.int64)):
+        after, losses = session.append(state, nothing)
+        assert_same(after, state)
+        assert losses.shape == (0,)
+
+
+def test_refocus_steps_come_at_fixed_places_of_the_stream():
+    for name in CASES:
+        session, (steps, _, _) = session_of(name), read_at_once(name)
+        places = [int(state.read) for state, _ in steps]
+        assert places == list(range(session.interval, len(STREAM) + 1, session.interval))
+
+
+def test_losses_do_not_depend_on_what_comes_later():
+    session, (_, _, losses) = session_of("plain"), read_at_once("plain")
+    for place in (10, 41):
+        other = np.append(STREAM[:place], (STREAM[place:] + 1) % VOCABULARY)
+        changed = session.append(session.init(), other)[1]
+        np.testing.assert_array_equal(changed[:place], losses[:place])
+        assert (changed[place:] != losses[place:]).all()
+
+
+def test_earlier_states_stay_valid():
+    session = session_of("plain")
+    before, _ = session.append(session.init(), STREAM[:38])
+    copy = jax.tree.map(lambda leaf: leaf if leaf.dtype == session.init().key.dtype else np.array(leaf), before)
+    first = session.append(before, STREAM[38:50])
+    session.append(before, STREAM[:20])
+    session.generate(before, 2, jax.random.key(0))
+    assert_same(before, copy)
+    assert_same(session.append(before, STREAM[38:50]), first)
+
+
+# What is held
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_refocus_step_leaves_a_legal_context_of_exactly_the_length_that_was_asked_for(name):
+    session, (steps, _, _) = session_of(name), read_at_once(name)
+    for state, _ in steps:
+        held, length = int(state.tree.length), expected_length(session, int(state.tree.length))
+        found = contexts.invariants(
+            state.context,
+            window=held,
+            block_size=session.geometry.block_size,
+            length=length,
+            recent_tokens=min(session.geometry.recent_tokens, held),
+        )
+        assert all(found.values()), (int(state.read), found)
+        assert length + session.interval <= session.budget and int(state.cache.length) == length
+        assert held + session.interval <= session.geometry.window
+    in_full = [state for state, _ in steps if int(state.read) <= session.budget - session.interval]
+    assert in_full and all(not np.any(state.context.lod) for state in in_full)
+    assert any(int(state.forgotten) for state, _ in steps)
+    deepest = max(int(state.context.lod.max()) for state, _ in steps)
+    assert deepest == session.geometry.max_lod
+
+
+@pytest.mark.parametrize("name", ["plain", "other", "no edits"])
+def test_the_tree_is_that_of_the_tokens_held(name):
+    steps, last, _ = read_at_once(name)
+    for state in [*(state for state, _ in steps), last]:
+        built, held = reread(name, state)[0], int(state.tree.length)
+        assert int(state.forgotten) % session_of(name)._forget_size == 0
+        for lod, (rows, expected) in enumerate(zip(state.tree.levels, built.levels, strict=True)):
+            complete = held // built.block_size**lod
+            assert_close(rows[:complete], expected[:complete])
+            assert not np.any(rows[complete:])
+
+
+@pytest.mark.parametrize("name", ["plain", "other", "no edits"])
+def test_predictions_are_those_of_the_base_model_on_the_whole_context(name):
+    """So is all that the cache keeps, at every refocus step and in between."""
+    session, state = session_of(name), session_of(name).init()
+    kept = []
+    for place in range(0, len(STREAM), 3):
+        state, _ = session.append(state, STREAM[place : place + 3], on_refocus=lambda *step: kept.append(step[1].kept))
+        _, logits, _, fresh = reread(name, state)
+        assert_close(session.predict(state), logits)
+        length = int(state.context.length)
+        assert int(state.cache.length) == length
+        assert_close(state.cache.inputs[:length], fresh.inputs[:length])
+        assert_close(state.cache.keys[:, :length], fresh.keys[:, :length])
+        assert_close(state.cache.values[:, :length], fresh.values[:, :length])
+    assert max(kept) > 0
+
+
+@pytest.mark.parametrize("name", ["plain", "other"])
+def test_losses_are_those_of_training_on_the_same_cut(name):
+    session, (steps, _, losses) = session_of(name), read_at_once(name)
+    window, interval = session.geometry.window, session.interval
+    for state, _ in steps[:-1]:
+        held, read = int(state.tree.length), int(state.read)
+        cut = np.array(contexts.to_cut(state.context, window=window))
+        cut[held:], cut[held : held + interval] = MISSING, 0
+        context = contexts.from_cut(cut, block_size=session.geometry.block_size, capacity=session.budget)
+        targets = STREAM[read : read + interval]
+        assert_close(losses[read : read + interval], reread(name, state, context=context, targets=targets)[2])
+    if name == "plain":  # the last interval fills the window
+        tree, tokens = reread(name, state)[0], STREAM[int(state.forgotten) :][:window]
+        variants = jax.tree.map(lambda leaf: leaf[None], context)
+        measure = jit(functools.partial(nll.variant_losses, session.models.base, horizon=interval))
+        mean, _ = measure(session.params["base"], tree, variants, tokens)
+        assert_close(losses[read : read + interval].mean(), mean[0])
+
+
+def test_the_first_token_is_predicted_by_nothing():
+    for name in CASES:
+        assert read_at_once(name)[2][0] == pytest.approx(np.log(VOCABULARY))
+
+
+# What a refocus step does
+
+
+@pytest.mark.parametrize("name", ["plain", "other"])
+def test_the_report_of_a_refocus_step(name):
+    session, (steps, _, _) = session_of(name), read_at_once(name)
+    for (before, _), (after, report) in itertools.pairwise(steps):
+        read = int(before.read)
+        earlier = entries_of(before) + [(read + i, 0) for i in range(session.interval)]
+        earlier = [entry for entry in earlier if entry[0] >= int(after.forgotten)]
+        now = entries_of(after)
+        assert float(report.swap_rate) == pytest.approx(len(set(now) - set(earlier)) / len(now))
+        alike = [one == other for one, other in zip(now, earlier, strict=False)]
+        moved = int(after.forgotten) != int(before.forgotten)
+        assert int(report.kept) == (0 if moved else [*alike, False].index(False))
+    assert max(int(report.swaps) for _, report in steps) > 0
+
+
+def test_a_refocus_step_that_changes_nothing_keeps_the_whole_cache():
+    session, (steps, _, _) = session_of("no edits"), read_at_once("no edits")
+    for state in (steps[0][0], steps[-1][0]):
+        after, report = session.refocus(state)
+        assert int(report.kept) == int(state.context.length) and float(report.swap_rate) == 0
+        assert_same((after.context, after.cache, after.logits), (state.context, state.cache, state.logits))
+    empty, report = session.refocus(session.init())
+    assert int(empty.read) == int(report.kept) == 0
+    assert_same(session.append(empty, STREAM)[1], read_at_once("no edits")[2])
+
+
+def test_a_refocus_step_in_between_makes_room_as_any_other():
+    session, (steps, _, _) = session_of("plain"), read_at_once("plain")
+    state, _ = session.append(steps[-1][0], STREAM[:3])
+    after, _ = session.refocus(state)
+    held = int(after.tree.length)
+    assert int(after.read) == int(state.read) and int(after.context.length) == expected_length(session, held)
+    longer, _ = session.append(after, STREAM[:60])
+    assert int(longer.context.length) <= session.budget
+
+
+def test_without_edits_that_the_policy_may_ask_for_only_the_budgets_are_made():
+    steps = read_at_once("no edits")[0]
+    assert all(int(report.swaps) == 0 for _, report in steps)
+    cuts = [dict(entries_of(state)) for state, _ in steps]
+    for before, after in itertools.pairwise(cuts):  # nothing is ever expanded
+        assert all(after.get(start, 1) >= lod for start, lod in before.items() if start >= min(after))
+
+
+def test_a_sampling_allocator_repeats_itself_by_its_seed():
+    session, (_, expected, losses) = session_of("sampled"), read_at_once("sampled")
+    state, again = session.append(session.init(0), STREAM)
+    assert_same(state, expected)
+    np.testing.assert_array_equal(again, losses)
+    assert (session.append(session.init(1), STREAM)[1] != losses).any()
+    assert any(int(report.swaps) for _, report in read_at_once("sampled")[0])
+
+
+# Memory and compilation
+
+
+def test_neither_memory_nor_programs_grow_with_the_stream(compiles):
+    session, (steps, _, _) = session_of("plain"), read_at_once("plain")
+    shapes = [
+        jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) for state, _ in [(session.init(), None), *steps]
+    ]
+    assert all(shape == shapes[0] for shape in shapes)
+    with compiles() as names:
+        session.append(session.append(session.init(), STREAM)[0], STREAM[:7])
+    assert names == []
+
+
+# Generation
+
+
+def test_what_is_generated_is_read():
+    session, (_, state, _) = session_of("plain"), read_at_once("plain")
+    after, tokens = session.generate(state, 7, jax.random.key(3))
+    assert tokens.shape == (7,) and tokens.dtype == np.int32 and int(after.read) == int(state.read) + 7
+    assert_same(after, session.append(state, tokens)[0])
+    again = session.generate(state, 7, jax.random.key(3))
+    np.testing.assert_array_equal(again[1], tokens)
+    assert (session.generate(state, 7, jax.random.key(4))[1] != tokens).any()
+
+
+def test_temperature_zero_takes_the_likeliest_token():
+    session, (_, state, _) = session_of("plain"), read_at_once("plain")
+    tokens = session.generate(state, 4, jax.random.key(3), temperature=0)[1]
+    for token in tokens:
+        assert token == int(np.argmax(session.predict(state)))
+        state, _ = session.append(state, [token])
+    nearly = session.generate(read_at_once("plain")[1], 4, jax.random.key(5), temperature=1e-4)[1]
+    np.testing.assert_array_equal(nearly, tokens)
+
+
+def test_nothing_is_generated_if_nothing_is_wanted():
+    session = session_of("plain")
+    for state in (session.init(), read_at_once("plain")[1]):
+        after, tokens = session.generate(state, 0, jax.random.key(0))
+        assert after is state and tokens.shape == (0,)
+
+
+# Faults
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (
+            [1, VOCABULARY, -1],
+            f"token {VOCABULARY} at place 1 is outside the vocabulary: expected 0 to {VOCABULARY - 1}",
+        ),
+        ([-1], "token -1 at place 0"),
+        ([3] * 20 + [2**40], f"token {2**40} at place 20"),
+        ([0.5], r"one sequence of integers, got float64\[1\]"),
+        ([True], r"one sequence of integers, got bool\[1\]"),
+        ([[1, 2]], r"one sequence of integers, got int64\[1, 2\]"),
+        (3, r"one sequence of integers, got int64\[\]"),
+    ],
+)
+def test_tokens_that_cannot_be_read_are_refused_before_any_is(tokens, message):
+    session, state = session_of("plain"), read_at_once("plain")[0][0][0]
+    with pytest.raises(ValueError, match=message):
+        session.append(state, tokens, on_refocus=lambda *step: pytest.fail("tokens were read"))
+
+
+def test_a_session_that_has_read_nothing_predicts_nothing():
+    session = session_of("plain")
+    for ask in (session.predict, lambda state: session.generate(state, 1, jax.random.key(0))):
+        with pytest.raises(ValueError, match=r"nothing was read yet.*append at least one token"):
+            ask(session.init())
+
+
+@pytest.mark.parametrize(("count", "temperature"), [(-1, 1.0), (1, -0.5), (1, float("nan")), (1, float("inf"))])
+def test_generation_arguments_out_of_range_are_refused(count, temperature):
+    session, state = session_of("plain"), read_at_once("plain")[1]
+    with pytest.raises(ValueError, match=f"at least 0 and finite, got {count} and {temperature}"):
+        session.generate(state, count, jax.random.key(0), temperature=temperature)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"hyper.context_end": 0.47},  # one entry less than `SMALL` has
+            "budget of 15 entries, 4 of which .* a window of 32 tokens, which takes 12: raise hyper.context_end or",
+        ),
+        (
+            {"context.horizon": 12, "context.recent_tokens": 13, "hyper.context_end": 0.6},
+            "budget of 19 entries, 12 of which .* takes 10: raise .* or context.horizon",
+        ),
+        (
+            {"context.max_lod": 5},
+            "must hold the 32 tokens that are forgotten at once and 8 recent tokens, got 32: raise it, or lower",
+        ),
+    ],
+)
+def test_a_budget_or_window_that_some_stream_does_not_fit_is_refused(changes, message):
+    config = configs.replace(SMALL, **changes)
+    with pytest.raises(ValueError, match=message):
+        Session(build_models(config), {}, config)
