@@ -51,6 +51,8 @@ class Arguments:
     """Of the files in the run's folder; those that are there already are not overwritten."""
     budgets: tuple[int, ...] = (2, 4, 8, 16)
     """Window over entries: 4 means a quarter of the window, rounded down to a length that some cut has."""
+    window: int | None = None
+    """Tokens in the windows to measure on; None as in training. They may be longer than those trained on."""
     split: Literal["test", "validation"] = "test"
     """Choose settings on validation, report test."""
     sequences: int = 256
@@ -117,7 +119,9 @@ class _Job:
 
 def _prepare(run: Path, arguments: Arguments) -> _Job:
     stored = configs.load(run_folder.config_file(run))
-    config = stored if arguments.focus is None else replace(stored, focus=arguments.focus)
+    changes: dict[str, Any] = {} if arguments.window is None else {"context.window": arguments.window}
+    changes |= {} if arguments.focus is None else {"focus": arguments.focus}
+    config = configs.replace(stored, **changes)
     models, geometry = build_models(config), config.context.geometry
     if any(ratio < 1 for ratio in arguments.budgets) or len(set(arguments.budgets)) < len(arguments.budgets):
         raise ValueError(f"budgets must be different ratios of at least 1, got {arguments.budgets}")
@@ -143,6 +147,8 @@ def _evaluate_run(job: _Job, arguments: Arguments, console: Console) -> list[Row
     report = {
         "run": str(job.folder),
         "split": arguments.split,
+        "window": job.config.context.window,
+        "window_in_training": configs.load(run_folder.config_file(job.folder)).context.window,
         "sequences": arguments.sequences,
         "draws": arguments.draws,
         "oracle_rounds": arguments.oracle_rounds,
@@ -218,25 +224,25 @@ def _rows(
             "hit_rate": float(one.hit.mean()),
             "swap_rate": float(one.swap_rate.mean()),
         }
-        row = {
-            column: None if isinstance(value, float) and math.isnan(value) else value for column, value in row.items()
-        }
-        detail = row | {"against_budget": ratio, "residency": _number(float(one.residency.mean()))}
+        detail = {column: _number(value) for column, value in row.items()}
+        detail |= {"against_budget": ratio, "residency": _number(float(one.residency.mean()))}
         for other in ("recency", "random", "recent_random", "oracle"):
             difference = losses - np.asarray(found[other].nll)
             detail[f"minus_{other}"] = [float(difference.mean()), *interval(difference)]
+        # In the table, what is not defined stays empty; in JSON it is null.
+        row = {column: "" if detail[column] is None else detail[column] for column in COLUMNS}
         rows, details = [*rows, row], [*details, detail]
     # The full context is one row of the whole table, however many budgets there are.
     keep_full = ratio == arguments.budgets[0]
     return [row for row in rows if row["policy"] != FULL or keep_full], details
 
 
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value
+def _number(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """Writes the table; what is not defined stays empty."""
+    """Writes the table."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()

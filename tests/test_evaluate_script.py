@@ -1,0 +1,188 @@
+"""The table of all policies: a whole small run, its files, and what is refused before anything is measured."""
+
+import csv
+import json
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import evaluate, train
+from lensjax import comparison
+from lensjax.comparison import Measured
+from tests.runs import cheap_programs, contents, tiny_config, write_corpus
+
+COLUMNS = (
+    "task,policy,budget_ratio,entries,seed,nll,nll_ci_low,nll_ci_high,"
+    "gap_closed_oracle,gap_closed_full,hit_rate,swap_rate"
+)
+POLICIES = [
+    *("recency", "uniform", "random", "recent_random", "key_norm", "snapkv", "bm25"),
+    *("lensnet_1", "lensnet_4", "best_of_2", "oracle"),
+]
+QUICK = ("--sequences", "4", "--batch-size", "2", "--draws", "2", "--resamples", "20")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two trained runs of two seeds on recall, and one on text."""
+    folder = tmp_path_factory.mktemp("runs")
+    with cheap_programs():
+        for seed in (0, 1):
+            train.run(tiny_config(folder / f"recall-{seed}", seed=seed))
+        train.run(tiny_config(folder / "text", write_corpus(folder / "corpus")))
+        train.run(tiny_config(folder / "base", steps=0))
+    return folder
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """Losses that are known: a policy's is its place in the table, plus the number of the sequence."""
+
+    def measure(models, params, tokens, answer, key, *, length, draws, oracle_rounds, config):
+        def one(name, place):
+            moves = jnp.full((), 0.25 if name.startswith("lensnet") else jnp.nan)
+            hit = jnp.full((), jnp.nan if answer is None else 0.5)
+            loss = (20.0 - place + tokens.mean(dtype=jnp.float32) / 256).astype(jnp.float32)
+            return Measured(loss, hit, moves, 4 * moves, jnp.full(2, length))
+
+        return {name: one(name, place) for place, name in enumerate(POLICIES)}
+
+    monkeypatch.setattr(comparison, "measure", measure)
+    evaluate._compiled.cache_clear()
+    yield
+    evaluate._compiled.cache_clear()
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        assert file.readline().strip() == COLUMNS
+        file.seek(0)
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.slow
+def test_a_run_is_measured_from_its_checkpoint(runs, capsys):
+    folder = runs / "recall-0"
+    before = contents(folder)
+    rows = evaluate.evaluate(
+        evaluate.Arguments((folder,), budgets=(2,), sequences=4, batch_size=2, draws=2, resamples=20)
+    )
+    found = rows_of(folder / "evaluation.csv")
+    assert [row["policy"] for row in found] == [*POLICIES, "full"]
+    assert {(row["entries"], row["budget_ratio"]) for row in found[:-1]} == {("14", "2")}
+    assert all(math.isfinite(float(row["nll"])) for row in found) and len(rows) == len(found)
+    assert {path.name for path in set(contents(folder)) - set(before)} == {
+        f"evaluation.{x}" for x in ("csv", "json", "png")
+    }
+    for name in POLICIES:
+        assert name in capsys.readouterr().out or name
+
+
+def test_the_table_says_what_was_measured(runs, known, capsys):
+    evaluate.main([str(runs / "recall-1"), "--name", "known", "--budgets", "2", "1", *QUICK])
+    found = rows_of(runs / "recall-1" / "known.csv")
+    assert [row["policy"] for row in found] == [*POLICIES, "full", *POLICIES]
+    first = {row["policy"]: row for row in found[: len(POLICIES) + 1]}
+    recency, oracle, random = (float(first[name]["nll"]) for name in ("recency", "oracle", "random"))
+    assert recency - oracle == pytest.approx(10, abs=1e-4)
+    assert float(first["bm25"]["gap_closed_oracle"]) == pytest.approx(0.6, abs=1e-4)
+    assert first["recency"]["gap_closed_oracle"] == "0"
+    assert (first["lensnet_4"]["swap_rate"], first["random"]["swap_rate"]) == ("0.25", "")
+    assert {row["entries"] for row in found if row["entries"] != "14"} == {"32"}
+    assert (first["full"]["budget_ratio"], first["full"]["entries"]) == ("1", "32")
+    for row in first.values():
+        assert float(row["nll_ci_low"]) <= float(row["nll"]) <= float(row["nll_ci_high"])
+
+    report = json.loads((runs / "recall-1" / "known.json").read_text(), parse_constant=pytest.fail)
+    details = {row["policy"]: row for row in report["rows"] if row["against_budget"] == 2}
+    # Every sequence shifts all policies alike: the paired interval of a difference has no width.
+    assert details["oracle"]["minus_random"] == pytest.approx([oracle - random] * 3, abs=1e-4)
+    assert details["lensnet_1"]["residency"] == 1 and details["bm25"]["residency"] is None
+    assert (report["split"], report["sequences"], report["window"]) == ("test", 4, 32)
+    out = capsys.readouterr().out
+    assert all(name in out for name in POLICIES) and "recall at 2x, 14 of 32 entries, seed 1" in out
+
+
+def test_text_has_no_hits_and_runs_are_merged(runs, known, tmp_path):
+    folders = [str(runs / "recall-0"), str(runs / "recall-1")]
+    evaluate.main([*folders, "--name", "m", "--merged", str(tmp_path / "new" / "both"), "--budgets", "2", *QUICK])
+    merged = rows_of(tmp_path / "new" / "both.csv")
+    assert merged == rows_of(runs / "recall-0" / "m.csv") + rows_of(runs / "recall-1" / "m.csv")
+    assert {row["seed"] for row in merged} == {"0", "1"} and (tmp_path / "new" / "both.png").is_file()
+    evaluate.main([str(runs / "text"), "--budgets", "2", "--sequences", "2", "--batch-size", "1", "--resamples", "5"])
+    assert {row["hit_rate"] for row in rows_of(runs / "text" / "evaluation.csv")} == {""}
+
+
+def test_a_longer_window_than_in_training(runs, known):
+    evaluate.main([str(runs / "recall-0"), "--name", "long", "--window", "64", "--budgets", "2", *QUICK])
+    assert {row["entries"] for row in rows_of(runs / "recall-0" / "long.csv")} == {"31", "64"}
+    report = json.loads((runs / "recall-0" / "long.json").read_text())
+    assert (report["window"], report["window_in_training"]) == (64, 32)
+
+
+def test_a_policy_that_misses_the_budget_is_an_error(runs, known, monkeypatch):
+    measure = comparison.measure
+
+    def cheat(*args, **kwargs):
+        found = measure(*args, **kwargs)
+        found["bm25"] = Measured(
+            *[getattr(found["bm25"], name) for name in ("nll", "hit", "swap_rate", "residency")], jnp.asarray([14, 15])
+        )
+        return found
+
+    monkeypatch.setattr(comparison, "measure", cheat)
+    with pytest.raises(SystemExit, match="error: bm25 made contexts of 14 to 15 entries, not 14"):
+        evaluate.main([str(runs / "recall-0"), "--name", "cheat", "--budgets", "2", *QUICK])
+    assert not (runs / "recall-0" / "cheat.csv").exists()
+
+
+def test_nan_is_an_error_that_names_the_policy(runs, known, monkeypatch):
+    measure = comparison.measure
+
+    def broken(*args, **kwargs):
+        found = measure(*args, **kwargs)
+        found["snapkv"] = Measured(
+            jnp.float32(np.nan),
+            *[getattr(found["snapkv"], name) for name in ("hit", "swap_rate", "residency", "entries")],
+        )
+        return found
+
+    monkeypatch.setattr(comparison, "measure", broken)
+    with pytest.raises(SystemExit, match="error: the loss of snapkv at 2x is not finite"):
+        evaluate.main([str(runs / "recall-0"), "--name", "nan", "--budgets", "2", *QUICK])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("{runs}/nothing", "holds no run"),
+        ("{runs}/base --budgets 2", "has no checkpoint of LensNet: let it train first"),
+        ("{runs}/recall-0 --budgets 16", "budget 16x asks for 2 entries, which no cut of 32 tokens reaches"),
+        ("{runs}/recall-0 --budgets 2 2", "budgets must be different ratios of at least 1"),
+        ("{runs}/recall-0 --budgets 0", "budgets must be different ratios of at least 1"),
+        (
+            "{runs}/recall-0 --budgets 2 --sequences 5 --batch-size 2",
+            "sequences must be a multiple of batch_size 2, got 5",
+        ),
+        ("{runs}/recall-0 --budgets 2 --draws 0", "draws must be at least 1, got 0"),
+        ("{runs}/recall-0 --budgets 2 --window 6", "context.window must hold the recent tokens and at least one block"),
+        ("{runs}/text --budgets 2 --name other --sequences 4096", "windows of 32 tokens, and 4096 are needed"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_with_one_message(runs, words, message):
+    before = contents(runs)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(words.format(runs=runs).split())
+    assert str(stop.value).startswith("error: ") and message in str(stop.value)
+    assert contents(runs) == before
+
+
+def test_a_table_is_never_overwritten(runs, known):
+    words = [str(runs / "recall-0"), "--name", "once", "--budgets", "2", *QUICK]
+    evaluate.main(words)
+    before = contents(runs)
+    with pytest.raises(SystemExit, match=r"once.csv exists: pass another --name"):
+        evaluate.main(words)
+    assert contents(runs) == before
