@@ -15,10 +15,10 @@ STAMP := $(VENV)/$(TAG).stamp
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo recall test test-fast test-matrix lint format release constraints clean
+.PHONY: help venv demo recall evaluate-recall evaluate-stdlib stream test test-fast test-matrix lint format release constraints clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' Makefile
 
 venv: $(STAMP) ## Make the virtual environment
 
@@ -38,6 +38,20 @@ demo: $(STAMP) ## Pretrain, train, evaluate and draw pictures, into the next fre
 
 recall: $(STAMP) ## Prove on a task with known answers that LensNet learns, into runs/recall
 	$(RUN) -m experiments.recall
+
+evaluate-recall: $(STAMP) ## All policies at 2x to 16x on recall, three seeds, into runs/recall-long
+	$(RUN) -m experiments.train recall_long --context.window 512 --steps 0 --output-dir runs/recall-long/base
+	for seed in 0 1 2; do $(RUN) -m experiments.train recall_long --base-run runs/recall-long/base \
+	    --seed $$seed --output-dir runs/recall-long/$$seed || exit 1; done
+	$(RUN) -m experiments.evaluate runs/recall-long/0 runs/recall-long/1 runs/recall-long/2 --window 512 \
+	    --sequences 128 --oracle-rounds 1 --merged runs/recall-long/evaluation
+
+evaluate-stdlib: $(STAMP) ## All policies at 2x to 16x on the standard library, into runs/stdlib
+	$(RUN) -m experiments.train stdlib --output-dir runs/stdlib
+	$(RUN) -m experiments.evaluate runs/stdlib --sequences 128 --oracle-rounds 1
+
+stream: $(STAMP) ## Read a million tokens through a session, into runs/stream
+	$(RUN) -m experiments.stream --tokens 1000000 --output-dir runs/stream
 
 test: $(STAMP) ## Run all tests
 	$(RUN) -m pytest $(PYTEST_FLAGS)

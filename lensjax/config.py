@@ -318,6 +318,8 @@ class PretrainConfig:
     rollout_weight: float = 0.0
     """Weight of the rollouts' NLL beside the full-context loss: teaches the base model to read gists and GistNet to
     write them. 0 leaves GistNet at its initialisation."""
+    train_gist: bool = True
+    """Whether GistNet learns from the rollouts; False leaves it at its initialisation, nearly the mean of a block."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "steps", "batch_size")

@@ -62,7 +62,7 @@ def eval_step(state: TrainState, batch: Batch, key: Array, *, config: Config, mo
         shown = jax.vmap(jax.vmap(lambda variant, answer: shows_in_full(variant, answer, config), (0, None)))
         hits = shown(scored.contexts, batch["answer"])[:, 1:]
         report["hit_rate_random"] = jnp.mean(hits, dtype=jnp.float32)
-    return report | _pick_metrics(state.params, batch, length, config, models)
+    return report | _pick_metrics(state.params, batch, keys, length, config, models)
 
 
 def policy_contexts(
@@ -115,14 +115,21 @@ def shows_in_full(context: WorkingContext, answer: ArrayLike, config: Config) ->
     return jnp.all(jax.lax.dynamic_slice(cut, (jnp.asarray(answer),), (config.context.block_size,)) == 0)
 
 
-def _pick_metrics(params: dict[str, Params], batch: Batch, length: Array, config: Config, models: Models) -> Metrics:
+def _lens_key(key: Array) -> Array:
+    """Randomness of the allocator on a sequence whose rollouts take `key`."""
+    return jax.random.fold_in(key, 1)
+
+
+def _pick_metrics(
+    params: dict[str, Params], batch: Batch, keys: Array, length: Array, config: Config, models: Models
+) -> Metrics:
     shape, geometry, capacity = config.context, config.context.geometry, config.context_capacity
     has_answer = "answer" in batch
     answers = batch["answer"] if has_answer else jnp.zeros(batch["tokens"].shape[0], jnp.int32)
 
-    def measure(tokens: Array, answer: Array) -> tuple[Array, Array]:
+    def measure(tokens: Array, answer: Array, key: Array) -> tuple[Array, Array]:
         tree = build_tree(models, params, tokens, config)
-        made = policy_contexts(models, params, tree, length, config=config, capacity=capacity)
+        made = policy_contexts(models, params, tree, length, config=config, capacity=capacity, key=_lens_key(key))
         picked = [jax.tree.map(lambda leaf: leaf[-1], made)]
         if has_answer:
             picked.append(focus.to_context(oracle_state(answer, length, geometry), geometry, capacity=capacity))
@@ -130,7 +137,7 @@ def _pick_metrics(params: dict[str, Params], batch: Batch, length: Array, config
         losses, _ = nll.variant_losses(models.base, params["base"], tree, variants, tokens, horizon=shape.horizon)
         return losses, shows_in_full(picked[0], answer, config)
 
-    losses, hits = jax.vmap(measure)(batch["tokens"], answers)
+    losses, hits = jax.vmap(measure)(batch["tokens"], answers, keys)
     report = {"nll_policy": jnp.mean(losses[:, 0])}
     if has_answer:
         report |= {"nll_oracle": jnp.mean(losses[:, 1]), "hit_rate": jnp.mean(hits, dtype=jnp.float32)}
@@ -201,7 +208,9 @@ def variant_maps(state: TrainState, tokens: Array, key: Array, *, config: Config
         scored = score_variants(models, state.params, row, row_key, length, state.hyper.lod2_share, config=config)
         tree = build_tree(models, state.params, row, config)
         capacity = config.context_capacity
-        made = policy_contexts(models, state.params, tree, length, config=config, capacity=capacity)
+        made = policy_contexts(
+            models, state.params, tree, length, config=config, capacity=capacity, key=_lens_key(row_key)
+        )
         picked = jax.tree.map(lambda leaf: leaf[-1:], made)
         loss, entries = nll.variant_losses(models.base, state.params["base"], tree, picked, row, horizon=shape.horizon)
         variants, all_entries, losses = jax.tree.map(

@@ -15,7 +15,6 @@ from lensjax.metrics import Metrics, masked_mean
 from lensjax.models import Models, Params
 from lensjax.variants import Batch, build_tree
 
-
 ROLLOUTS_FROM = 0.5
 """Share of the steps after which rollouts are read too. Read from the start, their noisier gradient keeps a small model
 from learning to use older context at all."""
@@ -37,7 +36,7 @@ class PretrainState:
 
 def trainable_parts(config: Config) -> tuple[str, ...]:
     """GistNet is trained only where rollouts are read: nothing else gives it a gradient."""
-    return ("base", "gist") if config.pretrain.rollout_weight > 0 else ("base",)
+    return ("base", "gist") if config.pretrain.rollout_weight > 0 and config.pretrain.train_gist else ("base",)
 
 
 def init_pretrain_state(key: Array, *, config: Config, models: Models) -> PretrainState:
@@ -69,7 +68,7 @@ def pretrain_step(
     keys = jax.random.split(jax.random.fold_in(state.key, state.step), batch["tokens"].shape[0])
 
     def loss_fn(trainable: dict[str, Params]) -> tuple[Array, Metrics]:
-        reads_rollouts = state.step >= ROLLOUTS_FROM * config.pretrain.steps
+        reads_rollouts = state.step >= int(ROLLOUTS_FROM * config.pretrain.steps)
         return _pretrain_loss({**state.params, **trainable}, batch["tokens"], keys, reads_rollouts, config, models)
 
     trainable = {name: state.params[name] for name in trainable_parts(config)}

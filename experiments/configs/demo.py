@@ -13,7 +13,7 @@ CONFIG = Config(
     eval_steps=100,
     eval_batches=8,
     save_steps=100,
-    base=BaseConfig(dim=96, layers=2, heads=4, kv_heads=2, mlp_dim=256),
+    base=BaseConfig(dim=96, layers=2, heads=4, kv_heads=2, mlp_dim=256, copy_heads=1, conv_width=4),
     lens=LensConfig(dim=64, layers=2, heads=4, mlp_dim=192),
     context=ContextConfig(window=256, block_size=8, max_lod=2, horizon=32, recent_tokens=40, rollouts=4),
     hyper=Hyperparameters(context_start=0.8, context_end=0.5),
