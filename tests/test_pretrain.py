@@ -47,7 +47,7 @@ def test_the_loss_falls_on_a_repeated_batch(run):
     for name in ("loss", "token_loss", *(["rollout_loss"] if run is JOINT else [])):
         # The rollouts join in the middle, and add to the loss.
         first = reports[STEPS // 2 if run is JOINT and name != "token_loss" else 0][name]
-        assert reports[-1][name] < first - 0.1, name
+        assert reports[-1][name] < first - (0.2 if name == "token_loss" else 0.02), name
 
 
 @BOTH

@@ -1,20 +1,20 @@
 """Real text: the standard library of this Python, read as bytes, with a base model that gains from older context.
 
-python experiments/train.py stdlib
+make evaluate-stdlib
 """
 
 from lensjax.config import BaseConfig, Config, ContextConfig, DataConfig, Hyperparameters, LensConfig, PretrainConfig
 
 CONFIG = Config(
     output_dir="runs/stdlib",
-    steps=600,
+    steps=300,
     batch_size=8,
     eval_steps=100,
     eval_batches=16,
     save_steps=100,
     base=BaseConfig(dim=128, layers=2, heads=4, kv_heads=2, mlp_dim=320, copy_heads=1, conv_width=4),
     lens=LensConfig(dim=64, layers=2, heads=4, mlp_dim=192),
-    context=ContextConfig(window=512, block_size=4, max_lod=3, horizon=8, recent_tokens=12, rollouts=4),
+    context=ContextConfig(window=512, block_size=4, max_lod=3, horizon=8, recent_tokens=12, rollouts=6),
     hyper=Hyperparameters(context_start=0.5, context_end=0.25, lod2_share=0.2),
     data=DataConfig(task="stdlib"),
     pretrain=PretrainConfig(steps=1200, batch_size=8, rollout_weight=1.0),
