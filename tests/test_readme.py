@@ -3,14 +3,18 @@
 import re
 from pathlib import Path
 
+import pytest
+
 import lensjax
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_example_runs():
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+@pytest.mark.parametrize(
+    "example", re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL), ids=["session", "rollouts"]
+)
+def test_the_example_runs(example):
     exec(compile(example, "README.md", "exec"), {})
 
 
