@@ -446,7 +446,7 @@ def test_the_first_entry_and_causality_of_copy_heads() -> None:
     def logits(inputs: Array) -> Array:
         return model.apply(params, inputs, jnp.arange(12.0), jnp.ones(12), jnp.asarray([0, 5])).sum(axis=-1)
 
-    gradient = np.abs(np.asarray(jax.jacobian(logits)(inputs))).sum(axis=-1)
+    gradient = np.abs(np.asarray(jax.jit(jax.jacobian(logits))(inputs))).sum(axis=-1)
     assert (gradient[0] > 0).tolist() == [True] + 11 * [False]
     assert (gradient[1] > 0).tolist() == 6 * [True] + 6 * [False]
 
