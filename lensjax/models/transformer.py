@@ -113,8 +113,8 @@ class Attention(nnx.Module):
 
     A copy head looks one entry back for its keys: an entry is found by what came before it. With query and key
     projections that start equal, a fresh copy head reads what followed the places that resemble this one, which is
-    what a language model must do to repeat a name it has read. Two layers can learn to do so, but on small data it
-    takes them longer than anyone here waits.
+    what a language model must do to repeat a name it has read. Two plain layers can learn to do so, but had not after
+    seven million bytes of text.
 
     References:
       Olsson et al., In-context Learning and Induction Heads, arXiv:2209.11895 (the head, and the "smeared keys" with
