@@ -40,15 +40,18 @@ recall: $(STAMP) ## Prove on a task with known answers that LensNet learns, into
 	$(RUN) -m experiments.recall
 
 evaluate-recall: $(STAMP) ## All policies at 2x to 16x on recall, three seeds, into runs/recall-long
-	$(RUN) -m experiments.train recall_long --context.window 256 --steps 0 --output-dir runs/recall-long/base
-	for seed in 0 1 2; do $(RUN) -m experiments.train recall_long --base-run runs/recall-long/base \
-	    --seed $$seed --output-dir runs/recall-long/$$seed || exit 1; done
-	$(RUN) -m experiments.evaluate runs/recall-long/0 runs/recall-long/1 runs/recall-long/2 --window 256 \
+	$(RUN) -m experiments.train recall_long --steps 0 --output-dir runs/recall-long/base
+	for seed in 0 1 2; do $(RUN) -m experiments.train recall_long --base-run runs/recall-long/base --seed $$seed \
+	    --context.window 64 --hyper.context-start 0.45 --hyper.context-end 0.36 --batch-size 64 --steps 150 \
+	    --output-dir runs/recall-long/short-$$seed || exit 1; \
+	  $(RUN) -m experiments.train recall_long --init runs/recall-long/short-$$seed --seed $$seed \
+	    --output-dir runs/recall-long/$$seed || exit 1; done
+	$(RUN) -m experiments.evaluate runs/recall-long/0 runs/recall-long/1 runs/recall-long/2 \
 	    --sequences 128 --oracle-rounds 1 --merged runs/recall-long/evaluation
 
 evaluate-stdlib: $(STAMP) ## All policies at 2x to 16x on the standard library, into runs/stdlib
 	$(RUN) -m experiments.train stdlib --output-dir runs/stdlib
-	$(RUN) -m experiments.evaluate runs/stdlib --sequences 96 --oracle-rounds 1
+	$(RUN) -m experiments.evaluate runs/stdlib --sequences 256 --oracle-rounds 1
 
 stream: $(STAMP) ## Read a million tokens through a session, into runs/stream
 	$(RUN) -m experiments.stream --tokens 1000000 --output-dir runs/stream

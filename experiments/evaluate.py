@@ -167,7 +167,7 @@ def _evaluate_run(job: _Job, arguments: Arguments, console: Console) -> list[Row
 def _measure_all(job: _Job, arguments: Arguments, length: int | None, console: Console) -> dict[str, Measured]:
     """All policies at one length, or the full context alone; arrays [sequences]."""
     # Runs that differ in nothing that is compiled share one program.
-    static = replace(job.config, output_dir="-", seed=0, base_run=None)
+    static = replace(job.config, output_dir="-", seed=0, base_run=None, init=None)
     measure = _compiled(static, job.models, length, arguments.draws, arguments.oracle_rounds)
     key = jax.random.fold_in(jax.random.key(EVALUATION_SEED), length or 0)
     found = []

@@ -4,6 +4,7 @@
     python experiments/train.py recall --seed 1                   the task with known answers
     python experiments/train.py --data.task text --data.path 'notes/**/*.md' --output-dir runs/notes
     python experiments/train.py --resume runs/notes               go on with an interrupted run
+    python experiments/train.py recall --init runs/a --seed 2     start from the models of another run
 
 The first argument names a file of `experiments/configs/` (or is the path of such a file, or of a run's
 `config.json`); flags change single fields. Everything that a run makes is in its own folder.
@@ -87,7 +88,7 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
     console = console or Console()
     models = build_models(config)
     inputs = _Inputs(config)  # reads all data first: an empty corpus must not leave a folder behind
-    taken = None if config.base_run is None else load_base(config, models)
+    taken = load_start(config, models)
     folder = (run_folder.open_run if resume else run_folder.create_run)(config.output_dir, config)
     console.out(f"run folder {folder}, {jax.default_backend()}, seed {config.seed}", highlight=False)
     with run_logging.RunLogger(folder, resume=_restore_point(folder) if resume else None) as logger:
@@ -199,24 +200,33 @@ def _pretrain_evaluator(config: Config, models: Models) -> Callable[[dict[str, P
     return lambda params, batches: evaluation.mean_over_batches(step(params, batch) for batch in batches)
 
 
-def load_base(config: Config, models: Models) -> dict[str, Params]:
-    """Base model and GistNet of the run that `config.base_run` names.
+def load_start(config: Config, models: Models) -> dict[str, Params] | None:
+    """What the run that `config.base_run` or `config.init` names gives this one; None where neither does.
 
     Raises:
       FileNotFoundError: there is no run in that folder.
-      ValueError: its models have another shape, or it has no checkpoint.
+      ValueError: its models have another shape, or it has no checkpoint of them.
     """
-    assert config.base_run is not None
-    folder = Path(config.base_run)
+    key = "base_run" if config.init is None else "init"
+    source = getattr(config, key)
+    if source is None:
+        return None
+    folder = Path(source)
     stored = configs.load(run_folder.config_file(folder))
-    for name, theirs, ours in (
+    same = [
         ("base", stored.base, config.base),
         ("gist", stored.gist, config.gist),
         ("context.block_size", stored.context.block_size, config.context.block_size),
-    ):
+    ]
+    if key == "init":
+        same += [
+            ("lens", stored.lens, config.lens),
+            ("context.max_lod", stored.context.max_lod, config.context.max_lod),
+        ]
+    for name, theirs, ours in same:
         if theirs != ours:
-            raise ValueError(f"{name} of base_run {folder} is {theirs}, this run has {ours}: use the same")
-    return load_params(folder, models, ("base", "gist"))
+            raise ValueError(f"{name} of {key} {folder} is {theirs}, this run has {ours}: use the same")
+    return load_params(folder, models, ("base", "gist") if key == "base_run" else ("base", "gist", "lens"))
 
 
 def load_params(folder: Path, models: Models, parts: Sequence[Literal["base", "gist", "lens"]]) -> dict[str, Params]:

@@ -97,7 +97,8 @@ class LensConfig:
 
     dim: int = 64
     layers: int = 2
-    heads: int = 4
+    heads: int = 2
+    """Few and wide: a head compares entries by what it projects them to, and 16 numbers tell few of them apart."""
     mlp_dim: int = 192
     head: Literal["linear", "mlp"] = "linear"
 
@@ -310,7 +311,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """The base model's own training, before LensNet's. Skipped when `Config.base_run` is given."""
+    """The base model's own training, before LensNet's. Skipped when `Config.base_run` or `Config.init` is given."""
 
     steps: int = 600
     learning_rate: float = 3e-3
@@ -344,6 +345,8 @@ class Config:
     """What the main phase trains."""
     base_run: str | None = None
     """Run folder whose base model and GistNet are taken instead of pretraining."""
+    init: str | None = None
+    """Run folder whose LensNet this run starts from, its base model and GistNet with it; instead of `base_run`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type of the models; parameters, softmax and losses stay in float32."""
     logging_steps: int = 10
@@ -370,9 +373,14 @@ class Config:
                 steps == 0 or steps > self.optimizer.warmup_steps,
                 f"{name} must be above optimizer.warmup_steps {self.optimizer.warmup_steps}, got {steps}",
             )
+        for name, source in (("base_run", self.base_run), ("init", self.init)):
+            _require(
+                self.steps > 0 or source is None,
+                f"steps is 0 and {name} is {source!r}: there is nothing to do; raise steps or drop {name}",
+            )
         _require(
-            self.steps > 0 or self.base_run is None,
-            f"steps is 0 and base_run is {self.base_run!r}: there is nothing to do; raise steps or drop base_run",
+            self.base_run is None or self.init is None,
+            f"base_run {self.base_run!r} and init {self.init!r} both give a base model: name one of them",
         )
         _require(0 <= self.seed < 2**31, f"seed must be in [0, 2**31), got {self.seed}")
         _require(bool(self.output_dir), "output_dir must name a folder, got an empty string")

@@ -131,11 +131,11 @@ def _pair_terms(
     """Preference and rank loss, means over the supervised pairs of the batch; and float32[B, P, 2, W] by entry."""
     flat = (*targets.where.shape[:2], -1)
     picked = jax.vmap(_rows_of_pairs)(scores, pairs).reshape(flat)
-    target, where = targets.target.reshape(flat), targets.where.reshape(flat)
+    target, where, weight = (leaf.reshape(flat) for leaf in (targets.target, targets.where, targets.weight))
     take = jax.vmap(jnp.take)
     gap = jnp.abs(take(advantages, pairs.worse) - take(advantages, pairs.better))
 
-    def preference(score: Array, target: Array, where: Array, gap: Array) -> Array:
+    def preference(score: Array, target: Array, where: Array, weight: Array, gap: Array) -> Array:
         return losses.preference_loss(
             score,
             target,
@@ -143,11 +143,12 @@ def _pair_terms(
             gap=gap,
             temperature=temperature,
             collapse_weight=hyper.collapse_weight,
+            weights=weight,
             granularity=config.objective.granularity,
         )
 
-    def rank(score: Array, target: Array, where: Array) -> Array:
-        return losses.rank_loss(score, target, where, margin=hyper.margin)
+    def rank(score: Array, target: Array, where: Array, weight: Array) -> Array:
+        return losses.rank_loss(score, target, where, margin=hyper.margin, weights=weight)
 
     def by_entry(score: Array, target: Array, where: Array, gap: Array) -> Array:
         return losses.preference_entry_losses(
@@ -156,8 +157,10 @@ def _pair_terms(
 
     supervised = jnp.any(where, axis=-1)
     terms = {
-        "preference": metrics.masked_mean(jax.vmap(jax.vmap(preference))(picked, target, where, gap), supervised),
-        "rank": metrics.masked_mean(jax.vmap(jax.vmap(rank))(picked, target, where), supervised),
+        "preference": metrics.masked_mean(
+            jax.vmap(jax.vmap(preference))(picked, target, where, weight, gap), supervised
+        ),
+        "rank": metrics.masked_mean(jax.vmap(jax.vmap(rank))(picked, target, where, weight), supervised),
     }
     entry_losses = jax.vmap(jax.vmap(by_entry))(jax.lax.stop_gradient(picked), target, where, gap)
     return terms, entry_losses.reshape(targets.where.shape)

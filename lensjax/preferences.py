@@ -39,6 +39,8 @@ class PairTargets:
     """float32[P, 2, W]: +1 asks for detail, -1 for less of it, 0 where not supervised."""
     where: Array
     """bool[P, 2, W]: entries that are supervised."""
+    weight: Array
+    """float32[P, 2, W]: tokens covered, 0 where not supervised. A span weighs the same on both sides of a pair."""
 
 
 def advantage_deltas(losses: ArrayLike) -> Array:
@@ -119,6 +121,10 @@ def span_targets(
     collapse me": what is legal is the allocator's business. Not supervised: spans both show alike, the protected
     tail, and spans that one of the two does not cover.
 
+    Weighted by the tokens that entries cover, a span counts as much on one side, where it may be one gist, as on the
+    other, where it may be 64 tokens: a policy that asks for every gist and for no token gains nothing by it. Counted by
+    entries, tokens outvote gists, and the policy learns to like whatever is in full already.
+
     Args:
       variants: V working contexts of one window, leading axis V.
       pairs: P pairs of them.
@@ -137,21 +143,25 @@ def span_targets(
     # Cuts of one tree are nested: inside a span that either shows as one entry, the sign cannot change.
     sign = jnp.sign(worse_cut - better_cut).astype(jnp.float32)
     covered = (better_cut != MISSING) & (worse_cut != MISSING)
+    # What either shows as one entry counts as a whole or not at all: its first token answers for it.
+    width = block_size ** jnp.maximum(jnp.maximum(better_cut, worse_cut), 0)
+    first = jnp.arange(window)[None] // width * width
+    covered = jnp.take_along_axis(covered, first, axis=1)
 
     members = jnp.stack([pairs.better, pairs.worse], axis=1)
     start, valid = variants.start[members], variants.valid[members]
     at_start = jax.vmap(lambda row, index: jnp.take(row, index, mode="clip"))
     target = at_start(sign, start)
-    # An entry that begins before the other variant's first token is not wholly covered; one that begins after is.
     where = valid & at_start(covered, start) & (start < window - recent_tokens) & (target != 0)
     where &= pairs.valid[:, None, None]
     if worse_only:
         where &= jnp.asarray([False, True])[None, :, None]
-    return PairTargets(jnp.where(where, target, 0.0), where)
+    spans = contexts.spans(variants, block_size=block_size)[members].astype(jnp.float32)
+    return PairTargets(jnp.where(where, target, 0.0), where, jnp.where(where, spans, 0.0))
 
 
 def pair_margins(scores: ArrayLike, targets: PairTargets, pairs: PreferencePairs) -> Array:
-    """Mean of target * score over a pair's supervised entries.
+    """Mean of target * score over a pair's supervised entries, weighted by the tokens they cover.
 
     Args:
       scores: float[V, W], policy scores.
@@ -162,8 +172,8 @@ def pair_margins(scores: ArrayLike, targets: PairTargets, pairs: PreferencePairs
       float[P]: positive where the policy asks for the better variant; 0 without supervised entries.
     """
     picked = jnp.asarray(scores)[jnp.stack([pairs.better, pairs.worse], axis=1)]
-    total = jnp.sum(jnp.where(targets.where, targets.target * picked, 0), axis=(1, 2))
-    return total / jnp.maximum(jnp.sum(targets.where, axis=(1, 2), dtype=jnp.float32), 1)
+    total = jnp.sum(jnp.where(targets.where, targets.weight * targets.target * picked, 0), axis=(1, 2))
+    return total / jnp.maximum(jnp.sum(targets.weight, axis=(1, 2)), 1)
 
 
 def agreement(margins: ArrayLike, valid: ArrayLike) -> tuple[Array, Array]:

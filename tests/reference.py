@@ -169,12 +169,17 @@ def span_targets(
 ) -> tuple[list[int | None], list[int | None]]:
     """The target of each entry of the two variants, token by token; None where not supervised."""
     better_cut, worse_cut = cut_of(better, window, block_size), cut_of(worse, window, block_size)
+    unseen = {t for t in range(window) if better_cut[t] is None or worse_cut[t] is None}
+    # Of an entry that the other variant covers in part, nothing counts, on either side.
+    for entry in (*better, *worse):
+        if unseen & set(covered(entry, block_size)):
+            unseen |= set(covered(entry, block_size))
 
     def target(entry: Entry, is_worse: bool) -> int | None:
         signs = set()
         for token in covered(entry, block_size):
             b, w = better_cut[token], worse_cut[token]
-            if b is None or w is None or token >= window - recent_tokens:
+            if b is None or w is None or token in unseen or token >= window - recent_tokens:
                 return None
             signs.add((w > b) - (w < b))
         (sign,) = signs  # one sign for the whole span, since the blocks of two cuts are nested
@@ -216,25 +221,33 @@ def preference_loss(
     gap: float,
     temperature: float,
     collapse_weight: float,
+    weights: Sequence[float] | None = None,
     granularity: str = "entry",
 ) -> float:
     strength, scale = math.tanh(abs(gap)), max(1.0, abs(gap)) / temperature
-    weights = [collapse_weight if t < 0 else 1.0 for t in targets]
+    spans = [1.0] * len(targets) if weights is None else weights
+    costs = [collapse_weight if t < 0 else 1.0 for t in targets]
+    weights = [a * c for a, c in zip(spans, costs, strict=True)]
     if not targets or sum(weights) == 0:
         return 0.0
     if granularity == "pair":
         margin = sum(c * t * s for c, t, s in zip(weights, targets, scores, strict=True)) / sum(weights)
         return strength * softplus(-margin * scale)
     losses = [c * strength * softplus(-t * s * scale) for c, t, s in zip(weights, targets, scores, strict=True)]
-    return sum(losses) / len(losses)
+    return sum(losses) / sum(spans)
 
 
-def rank_loss(scores: Sequence[float], targets: Sequence[float], *, margin: float) -> float:
-    positive = [s for s, t in zip(scores, targets, strict=True) if t > 0]
-    negative = [s for s, t in zip(scores, targets, strict=True) if t < 0]
-    if not positive or not negative:
+def rank_loss(
+    scores: Sequence[float], targets: Sequence[float], *, margin: float, weights: Sequence[float] | None = None
+) -> float:
+    entries = list(zip(scores, targets, weights or [1.0] * len(scores), strict=True))
+
+    def average(sign: int) -> float:
+        return sum(a * s for s, t, a in entries if t == sign) / sum(a for _, t, a in entries if t == sign)
+
+    if {t for _, t, _ in entries} != {1, -1}:
         return 0.0
-    return max(0.0, margin - (sum(positive) / len(positive) - sum(negative) / len(negative)))
+    return max(0.0, margin - (average(1) - average(-1)))
 
 
 def budget_balance(scores: Sequence[float], spans: Sequence[float]) -> float:

@@ -76,8 +76,8 @@ class Row:
             return None
         return float(np.corrcoef(values, rewards)[0, 1])
 
-    def supervised(self, better: int, worse: int, *, worse_only: bool) -> list[tuple[float, int, int]]:
-        """(score, target, LOD) of each supervised entry of both variants."""
+    def supervised(self, better: int, worse: int, *, worse_only: bool) -> list[tuple[float, int, int, int]]:
+        """(score, target, LOD, tokens covered) of each supervised entry of both variants."""
         shape = self.shape
         both = reference.span_targets(
             self.entries[better],
@@ -88,7 +88,7 @@ class Row:
             worse_only=worse_only,
         )
         return [
-            (score, target, lod)
+            (score, target, lod, shape.block_size**lod)
             for v, targets in zip((better, worse), both, strict=True)
             for score, target, (_, lod) in zip(self.scores[v], targets, self.entries[v], strict=True)
             if target is not None
@@ -158,11 +158,12 @@ def _pair_report(
                 "temperature": temperature,
                 "collapse_weight": hyper.collapse_weight,
             }
-            picked, targets, lods = zip(*entries, strict=True)
-            preference.append(reference.preference_loss(picked, targets, **kind, granularity=switches.granularity))
-            rank.append(reference.rank_loss(picked, targets, margin=hyper.margin))
-            wins.append(_win(mean([s * t for s, t, _ in entries])))
-            lod_wins.append(_win(mean([(1 if lod else -1) * t for _, t, lod in entries])))
+            picked, targets, lods, spans = zip(*entries, strict=True)
+            kind_of_pair = {"weights": spans, "granularity": switches.granularity}
+            preference.append(reference.preference_loss(picked, targets, **kind, **kind_of_pair))
+            rank.append(reference.rank_loss(picked, targets, margin=hyper.margin, weights=spans))
+            wins.append(_win(sum(a * s * t for s, t, _, a in entries) / sum(spans)))
+            lod_wins.append(_win(sum(a * (1 if lod else -1) * t for _, t, lod, a in entries) / sum(spans)))
             for score, target, lod in zip(picked, targets, lods, strict=True):
                 by_lod[lod].append(reference.preference_loss([score], [target], **kind))
     return {

@@ -98,7 +98,8 @@ def pairs(rng: np.random.Generator) -> PreferencePairs:
 
 def pair_targets(rng: np.random.Generator) -> PairTargets:
     where = mask(PAIRS, 2, CAPACITY)(rng)
-    return PairTargets(np.where(where, rng.choice([-1, 1], where.shape), 0).astype(np.float32), where)
+    signs, spans = (rng.choice(choices, where.shape) * where for choices in ([-1, 1], [1, 2, 4]))
+    return PairTargets(signs.astype(np.float32), where, spans.astype(np.float32))
 
 
 def moments(rng: np.random.Generator) -> stability.EmaMoments:
@@ -155,6 +156,12 @@ LOSSES = [
     preference("preference_loss entry", losses.preference_loss, granularity="entry"),
     preference("preference_loss pair", losses.preference_loss, granularity="pair"),
     Case("rank_loss", lambda s, t, w, m: losses.rank_loss(s, t, w, margin=m), (SCORES, signs, WHERE, UNIT), "f"),
+    Case(
+        "rank_loss with weights",
+        lambda s, t, w, m, a: losses.rank_loss(s, t, w, margin=m, weights=a),
+        (SCORES, signs, WHERE, UNIT, spans),
+        "f",
+    ),
     Case("budget_balance", losses.budget_balance, (SCORES, spans, WHERE), "f"),
     Case("budget_loss", losses.budget_loss, (SCORES, spans, WHERE), "f"),
     Case(
@@ -198,7 +205,7 @@ PREFERENCES = [
             f"span_targets worse_only={worse_only}",
             functools.partial(preferences.span_targets, worse_only=worse_only, **SHAPE),
             (variants, pairs),
-            "fb",
+            "fbf",
         )
         for worse_only in (False, True)
     ),

@@ -50,6 +50,21 @@ def test_pair_preference_loss_by_hand():
     assert float(found) == pytest.approx(expected, rel=1e-6)
 
 
+def test_weights_by_hand():
+    scores, targets, where = floats(0.5, -0.25, 0.9), floats(1, -1, 1), np.asarray([True, True, False])
+    kind = HYPER | {"weights": floats(4, 1, 16)}
+    first, second = (math.log1p(math.exp(-3 * margin)) for margin in (0.5, 0.25))
+    expected = math.tanh(1.5) * (4 * first + 2 * second) / 5
+    assert float(JITTED["entry"](scores, targets, where, **kind)) == pytest.approx(expected, rel=1e-6)
+    expected = math.tanh(1.5) * math.log1p(math.exp(-3 * (4 * 0.5 + 2 * 0.25) / 6))
+    assert float(JITTED["pair"](scores, targets, where, **kind)) == pytest.approx(expected, rel=1e-6)
+    # Means 0.1 and 0.2: (4 * 0.2 - 1 * 0.3) / 5, and one entry.
+    ranked = JITTED["rank"](
+        floats(0.2, -0.3, 0.2), floats(1, 1, -1), np.ones(3, bool), margin=0.5, weights=floats(4, 1, 9)
+    )
+    assert float(ranked) == pytest.approx(0.5 - (0.1 - 0.2), rel=1e-6)
+
+
 @pytest.mark.parametrize("granularity", ["entry", "pair"])
 def test_scores_at_zero_cost_log_two_times_the_strength(granularity):
     hyper = {"gap": 0.7, "temperature": 0.3, "collapse_weight": 1.0}
@@ -188,10 +203,13 @@ def test_losses_agree_with_the_reference(seed):
     def check(name, expected, *arguments, **keywords):
         assert float(JITTED[name](*arguments, a["where"], **keywords)) == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
-    for granularity in ("entry", "pair"):
-        expected = reference.preference_loss(scores, targets, granularity=granularity, **hyper)
-        check(granularity, expected, a["scores"], a["targets"], **traced)
-    check("rank", reference.rank_loss(scores, targets, margin=margin), a["scores"], a["targets"], margin=margin)
+    for weights in ({}, {"weights": spans}):
+        traced_weights = {"weights": a["spans"]} if weights else {}
+        for granularity in ("entry", "pair"):
+            expected = reference.preference_loss(scores, targets, granularity=granularity, **hyper, **weights)
+            check(granularity, expected, a["scores"], a["targets"], **traced, **traced_weights)
+        expected = reference.rank_loss(scores, targets, margin=margin, **weights)
+        check("rank", expected, a["scores"], a["targets"], margin=margin, **traced_weights)
     balance = reference.budget_balance(scores, spans)
     check("balance", balance, a["scores"], a["spans"])
     check("budget", balance**2, a["scores"], a["spans"])
@@ -212,6 +230,9 @@ TARGETS, SPANS, WHERE = floats(1, -1, -1, 1, 0), floats(1, 4, 1, 16, 1), np.asar
         ("entry", (TARGETS,), HYPER),
         ("pair", (TARGETS,), HYPER),
         ("rank", (TARGETS,), {"margin": 0.3}),
+        ("entry", (TARGETS,), HYPER | {"weights": SPANS}),
+        ("pair", (TARGETS,), HYPER | {"weights": SPANS}),
+        ("rank", (TARGETS,), {"margin": 0.9, "weights": SPANS}),
         ("balance", (SPANS,), {}),
         ("budget", (SPANS,), {}),
         ("smoothing", (SPANS,), {"average": 0.2}),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lensjax import preferences
 from lensjax.lengths import CutGeometry
-from lensjax.preferences import PairTargets, PreferencePairs
+from lensjax.preferences import PreferencePairs
 from tests import reference
 
 variant_values = jax.jit(
@@ -146,6 +146,7 @@ def test_span_targets_by_hand():
     better, worse = result.target[0].tolist()
     assert better == [1, 1, 1, 0, -1, 1, 1, 0, 0, 0]
     assert worse == [1, 0, -1, -1, 1, 0, 0, 0, 0, 0]
+    assert result.weight[0].tolist() == [[2, 1, 1, 0, 2, 1, 1, 0, 0, 0], [4, 0, 1, 1, 2, 0, 0, 0, 0, 0]]
     # The other way round, every span asks for the opposite.
     mirrored = targets_of([FINE, COARSE], one_pair(better=1, worse=0), **HAND)
     np.testing.assert_array_equal(mirrored.target[0], -result.target[0, ::-1])
@@ -166,8 +167,8 @@ def test_the_protected_tail_is_masked():
 def test_what_the_baseline_does_not_cover_is_masked():
     baseline = [(token, 0) for token in range(5, 12)]  # from the middle of the block of 4 and 5
     result = targets_of([baseline, COARSE], one_pair(), **HAND)
-    assert result.target[0, 0].tolist() == [1, 0, 0, 1, 1, 0, 0, 0, 0, 0]
-    # Of the blocks (0, 2) and (4, 1) the baseline covers nothing or one half.
+    # Of the blocks (0, 2) and (4, 1) the baseline covers nothing or one half: the half counts on neither side.
+    assert result.target[0, 0].tolist() == [0, 0, 0, 1, 1, 0, 0, 0, 0, 0]
     assert result.target[0, 1].tolist() == [0, 0, 0, 0, 1, 0, 0, 0, 0, 0]
 
 
@@ -243,8 +244,9 @@ def test_margins_by_hand():
     scores[1, :7] = [1, 0.9, -1, 0, -0.25, 0.9, 0.9]  # COARSE: targets + . - - + . .
     targets = targets_of([FINE, COARSE], one_pair(), **HAND)
     margin = pair_margins(scores, targets, one_pair())
-    np.testing.assert_allclose(margin, [(0.5 - 0.5 + 0 + 1 + 1 + 0 + 1 + 1 + 0 - 0.25) / 10])
-    none = PairTargets(jnp.zeros_like(targets.target), jnp.zeros_like(targets.where))
+    fine, coarse = 2 * 0.5 - 0.5 + 0 + 2 * 1 + 1 + 0, 4 * 1 + 1 + 0 + 2 * -0.25
+    np.testing.assert_allclose(margin, [(fine + coarse) / 16])
+    none = jax.tree.map(jnp.zeros_like, targets)
     np.testing.assert_array_equal(pair_margins(scores, none, one_pair()), [0.0])
 
 
@@ -277,6 +279,19 @@ def test_the_lod_only_control_is_at_chance_on_balanced_pairs():
     (cuts, variants), pairs = balanced_cuts(), all_pairs()
     targets = targets_of(cuts, pairs, capacity=24, **BALANCED)
     assert agreement_of(preferences.lod_only_scores(variants), targets, pairs) == (0.5, 12)
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 2**31 - 1), max_lod=st.sampled_from([1, 3]))
+def test_a_span_weighs_the_same_on_both_sides_so_that_levels_alone_say_nothing(seed, max_lod):
+    # The baseline among them: it begins in the middle of a block.
+    cuts, pairs = random_variants(seed, geometry=CutGeometry(max_lod=max_lod, **SHAPE)), all_pairs()
+    targets = targets_of(cuts, pairs, capacity=24, **SHAPE)
+    sums = np.asarray(targets.weight * targets.target).sum(axis=2)
+    np.testing.assert_array_equal(sums[:, 0], sums[:, 1])
+    if max_lod == 1:
+        scores = preferences.lod_only_scores(context_batch(cuts, window=30, capacity=24))
+        np.testing.assert_array_equal(pair_margins(scores, targets, pairs), 0)
 
 
 def test_the_lod_only_control_answers_every_one_sided_pair():

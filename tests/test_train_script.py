@@ -119,6 +119,7 @@ BAD_COMMANDS = [
     ("--base.vocab-size 100", "text is read as bytes: base.vocab_size must be at least 256, got 100"),
     ("--base.dim 60", "base.dim must be a multiple of 2 * heads = 8 (rotary pairs), got 60"),
     ("--steps 0 --base-run {tmp}/base", "steps is 0 and base_run is '{tmp}/base': .* raise steps or drop base_run"),
+    ("--base-run a --init b", "base_run 'a' and init 'b' both give a base model: name one of them"),
     ("--data.task text", "data.path must name a folder or a glob when data.task is text, got none"),
     ("--data.path {tmp}", "data.path is read only when data.task is text: set --data.task text, got 'stdlib'"),
     ("--data.task text --data.path {tmp}/empty", "no file with text in it under {tmp}/empty"),
@@ -145,6 +146,10 @@ BAD_COMMANDS = [
         "context.block_size of base_run {tmp}/base is 8, this run has 16: use the same",
     ),
     ("recall --base-run {tmp}/base", "{tmp}/base has no checkpoint: let it finish its pretraining first"),
+    ("recall --init {tmp}/base", "{tmp}/base has no checkpoint: let it finish its pretraining first"),
+    ("recall --init {tmp}/none", "{tmp}/none holds no run (config.json is missing): name the folder of a run"),
+    ("recall --init {tmp}/base --lens.layers 1", "lens of init {tmp}/base is .*layers=2.*layers=1.*: use the same"),
+    ("recall --init {tmp}/base --context.max-lod 2", "max_lod of init {tmp}/base is 1, this run has 2: use the same"),
     ("nosuch", "no config .*nosuch.py; name a file, or one of: demo, recall"),
     ("{tmp}/none.json", "no config {tmp}/none.json; name a file, or one of: demo, recall"),
     ("{tmp}/torn.json", "{tmp}/torn.json is not JSON"),
@@ -316,6 +321,34 @@ def test_a_base_run_is_taken_and_left_as_it_is(cheap, whole, tmp_path, monkeypat
     assert [row["step"] for row in read_rows(folder) if "loss" in row] == [1, 2, 3, 4, 5]
 
 
+def test_init_starts_from_the_models_of_another_run(cheap, whole, tmp_path, monkeypatch):
+    before, given = contents(whole), saved_arrays(whole, "lens", 5)
+    started = []
+    make = script.train.init_train_state
+
+    def spy(*arguments, **keywords):
+        state = make(*arguments, **keywords)
+        started.append(jax.device_get(state))  # the run gives its buffers away
+        return state
+
+    monkeypatch.setattr(script.train, "init_train_state", spy)
+    start(tiny_config(tmp_path / "run", seed=8, init=str(whole)))
+    leaves = jax.tree_util.tree_leaves_with_path(started[0].params)
+    assert {path[0].key for path, _ in leaves} == {"base", "gist", "lens"}
+    for path, leaf in leaves:
+        name = "params/" + jax.tree_util.keystr(path, simple=True, separator="/")
+        assert leaf.tobytes() == given[name], name
+    assert int(started[0].step) == 0 and contents(whole) == before
+    assert {row["phase"] for row in read_rows(tmp_path / "run")} == {"lens"}
+
+
+def test_init_needs_a_lensnet(whole, tmp_path):
+    start(tiny_config(tmp_path / "base", steps=0))
+    with pytest.raises(ValueError, match=r"base has no checkpoint of LensNet: let it train first \(steps above 0\)"):
+        start(tiny_config(tmp_path / "run", init=str(tmp_path / "base")))
+    assert not (tmp_path / "run").exists()
+
+
 def test_steps_0_only_pretrains_and_serves_as_a_base_run(whole, tmp_path):
     summary = start(tiny_config(tmp_path / "base", steps=0))
     assert {row["phase"] for row in read_rows(tmp_path / "base")} == {"pretrain"}
@@ -323,7 +356,8 @@ def test_steps_0_only_pretrains_and_serves_as_a_base_run(whole, tmp_path):
     assert not (tmp_path / "base" / "checkpoints" / "lens").exists()
     assert summary["steps"] == 0 and "nll_full" in summary and "nll_policy" not in summary
     config = tiny_config(tmp_path / "run", base_run=str(tmp_path / "base"))
-    base = script.load_base(config, build_models(config))
+    base = script.load_start(config, build_models(config))
+    assert base is not None
     expected = saved_arrays(whole, "pretrain", 4)
     leaves = jax.tree_util.tree_leaves_with_path(base)
     names = {"params/" + jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

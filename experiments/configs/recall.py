@@ -5,7 +5,7 @@
 `make recall` runs it for three seeds and both kinds of targets on one base model.
 """
 
-from lensjax.config import BaseConfig, Config, ContextConfig, DataConfig, Hyperparameters, LensConfig, PretrainConfig
+from lensjax.config import BaseConfig, Config, ContextConfig, DataConfig, Hyperparameters, PretrainConfig
 
 CONFIG = Config(
     output_dir="runs/recall-single",
@@ -16,7 +16,6 @@ CONFIG = Config(
     eval_batches=16,
     save_steps=100,
     base=BaseConfig(dim=64, layers=2, heads=4, kv_heads=2, mlp_dim=192),
-    lens=LensConfig(dim=64, layers=2, heads=4, mlp_dim=192),
     context=ContextConfig(window=64, block_size=8, max_lod=1, horizon=7, recent_tokens=8, rollouts=4),
     hyper=Hyperparameters(context_start=0.6, context_end=0.4),
     data=DataConfig(task="recall"),

@@ -2,35 +2,23 @@
 
     make evaluate-recall
 
-The base model is pretrained on windows of 256 tokens. LensNet is trained on windows of 64, where few spans differ
-between two variants and a preference says which of them mattered, and is then measured on windows of 256: it knows no
-absolute places. GistNet stays the mean of a block, in which LensNet can recognise a token that the tail repeats.
+LensNet is trained twice. On windows of 64 tokens first, where few spans differ between two variants and a preference
+says which of them mattered: that is where it learns to recognise what the tail repeats. Then on windows of 256, from
+there on (`init`). GistNet stays the mean of a block, in which LensNet can recognise a token.
 """
 
-from lensjax.config import (
-    BaseConfig,
-    Config,
-    ContextConfig,
-    DataConfig,
-    FocusConfig,
-    Hyperparameters,
-    LensConfig,
-    PretrainConfig,
-)
+from lensjax.config import BaseConfig, Config, ContextConfig, DataConfig, Hyperparameters, PretrainConfig
 
 CONFIG = Config(
     output_dir="runs/recall-long",
-    steps=300,
-    batch_size=64,
+    steps=400,
+    batch_size=16,
     eval_steps=50,
-    eval_batches=4,
+    eval_batches=8,
     save_steps=100,
     base=BaseConfig(vocab_size=512, dim=64, layers=2, heads=4, kv_heads=2, mlp_dim=192, copy_heads=1, conv_width=4),
-    lens=LensConfig(dim=64, layers=2, heads=4, mlp_dim=192),
-    context=ContextConfig(window=64, block_size=4, max_lod=3, horizon=3, recent_tokens=4, rollouts=8),
-    # Fewer swaps at a time find the answer more often: chosen on validation sequences.
-    focus=FocusConfig(steps=4, max_edits=4),
-    hyper=Hyperparameters(context_start=0.45, context_end=0.36, lod2_share=0.3),
+    context=ContextConfig(window=256, block_size=4, max_lod=3, horizon=3, recent_tokens=4, rollouts=8),
+    hyper=Hyperparameters(context_start=0.25, context_end=0.25, lod2_share=0.3),
     data=DataConfig(task="recall", recall_pool=16),
     pretrain=PretrainConfig(steps=1200, batch_size=8, rollout_weight=1.0, train_gist=False),
 )

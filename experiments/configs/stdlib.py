@@ -3,7 +3,7 @@
 make evaluate-stdlib
 """
 
-from lensjax.config import BaseConfig, Config, ContextConfig, DataConfig, Hyperparameters, LensConfig, PretrainConfig
+from lensjax.config import BaseConfig, Config, ContextConfig, DataConfig, Hyperparameters, PretrainConfig
 
 CONFIG = Config(
     output_dir="runs/stdlib",
@@ -13,9 +13,8 @@ CONFIG = Config(
     eval_batches=16,
     save_steps=100,
     base=BaseConfig(dim=128, layers=2, heads=4, kv_heads=2, mlp_dim=320, copy_heads=1, conv_width=4),
-    lens=LensConfig(dim=64, layers=2, heads=4, mlp_dim=192),
     context=ContextConfig(window=512, block_size=4, max_lod=3, horizon=8, recent_tokens=12, rollouts=6),
-    hyper=Hyperparameters(context_start=0.5, context_end=0.25, lod2_share=0.2),
+    hyper=Hyperparameters(context_start=0.25, context_end=0.25, lod2_share=0.2),
     data=DataConfig(task="stdlib"),
     pretrain=PretrainConfig(steps=1200, batch_size=8, rollout_weight=1.0),
 )

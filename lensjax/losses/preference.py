@@ -8,8 +8,10 @@ from jax import Array
 from jax.typing import ArrayLike
 
 
-def _masked_mean(values: Array, where: Array) -> Array:
-    return jnp.sum(jnp.where(where, values, 0.0)) / jnp.maximum(jnp.sum(where, dtype=jnp.float32), 1)
+def _weighted_mean(values: Array, weights: Array) -> Array:
+    """Mean of the values whose weight is above 0; 0 if there is none."""
+    total = jnp.sum(weights)
+    return jnp.sum(jnp.where(weights > 0, weights * values, 0.0)) / jnp.where(total > 0, total, 1.0)
 
 
 def _strength_and_scale(gap: ArrayLike, temperature: ArrayLike) -> tuple[Array, Array]:
@@ -57,12 +59,13 @@ def preference_loss(
     gap: ArrayLike,
     temperature: ArrayLike,
     collapse_weight: ArrayLike,
+    weights: ArrayLike = 1.0,
     granularity: Literal["entry", "pair"] = "entry",
 ) -> Array:
     """Bradley-Terry loss of one pair: the policy should ask for what the better variant shows.
 
-        entry:  sum_j m_j c_j a softplus(-t_j s_j g) / sum_j m_j
-        pair:   a softplus(-g sum_j m_j c_j t_j s_j / sum_j m_j c_j)
+        entry:  sum_j m_j w_j c_j a softplus(-t_j s_j g) / sum_j m_j w_j
+        pair:   a softplus(-g sum_j m_j w_j c_j t_j s_j / sum_j m_j w_j c_j)
 
     Args:
       scores: float32[M], policy scores of the pair's entries (both variants, flattened).
@@ -71,6 +74,8 @@ def preference_loss(
       gap: float32[], |z_w - z_b|, difference of the normalised advantages.
       temperature: float32[], above 0.
       collapse_weight: float32[], weight c_j of entries whose target is -1.
+      weights: float32[M] or float32[], w_j above 0. With the tokens that each entry covers, both sides of a pair weigh
+        the same, and to answer by the level alone gains nothing (see `preferences.span_targets`).
       granularity: one softplus for every entry, or one for the pair's mean margin.
 
     Returns:
@@ -86,19 +91,19 @@ def preference_loss(
         losses = preference_entry_losses(
             scores, targets, where, gap=gap, temperature=temperature, collapse_weight=collapse_weight
         )
-        return _masked_mean(losses, jnp.asarray(where))
+        return _weighted_mean(losses, jnp.where(jnp.asarray(where), weights, 0.0))
     if granularity != "pair":
         raise ValueError(f"granularity must be entry or pair, got {granularity!r}")
     scores, targets, where = jnp.asarray(scores), jnp.asarray(targets), jnp.asarray(where)
     strength, scale = _strength_and_scale(gap, temperature)
-    weight = jnp.where(where, jnp.where(targets < 0, collapse_weight, 1.0), 0.0)
-    total = jnp.sum(weight)
-    has_weight = total > 0
-    margin = jnp.sum(weight * jnp.where(where, targets * scores, 0.0)) / jnp.where(has_weight, total, 1.0)
-    return jnp.where(has_weight, strength * jax.nn.softplus(-margin * scale), 0.0)
+    weight = jnp.where(where, weights * jnp.where(targets < 0, collapse_weight, 1.0), 0.0)
+    margin = _weighted_mean(jnp.where(where, targets * scores, 0.0), weight)
+    return jnp.where(jnp.sum(weight) > 0, strength * jax.nn.softplus(-margin * scale), 0.0)
 
 
-def rank_loss(scores: ArrayLike, targets: ArrayLike, where: ArrayLike, *, margin: ArrayLike) -> Array:
+def rank_loss(
+    scores: ArrayLike, targets: ArrayLike, where: ArrayLike, *, margin: ArrayLike, weights: ArrayLike = 1.0
+) -> Array:
     """Hinge between the mean scores of the two kinds of entries of one pair.
 
         relu(margin - (mean score where t = +1  -  mean score where t = -1))
@@ -108,12 +113,16 @@ def rank_loss(scores: ArrayLike, targets: ArrayLike, where: ArrayLike, *, margin
       targets: float32[M], +1 or -1 where supervised.
       where: bool[M], supervised entries.
       margin: float32[], at least 0.
+      weights: float32[M] or float32[], above 0, of the means; see `preference_loss`.
 
     Returns:
       float32[]; 0 unless both kinds are present.
     """
     scores, targets, where = jnp.asarray(scores), jnp.asarray(targets), jnp.asarray(where)
     positive, negative = where & (targets > 0), where & (targets < 0)
-    difference = _masked_mean(scores, positive) - _masked_mean(scores, negative)
+    means = [
+        _weighted_mean(jnp.where(kind, scores, 0.0), jnp.where(kind, weights, 0.0)) for kind in (positive, negative)
+    ]
+    difference = means[0] - means[1]
     has_both = jnp.any(positive) & jnp.any(negative)
     return jnp.where(has_both, jax.nn.relu(margin - difference), 0.0)
