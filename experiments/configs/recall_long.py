@@ -11,10 +11,10 @@ from lensjax.config import BaseConfig, Config, ContextConfig, DataConfig, Hyperp
 
 CONFIG = Config(
     output_dir="runs/recall-long",
-    steps=400,
-    batch_size=16,
-    eval_steps=50,
-    eval_batches=8,
+    steps=500,
+    batch_size=32,
+    eval_steps=100,
+    eval_batches=4,
     save_steps=100,
     base=BaseConfig(vocab_size=512, dim=64, layers=2, heads=4, kv_heads=2, mlp_dim=192, copy_heads=1, conv_width=4),
     context=ContextConfig(window=256, block_size=4, max_lod=3, horizon=3, recent_tokens=4, rollouts=8),
