@@ -42,8 +42,8 @@ recall: $(STAMP) ## Prove on a task with known answers that LensNet learns, into
 evaluate-recall: $(STAMP) ## All policies at 2x to 16x on recall, three seeds, into runs/recall-long
 	$(RUN) -m experiments.train recall_long --steps 0 --output-dir runs/recall-long/base
 	for seed in 0 1 2; do $(RUN) -m experiments.train recall_long --base-run runs/recall-long/base --seed $$seed \
-	    --context.window 64 --hyper.context-start 0.36 --hyper.context-end 0.36 --batch-size 64 --steps 200 \
-	    --output-dir runs/recall-long/short-$$seed || exit 1; \
+	    --context.window 64 --hyper.context-start 0.36 --hyper.context-end 0.36 --context.local-edits 0 \
+	    --batch-size 64 --steps 200 --output-dir runs/recall-long/short-$$seed || exit 1; \
 	  $(RUN) -m experiments.train recall_long --init runs/recall-long/short-$$seed --seed $$seed \
 	    --output-dir runs/recall-long/$$seed || exit 1; done
 	$(RUN) -m experiments.evaluate runs/recall-long/0 runs/recall-long/1 runs/recall-long/2 \

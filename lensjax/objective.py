@@ -97,9 +97,12 @@ def lens_objective(
 
 def _supervision(scored: ScoredVariants, hyper: Hyperparameters, config: Config) -> tuple[PreferencePairs, PairTargets]:
     """Pairs and span targets of one sequence."""
+    compared = scored.distinct
+    if config.context.local_edits:
+        compared = compared.at[0].set(False)
     pairs = preferences.select_pairs(
         scored.losses,
-        scored.distinct,
+        compared,
         hard_negative_ratio=hyper.hard_negative_ratio,
         max_pairs=config.objective.max_pairs,
     )

@@ -145,11 +145,11 @@ def sample_rollouts(
     noise = _noise(key, geometry, rollouts)
     cuts = jax.vmap(lambda row: _cut_from_noise(row, collapses, lod2_share, geometry))(noise)
     if rollouts > 1:
-        too_few = jnp.sum(_is_distinct(cuts)) < 2
+        too_few = jnp.sum(is_distinct(cuts)) < 2
         aggressive = _aggressive_cut(noise[-1], cuts[0], collapses, geometry)
         cuts = cuts.at[-1].set(jnp.where(too_few, aggressive, cuts[-1]))
     to_context = jax.vmap(lambda cut: contexts.from_cut(cut, block_size=geometry.block_size, capacity=capacity))
-    return to_context(cuts), _is_distinct(cuts)
+    return to_context(cuts), is_distinct(cuts)
 
 
 def _noise(key: Array, geometry: CutGeometry, *batch: int) -> Array:
@@ -184,7 +184,7 @@ def _block_max(cut: Array, geometry: CutGeometry, lod: int) -> Array:
     return cut[: blocks * span].reshape(blocks, span).max(axis=1).astype(jnp.float32)
 
 
-def _is_distinct(cuts: Array) -> Array:
+def is_distinct(cuts: Array) -> Array:
     """bool[N]: whether a row differs from every row before it."""
     same = jnp.all(cuts[:, None, :] == cuts[None, :, :], axis=-1)
     return ~jnp.any(jnp.tril(same, k=-1), axis=1)

@@ -8,11 +8,13 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from lensjax import context as contexts
-from lensjax import nll, rollouts
+from lensjax import focus, nll
 from lensjax import tree as trees
-from lensjax.config import Config
+from lensjax.config import Config, FocusConfig
 from lensjax.context import Entries, WorkingContext
+from lensjax.lengths import CutGeometry
 from lensjax.models import Models, Params
+from lensjax.rollouts import collapses_for_length, is_distinct, sample_cut, sample_rollouts
 from lensjax.tree import TreeState
 
 Batch = dict[str, Array]
@@ -71,12 +73,64 @@ def score_variants(
     shape, capacity = config.context, config.context_capacity
     tree = build_tree(models, params, tokens, config)
     base_line = contexts.baseline(length, window=shape.window, capacity=capacity)
-    drawn, distinct = rollouts.sample_rollouts(
-        key, length, lod2_share, rollouts=shape.rollouts, geometry=shape.geometry, capacity=capacity
-    )
+    if shape.local_edits:
+        drawn, distinct = local_rollouts(
+            key,
+            length,
+            lod2_share,
+            rollouts=shape.rollouts,
+            edits=shape.local_edits,
+            geometry=shape.geometry,
+            capacity=capacity,
+        )
+    else:
+        drawn, distinct = sample_rollouts(
+            key, length, lod2_share, rollouts=shape.rollouts, geometry=shape.geometry, capacity=capacity
+        )
     variants = jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), base_line, drawn)
     losses, entries = nll.variant_losses(models.base, params["base"], tree, variants, tokens, horizon=shape.horizon)
     return ScoredVariants(variants, jnp.concatenate([jnp.ones(1, bool), distinct]), entries, losses)
+
+
+def local_rollouts(
+    key: Array,
+    length: ArrayLike,
+    lod2_share: ArrayLike,
+    *,
+    rollouts: int,
+    edits: int,
+    geometry: CutGeometry,
+    capacity: int,
+) -> tuple[WorkingContext, Array]:
+    """Draws one random working context, and N - 1 that a few random swaps make of it.
+
+    Independent rollouts differ nearly everywhere, and which of the spans made one the better takes many of them to
+    learn. These differ in a few spans, so that a preference says something of each.
+
+    Args:
+      key: PRNG key, consumed.
+      length: int32[], entries of every context; may be traced.
+      lod2_share: float32[], of the first one; see `rollouts.sample_cut`.
+      rollouts: N, static.
+      edits: static number of swaps, of one expansion and the collapse that pays for it; fewer where no more are legal.
+      geometry: the window.
+      capacity: static number of entries W, at least the length.
+
+    Returns:
+      A `WorkingContext` with a leading axis N, and bool[N]: which of them differ from all before them.
+    """
+    cut_key, swap_key = jax.random.split(key)
+    first = sample_cut(cut_key, collapses_for_length(length, geometry), lod2_share, geometry)
+    centre, settings = focus.from_cut(first, geometry), FocusConfig(max_edits=edits, cooldown=0)
+
+    def swapped(scores: Array) -> Array:
+        return focus.to_cut(focus.swap(centre, scores, geometry, settings=settings)[0], geometry)
+
+    # The allocator makes the swaps that random scores ask for.
+    others = jax.vmap(swapped)(jax.random.uniform(swap_key, (rollouts - 1, geometry.max_collapses)))
+    cuts = jnp.concatenate([first[None], others])
+    to_context = jax.vmap(lambda cut: contexts.from_cut(cut, block_size=geometry.block_size, capacity=capacity))
+    return to_context(cuts), is_distinct(cuts)
 
 
 def policy_scores(models: Models, lens_params: Params, entries: Entries) -> Array:

@@ -4,20 +4,21 @@
 
 LensNet is trained twice. On windows of 64 tokens first, where few spans differ between two variants and a preference
 says which of them mattered: that is where it learns to recognise what the tail repeats. Then on windows of 256, from
-there on (`init`). GistNet stays the mean of a block, in which LensNet can recognise a token.
+there on (`init`), with rollouts that differ from each other by a few swaps. GistNet stays the mean of a block, in
+which LensNet can recognise a token.
 """
 
 from lensjax.config import BaseConfig, Config, ContextConfig, DataConfig, Hyperparameters, PretrainConfig
 
 CONFIG = Config(
     output_dir="runs/recall-long",
-    steps=500,
+    steps=300,
     batch_size=32,
-    eval_steps=100,
+    eval_steps=50,
     eval_batches=4,
     save_steps=100,
     base=BaseConfig(vocab_size=512, dim=64, layers=2, heads=4, kv_heads=2, mlp_dim=192, copy_heads=1, conv_width=4),
-    context=ContextConfig(window=256, block_size=4, max_lod=3, horizon=3, recent_tokens=4, rollouts=8),
+    context=ContextConfig(window=256, block_size=4, max_lod=3, horizon=3, recent_tokens=4, rollouts=8, local_edits=4),
     hyper=Hyperparameters(context_start=0.25, context_end=0.25, lod2_share=0.3),
     data=DataConfig(task="recall", recall_pool=16),
     pretrain=PretrainConfig(steps=1200, batch_size=8, rollout_weight=1.0, train_gist=False),
