@@ -125,12 +125,16 @@ class ContextConfig:
     rollouts: int = 4
     """Random variants per sequence [N]."""
     local_edits: int = 0
-    """Above 0 the rollouts of a sequence are one random cut and N - 1 that differ from it by so many swaps: a preference
-    then concerns few spans. The baseline, which differs from them everywhere, is in no pair."""
+    """Above 0 the rollouts of a sequence are one random cut and N - 1 that differ from it by so many swaps: then a
+    preference concerns few spans. The baseline, which differs from them everywhere, is in no pair."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "window", "max_lod", "horizon", "rollouts")
         _require(self.local_edits >= 0, f"context.local_edits must be 0 (none) or more, got {self.local_edits}")
+        _require(
+            self.local_edits == 0 or self.rollouts >= 2,
+            f"context.local_edits compares rollouts with each other: expected 2 or more of them, got {self.rollouts}",
+        )
         _require(self.block_size >= 2, f"context.block_size must be at least 2, got {self.block_size}")
         _require(
             self.recent_tokens >= self.horizon + 1,

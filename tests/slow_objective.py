@@ -142,6 +142,7 @@ def _pair_report(
     by_lod: list[list[float]] = [[] for _ in range(config.context.max_lod + 1)]
     for row in sequences:
         distinct = [v in row.distinct for v in range(len(row.losses))]
+        distinct[0] &= config.context.local_edits == 0
         advantages = [(delta - average) / math.sqrt(variance + EPS) for delta in row.deltas]
         combinations = [(v, w) for v in row.distinct for w in row.distinct if v < w]
         ties.append(mean([row.losses[v] == row.losses[w] for v, w in combinations]))

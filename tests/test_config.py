@@ -85,10 +85,11 @@ BAD_VALUES = [
     ("gist.head", "none", "head must be one of linear, mlp, got 'none'"),
     ("gist.layers", -1, "gist.layers must be 0 or more, got -1"),
     ("gist.heads", 5, "base.dim must be a multiple of gist.heads, got 64 and 5"),
-    ("lens.dim", 66, "lens.dim must be a multiple of heads, got 66 and 4"),
+    ("lens.dim", 65, "lens.dim must be a multiple of heads, got 65 and 2"),
     ("context.block_size", 1, "context.block_size must be at least 2, got 1"),
     ("context.max_lod", 0, "max_lod must be at least 1, got 0"),
     ("context.rollouts", 0, "rollouts must be at least 1, got 0"),
+    ("context.local_edits", -1, "context.local_edits must be 0 (none) or more, got -1"),
     ("context.recent_tokens", 32, "context.recent_tokens must be at least horizon + 1"),
     ("context.window", 40, "context.window must hold the recent tokens and at least one block: expected at least 48"),
     ("objective.targets", "better", "targets must be one of both, worse_only, got 'better'"),
@@ -139,6 +140,11 @@ def test_a_run_with_nothing_to_do_is_refused():
     assert configs.replace(Config(), steps=0).steps == 0
     with pytest.raises(ValueError, match=re.escape("steps is 0 and base_run is 'runs/base'")):
         Config(steps=0, base_run="runs/base")
+
+
+def test_local_edits_need_rollouts_to_compare():
+    with pytest.raises(ValueError, match="compares rollouts with each other: expected 2 or more of them, got 1"):
+        ContextConfig(rollouts=1, local_edits=2)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from lensjax import tree as trees
 from lensjax.context import WorkingContext
 from lensjax.lengths import CutGeometry
 from lensjax.preferences import PairTargets, PreferencePairs
+from lensjax.variants import local_rollouts
 from tests import reference
 
 BATCH = 3
@@ -228,6 +229,12 @@ CUTS = [
     Case(
         "sample_rollouts",
         lambda *a: rollouts.sample_rollouts(*a, rollouts=3, geometry=GEOMETRY, capacity=24),
+        (key, integer(9, 24), UNIT),
+        "iibb",
+    ),
+    Case(
+        "local_rollouts",
+        lambda *a: local_rollouts(*a, rollouts=3, edits=2, geometry=GEOMETRY, capacity=24),
         (key, integer(9, 24), UNIT),
         "iibb",
     ),

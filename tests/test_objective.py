@@ -66,8 +66,9 @@ def random_case(seed):
 
 
 @functools.cache
-def objective(targets, granularity):
+def objective(targets, granularity, local_edits=0):
     changes = {"objective.targets": targets, "objective.granularity": granularity, "objective.max_pairs": 4}
+    changes |= {"context.local_edits": local_edits}
     config = configs.replace(SMALL, **changes)
 
     def call(scored, scores, anchor, normaliser, budget, hyper):
@@ -86,8 +87,8 @@ def objective(targets, granularity):
 
 
 @functools.cache
-def compiled(targets, granularity):
-    config, call = objective(targets, granularity)
+def compiled(targets, granularity, local_edits=0):
+    config, call = objective(targets, granularity, local_edits)
     return config, jit(call)
 
 
@@ -97,9 +98,11 @@ def as_arrays(hyper):
 
 @settings(max_examples=12)
 @given(seed=st.integers(0, 10**6), is_first=st.booleans(), swept=st.fixed_dictionaries(SWEPT))
-@pytest.mark.parametrize(("targets", "granularity"), CHOICES)
-def test_the_objective_is_the_slow_reference(targets, granularity, seed, is_first, swept):
-    config, call = compiled(targets, granularity)
+@pytest.mark.parametrize(
+    ("targets", "granularity", "local_edits"), [*((*choice, 0) for choice in CHOICES), ("both", "entry", 2)]
+)
+def test_the_objective_is_the_slow_reference(targets, granularity, local_edits, seed, is_first, swept):
+    config, call = compiled(targets, granularity, local_edits)
     config = replace(config, hyper=replace(config.hyper, **swept))
     scored, scores, anchor = random_case(seed)
     output = call(

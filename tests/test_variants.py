@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from lensjax import context as contexts
-from lensjax import train
-from lensjax.variants import build_tree, policy_scores
+from lensjax import focus, train
+from lensjax.lengths import CutGeometry
+from lensjax.variants import build_tree, local_rollouts, policy_scores
 from tests import reference
-from tests.small import FULL, OTHER, SMALL, batch, jit
+from tests.small import FULL, OTHER, SMALL, Run, batch, jit
 
 SHAPE = SMALL.context
 
@@ -80,6 +81,45 @@ def test_duplicates_are_marked():
     np.testing.assert_array_equal(cuts[:, 1], cuts[:, 2])
     assert (np.asarray(cuts[:, 1]).max(1) == 1).all() and (np.asarray(cuts[:, 3]).max(1) == 2).all()
     np.testing.assert_array_equal(scored.losses[:, 1], scored.losses[:, 2])
+
+
+LOCAL = CutGeometry(window=48, block_size=2, max_lod=3, recent_tokens=7)
+
+
+@functools.cache
+def draw_local(edits):
+    draw = functools.partial(local_rollouts, rollouts=5, edits=edits, geometry=LOCAL, capacity=48)
+    return jit(jax.vmap(draw, in_axes=(0, None, None)))
+
+
+@pytest.mark.parametrize(("edits", "length"), [(1, 30), (3, 30), (3, 16)])
+def test_local_rollouts_are_swaps_away_from_the_first(edits, length):
+    drawn, distinct = draw_local(edits)(jax.random.split(jax.random.key(edits), 40), length, 0.4)
+    cuts = np.asarray(jax.vmap(jax.vmap(lambda one: contexts.to_cut(one, window=LOCAL.window)))(drawn))
+    states = jax.vmap(jax.vmap(lambda cut: focus.from_cut(cut, LOCAL).collapsed))(cuts)
+    flipped = np.asarray(states != states[:, :1])
+    expanded, collapsed = (flipped & (np.asarray(states) == to) for to in (False, True))
+    # A swap expands one node and collapses another: the length stays.
+    assert (expanded.sum(-1) == collapsed.sum(-1)).all() and 0 < expanded.sum(-1).max() <= edits
+    assert (drawn.length == length).all() and (cuts[..., -LOCAL.recent_tokens :] == 0).all()
+    same = (cuts[:, :, None] == cuts[:, None]).all(-1)
+    np.testing.assert_array_equal(distinct, ~np.tril(same, k=-1).any(-1))
+    assert np.asarray(distinct).mean() > 0.5
+
+
+def test_local_rollouts_may_open_and_close_every_block():
+    drawn, _ = draw_local(3)(jax.random.split(jax.random.key(0), 200), 30, 0.4)
+    cuts = np.asarray(jax.vmap(jax.vmap(lambda one: contexts.to_cut(one, window=LOCAL.window)))(drawn))
+    first, others = cuts[:, :1, :-8:2], cuts[:, 1:, :-8:2]
+    assert ((first > 0) & (others == 0)).any((0, 1)).all() and ((first == 0) & (others > 0)).any((0, 1)).all()
+
+
+def test_a_config_with_local_edits_draws_local_rollouts():
+    run = Run(**{"context.local_edits": 1})
+    scored, _, _ = run.observe(run.state(), batch())
+    cuts = jax.vmap(jax.vmap(lambda one: contexts.to_cut(one, window=SHAPE.window)))(scored.contexts)
+    changed = (np.asarray(cuts[:, 2:]) != np.asarray(cuts[:, 1:2])).sum(-1)
+    assert 0 < changed.max() <= 2 * SHAPE.block_size**SHAPE.max_lod
 
 
 def test_the_tree_holds_the_embeddings_and_the_gists_of_the_models():
