@@ -126,8 +126,13 @@ def local_rollouts(
     def swapped(scores: Array) -> Array:
         return focus.to_cut(focus.swap(centre, scores, geometry, settings=settings)[0], geometry)
 
-    # The allocator makes the swaps that random scores ask for.
-    others = jax.vmap(swapped)(jax.random.uniform(swap_key, (rollouts - 1, geometry.max_collapses)))
+    # The allocator makes the swaps that random scores of blocks ask for. A gist of gists has the best score of its
+    # blocks, and so is opened down to the tokens: halfway the model sees little more, and no preference comes of it.
+    scores = [jax.random.uniform(swap_key, (rollouts - 1, geometry.blocks(1)))]
+    for lod in range(2, geometry.max_lod + 1):
+        members = scores[-1][:, : geometry.blocks(lod) * geometry.block_size]
+        scores.append(members.reshape(rollouts - 1, geometry.blocks(lod), geometry.block_size).max(axis=-1))
+    others = jax.vmap(swapped)(jnp.concatenate(scores, axis=1))
     cuts = jnp.concatenate([first[None], others])
     to_context = jax.vmap(lambda cut: contexts.from_cut(cut, block_size=geometry.block_size, capacity=capacity))
     return to_context(cuts), is_distinct(cuts)
