@@ -133,8 +133,9 @@ class _Inputs:
         )
 
 
-def _stream(config: Config, stream: int) -> Array:
-    return jax.random.fold_in(jax.random.key(config.seed), stream)
+def stream(config: Config, number: int) -> Array:
+    """The PRNG key of one of a run's streams of randomness."""
+    return jax.random.fold_in(jax.random.key(config.seed), number)
 
 
 def _restore_point(folder: Path) -> tuple[str, int]:
@@ -161,7 +162,7 @@ def _pretrain(
         evaluate=lambda state: report(state.params, inputs.validation),
         headline=("nll_full", "nll_full_tail"),
     )
-    state = pretrain.init_pretrain_state(_stream(config, PRETRAIN_STREAM), config=config, models=models)
+    state = pretrain.init_pretrain_state(stream(config, PRETRAIN_STREAM), config=config, models=models)
     state, seconds = loop.run_phase(phase, state, inputs.pretrain, **surroundings)
     return state.params, seconds
 
@@ -182,7 +183,7 @@ def _train_lens(
         evaluate=lambda state: report(state, inputs.validation),
         headline=("nll_policy", "nll_baseline", "nll_rollout_mean", "mc/preference_agreement", "hit_rate"),
     )
-    state = train.init_train_state(_stream(config, LENS_STREAM), config=config, models=models, params=params)
+    state = train.init_train_state(stream(config, LENS_STREAM), config=config, models=models, params=params)
     return loop.run_phase(phase, state, inputs.lens, **surroundings)
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -68,7 +69,10 @@ def measure(
     """
     shape = config.context
     tree = build_tree(models, params, tokens, config)
-    made, path = _contexts(models, params, tokens, tree, key, length=length, draws=draws, config=config)
+    *random_keys, lens_key = jax.random.split(key, 3)
+    made = _rivals(models, params, tokens, tree, random_keys, length=length, draws=draws, config=config)
+    path = _path(models, params, tree, lens_key, length=length, config=config)
+    made |= {"lensnet_1": path[1], f"lensnet_{config.focus.steps}": path[-1]}
 
     def losses_of(variants: WorkingContext) -> Array:
         return nll.variant_losses(models.base, params["base"], tree, variants, tokens, horizon=shape.horizon)[0]
@@ -90,6 +94,37 @@ def measure(
     return report
 
 
+def bounds(
+    models: Models,
+    params: dict[str, Params],
+    tokens: Array,
+    answer: Array | None,
+    key: Array,
+    *,
+    length: int,
+    draws: int,
+    oracle_rounds: int,
+    config: Config,
+) -> tuple[Array, Array]:
+    """What no LensNet is needed for to say how much of the gap one closes; arguments as of `measure`.
+
+    Returns:
+      float32[], the loss of recency, and float32[], that of the best context that the greedy search finds from the
+      contexts of all policies but LensNet.
+    """
+    tree = build_tree(models, params, tokens, config)
+    *random_keys, _ = jax.random.split(key, 3)
+    made = _rivals(models, params, tokens, tree, random_keys, length=length, draws=draws, config=config)
+    starts = _starts(made, answer, length, config)
+    found = policies.greedy_oracle(
+        models, params, tree, tokens, starts, length=length, rounds=oracle_rounds, config=config
+    )
+    oracle = focus.to_context(found, config.context.geometry, capacity=length)
+    both = jax.tree.map(lambda one, other: jnp.concatenate([one, other[None]]), made["recency"], oracle)
+    losses, _ = nll.variant_losses(models.base, params["base"], tree, both, tokens, horizon=config.context.horizon)
+    return losses[0], losses[1]
+
+
 def measure_full(
     models: Models, params: dict[str, Params], tokens: Array, answer: Array | None, *, config: Config
 ) -> Measured:
@@ -101,28 +136,26 @@ def measure_full(
     return _measured(in_full, losses, answer, config)
 
 
-def _contexts(
+def _rivals(
     models: Models,
     params: dict[str, Params],
     tokens: Array,
     tree: TreeState,
-    key: Array,
+    keys: Sequence[Array],
     *,
     length: int,
     draws: int,
     config: Config,
-) -> tuple[dict[str, WorkingContext], list[WorkingContext]]:
-    """The contexts of each policy (leading axis: its draws), and the steps of LensNet's way from the cold start."""
+) -> dict[str, WorkingContext]:
+    """The contexts of each policy but LensNet; leading axis: its draws. Two keys, for the two random policies."""
     shape, geometry, share = config.context, config.context.geometry, config.hyper.lod2_share
-    random_key, recent_key, lens_key = jax.random.split(key, 3)
+    random_key, recent_key = keys
 
     def of_scores(scores: Array) -> WorkingContext:
         return _one(focus.to_context(policies.by_scores(scores, length, geometry), geometry, capacity=length))
 
     drawn, _ = rollouts.sample_rollouts(random_key, length, share, rollouts=draws, geometry=geometry, capacity=length)
     attention, key_norm = policies.tail_attention(models.base, params["base"], tree, geometry)
-    walk = evaluation.policy_contexts(models, params, tree, length, config=config, capacity=length, key=lens_key)
-    path = [_one(jax.tree.map(lambda leaf, i=i: leaf[i], walk)) for i in range(config.focus.steps + 1)]
     return {
         "recency": _one(contexts.baseline(length, window=shape.window, capacity=length)),
         "uniform": _one(focus.to_context(focus.uniform(length, geometry), geometry, capacity=length)),
@@ -131,9 +164,15 @@ def _contexts(
         "key_norm": of_scores(key_norm),
         "snapkv": of_scores(attention),
         "bm25": of_scores(policies.bm25(tokens, geometry)),
-        "lensnet_1": path[1],
-        f"lensnet_{config.focus.steps}": path[-1],
-    }, path
+    }
+
+
+def _path(
+    models: Models, params: dict[str, Params], tree: TreeState, key: Array, *, length: int, config: Config
+) -> list[WorkingContext]:
+    """The steps of LensNet's way from the cold start."""
+    walk = evaluation.policy_contexts(models, params, tree, length, config=config, capacity=length, key=key)
+    return [_one(jax.tree.map(lambda leaf, i=i: leaf[i], walk)) for i in range(config.focus.steps + 1)]
 
 
 def _starts(made: dict[str, WorkingContext], answer: Array | None, length: int, config: Config) -> focus.FocusState:

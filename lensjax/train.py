@@ -16,6 +16,9 @@ from lensjax.models import Models, Params
 from lensjax.stability import EmaMoments
 from lensjax.variants import Batch, ScoredVariants, policy_scores, score_variants
 
+_Loss = tuple[Array, tuple[ScoredVariants, Array, Metrics]]
+"""The loss; beside it the scored variants, the net demand of each, and scalars by name."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -100,9 +103,66 @@ def train_step(state: TrainState, batch: Batch, *, config: Config, models: Model
     Returns:
       The next state, and scalars by name.
     """
+
+    def loss_fn(trainable: dict[str, Params]) -> _Loss:
+        params = {**state.params, **trainable}
+        scored = score_batch(params, state, batch, config=config, models=models)
+        return _total_loss(params, state, scored, config, models)
+
+    return _update(state, loss_fn, config)
+
+
+def lens_step(
+    state: TrainState, scored: ScoredVariants, *, config: Config, models: Models
+) -> tuple[TrainState, Metrics]:
+    """`train_step` on variants that are scored already, where LensNet alone is trained.
+
+    Many settings that draw the same rollouts then share one pass of the base model (see `lensjax.sweep`). The state
+    needs no other parameters than LensNet's.
+
+    Args:
+      state: the state before the step.
+      scored: what `score_batch` makes of the batch.
+      config: static; `trainable` must be LensNet alone.
+      models: static.
+
+    Returns:
+      The next state, and scalars by name.
+    """
+
+    def loss_fn(trainable: dict[str, Params]) -> _Loss:
+        return _total_loss({**state.params, **trainable}, state, scored, config, models)
+
+    return _update(state, loss_fn, config)
+
+
+def score_batch(
+    params: dict[str, Params], state: TrainState, batch: Batch, *, config: Config, models: Models
+) -> ScoredVariants:
+    """The variants of a batch and their losses; of the state only step, key and hyperparameters are read.
+
+    Args:
+      params: parameters of `base` and `gist`.
+      state: the state before the step.
+      batch: `tokens` int32[B, T].
+      config: static.
+      models: static.
+
+    Returns:
+      `ScoredVariants` with leading axis B.
+    """
+    length = current_length(state.step, state.hyper, config)
+    keys = jax.random.split(jax.random.fold_in(state.key, state.step), batch["tokens"].shape[0])
+    return jax.vmap(
+        lambda tokens, key: score_variants(models, params, tokens, key, length, state.hyper.lod2_share, config=config)
+    )(batch["tokens"], keys)
+
+
+def _update(
+    state: TrainState, loss_fn: Callable[[dict[str, Params]], _Loss], config: Config
+) -> tuple[TrainState, Metrics]:
+    """One step down the gradient of a loss, and what the stability state takes in."""
     hyper = state.hyper
-    length = current_length(state.step, hyper, config)
-    temperature = schedules.linear(state.step, start=hyper.temperature, end=hyper.temperature_end, steps=config.steps)
     rate = schedules.learning_rate(
         state.step,
         hyper.learning_rate,
@@ -110,11 +170,6 @@ def train_step(state: TrainState, batch: Batch, *, config: Config, models: Model
         warmup_steps=config.optimizer.warmup_steps,
         steps=config.steps,
     )
-    keys = jax.random.split(jax.random.fold_in(state.key, state.step), batch["tokens"].shape[0])
-
-    def loss_fn(trainable: dict[str, Params]) -> tuple[Array, tuple[ScoredVariants, Array, Metrics]]:
-        return _total_loss({**state.params, **trainable}, state, batch, keys, length, temperature, config, models)
-
     trainable: dict[str, Params] = {name: state.params[name] for name in config.trainable}
     (loss, (scored, balance, report)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
     trainable, opt_state = optimizer.update(
@@ -149,8 +204,8 @@ def train_step(state: TrainState, batch: Batch, *, config: Config, models: Model
         "loss": loss,
         "grad_norm": optax.tree.norm(grads),
         "lr": rate,
-        "temperature": temperature,
-        "context_length": length.astype(jnp.float32),
+        "temperature": _temperature(state, config),
+        "context_length": current_length(state.step, hyper, config).astype(jnp.float32),
     }
     return next_state, report
 
@@ -158,21 +213,15 @@ def train_step(state: TrainState, batch: Batch, *, config: Config, models: Model
 def _total_loss(
     params: dict[str, Params],
     state: TrainState,
-    batch: Batch,
-    keys: Array,
-    length: Array,
-    temperature: Array,
+    scored: ScoredVariants,
     config: Config,
     models: Models,
-) -> tuple[Array, tuple[ScoredVariants, Array, Metrics]]:
+) -> _Loss:
     """L_lens, plus the token loss where the base model or GistNet is trained.
 
     No gradient of L_lens reaches base or gist (its inputs are constants), none of the token loss reaches LensNet.
     """
     hyper = state.hyper
-    scored = jax.vmap(
-        lambda tokens, key: score_variants(models, params, tokens, key, length, hyper.lod2_share, config=config)
-    )(batch["tokens"], keys)
     scores = policy_scores(models, params["lens"], scored.entries)
     anchor_scores = None if state.anchor is None else policy_scores(models, state.anchor, scored.entries)
     output = objective.lens_objective(
@@ -181,7 +230,7 @@ def _total_loss(
         anchor_scores,
         normaliser=state.normaliser,
         budget=state.budget,
-        temperature=temperature,
+        temperature=_temperature(state, config),
         hyper=hyper,
         config=config,
     )
@@ -194,6 +243,12 @@ def _total_loss(
         loss = loss + hyper.token_loss_weight * token_loss + hyper.gist_delta_weight * gist_delta
         report = report | {"token_loss": token_loss, "gist_delta_loss": gist_delta}
     return loss, (jax.lax.stop_gradient(scored), output.balance, report)
+
+
+def _temperature(state: TrainState, config: Config) -> Array:
+    return schedules.linear(
+        state.step, start=state.hyper.temperature, end=state.hyper.temperature_end, steps=config.steps
+    )
 
 
 def current_length(step: Array, hyper: Hyperparameters, config: Config) -> Array:

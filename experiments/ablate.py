@@ -1,0 +1,357 @@
+"""Trains LensNet under many settings and seeds on one frozen base model, and reports what each setting changes.
+
+    python experiments/ablate.py stability --base-run runs/recall/base --output-dir runs/ablation
+    python experiments/ablate.py stability --base-run runs/recall/base --output-dir runs/ablation --resume
+
+The first argument names a file of `experiments/sweeps/` (or is the path of such a file) that defines `SWEEP`. Settings
+that differ in hyperparameters only are arms of one compiled program; each other difference makes one more program. All
+arms of a seed see the same data in the same order. Arms are trained in chunks: what is interrupted loses the chunk in
+flight, and `--resume` trains only what is missing. Leaves `arms.csv`, one row an arm, and what each setting changes:
+`report.md`, `effects.csv` and `effects.png`.
+"""
+
+import csv
+import functools
+import hashlib
+import importlib.util
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+from jax import Array
+from rich.console import Console
+from rich.progress import Progress
+
+from experiments.train import EVALUATION_SEED, LENS_STREAM, load_preset, load_start, stream
+from lensjax import comparison, data, effects, evaluation, run_folder, sweep
+from lensjax import config as configs
+from lensjax.config import Config
+from lensjax.forest import forest
+from lensjax.models import Params, build_models
+from lensjax.sweep import Setting, Sweep
+
+SWEEPS = Path(__file__).parent / "sweeps"
+METRICS = {
+    "preference_agreement": "mc/preference_agreement",
+    "preference_agreement_lod_only": "mc/preference_agreement_lod_only",
+    "preference_corr_mean": "mc/preference_corr_mean",
+    "swap_rate": "mc/swap_rate",
+    "policy_score_abs_mean": "mc/policy_score_abs_mean",
+    "adv_delta_mean": "mc/adv_delta_mean",
+    "adv_delta_std": "mc/adv_delta_std",
+}
+"""Columns of the table, and the held-out metrics that they show."""
+DRAWS = 8
+"""Random contexts among the starts of the search that bounds the gap."""
+
+RESAMPLES = 10_000
+REPORTED = ("gap_closed_oracle", "preference_agreement", "swap_rate")
+"""Further columns of the report."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What to run."""
+
+    sweep: tyro.conf.Positional[str]
+    """Name in `experiments/sweeps/`, or path, of a Python file that defines SWEEP."""
+    base_run: Path
+    """Run folder whose base model and GistNet all arms share."""
+    output_dir: Path
+    chunk: int = 32
+    """Arms trained at a time, at most."""
+    at_once: int | None = None
+    """Arms computed together (`vmap`), for accelerators; None computes one after the other."""
+    resume: bool = False
+    """Go on with an interrupted sweep."""
+    oracle_rounds: int = 1
+    """Rounds of the greedy search that bounds the gap."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One setting and one seed."""
+
+    setting: Setting
+    config: Config
+
+    @property
+    def name(self) -> str:
+        """Names the arm's file; the same for the same config."""
+        return hashlib.sha256(configs.to_json(self.config).encode()).hexdigest()[:16]
+
+
+def main(words: list[str] | None = None) -> None:
+    """Command line; bad values end it with one message, before anything is written."""
+    arguments = tyro.cli(Arguments, args=words, description=__doc__)
+    try:
+        ablate(arguments)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+
+
+def ablate(arguments: Arguments) -> list[Row]:
+    """Runs the sweep and returns the rows of `arms.csv`; all arms are checked before the first one is trained."""
+    console = Console()
+    if arguments.chunk < 1 or (arguments.at_once is not None and arguments.at_once < 1):
+        raise ValueError(f"chunk and at_once must be at least 1, got {arguments.chunk} and {arguments.at_once}")
+    plan = load_sweep(arguments.sweep)
+    arms = _arms(plan, arguments.base_run)
+    groups = [_Group(members, _start(members[0].config)) for members in _by_structure(arms)]
+    folder = _open(arguments, plan, arms)
+    swept = list(dict.fromkeys(name for arm in arms for name in arm.setting))
+    rows: dict[str, Row] = {}
+    for group in groups:
+        for chunk in group.chunks(arguments.chunk):
+            if not all(_file(folder, arm).is_file() for arm in chunk):
+                _train(chunk, group.params, folder, at_once=arguments.at_once, console=console)
+        found = _rows(group, swept, folder, oracle_rounds=arguments.oracle_rounds)
+        rows |= {arm.name: row for arm, row in zip(group.arms, found, strict=True)}
+    table = [rows[arm.name] for arm in arms]
+    write_csv(table, folder / "arms.csv")
+    _report(plan, arms, table, folder)
+    console.out(f"{len(table)} arms are in {folder}/arms.csv, what they say in report.md", highlight=False)
+    return table
+
+
+def load_sweep(name: str) -> Sweep:
+    """The sweep of a name in `experiments/sweeps/`, or of a Python file.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it defines no `SWEEP`.
+    """
+    path = Path(name) if Path(name).suffix == ".py" else SWEEPS / f"{name}.py"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in SWEEPS.glob("*.py")))
+        raise FileNotFoundError(f"no sweep {path}; name a Python file, or one of: {known}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    plan = getattr(module, "SWEEP", None)
+    if not isinstance(plan, Sweep):
+        raise ValueError(f"{path} must define SWEEP, a lensjax.sweep.Sweep; got {plan!r}")
+    return plan
+
+
+def _arms(plan: Sweep, base_run: Path) -> list[Arm]:
+    """Every setting with every seed, the default first."""
+    default = configs.replace(load_preset(plan.preset), **plan.changes, base_run=str(base_run))
+    return [
+        Arm(setting, configs.replace(default, seed=seed, output_dir="-", **setting))
+        for setting in plan.settings()
+        for seed in plan.seeds
+    ]
+
+
+def _by_structure(arms: Sequence[Arm]) -> list[list[Arm]]:
+    groups: dict[Config, list[Arm]] = {}
+    for arm in arms:
+        groups.setdefault(sweep.structure(arm.config), []).append(arm)
+    return list(groups.values())
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Arms that one program can train, and the models they share."""
+
+    arms: list[Arm]
+    params: dict[str, Params]
+
+    def chunks(self, size: int) -> Iterator[list[Arm]]:
+        for first in range(0, len(self.arms), size):
+            yield self.arms[first : first + size]
+
+
+def _start(config: Config) -> dict[str, Params]:
+    taken = load_start(config, build_models(config))
+    assert taken is not None
+    return taken
+
+
+def _open(arguments: Arguments, plan: Sweep, arms: Sequence[Arm]) -> Path:
+    """Makes the sweep's folder, or checks that it is one of the same sweep."""
+    folder, described = arguments.output_dir, {"plan": asdict(plan), "arms": {arm.name: arm.setting for arm in arms}}
+    file, text = folder / "sweep.json", json.dumps(described, indent=2) + "\n"
+    if not folder.exists() or not any(folder.iterdir()):
+        (folder / "arms").mkdir(parents=True, exist_ok=True)
+        (folder / "environment.json").write_text(json.dumps(run_folder.environment(arms[0].config), indent=2) + "\n")
+        file.write_text(text)
+        return folder
+    if not arguments.resume:
+        raise FileExistsError(f"{folder} is not empty: choose another --output-dir, or pass --resume to finish it")
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} holds no sweep (sweep.json is missing): name the folder of a sweep")
+    if file.read_text() != text:
+        raise ValueError(
+            f"{folder} was begun with another sweep or preset than {arguments.sweep} is now: "
+            "choose another --output-dir, or take the change back"
+        )
+    return folder
+
+
+def _file(folder: Path, arm: Arm) -> Path:
+    return folder / "arms" / f"{arm.name}.json"
+
+
+def _train(
+    arms: Sequence[Arm], params: dict[str, Params], folder: Path, *, at_once: int | None, console: Console
+) -> None:
+    """Trains and measures some arms in one program, and writes one file for each."""
+    began = time.perf_counter()
+    members = [arm.config for arm in arms]
+    config = sweep.program(members)
+    models = build_models(config)
+    seeds = list(dict.fromkeys(member.seed for member in members))
+    keys = {seed: stream(replace(config, seed=seed), LENS_STREAM) for seed in seeds}
+    state = sweep.init(members, keys, config=config, models=models, params=params)
+    batches = [
+        data.make_iterator(config, "train", seed=2 * seed + LENS_STREAM, batch_size=config.batch_size) for seed in seeds
+    ]
+    shape = (len(seeds), config.batch_size, config.context.window)
+    static: dict[str, Any] = {"config": config, "models": models, "at_once": at_once}
+    # Compiled ahead of time: a call with other shapes would be an error, never a second compile.
+    spec = {"tokens": jax.ShapeDtypeStruct(shape, np.int32)}
+    step = jax.jit(functools.partial(sweep.step, **static), donate_argnums=0).lower(state, spec).compile()
+    finite = np.ones(len(arms), bool)
+    curves: list[tuple[int, dict[str, Array]]] = []
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        for done in progress.track(range(1, config.steps + 1), description=f"{len(arms)} arms"):
+            state, report = step(state, jax.device_put({"tokens": np.stack([next(b)["tokens"] for b in batches])}))
+            curves.append((done, {name: report[name] for name in ("loss", "grad_norm")}))
+            if done % config.logging_steps == 0 or done == config.steps:
+                finite &= _are_finite(curves)
+                curves.clear()
+    evaluate = jax.jit(functools.partial(sweep.evaluate, **static))
+    reports = [
+        jax.device_get(evaluate(state, batch, jax.random.fold_in(jax.random.key(EVALUATION_SEED), index)))
+        for index, batch in enumerate(_held_out(config))
+    ]
+    for index, arm in enumerate(arms):
+        mine = [{name: values[index] for name, values in report.items()} for report in reports]
+        result = {
+            "setting": arm.setting,
+            "seed": arm.config.seed,
+            "diverged": not bool(finite[index]),
+            "metrics": _strict(evaluation.mean_over_batches(mine)),
+            "nll_by_batch": [float(report["nll_policy"]) for report in mine],
+        }
+        _write(_file(folder, arm), json.dumps(result, indent=2) + "\n")
+    console.out(f"{len(arms)} arms in {time.perf_counter() - began:.0f} seconds, one program", highlight=False)
+
+
+def _are_finite(curves: Sequence[tuple[int, dict[str, Array]]]) -> np.ndarray:
+    fetched = jax.device_get([report for _, report in curves])
+    return np.all([np.isfinite(values) for report in fetched for values in report.values()], axis=0)
+
+
+def _strict(report: Mapping[str, float]) -> dict[str, float | None]:
+    """Undefined values as null."""
+    return {name: value if math.isfinite(value) else None for name, value in report.items()}
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def _rows(group: _Group, swept: Sequence[str], folder: Path, *, oracle_rounds: int) -> list[Row]:
+    """A row for each arm of a group."""
+    geometry = group.arms[0].config.context.geometry
+    lengths = [geometry.length_of_fraction(arm.config.hyper.context_end) for arm in group.arms]
+    bounds = {length: _bounds(group, length, rounds=oracle_rounds) for length in sorted(set(lengths))}
+    rows = []
+    for arm, length in zip(group.arms, lengths, strict=True):
+        stored = json.loads(_file(folder, arm).read_text())
+        metrics, diverged = stored["metrics"], stored["diverged"]
+        gap = None if diverged else comparison.gap_closed(metrics["nll_policy"], *bounds[length])
+        row: Row = {name: _value(arm.config, name) for name in swept}
+        row |= {"seed": arm.config.seed, "nll": metrics["nll_policy"], "gap_closed_oracle": gap}
+        row |= {column: metrics[name] for column, name in METRICS.items()}
+        rows.append(row | {"diverged": diverged, "steps": arm.config.steps})
+    return rows
+
+
+def _bounds(group: _Group, length: int, *, rounds: int) -> tuple[float, float]:
+    """Loss of recency, and of the greedy search, on the held-out batches of a group."""
+    config = sweep.program([arm.config for arm in group.arms])
+    models = build_models(config)
+
+    def one(row: tuple[Array, Array | None, Array]) -> tuple[Array, Array]:
+        tokens, answer, key = row
+        return comparison.bounds(
+            models, group.params, tokens, answer, key, length=length, draws=DRAWS, oracle_rounds=rounds, config=config
+        )
+
+    measure = jax.jit(lambda *rows: jax.lax.map(one, rows))
+    found = []
+    for index, batch in enumerate(_held_out(config)):
+        key = jax.random.fold_in(jax.random.key(EVALUATION_SEED), index)
+        keys = jax.random.split(key, len(batch["tokens"]))
+        found.append(jax.device_get(measure(batch["tokens"], batch.get("answer"), keys)))
+    recency, oracle = (float(np.mean([pair[i] for pair in found])) for i in (0, 1))
+    return recency, oracle
+
+
+def _held_out(config: Config) -> list[data.Batch]:
+    return data.fixed_batches(
+        config, "test", batch_size=config.batch_size, count=config.eval_batches, seed=EVALUATION_SEED
+    )
+
+
+def _report(plan: Sweep, arms: Sequence[Arm], table: Sequence[Row], folder: Path) -> None:
+    """Compares every setting with the default."""
+    stored = [json.loads(_file(folder, arm).read_text()) for arm in arms]
+    count, measured = len(plan.seeds), []
+    for first in range(0, len(arms), count):
+        rows, files = table[first : first + count], stored[first : first + count]
+        others = {name: np.asarray([math.nan if row[name] is None else row[name] for row in rows]) for name in REPORTED}
+        diverged = np.asarray([row["diverged"] for row in rows])
+        losses = np.asarray([one["nll_by_batch"] for one in files])
+        measured.append(effects.Measured(arms[first].setting, losses, others, diverged))
+    found = effects.effects(measured, resamples=RESAMPLES, seed=EVALUATION_SEED)
+    title = f"{plan.preset}: {len(measured)} settings, {count} seeds"
+    command = f"python experiments/ablate.py, the sweep of {folder.name}/sweep.json"
+    (folder / "report.md").write_text(effects.markdown(found, title=title, columns=REPORTED, command=command))
+    write_csv([_effect_row(one) for one in found], folder / "effects.csv")
+    if len(found) > 1:
+        forest(found, folder / "effects.png", title=title)
+
+
+def _effect_row(one: effects.Effect) -> Row:
+    row = asdict(one)
+    others = row.pop("others")
+    return row | {name: others.get(name) for name in REPORTED}
+
+
+def _value(config: Any, name: str) -> Any:
+    """The field of a dotted name."""
+    return functools.reduce(getattr, name.split("."), config)
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """Writes the table; what is not defined stays empty."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow(
+                {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,277 @@
+"""What the settings of a sweep change: differences to the default with intervals, corrected p-values, and a report."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+DEFAULT = "default"
+"""What `Effect.knob` says of the setting that changes nothing."""
+LEVEL = 0.05
+"""Below this a corrected p-value tells a setting from the default."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One setting of a sweep, measured on Q held-out batches after training with each of S seeds."""
+
+    setting: dict[str, Any]
+    """New values by dotted field name; empty for the default."""
+    nll: np.ndarray
+    """float[S, Q]: nats per token; seeds and batches stand in the same order in all settings."""
+    others: dict[str, np.ndarray]
+    """float[S] by name: further metrics, NaN where they are not defined."""
+    diverged: np.ndarray
+    """bool[S]: arms that diverged; nothing of theirs is read."""
+
+    def __post_init__(self) -> None:
+        seeds = self.nll.shape[:1]
+        if self.nll.ndim != 2 or not self.nll.size or self.diverged.shape != seeds:
+            raise ValueError(f"expected nll [S, Q] and diverged [S], got {self.nll.shape} and {self.diverged.shape}")
+        if wrong := {name: values.shape for name, values in self.others.items() if values.shape != seeds}:
+            raise ValueError(f"expected other metrics of shape {seeds}, one value a seed, got {wrong}")
+        if not np.isfinite(self.nll[~self.diverged]).all():
+            raise ValueError(f"a loss of {self.setting} is not finite in an arm that is not marked as diverged")
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What one setting of a sweep does; everything but `diverged` is of the seeds that count."""
+
+    knob: str
+    """The fields that it changes, joined by " + "."""
+    value: str
+    """Their values, joined by ", "."""
+    seeds: int
+    """Seeds that diverged neither here nor in the default."""
+    mean: float
+    """Loss, nats per token; as all means, NaN without a seed."""
+    low: float | None
+    """95 % interval of the mean over seeds and batches; as all intervals, None with fewer than two seeds."""
+    high: float | None
+    difference: float
+    """Loss minus that of the default with the same seeds on the same batches: below 0 is better."""
+    difference_low: float | None
+    """95 % interval of the difference; None for the default."""
+    difference_high: float | None
+    p: float | None
+    """Two-sided, of the difference being 0; None where there is no interval of it."""
+    p_holm: float | None
+    """Corrected over all settings of the sweep."""
+    diverged: int
+    """Arms of this setting that diverged."""
+    others: dict[str, float]
+    """Means of the further metrics, where they are defined."""
+
+    @property
+    def is_distinguishable(self) -> bool:
+        """Whether the difference is told from 0 after the correction."""
+        return self.p_holm is not None and self.p_holm < LEVEL
+
+    @property
+    def name(self) -> str:
+        """The setting in one line."""
+        return f"{self.knob} = {self.value}" if self.value else self.knob
+
+
+def effects(measured: Sequence[Measured], *, resamples: int, seed: int) -> list[Effect]:
+    """What each setting of a sweep does to the held-out loss, paired to the default.
+
+    A replicate draws Q batches with replacement, once for all seeds, and adds the noise of the seeds: s / sqrt(S) times
+    a draw of Student's t with S - 1 degrees of freedom, s the standard deviation of the means of the seeds. Resampling
+    the seeds as well would call too much a difference: whenever all of a few seeds agree, p would be tiny. (Of normal
+    differences that are 0, with noise of 3 seeds alone, 15 % would have p < 0.05 and 5 % p < 0.002.)
+
+    Args:
+      measured: the settings of one sweep, the default first.
+      resamples: replicates R of the bootstrap; no p-value is below 2 / (R + 1).
+      seed: of the resampling; every setting gets the same draws.
+
+    Returns:
+      The default, then the others by falling size of the difference; those without a seed to compare come last.
+
+    Raises:
+      ValueError: the default is not first, settings repeat or differ in shape, or there are too few resamples for any
+        corrected p-value to fall below 0.05.
+
+    References:
+      Davison and Hinkley, Bootstrap Methods and their Application, 1997, chapter 4;
+      Holm, A simple sequentially rejective multiple test procedure, 1979.
+    """
+    _check(measured)
+    default, *others = measured
+    if resamples + 1 <= 2 * len(others) / LEVEL:
+        raise ValueError(
+            f"{resamples} resamples cannot tell any of {len(others)} settings from the default: "
+            f"use {math.ceil(2 * len(others) / LEVEL)} or more"
+        )
+    found = [_effect(one, default, resamples=resamples, seed=seed) for one in others]
+    corrected = iter(holm([one.p for one in found if one.p is not None]))
+    found = [replace(one, p_holm=None if one.p is None else next(corrected)) for one in found]
+    found.sort(key=lambda one: -abs(one.difference) if one.seeds else math.inf)
+    first = _effect(default, default, resamples=resamples, seed=seed)
+    return [replace(first, difference_low=None, difference_high=None, p=None), *found]
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment: p_(i) becomes max over j <= i of min(1, (m - j + 1) p_(j)).
+
+    Args:
+      p: m p-values.
+
+    Returns:
+      The adjusted ones, in the order given. Where every zero below a level is called a difference, the chance of one
+      or more false calls is at most that level.
+
+    References:
+      Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6, 1979.
+    """
+    order = np.argsort(p, kind="stable")
+    scaled = np.arange(len(p), 0, -1) * np.asarray(p, np.float64)[order]
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
+    return adjusted.tolist()
+
+
+def _check(measured: Sequence[Measured]) -> None:
+    settings = [one.setting for one in measured]
+    if not settings or settings[0]:
+        raise ValueError(f"expected the default, which changes nothing, as the first setting, got {settings[:1]}")
+    if repeated := [one for place, one in enumerate(settings) if one in settings[:place]]:
+        raise ValueError(f"expected every setting once, got {repeated} again")
+    if len(shapes := {one.nll.shape for one in measured}) > 1:
+        raise ValueError(f"expected the same seeds and batches for all settings, got losses of shapes {sorted(shapes)}")
+
+
+def _effect(one: Measured, default: Measured, *, resamples: int, seed: int) -> Effect:
+    counts = ~(one.diverged | default.diverged)
+    losses = one.nll[counts].astype(np.float64)
+    differences = losses - default.nll[counts]
+    low = high = difference_low = difference_high = p = None
+    if len(losses) > 1:
+        low, high = _interval(_replicates(losses, resamples=resamples, seed=seed))
+        drawn = _replicates(differences, resamples=resamples, seed=seed)
+        difference_low, difference_high = _interval(drawn)
+        rarer = min(np.sum(drawn <= 0), np.sum(drawn >= 0))
+        # The difference as measured counts as one more replicate: p is never 0.
+        p = min(1.0, 2 * (1 + float(rarer)) / (1 + resamples))
+    return Effect(
+        knob=" + ".join(one.setting) or DEFAULT,
+        value=", ".join(map(str, one.setting.values())),
+        seeds=len(losses),
+        mean=_mean(losses),
+        low=low,
+        high=high,
+        difference=_mean(differences),
+        difference_low=difference_low,
+        difference_high=difference_high,
+        p=p,
+        p_holm=None,
+        diverged=int(one.diverged.sum()),
+        others={name: _mean(values[counts]) for name, values in one.others.items()},
+    )
+
+
+def _replicates(values: np.ndarray, *, resamples: int, seed: int) -> np.ndarray:
+    """Means of float[S, Q] as other batches and other seeds would give them; float[R]."""
+    rng = np.random.default_rng(seed)
+    seeds, batches = values.shape
+    of_batch = rng.multinomial(batches, np.full(batches, 1 / batches), size=resamples) / batches
+    error = values.mean(axis=1).std(ddof=1) / math.sqrt(seeds)
+    return of_batch @ values.mean(axis=0) + error * rng.standard_t(seeds - 1, size=resamples)
+
+
+def _interval(drawn: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _mean(values: np.ndarray) -> float:
+    defined = values[~np.isnan(values)]
+    return float(defined.mean(dtype=np.float64)) if defined.size else math.nan
+
+
+_METHOD = (
+    "Brackets are 95 % intervals over seeds (Student's t) and held-out batches (bootstrap); differences are paired to "
+    "the default's run of the same seed on the same batches, and p is two-sided and corrected by Holm's method for the "
+    "number of settings."
+)
+_UNDEFINED = "n/a"
+
+
+def markdown(effects: Sequence[Effect], *, title: str, columns: Sequence[str], command: str) -> str:
+    """The report of a sweep: a table, and what it says of each setting.
+
+    Args:
+      effects: the rows, in this order; as returned by `effects`.
+      title: heading.
+      columns: names of the further metrics to show.
+      command: what makes the same report again.
+
+    Returns:
+      Markdown, ending in a newline; the same bytes for the same effects.
+
+    Raises:
+      ValueError: an effect lacks a metric to show.
+    """
+    for one in effects:
+        if missing := [name for name in columns if name not in one.others]:
+            raise ValueError(f"{one.name} has no metric {', '.join(missing)}: choose from {', '.join(one.others)}")
+    header = ["setting", "seeds", "NLL, nats per token", "difference", "p (Holm)", *columns]
+    rows = [header, ["---"] + ["---:"] * (len(header) - 1), *(_cells(one, columns) for one in effects)]
+    table = [f"| {' | '.join(row)} |" for row in rows]
+    settings = [one for one in effects if one.knob != DEFAULT]
+    lists = [
+        *_listed(
+            f"Distinguishable from the default (p_holm < {LEVEL})",
+            [f"{_code(one.name)}: {_verdict(one)}" for one in settings if one.is_distinguishable],
+        ),
+        *_listed(
+            "Not distinguishable from zero",
+            [_code(one.name) for one in settings if one.p is not None and not one.is_distinguishable],
+        ),
+    ]
+    if untested := [f"{_code(one.name)}: {one.diverged} diverged" for one in settings if one.p is None]:
+        lists += _listed("Not tested: fewer than two seeds left to compare", untested)
+    return "\n".join([f"# {title}", "", "```console", command, "```", "", _METHOD, "", *table, "", *lists])
+
+
+def _listed(heading: str, items: Sequence[str]) -> list[str]:
+    return [f"## {heading}", "", *(f"- {item}" for item in items or ["none"]), ""]
+
+
+def _cells(one: Effect, columns: Sequence[str]) -> list[str]:
+    is_default = one.knob == DEFAULT
+    return [
+        # Within a table even code needs it.
+        _code(one.name).replace("|", "\\|"),
+        _seeds(one),
+        _with_interval(one.mean, one.low, one.high, "z.4f"),
+        "" if is_default else _with_interval(one.difference, one.difference_low, one.difference_high, "+z.4f"),
+        "" if is_default else _number(one.p_holm, ".4f"),
+        *(_number(one.others[name], "z.3f") for name in columns),
+    ]
+
+
+def _verdict(one: Effect) -> str:
+    difference = _with_interval(one.difference, one.difference_low, one.difference_high, "+z.4f")
+    return f"{'lower' if one.difference < 0 else 'higher'} NLL, {difference}"
+
+
+def _seeds(one: Effect) -> str:
+    return f"{one.seeds} ({one.diverged} diverged)" if one.diverged else f"{one.seeds}"
+
+
+def _with_interval(value: float, low: float | None, high: float | None, form: str) -> str:
+    interval = "no interval" if low is None else f"{_number(low, form)}, {_number(high, form)}"
+    return f"{_number(value, form)} [{interval}]"
+
+
+def _number(value: float | None, form: str) -> str:
+    return _UNDEFINED if value is None or math.isnan(value) else format(value, form)
+
+
+def _code(text: str) -> str:
+    return f"`{text}`"

@@ -1,0 +1,192 @@
+"""Many settings and seeds of one run in one compiled program: the arms of a sweep are a batch axis.
+
+What `Hyperparameters` holds differs from arm to arm as data. Arms that draw the same rollouts (same seed, same lengths,
+same share of LOD 2) read the same scored variants: the base model's passes are paid once for all of them.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lensjax import evaluation, train
+from lensjax.config import Config
+from lensjax.metrics import Metrics
+from lensjax.models import Models, Params
+from lensjax.train import TrainState
+from lensjax.variants import Batch, ScoredVariants
+
+Setting = dict[str, Any]
+"""Changed fields of a config by dotted name; empty for the default."""
+ROLLOUT_SETTINGS = ("context_start", "context_end", "lod2_share")
+"""What decides, beside the seed, which rollouts an arm draws."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Which settings to compare; the preset with `changes` is the default, and the first of them."""
+
+    preset: str
+    """Name or path of a config, as of `train.py`."""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """What the default itself changes in the preset."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    one_at_a_time: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """Each value of each field alone."""
+    grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """Every combination of values."""
+    paired: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """The first values together, then the second ones, and so on."""
+
+    def settings(self) -> list[Setting]:
+        """All settings, the default first, none twice.
+
+        Raises:
+          ValueError: paired lists differ in length, or a seed comes twice or not at all.
+        """
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds must name one or more different seeds, got {self.seeds}")
+        lengths = {name: len(values) for name, values in self.paired.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"paired lists must be of one length, got {lengths}")
+        found: list[Setting] = [{}]
+        found += [{name: value} for name, values in self.one_at_a_time.items() for value in values]
+        if self.grid:
+            found += [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+        found += [dict(zip(self.paired, values, strict=True)) for values in zip(*self.paired.values(), strict=True)]
+        return [setting for i, setting in enumerate(found) if setting not in found[:i]]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SweepState:
+    """A arms of S seeds, which read R different draws of rollouts."""
+
+    arms: TrainState
+    """Leading axis A; of the parameters it holds LensNet's alone."""
+    frozen: dict[str, Params]
+    """Parameters of `base` and `gist`, which all arms share."""
+    draw: Array
+    """int32[A]: which of the draws each arm reads."""
+    drawer: Array
+    """int32[R]: an arm that reads each draw."""
+    row: Array
+    """int32[R]: the row of the batch, one a seed, that each draw is of."""
+
+
+def program(configs: Sequence[Config]) -> Config:
+    """The static config that all arms of one program share.
+
+    Its hyperparameters only decide what is compiled in: the longest context of any arm, and the KL term if any arm has
+    a weight for it.
+
+    Args:
+      configs: the arms; they may differ in seed, output folder and hyperparameters.
+
+    Returns:
+      A `Config`.
+
+    Raises:
+      ValueError: there is no arm, they differ in what is compiled, or they train more than LensNet.
+    """
+    if not configs:
+        raise ValueError("a sweep needs at least one arm, got none")
+    first = configs[0]
+    if len({structure(config) for config in configs}) > 1:
+        raise ValueError("the arms of one program may differ in seed and hyperparameters only: split them up")
+    if first.trainable != ("lens",):
+        raise ValueError(f"a sweep trains LensNet alone, on one frozen base model; got trainable {first.trainable}")
+    largest = {
+        name: max(getattr(config.hyper, name) for config in configs)
+        for name in ("context_start", "context_end", "kl_weight")
+    }
+    return replace(first, seed=0, output_dir="-", hyper=replace(first.hyper, **largest))
+
+
+def structure(config: Config) -> Config:
+    """What arms must have in common to run in one program: all but seed, output folder and hyperparameters."""
+    return replace(config, seed=0, output_dir="-", hyper=Config().hyper)
+
+
+def init(
+    configs: Sequence[Config],
+    keys: Mapping[int, Array],
+    *,
+    config: Config,
+    models: Models,
+    params: dict[str, Params],
+) -> SweepState:
+    """The arms before their first step; each begins as a run of its own does.
+
+    Args:
+      configs: the A arms.
+      keys: for each of their seeds, in the order of the batch's rows, the key of `train.init_train_state`.
+      config: `program(configs)`.
+      models: the models.
+      params: parameters of `base` and `gist`, and of `lens` where the arms do not start from fresh ones.
+
+    Returns:
+      `SweepState`.
+    """
+    fresh = {}
+    for seed, key in keys.items():
+        state = train.init_train_state(key, config=config, models=models, params=params)
+        fresh[seed] = replace(state, params={"lens": state.params["lens"]})
+    arms = [replace(fresh[arm.seed], hyper=jax.tree.map(jnp.float32, arm.hyper)) for arm in configs]
+    draws = [(arm.seed, *(getattr(arm.hyper, name) for name in ROLLOUT_SETTINGS)) for arm in configs]
+    different = list(dict.fromkeys(draws))
+    rows = list(keys)
+    return SweepState(
+        arms=jax.tree.map(lambda *leaves: jnp.stack(leaves), *arms),
+        frozen={name: jax.tree.map(jnp.copy, params[name]) for name in ("base", "gist")},
+        draw=jnp.asarray([different.index(draw) for draw in draws], jnp.int32),
+        drawer=jnp.asarray([draws.index(draw) for draw in different], jnp.int32),
+        row=jnp.asarray([rows.index(draw[0]) for draw in different], jnp.int32),
+    )
+
+
+def step(
+    state: SweepState, batch: Batch, *, config: Config, models: Models, at_once: int | None = None
+) -> tuple[SweepState, Metrics]:
+    """One update of every arm; compile it once, with the state donated.
+
+    Args:
+      state: the state before the step.
+      batch: `tokens` int32[S, B, T], one batch a seed.
+      config: `program` of the arms.
+      models: static.
+      at_once: arms that are computed together, by `vmap`; the others wait in the same program. None takes one after the
+        other, which is the faster on a CPU, whose cores one arm keeps busy, and gives the numbers of a run of its own.
+
+    Returns:
+      The next state, and the metrics of `train.train_step`, each float32[A].
+    """
+
+    def score(one: tuple[Array, Array]) -> ScoredVariants:
+        arm = jax.tree.map(lambda leaf: leaf[one[0]], state.arms)
+        return train.score_batch(state.frozen, arm, {"tokens": batch["tokens"][one[1]]}, config=config, models=models)
+
+    scored = jax.lax.map(score, (state.drawer, state.row), batch_size=at_once)
+
+    def update(one: tuple[TrainState, Array]) -> tuple[TrainState, Metrics]:
+        read = jax.tree.map(lambda leaf: leaf[one[1]], scored)
+        return train.lens_step(one[0], read, config=config, models=models)
+
+    arms, metrics = jax.lax.map(update, (state.arms, state.draw), batch_size=at_once)
+    return replace(state, arms=arms), metrics
+
+
+def evaluate(
+    state: SweepState, batch: Batch, key: Array, *, config: Config, models: Models, at_once: int | None = None
+) -> Metrics:
+    """`evaluation.eval_step` of every arm on one held-out batch, each value float32[A]; arguments as there."""
+
+    def one(arm: TrainState) -> Metrics:
+        whole = replace(arm, params={**state.frozen, **arm.params})
+        return evaluation.eval_step(whole, batch, key, config=config, models=models)
+
+    return jax.lax.map(one, state.arms, batch_size=at_once)
