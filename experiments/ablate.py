@@ -10,10 +10,8 @@ flight, and `--resume` trains only what is missing. Leaves `arms.csv`, one row a
 `report.md`, `effects.csv` and `effects.png`.
 """
 
-import csv
 import functools
 import hashlib
-import importlib.util
 import json
 import math
 import sys
@@ -30,7 +28,8 @@ from jax import Array
 from rich.console import Console
 from rich.progress import Progress
 
-from experiments.train import EVALUATION_SEED, LENS_STREAM, load_preset, load_start, stream
+from experiments.evaluate import write_csv
+from experiments.train import EVALUATION_SEED, LENS_STREAM, load_object, load_preset, load_start, stream
 from lensjax import comparison, data, effects, evaluation, run_folder, sweep
 from lensjax import config as configs
 from lensjax.config import Config
@@ -49,8 +48,8 @@ METRICS = {
     "adv_delta_std": "mc/adv_delta_std",
 }
 """Columns of the table, and the held-out metrics that they show."""
-DRAWS = 8
-"""Random contexts among the starts of the search that bounds the gap."""
+DRAWS, ROUNDS = 8, 1
+"""Of the search that bounds the gap: random contexts among its starts, and rounds."""
 
 RESAMPLES = 10_000
 REPORTED = ("gap_closed_oracle", "preference_agreement", "swap_rate")
@@ -74,8 +73,6 @@ class Arguments:
     """Arms computed together (`vmap`), for accelerators; None computes one after the other."""
     resume: bool = False
     """Go on with an interrupted sweep."""
-    oracle_rounds: int = 1
-    """Rounds of the greedy search that bounds the gap."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +112,7 @@ def ablate(arguments: Arguments) -> list[Row]:
         for chunk in group.chunks(arguments.chunk):
             if not all(_file(folder, arm).is_file() for arm in chunk):
                 _train(chunk, group.params, folder, at_once=arguments.at_once, console=console)
-        found = _rows(group, swept, folder, oracle_rounds=arguments.oracle_rounds)
+        found = _rows(group, swept, folder)
         rows |= {arm.name: row for arm, row in zip(group.arms, found, strict=True)}
     table = [rows[arm.name] for arm in arms]
     write_csv(table, folder / "arms.csv")
@@ -135,14 +132,7 @@ def load_sweep(name: str) -> Sweep:
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in SWEEPS.glob("*.py")))
         raise FileNotFoundError(f"no sweep {path}; name a Python file, or one of: {known}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    plan = getattr(module, "SWEEP", None)
-    if not isinstance(plan, Sweep):
-        raise ValueError(f"{path} must define SWEEP, a lensjax.sweep.Sweep; got {plan!r}")
-    return plan
+    return load_object(path, "SWEEP", Sweep)
 
 
 def _arms(plan: Sweep, base_run: Path) -> list[Arm]:
@@ -225,14 +215,14 @@ def _train(
     spec = {"tokens": jax.ShapeDtypeStruct(shape, np.int32)}
     step = jax.jit(functools.partial(sweep.step, **static), donate_argnums=0).lower(state, spec).compile()
     finite = np.ones(len(arms), bool)
-    curves: list[tuple[int, dict[str, Array]]] = []
+    unchecked: list[list[Array]] = []
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         for done in progress.track(range(1, config.steps + 1), description=f"{len(arms)} arms"):
             state, report = step(state, jax.device_put({"tokens": np.stack([next(b)["tokens"] for b in batches])}))
-            curves.append((done, {name: report[name] for name in ("loss", "grad_norm")}))
+            unchecked.append([report["loss"], report["grad_norm"]])
             if done % config.logging_steps == 0 or done == config.steps:
-                finite &= _are_finite(curves)
-                curves.clear()
+                finite &= np.isfinite(jax.device_get(unchecked)).all(axis=(0, 1))
+                unchecked.clear()
     evaluate = jax.jit(functools.partial(sweep.evaluate, **static))
     reports = [
         jax.device_get(evaluate(state, batch, jax.random.fold_in(jax.random.key(EVALUATION_SEED), index)))
@@ -251,11 +241,6 @@ def _train(
     console.out(f"{len(arms)} arms in {time.perf_counter() - began:.0f} seconds, one program", highlight=False)
 
 
-def _are_finite(curves: Sequence[tuple[int, dict[str, Array]]]) -> np.ndarray:
-    fetched = jax.device_get([report for _, report in curves])
-    return np.all([np.isfinite(values) for report in fetched for values in report.values()], axis=0)
-
-
 def _strict(report: Mapping[str, float]) -> dict[str, float | None]:
     """Undefined values as null."""
     return {name: value if math.isfinite(value) else None for name, value in report.items()}
@@ -268,11 +253,11 @@ def _write(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def _rows(group: _Group, swept: Sequence[str], folder: Path, *, oracle_rounds: int) -> list[Row]:
+def _rows(group: _Group, swept: Sequence[str], folder: Path) -> list[Row]:
     """A row for each arm of a group."""
     geometry = group.arms[0].config.context.geometry
     lengths = [geometry.length_of_fraction(arm.config.hyper.context_end) for arm in group.arms]
-    bounds = {length: _bounds(group, length, rounds=oracle_rounds) for length in sorted(set(lengths))}
+    bounds = {length: _bounds(group, length) for length in sorted(set(lengths))}
     rows = []
     for arm, length in zip(group.arms, lengths, strict=True):
         stored = json.loads(_file(folder, arm).read_text())
@@ -285,7 +270,7 @@ def _rows(group: _Group, swept: Sequence[str], folder: Path, *, oracle_rounds: i
     return rows
 
 
-def _bounds(group: _Group, length: int, *, rounds: int) -> tuple[float, float]:
+def _bounds(group: _Group, length: int) -> tuple[float, float]:
     """Loss of recency, and of the greedy search, on the held-out batches of a group."""
     config = sweep.program([arm.config for arm in group.arms])
     models = build_models(config)
@@ -293,7 +278,7 @@ def _bounds(group: _Group, length: int, *, rounds: int) -> tuple[float, float]:
     def one(row: tuple[Array, Array | None, Array]) -> tuple[Array, Array]:
         tokens, answer, key = row
         return comparison.bounds(
-            models, group.params, tokens, answer, key, length=length, draws=DRAWS, oracle_rounds=rounds, config=config
+            models, group.params, tokens, answer, key, length=length, draws=DRAWS, oracle_rounds=ROUNDS, config=config
         )
 
     measure = jax.jit(lambda *rows: jax.lax.map(one, rows))
@@ -307,8 +292,9 @@ def _bounds(group: _Group, length: int, *, rounds: int) -> tuple[float, float]:
 
 
 def _held_out(config: Config) -> list[data.Batch]:
+    # What a sweep finds may change a default: the test split stays unseen.
     return data.fixed_batches(
-        config, "test", batch_size=config.batch_size, count=config.eval_batches, seed=EVALUATION_SEED
+        config, "validation", batch_size=config.batch_size, count=config.eval_batches, seed=EVALUATION_SEED
     )
 
 
@@ -340,17 +326,6 @@ def _effect_row(one: effects.Effect) -> Row:
 def _value(config: Any, name: str) -> Any:
     """The field of a dotted name."""
     return functools.reduce(getattr, name.split("."), config)
-
-
-def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """Writes the table; what is not defined stays empty."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow(
-                {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
-            )
 
 
 if __name__ == "__main__":

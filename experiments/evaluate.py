@@ -242,9 +242,9 @@ def _number(value: Any) -> Any:
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """Writes the table."""
+    """Writes a table; its columns are the keys of the rows."""
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         for row in rows:
             writer.writerow(

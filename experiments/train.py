@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
@@ -34,6 +34,7 @@ from lensjax.maps import VariantMap, lod_maps
 from lensjax.models import Models, Params, build_models
 
 Batches = list[dict[str, Array]]
+Kind = TypeVar("Kind")
 
 CONFIGS = Path(__file__).parent / "configs"
 # Streams of randomness that must not touch: each is folded into the run's seed.
@@ -72,14 +73,23 @@ def load_preset(name: str) -> Config:
         raise FileNotFoundError(f"no config {path}; name a file, or one of: {known}")
     if path.suffix == ".json":
         return configs.load(path)
+    return load_object(path, "CONFIG", Config)
+
+
+def load_object(path: Path, name: str, kind: type[Kind]) -> Kind:
+    """What a Python file defines under a name.
+
+    Raises:
+      ValueError: it defines nothing of that kind.
+    """
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    preset = getattr(module, "CONFIG", None)
-    if not isinstance(preset, Config):
-        raise ValueError(f"{path} must define CONFIG, a lensjax.config.Config; got {preset!r}")
-    return preset
+    found = getattr(module, name, None)
+    if not isinstance(found, kind):
+        raise ValueError(f"{path} must define {name}, a {kind.__module__}.{kind.__qualname__}; got {found!r}")
+    return found
 
 
 def run(config: Config, *, resume: bool = False, console: Console | None = None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 from experiments import ablate as script
 from experiments import train as train_script
 from lensjax import config as configs
+from lensjax.logging import read_rows
 from lensjax.sweep import Sweep
 from tests.runs import TINY, Killed, contents
 
@@ -81,11 +82,11 @@ def test_an_arm_is_the_run_of_the_training_script(whole, workplace):
     setting = {"hyper.temperature": 0.5}
     default = configs.replace(TINY, base_run=str(workplace / "base"))
     run = configs.replace(default, seed=4, output_dir=str(workplace / "alone"), **setting)
-    summary = train_script.run(run)
+    train_script.run(run)
+    last = [row for row in read_rows(workplace / "alone") if "eval/nll_policy" in row][-1]
     (arm,) = [json.loads(path.read_text()) for path in (whole / "arms").iterdir() if is_of(path, setting, 4)]
-    for name in ("nll_policy", "nll_baseline", "preference_agreement"):
-        logged = arm["metrics"].get(name, arm["metrics"].get(f"mc/{name}"))
-        assert logged == pytest.approx(summary[name], abs=1e-6), name
+    for name in ("nll_policy", "nll_baseline", "mc/preference_agreement", "mc/policy_score_abs_mean"):
+        assert arm["metrics"][name] == pytest.approx(last[f"eval/{name}"], abs=1e-6), name
 
 
 def is_of(path, setting, seed):

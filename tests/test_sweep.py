@@ -39,8 +39,8 @@ def tokens_of(seed, step):
     return batch(100 * seed + step)["tokens"]
 
 
-def start(**options):
-    return sweep.init(ARMS, KEYS, config=PROGRAM, models=models(), params=params(), **options)
+def start():
+    return sweep.init(ARMS, KEYS, config=PROGRAM, models=models(), params=params())
 
 
 @functools.cache

@@ -7,9 +7,9 @@ says which of them mattered: that is where it learns to recognise what the tail 
 there on (`init`), with rollouts that differ from each other by a few swaps. GistNet stays the mean of a block, in
 which LensNet can recognise a token.
 
-Seeds 0, 1, 2 on one base model, about 10 minutes each on two cores. At 4x, 64 of 256 entries, on 128 test sequences,
-LensNet closes 0.87 (0.83 to 0.90) of the gap between recency and the search, BM25 0.74, SnapKV 0.88; all budgets and
-policies are in docs/evaluation_recall.csv.
+Seeds 0, 1, 2 on one base model, about 10 minutes each on two busy cores. At 4x, 64 of 256 entries, on 128 test
+sequences, LensNet closes 0.87 (0.83 to 0.90) of the gap between recency and the search, BM25 0.74, SnapKV 0.88; all
+budgets and policies are in docs/evaluation_recall.csv.
 """
 
 from lensjax.config import BaseConfig, Config, ContextConfig, DataConfig, Hyperparameters, PretrainConfig
