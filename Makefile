@@ -15,7 +15,7 @@ STAMP := $(VENV)/$(TAG).stamp
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo recall evaluate-recall evaluate-stdlib stream test test-fast test-matrix lint format release constraints clean
+.PHONY: help venv demo recall evaluate-recall evaluate-stdlib stream ablate test test-fast test-matrix lint format release constraints clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' Makefile
@@ -55,6 +55,12 @@ evaluate-stdlib: $(STAMP) ## All policies at 2x to 16x on the standard library, 
 
 stream: $(STAMP) ## Read a million tokens through a session, into runs/stream
 	$(RUN) -m experiments.stream --tokens 1000000 --output-dir runs/stream
+
+ablate: $(STAMP) ## What each knob changes, on recall and on the standard library, into runs/ablations
+	$(RUN) -m experiments.train recall --steps 0 --output-dir runs/ablations/recall-base
+	$(RUN) -m experiments.ablate recall --base-run runs/ablations/recall-base --output-dir runs/ablations/recall
+	$(RUN) -m experiments.train demo --steps 0 --output-dir runs/ablations/stdlib-base
+	$(RUN) -m experiments.ablate stdlib --base-run runs/ablations/stdlib-base --output-dir runs/ablations/stdlib
 
 test: $(STAMP) ## Run all tests
 	$(RUN) -m pytest $(PYTEST_FLAGS)

@@ -1,30 +1,34 @@
 """Trains LensNet under many settings and seeds on one frozen base model, and reports what each setting changes.
 
-    python experiments/ablate.py stability --base-run runs/recall/base --output-dir runs/ablation
-    python experiments/ablate.py stability --base-run runs/recall/base --output-dir runs/ablation --resume
+    python experiments/ablate.py recall --base-run runs/recall/base --output-dir runs/ablation
+    python experiments/ablate.py recall --base-run runs/recall/base --output-dir runs/ablation --resume
 
 The first argument names a file of `experiments/sweeps/` (or is the path of such a file) that defines `SWEEP`. Settings
 that differ in hyperparameters only are arms of one compiled program; each other difference makes one more program. All
-arms of a seed see the same data in the same order. Arms are trained in chunks: what is interrupted loses the chunk in
-flight, and `--resume` trains only what is missing. Leaves `arms.csv`, one row an arm, and what each setting changes:
-`report.md`, `effects.csv` and `effects.png`.
+arms of a seed see the same data in the same order. Arms are trained in chunks, spread over all devices (on a CPU its
+cores): what is interrupted loses the chunk in flight, and `--resume` trains only what is missing. Leaves `arms.csv`,
+one row an arm, and what each setting changes: `report.md`, `effects.csv` and `effects.png`.
 """
 
 import functools
 import hashlib
+import itertools
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.progress import Progress
 
@@ -34,8 +38,9 @@ from lensjax import comparison, data, effects, evaluation, run_folder, sweep
 from lensjax import config as configs
 from lensjax.config import Config
 from lensjax.forest import forest
-from lensjax.models import Params, build_models
-from lensjax.sweep import Setting, Sweep
+from lensjax.metrics import Metrics
+from lensjax.models import Models, Params, build_models
+from lensjax.sweep import Setting, Sweep, SweepState
 
 SWEEPS = Path(__file__).parent / "sweeps"
 METRICS = {
@@ -52,7 +57,10 @@ DRAWS, ROUNDS = 8, 1
 """Of the search that bounds the gap: random contexts among its starts, and rounds."""
 
 RESAMPLES = 10_000
-REPORTED = ("gap_closed_oracle", "preference_agreement", "swap_rate")
+REPORTED = (
+    *("gap_closed_oracle", "preference_agreement", "preference_agreement_lod_only"),
+    *("preference_corr_mean", "swap_rate"),
+)
 """Further columns of the report."""
 
 Row = dict[str, Any]
@@ -107,16 +115,19 @@ def ablate(arguments: Arguments) -> list[Row]:
     groups = [_Group(members, _start(members[0].config)) for members in _by_structure(arms)]
     folder = _open(arguments, plan, arms)
     swept = list(dict.fromkeys(name for arm in arms for name in arm.setting))
+    bounds: dict[Hashable, tuple[float, float]] = {}
     rows: dict[str, Row] = {}
     for group in groups:
         for chunk in group.chunks(arguments.chunk):
             if not all(_file(folder, arm).is_file() for arm in chunk):
                 _train(chunk, group.params, folder, at_once=arguments.at_once, console=console)
-        found = _rows(group, swept, folder)
-        rows |= {arm.name: row for arm, row in zip(group.arms, found, strict=True)}
+        for arm in group.arms:
+            if (key := _measured_on(arm.config)) not in bounds:
+                bounds[key] = _bounds(arm.config, group.params)
+            rows[arm.name] = _row(arm, bounds[key], swept, folder)
     table = [rows[arm.name] for arm in arms]
     write_csv(table, folder / "arms.csv")
-    _report(plan, arms, table, folder)
+    _report(arguments, plan, arms, table, swept)
     console.out(f"{len(table)} arms are in {folder}/arms.csv, what they say in report.md", highlight=False)
     return table
 
@@ -160,8 +171,11 @@ class _Group:
     params: dict[str, Params]
 
     def chunks(self, size: int) -> Iterator[list[Arm]]:
-        for first in range(0, len(self.arms), size):
-            yield self.arms[first : first + size]
+        # Of one size, or nearly: most chunks then share what is compiled.
+        count = math.ceil(len(self.arms) / size)
+        edges = [len(self.arms) * index // count for index in range(count + 1)]
+        for first, last in itertools.pairwise(edges):
+            yield self.arms[first:last]
 
 
 def _start(config: Config) -> dict[str, Params]:
@@ -195,6 +209,25 @@ def _file(folder: Path, arm: Arm) -> Path:
     return folder / "arms" / f"{arm.name}.json"
 
 
+@dataclass(frozen=True)
+class _Program:
+    """What is compiled for some arms; the chunks of one size share it."""
+
+    models: Models
+    mesh: Mesh
+    step: Callable[..., tuple[SweepState, Metrics]]
+    evaluate: Callable[..., Metrics]
+
+    @classmethod
+    @functools.cache
+    def of(cls, config: Config, *, devices: int, at_once: int | None) -> "_Program":
+        models, mesh = build_models(config), Mesh(jax.devices()[:devices], (sweep.DEVICES,))
+        static: dict[str, Any] = {"config": config, "models": models, "at_once": at_once}
+        step = sweep.over_devices(functools.partial(sweep.step, **static), mesh)
+        evaluate = sweep.over_devices(functools.partial(sweep.evaluate, **static), mesh)
+        return cls(models, mesh, jax.jit(step, donate_argnums=0), jax.jit(evaluate))
+
+
 def _train(
     arms: Sequence[Arm], params: dict[str, Params], folder: Path, *, at_once: int | None, console: Console
 ) -> None:
@@ -202,43 +235,51 @@ def _train(
     began = time.perf_counter()
     members = [arm.config for arm in arms]
     config = sweep.program(members)
-    models = build_models(config)
+    program = _Program.of(config, devices=min(len(arms), jax.device_count()), at_once=at_once)
     seeds = list(dict.fromkeys(member.seed for member in members))
     keys = {seed: stream(replace(config, seed=seed), LENS_STREAM) for seed in seeds}
-    state = sweep.init(members, keys, config=config, models=models, params=params)
-    batches = [
-        data.make_iterator(config, "train", seed=2 * seed + LENS_STREAM, batch_size=config.batch_size) for seed in seeds
+    parts = sweep.split(members, program.mesh.size)
+    states = [
+        sweep.init([members[i] for i in part], keys, config=config, models=program.models, params=params)
+        for part in parts
     ]
-    shape = (len(seeds), config.batch_size, config.context.window)
-    static: dict[str, Any] = {"config": config, "models": models, "at_once": at_once}
-    # Compiled ahead of time: a call with other shapes would be an error, never a second compile.
-    spec = {"tokens": jax.ShapeDtypeStruct(shape, np.int32)}
-    step = jax.jit(functools.partial(sweep.step, **static), donate_argnums=0).lower(state, spec).compile()
-    finite = np.ones(len(arms), bool)
-    unchecked: list[list[Array]] = []
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        for done in progress.track(range(1, config.steps + 1), description=f"{len(arms)} arms"):
-            state, report = step(state, jax.device_put({"tokens": np.stack([next(b)["tokens"] for b in batches])}))
-            unchecked.append([report["loss"], report["grad_norm"]])
-            if done % config.logging_steps == 0 or done == config.steps:
-                finite &= np.isfinite(jax.device_get(unchecked)).all(axis=(0, 1))
-                unchecked.clear()
-    evaluate = jax.jit(functools.partial(sweep.evaluate, **static))
+    state, finite = _steps(program, sweep.stack(states, program.mesh), seeds, config=config, console=console)
     reports = [
-        jax.device_get(evaluate(state, batch, jax.random.fold_in(jax.random.key(EVALUATION_SEED), index)))
+        jax.device_get(program.evaluate(state, batch, jax.random.fold_in(jax.random.key(EVALUATION_SEED), index)))
         for index, batch in enumerate(_held_out(config))
     ]
+    slots = list(itertools.chain(*parts))
     for index, arm in enumerate(arms):
-        mine = [{name: values[index] for name, values in report.items()} for report in reports]
+        place = slots.index(index)
+        mine = [{name: values.reshape(-1)[place] for name, values in report.items()} for report in reports]
         result = {
             "setting": arm.setting,
             "seed": arm.config.seed,
-            "diverged": not bool(finite[index]),
+            "diverged": not bool(finite.reshape(-1)[place]),
             "metrics": _strict(evaluation.mean_over_batches(mine)),
             "nll_by_batch": [float(report["nll_policy"]) for report in mine],
         }
         _write(_file(folder, arm), json.dumps(result, indent=2) + "\n")
     console.out(f"{len(arms)} arms in {time.perf_counter() - began:.0f} seconds, one program", highlight=False)
+
+
+def _steps(
+    program: _Program, state: SweepState, seeds: Sequence[int], *, config: Config, console: Console
+) -> tuple[SweepState, np.ndarray]:
+    """All training steps; and for each arm, bool[devices, arms of each], whether all of its losses were finite."""
+    batches = [
+        data.make_iterator(config, "train", seed=2 * seed + LENS_STREAM, batch_size=config.batch_size) for seed in seeds
+    ]
+    everywhere = NamedSharding(program.mesh, PartitionSpec())
+    finite: list[Array] = []
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        for _ in progress.track(range(config.steps), description=f"{state.draw.size} arms"):
+            batch = {"tokens": np.stack([next(one)["tokens"] for one in batches])}
+            state, report = program.step(state, jax.device_put(batch, everywhere))
+            if finite:
+                finite[-1].block_until_ready()  # one step in flight: the bar tells the truth, no device waits
+            finite.append(jnp.isfinite(report["loss"] + report["grad_norm"]))
+    return state, np.all(jax.device_get(finite), axis=0)
 
 
 def _strict(report: Mapping[str, float]) -> dict[str, float | None]:
@@ -253,32 +294,31 @@ def _write(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def _rows(group: _Group, swept: Sequence[str], folder: Path) -> list[Row]:
-    """A row for each arm of a group."""
-    geometry = group.arms[0].config.context.geometry
-    lengths = [geometry.length_of_fraction(arm.config.hyper.context_end) for arm in group.arms]
-    bounds = {length: _bounds(group, length) for length in sorted(set(lengths))}
-    rows = []
-    for arm, length in zip(group.arms, lengths, strict=True):
-        stored = json.loads(_file(folder, arm).read_text())
-        metrics, diverged = stored["metrics"], stored["diverged"]
-        gap = None if diverged else comparison.gap_closed(metrics["nll_policy"], *bounds[length])
-        row: Row = {name: _value(arm.config, name) for name in swept}
-        row |= {"seed": arm.config.seed, "nll": metrics["nll_policy"], "gap_closed_oracle": gap}
-        row |= {column: metrics[name] for column, name in METRICS.items()}
-        rows.append(row | {"diverged": diverged, "steps": arm.config.steps})
-    return rows
+def _row(arm: Arm, bounds: tuple[float, float], swept: Sequence[str], folder: Path) -> Row:
+    stored = json.loads(_file(folder, arm).read_text())
+    metrics, diverged = stored["metrics"], stored["diverged"]
+    gap = None if diverged else comparison.gap_closed(metrics["nll_policy"], *bounds)
+    row: Row = {name: _value(arm.config, name) for name in swept}
+    row |= {"seed": arm.config.seed, "nll": metrics["nll_policy"], "gap_closed_oracle": gap}
+    row |= {column: metrics[name] for column, name in METRICS.items()}
+    return row | {"diverged": diverged, "steps": arm.config.steps}
 
 
-def _bounds(group: _Group, length: int) -> tuple[float, float]:
-    """Loss of recency, and of the greedy search, on the held-out batches of a group."""
-    config = sweep.program([arm.config for arm in group.arms])
-    models = build_models(config)
+def _measured_on(config: Config) -> Hashable:
+    """What recency and the search depend on: arms that have it in common are measured against one pair of bounds."""
+    batches = (config.data, config.batch_size, config.eval_batches, config.dtype)
+    return (*batches, config.context.geometry, config.context.horizon, config.hyper.context_end)
+
+
+def _bounds(config: Config, params: dict[str, Params]) -> tuple[float, float]:
+    """Loss of recency, and of the greedy search, on the held-out batches of an arm."""
+    config = replace(config, hyper=replace(config.hyper, lod2_share=Config().hyper.lod2_share))
+    models, length = build_models(config), config.context.geometry.length_of_fraction(config.hyper.context_end)
 
     def one(row: tuple[Array, Array | None, Array]) -> tuple[Array, Array]:
         tokens, answer, key = row
         return comparison.bounds(
-            models, group.params, tokens, answer, key, length=length, draws=DRAWS, oracle_rounds=ROUNDS, config=config
+            models, params, tokens, answer, key, length=length, draws=DRAWS, oracle_rounds=ROUNDS, config=config
         )
 
     measure = jax.jit(lambda *rows: jax.lax.map(one, rows))
@@ -298,8 +338,9 @@ def _held_out(config: Config) -> list[data.Batch]:
     )
 
 
-def _report(plan: Sweep, arms: Sequence[Arm], table: Sequence[Row], folder: Path) -> None:
+def _report(arguments: Arguments, plan: Sweep, arms: Sequence[Arm], table: Sequence[Row], swept: Sequence[str]) -> None:
     """Compares every setting with the default."""
+    folder = arguments.output_dir
     stored = [json.loads(_file(folder, arm).read_text()) for arm in arms]
     count, measured = len(plan.seeds), []
     for first in range(0, len(arms), count):
@@ -310,11 +351,13 @@ def _report(plan: Sweep, arms: Sequence[Arm], table: Sequence[Row], folder: Path
         measured.append(effects.Measured(arms[first].setting, losses, others, diverged))
     found = effects.effects(measured, resamples=RESAMPLES, seed=EVALUATION_SEED)
     title = f"{plan.preset}: {len(measured)} settings, {count} seeds"
-    command = f"python experiments/ablate.py, the sweep of {folder.name}/sweep.json"
-    (folder / "report.md").write_text(effects.markdown(found, title=title, columns=REPORTED, command=command))
+    command = f"python experiments/ablate.py {arguments.sweep} --base-run {arguments.base_run} --output-dir {folder}"
+    default = {name: _value(arms[0].config, name) for name in swept}
+    report = effects.markdown(found, default=default, title=title, columns=REPORTED, command=command)
+    (folder / "report.md").write_text(report)
     write_csv([_effect_row(one) for one in found], folder / "effects.csv")
     if len(found) > 1:
-        forest(found, folder / "effects.png", title=title)
+        forest(found, folder / "effects.png", default=default, title=title)
 
 
 def _effect_row(one: effects.Effect) -> Row:
@@ -329,4 +372,7 @@ def _value(config: Any, name: str) -> Any:
 
 
 if __name__ == "__main__":
+    # Each core of a CPU becomes a device with arms of its own: one arm cannot keep several busy.
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
     main()

@@ -1,7 +1,7 @@
 """What the settings of a sweep change: differences to the default with intervals, corrected p-values, and a report."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,6 +9,8 @@ import numpy as np
 
 DEFAULT = "default"
 """What `Effect.knob` says of the setting that changes nothing."""
+JOINT = " + "
+"""Between the fields of a setting that changes several."""
 LEVEL = 0.05
 """Below this a corrected p-value tells a setting from the default."""
 
@@ -41,7 +43,7 @@ class Effect:
     """What one setting of a sweep does; everything but `diverged` is of the seeds that count."""
 
     knob: str
-    """The fields that it changes, joined by " + "."""
+    """The fields that it changes, joined by `JOINT`."""
     value: str
     """Their values, joined by ", "."""
     seeds: int
@@ -158,7 +160,7 @@ def _effect(one: Measured, default: Measured, *, resamples: int, seed: int) -> E
         # The difference as measured counts as one more replicate: p is never 0.
         p = min(1.0, 2 * (1 + float(rarer)) / (1 + resamples))
     return Effect(
-        knob=" + ".join(one.setting) or DEFAULT,
+        knob=JOINT.join(one.setting) or DEFAULT,
         value=", ".join(map(str, one.setting.values())),
         seeds=len(losses),
         mean=_mean(losses),
@@ -201,11 +203,14 @@ _METHOD = (
 _UNDEFINED = "n/a"
 
 
-def markdown(effects: Sequence[Effect], *, title: str, columns: Sequence[str], command: str) -> str:
+def markdown(
+    effects: Sequence[Effect], *, default: Mapping[str, Any], title: str, columns: Sequence[str], command: str
+) -> str:
     """The report of a sweep: a table, and what it says of each setting.
 
     Args:
       effects: the rows, in this order; as returned by `effects`.
+      default: values that the default has in the fields that settings change.
       title: heading.
       columns: names of the further metrics to show.
       command: what makes the same report again.
@@ -235,7 +240,9 @@ def markdown(effects: Sequence[Effect], *, title: str, columns: Sequence[str], c
     ]
     if untested := [f"{_code(one.name)}: {one.diverged} diverged" for one in settings if one.p is None]:
         lists += _listed("Not tested: fewer than two seeds left to compare", untested)
-    return "\n".join([f"# {title}", "", "```console", command, "```", "", _METHOD, "", *table, "", *lists])
+    around = ", ".join(_code(f"{name} = {value}") for name, value in default.items())
+    head = [f"# {title}", "", "```console", command, "```", "", _METHOD, "", f"The default has {around}.", ""]
+    return "\n".join([*head, *table, "", *lists])
 
 
 def _listed(heading: str, items: Sequence[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """A forest plot of a sweep: what every setting changes, with its interval, knob by knob."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lensjax.effects import DEFAULT, LEVEL, Effect
+from lensjax.effects import DEFAULT, JOINT, LEVEL, Effect
 from lensjax.plots import COLORS, FAINT, INK, LEGEND, MUTED, dress, new_figure, write
 
 LOWER, HIGHER, NEITHER = COLORS[0], COLORS[1], "#a0a0a0"
@@ -20,11 +20,11 @@ _NOTE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsiz
 
 
 class _Panel(NamedTuple):
-    knob: str
+    title: str
     rows: list[Effect]
 
 
-def forest(effects: Sequence[Effect], path: str | Path, *, title: str = "") -> Figure:
+def forest(effects: Sequence[Effect], path: str | Path, *, default: Mapping[str, Any], title: str = "") -> Figure:
     """Draws what each setting adds to the held-out loss of the default, with its 95 % interval; left of 0 is better.
 
     One panel a knob, down the first column and then the second, in the order in which knobs come. All share one axis;
@@ -33,6 +33,7 @@ def forest(effects: Sequence[Effect], path: str | Path, *, title: str = "") -> F
     Args:
       effects: as returned by `effects.effects`.
       path: where to write; the ending sets the format.
+      default: values that the default has in the fields that settings change.
       title: stands above the panels.
 
     Returns:
@@ -44,7 +45,8 @@ def forest(effects: Sequence[Effect], path: str | Path, *, title: str = "") -> F
     settings = [one for one in effects if one.knob != DEFAULT]
     if not any(one.seeds for one in settings):
         raise ValueError(f"no setting beside the default has seeds to compare: {[one.name for one in effects]}")
-    columns = _columns([_Panel(knob, _rows(settings, knob)) for knob in dict.fromkeys(one.knob for one in settings)])
+    knobs = dict.fromkeys(one.knob for one in settings)
+    columns = _columns([_Panel(_title(knob, default), _rows(settings, knob)) for knob in knobs])
     heights = [_height(column) for column in columns]
     figure = new_figure(_WIDTH * len(columns), max(heights) + _AROUND_PANELS)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK, parse_math=False)
@@ -59,6 +61,10 @@ def forest(effects: Sequence[Effect], path: str | Path, *, title: str = "") -> F
     figure.legend(handles=_handles(settings), loc="outside lower center", ncols=3, fontsize=8, **LEGEND)
     write(figure, path)
     return figure
+
+
+def _title(knob: str, default: Mapping[str, Any]) -> str:
+    return f"{knob} (default {', '.join(str(default[name]) for name in knob.split(JOINT))})"
 
 
 def _rows(settings: Sequence[Effect], knob: str) -> list[Effect]:
@@ -107,7 +113,7 @@ def _draw_panel(ax: Axes, panel: _Panel, limits: tuple[float, float], *, is_last
         else:
             ax.annotate("no seed to compare", (0, row), (5, 0), color=MUTED, **_NOTE)
     dress(ax, "", "difference in NLL to the default, nats per token" if is_last else "", "")
-    ax.set_title(textwrap.fill(panel.knob, 52), loc="left", pad=4, fontsize=9, fontweight="bold", parse_math=False)
+    ax.set_title(textwrap.fill(panel.title, 46), loc="left", pad=4, fontsize=9, fontweight="bold", parse_math=False)
     ax.grid(visible=False, axis="y")
     ax.grid(axis="x", color=FAINT, linewidth=0.6)
     ax.spines[:].set_visible(False)

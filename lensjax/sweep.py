@@ -1,17 +1,20 @@
 """Many settings and seeds of one run in one compiled program: the arms of a sweep are a batch axis.
 
 What `Hyperparameters` holds differs from arm to arm as data. Arms that draw the same rollouts (same seed, same lengths,
-same share of LOD 2) read the same scored variants: the base model's passes are paid once for all of them.
+same share of LOD 2) read the same scored variants: the base model's passes are paid once for all of them. With several
+devices each takes some of the arms, and nothing passes between them.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lensjax import evaluation, train
 from lensjax.config import Config
@@ -24,6 +27,8 @@ Setting = dict[str, Any]
 """Changed fields of a config by dotted name; empty for the default."""
 ROLLOUT_SETTINGS = ("context_start", "context_end", "lod2_share")
 """What decides, beside the seed, which rollouts an arm draws."""
+DEVICES = "devices"
+"""The axis of the mesh that arms are spread over."""
 
 
 @dataclass(frozen=True)
@@ -39,25 +44,22 @@ class Sweep:
     """Each value of each field alone."""
     grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     """Every combination of values."""
-    paired: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    """The first values together, then the second ones, and so on."""
+    together: Sequence[Setting] = ()
+    """Settings that change several fields at once."""
 
     def settings(self) -> list[Setting]:
         """All settings, the default first, none twice.
 
         Raises:
-          ValueError: paired lists differ in length, or a seed comes twice or not at all.
+          ValueError: a seed comes twice or not at all.
         """
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must name one or more different seeds, got {self.seeds}")
-        lengths = {name: len(values) for name, values in self.paired.items()}
-        if len(set(lengths.values())) > 1:
-            raise ValueError(f"paired lists must be of one length, got {lengths}")
         found: list[Setting] = [{}]
         found += [{name: value} for name, values in self.one_at_a_time.items() for value in values]
         if self.grid:
             found += [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
-        found += [dict(zip(self.paired, values, strict=True)) for values in zip(*self.paired.values(), strict=True)]
+        found += [dict(setting) for setting in self.together]
         return [setting for i, setting in enumerate(found) if setting not in found[:i]]
 
 
@@ -104,7 +106,8 @@ def program(configs: Sequence[Config]) -> Config:
         name: max(getattr(config.hyper, name) for config in configs)
         for name in ("context_start", "context_end", "kl_weight")
     }
-    return replace(first, seed=0, output_dir="-", hyper=replace(first.hyper, **largest))
+    shared = structure(first)
+    return replace(shared, hyper=replace(shared.hyper, **largest))
 
 
 def structure(config: Config) -> Config:
@@ -137,7 +140,7 @@ def init(
         state = train.init_train_state(key, config=config, models=models, params=params)
         fresh[seed] = replace(state, params={"lens": state.params["lens"]})
     arms = [replace(fresh[arm.seed], hyper=jax.tree.map(jnp.float32, arm.hyper)) for arm in configs]
-    draws = [(arm.seed, *(getattr(arm.hyper, name) for name in ROLLOUT_SETTINGS)) for arm in configs]
+    draws = [_draw(arm) for arm in configs]
     different = list(dict.fromkeys(draws))
     rows = list(keys)
     return SweepState(
@@ -145,8 +148,61 @@ def init(
         frozen={name: jax.tree.map(jnp.copy, params[name]) for name in ("base", "gist")},
         draw=jnp.asarray([different.index(draw) for draw in draws], jnp.int32),
         drawer=jnp.asarray([draws.index(draw) for draw in different], jnp.int32),
-        row=jnp.asarray([rows.index(draw[0]) for draw in different], jnp.int32),
+        row=jnp.asarray([rows.index(int(draw[0])) for draw in different], jnp.int32),
     )
+
+
+def _draw(config: Config) -> tuple[float, ...]:
+    """What an arm has in common with those that draw the same rollouts, the seed first."""
+    return (config.seed, *(getattr(config.hyper, name) for name in ROLLOUT_SETTINGS))
+
+
+def split(configs: Sequence[Config], parts: int) -> list[list[int]]:
+    """Which arms each of some devices takes: equally many, those that read the same rollouts side by side.
+
+    Args:
+      configs: the arms.
+      parts: devices.
+
+    Returns:
+      Places in `configs`, a list a device; where the number does not divide, the last arm comes more than once.
+    """
+    draws = [_draw(arm) for arm in configs]
+    order = sorted(range(len(configs)), key=lambda place: draws.index(draws[place]))
+    size = math.ceil(len(configs) / parts)
+    order += order[-1:] * (size * parts - len(order))
+    return [order[first : first + size] for first in range(0, len(order), size)]
+
+
+def stack(states: Sequence[SweepState], mesh: Mesh) -> SweepState:
+    """The states of as many devices as one, for functions of `over_devices`; leading axis: the device."""
+    most = max(len(state.row) for state in states)
+
+    def padded(state: SweepState) -> SweepState:
+        # Devices run one program: those with fewer draws repeat one, which no arm reads.
+        missing = (0, most - len(state.row))
+        return replace(
+            state, drawer=jnp.pad(state.drawer, missing, mode="edge"), row=jnp.pad(state.row, missing, mode="edge")
+        )
+
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(padded, states))
+    return jax.device_put(stacked, NamedSharding(mesh, PartitionSpec(DEVICES)))
+
+
+def over_devices(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """`step` or `evaluate` on every device: the state, and what is returned, have a leading axis for the device."""
+
+    def local(state: SweepState, rest: tuple[Any, ...]) -> Any:
+        returned = function(jax.tree.map(lambda leaf: leaf[0], state), *rest)
+        return jax.tree.map(lambda leaf: leaf[None], returned)
+
+    specs = (PartitionSpec(DEVICES), PartitionSpec())
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(DEVICES), check_vma=False)
+
+    def on_devices(state: SweepState, *rest: Any) -> Any:
+        return mapped(state, rest)
+
+    return on_devices
 
 
 def step(

@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager
 # Before anything imports jax, and for subprocesses. JAX_PLATFORMS=cuda runs the tests on a GPU instead.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
+# What is spread over devices is tested on two.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
 # The tests compile many small programs that run once: compiling them well would take most of the time.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 

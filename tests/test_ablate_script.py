@@ -1,5 +1,8 @@
 import csv
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,7 @@ from experiments import train as train_script
 from lensjax import config as configs
 from lensjax.logging import read_rows
 from lensjax.sweep import Sweep
-from tests.runs import TINY, Killed, contents
+from tests.runs import ROOT, TINY, contents
 
 SWEEP = """
 from lensjax.sweep import Sweep
@@ -40,7 +43,7 @@ def arguments(workplace, output_dir, **changes):
 @pytest.fixture(scope="module")
 def whole(workplace):
     folder = workplace / "whole"
-    script.ablate(arguments(workplace, folder))
+    script.ablate(arguments(workplace, folder, chunk=4))
     return folder
 
 
@@ -94,29 +97,51 @@ def is_of(path, setting, seed):
     return stored["setting"] == setting and stored["seed"] == seed
 
 
-@pytest.mark.slow
-def test_what_was_killed_loses_the_chunk_in_flight_and_no_more(whole, workplace, monkeypatch):
-    folder, trained, train = workplace / "killed", [], script._train
+KILLED = """
+import os, signal
+from experiments import ablate as script
 
-    def dies(arms, *rest, **options):
-        if len(trained) == 1:
-            trained.append("killed")
-            raise Killed
+done, steps = [], script._steps
+
+def dies(*arguments, **options):
+    trained = steps(*arguments, **options)
+    if done:
+        os.kill(os.getpid(), signal.SIGKILL)
+    done.append(trained)
+    return trained
+
+script._steps = dies
+script.main()
+"""
+
+
+@pytest.mark.slow
+def test_what_is_killed_loses_the_chunk_in_flight_and_no_more(whole, workplace, monkeypatch):
+    folder, trained, train = workplace / "killed", [], script._train
+    words = [str(workplace / "small.py"), "--base-run", workplace / "base", "--output-dir", folder, "--chunk", "4"]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *words], cwd=ROOT, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list((folder / "arms").iterdir())) == 3 and not (folder / "arms.csv").exists()
+    before = contents(folder / "arms")
+
+    def spy(arms, *rest, **options):
         trained.append(len(arms))
         return train(arms, *rest, **options)
 
-    monkeypatch.setattr(script, "_train", dies)
-    with pytest.raises(Killed):
-        script.ablate(arguments(workplace, folder, chunk=4))
-    assert trained == [4, "killed"] and len(list((folder / "arms").iterdir())) == 4
-    assert not (folder / "arms.csv").exists()
-    before = contents(folder / "arms")
+    monkeypatch.setattr(script, "_train", spy)
     script.ablate(arguments(workplace, folder, chunk=4, resume=True))
-    assert trained == [4, "killed", 2]
+    assert trained == [3]
     assert contents(folder / "arms").items() >= before.items()
-    # Also: the same sweep once more, in other chunks, gives the same table to the byte.
     for name in ("arms.csv", "effects.csv"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_one_compile_serves_all_chunks(workplace, compiles):
+    script._Program.of.cache_clear()
+    with compiles() as names:
+        script.ablate(arguments(workplace, workplace / "chunks", chunk=2))
+    assert names.count("jit(on_devices)") == 2  # one for the steps, one for the evaluation
 
 
 def test_settings():
@@ -124,12 +149,12 @@ def test_settings():
         preset="recall",
         one_at_a_time={"a": (1, 2), "b": (3,)},
         grid={"c": (4, 5), "d": (6, 7)},
-        paired={"e": (1, 2), "f": (8, 9)},
+        together=({"e": 1, "f": 8}, {"a": 1}),
     )
     assert plan.settings() == [
         *({}, {"a": 1}, {"a": 2}, {"b": 3}),
         *({"c": 4, "d": 6}, {"c": 4, "d": 7}, {"c": 5, "d": 6}, {"c": 5, "d": 7}),
-        *({"e": 1, "f": 8}, {"e": 2, "f": 9}),
+        {"e": 1, "f": 8},
     ]
     assert Sweep(preset="recall", one_at_a_time={"a": (1, 1)}).settings() == [{}, {"a": 1}]
 
@@ -139,7 +164,6 @@ def test_settings():
     [
         ({"seeds": ()}, "one or more different seeds"),
         ({"seeds": (1, 1)}, "one or more different seeds"),
-        ({"paired": {"a": (1,), "b": (1, 2)}}, "paired lists must be of one length, got {'a': 1, 'b': 2}"),
     ],
 )
 def test_sweeps_that_make_no_sense(plan, message):
@@ -185,7 +209,7 @@ def test_a_bad_sweep_ends_the_command_before_anything_is_written(text, message, 
 
 
 def test_an_unknown_name_lists_the_sweeps():
-    with pytest.raises(FileNotFoundError, match=r"no sweep .*none.py; name a Python file, or one of: stability"):
+    with pytest.raises(FileNotFoundError, match=r"no sweep .*none.py; name a Python file, or one of: recall, stdlib"):
         script.load_sweep("none")
 
 

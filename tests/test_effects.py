@@ -238,6 +238,8 @@ make ablate
 
 {effect_module._METHOD}
 
+The default has `a.b = 2`, `c = 0.5`.
+
 | setting | seeds | NLL, nats per token | difference | p (Holm) | swap_rate | hit_rate |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: |
 | `default` | 3 | 2.0000 [1.9000, 2.1000] |  |  | n/a | 0.500 |
@@ -264,7 +266,12 @@ make ablate
 
 
 def test_report():
-    options = {"title": "Sweep", "columns": ["swap_rate", "hit_rate"], "command": "make ablate"}
+    options = {
+        "default": {"a.b": 2, "c": 0.5},
+        "title": "Sweep",
+        "columns": ["swap_rate", "hit_rate"],
+        "command": "make ablate",
+    }
     assert markdown(FOUND, **options) == REPORT
     short = markdown(FOUND[:1], **options)
     assert short.endswith("(p_holm < 0.05)\n\n- none\n\n## Not distinguishable from zero\n\n- none\n")
@@ -272,4 +279,4 @@ def test_report():
 
 def test_report_of_a_metric_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="default has no metric hits: choose from hit_rate, swap_rate"):
-        markdown(FOUND, title="", columns=["hit_rate", "hits"], command="")
+        markdown(FOUND, default={}, title="", columns=["hit_rate", "hits"], command="")

@@ -35,6 +35,7 @@ FOUND = [
     effect("rate", "0.02", 0.005, half=None, p=None, seeds=1, diverged=2),
     effect("rate", "9", math.nan, half=None, p=None, seeds=0, diverged=3),
 ]
+VALUES = {"far": "entry", "rate": 1e-3, "$^$": "c", "near": 4, "a": 0.5}
 NEAR = [effect("near", str(place), 0.02) for place in range(4)]
 
 
@@ -60,12 +61,12 @@ def ticks(ax):
 
 
 def test_every_setting_stands_in_the_row_of_its_value(tmp_path):
-    figure = forest(FOUND, tmp_path / "forest.png", title="a$_$b")
+    figure = forest(FOUND, tmp_path / "forest.png", default=VALUES, title="a$_$b")
     assert is_png(tmp_path / "forest.png")
     assert figure.get_suptitle() == "a$_$b"
     shown = panels(figure)
-    assert list(shown) == ["far", "rate", "$^$"]
-    rate, words = shown["rate"], shown["$^$"]
+    assert list(shown) == ["far (default entry)", "rate (default 0.001)", "$^$ (default c)"]
+    _, rate, words = shown.values()
     assert ticks(rate) == ["1e-05 (1 diverged)", "0.02 (2 diverged)", "0.1", "9 (3 diverged)"]
     assert marks(rate) == {
         (0, -0.03, forests.LOWER, True),
@@ -81,7 +82,7 @@ def test_every_setting_stands_in_the_row_of_its_value(tmp_path):
 
 
 def test_all_panels_share_an_axis_that_no_outlier_stretches(tmp_path):
-    far, rate, words, _ = forest([*FOUND, *NEAR], tmp_path / "forest.png").axes
+    far, rate, words, _ = forest([*FOUND, *NEAR], tmp_path / "forest.png", default=VALUES).axes
     left, right = far.get_xlim()
     assert rate.get_xlim() == words.get_xlim() == (left, right)
     assert left < -0.04 < 0.05 < right < 0.1
@@ -94,21 +95,23 @@ def test_all_panels_share_an_axis_that_no_outlier_stretches(tmp_path):
 
 
 def test_legend_names_the_colours_that_are_there(tmp_path):
-    (legend,) = forest(FOUND, tmp_path / "forest.png").legends
+    (legend,) = forest(FOUND, tmp_path / "forest.png", default=VALUES).legends
     names = {text.get_text(): line.get_color() for text, line in zip(legend.texts, legend.get_lines(), strict=True)}
     assert names == {
         "lower NLL, p < 0.05 (Holm)": forests.LOWER,
         "higher NLL, p < 0.05 (Holm)": forests.HIGHER,
         "not distinguishable from zero": forests.NEITHER,
     }
-    (legend,) = forest(FOUND[:3], tmp_path / "forest.png").legends
+    (legend,) = forest(FOUND[:3], tmp_path / "forest.png", default=VALUES).legends
     assert [text.get_text() for text in legend.texts] == ["higher NLL, p < 0.05 (Holm)"]
 
 
 def test_no_text_lies_on_other_text(tmp_path):
     values = {f"hyper.knob_{i} + hyper.other_{i}": range(1 + i % 4) for i in range(10)}
     found = [effect(knob, f"{value}.5", 0.01 * value, diverged=value % 2) for knob in values for value in values[knob]]
-    figure = forest([DEFAULT, *found, *FOUND[1:]], tmp_path / "forest.png", title="a sweep of many knobs")
+    default = VALUES | {f"hyper.{name}_{i}": 0.25 for i in range(10) for name in ("knob", "other")}
+    effects = [DEFAULT, *found, *FOUND[1:]]
+    figure = forest(effects, tmp_path / "forest.png", default=default, title="a sweep of many knobs")
     figure.draw_without_rendering()
     texts = [figure._suptitle, *figure.legends[0].texts]
     for ax in figure.axes:
@@ -132,12 +135,12 @@ def test_no_text_lies_on_other_text(tmp_path):
 @pytest.mark.parametrize("effects", [[DEFAULT], [DEFAULT, FOUND[-1]]])
 def test_sweeps_without_a_difference_are_refused(tmp_path, effects):
     with pytest.raises(ValueError, match="no setting beside the default has seeds to compare"):
-        forest(effects, tmp_path / "forest.png")
+        forest(effects, tmp_path / "forest.png", default=VALUES)
     assert not (tmp_path / "forest.png").exists()
 
 
 def test_settings_that_change_nothing_are_drawn(tmp_path):
-    (ax,) = forest([DEFAULT, effect("a", "1", 0.0, half=0.0)], tmp_path / "forest.svg").axes
+    (ax,) = forest([DEFAULT, effect("a", "1", 0.0, half=0.0)], tmp_path / "forest.svg", default=VALUES).axes
     assert marks(ax) == {(0, 0.0, forests.NEITHER, True)}
     assert np.subtract(*ax.get_xlim()) < 0
 
@@ -145,6 +148,6 @@ def test_settings_that_change_nothing_are_drawn(tmp_path):
 def test_global_state_stays_as_it_was(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
     before = dict(matplotlib.rcParams)
-    forest(FOUND, tmp_path / "forest.png")
+    forest(FOUND, tmp_path / "forest.png", default=VALUES)
     assert "matplotlib.pyplot" not in sys.modules
     assert dict(matplotlib.rcParams) == before

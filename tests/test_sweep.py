@@ -102,6 +102,26 @@ def test_arms_that_draw_the_same_rollouts_share_them():
     assert set(state.arms.params) == {"lens"}
 
 
+def test_devices_take_equally_many_arms_that_read_the_same():
+    seeds = [arm.seed for arm in ARMS]
+    assert seeds == [3, 8] * 4
+    assert sweep.split(ARMS, 2) == [[0, 2, 4, 1], [3, 5, 6, 7]]
+    assert sweep.split(ARMS, 3) == [[0, 2, 4], [1, 3, 5], [6, 7, 7]]
+    assert sweep.split(ARMS, 1) == [[0, 2, 4, 1, 3, 5, 6, 7]]
+
+
+def test_the_states_of_several_devices_have_one_shape():
+    parts = sweep.split(ARMS, 3)
+    states = [
+        sweep.init([ARMS[i] for i in part], KEYS, config=PROGRAM, models=models(), params=params()) for part in parts
+    ]
+    assert [state.row.tolist() for state in states] == [[0], [1], [0, 1]]
+    stacked = sweep.stack(states, jax.make_mesh((1,), (sweep.DEVICES,)))
+    assert stacked.row.tolist() == [[0, 0], [1, 1], [0, 1]]
+    assert stacked.drawer.tolist() == [[0, 0], [0, 0], [0, 1]]
+    assert stacked.draw.tolist() == [[0, 0, 0], [0, 0, 0], [0, 1, 1]]
+
+
 def test_the_initial_state_of_an_arm_is_that_of_its_run():
     state = start()
     for index, config in enumerate(ARMS):

@@ -1,0 +1,25 @@
+"""What each knob of the recipe does on the standard library of this Python.
+
+    make ablate
+
+The default is the demo preset at a quarter of the window (64 of 256 entries), with fewer steps, shorter protected tails
+and three times its learning rate.
+"""
+
+from experiments.sweeps.recall import KNOBS, TOGETHER
+from lensjax.sweep import Sweep
+
+SWEEP = Sweep(
+    preset="demo",
+    changes={
+        "steps": 100,
+        "eval_batches": 32,
+        "context.horizon": 8,
+        "context.recent_tokens": 12,
+        "hyper.context_start": 0.25,
+        "hyper.context_end": 0.25,
+        "hyper.learning_rate": 3e-3,
+    },
+    one_at_a_time={**KNOBS, "hyper.lod2_share": (0.3,)},
+    together=TOGETHER,
+)
