@@ -252,12 +252,14 @@ def _train(
     for index, arm in enumerate(arms):
         place = slots.index(index)
         mine = [{name: values.reshape(-1)[place] for name, values in report.items()} for report in reports]
+        losses = [float(report["nll_policy"]) for report in mine]
+        diverged = not (finite.reshape(-1)[place] and np.isfinite(losses).all())
         result = {
             "setting": arm.setting,
             "seed": arm.config.seed,
-            "diverged": not bool(finite.reshape(-1)[place]),
+            "diverged": diverged,
             "metrics": _strict(evaluation.mean_over_batches(mine)),
-            "nll_by_batch": [float(report["nll_policy"]) for report in mine],
+            "nll_by_batch": None if diverged else losses,
         }
         _write(_file(folder, arm), json.dumps(result, indent=2) + "\n")
     console.out(f"{len(arms)} arms in {time.perf_counter() - began:.0f} seconds, one program", highlight=False)
@@ -347,7 +349,8 @@ def _report(arguments: Arguments, plan: Sweep, arms: Sequence[Arm], table: Seque
         rows, files = table[first : first + count], stored[first : first + count]
         others = {name: np.asarray([math.nan if row[name] is None else row[name] for row in rows]) for name in REPORTED}
         diverged = np.asarray([row["diverged"] for row in rows])
-        losses = np.asarray([one["nll_by_batch"] for one in files])
+        nothing = [math.nan] * arms[first].config.eval_batches
+        losses = np.asarray([one["nll_by_batch"] or nothing for one in files])
         measured.append(effects.Measured(arms[first].setting, losses, others, diverged))
     found = effects.effects(measured, resamples=RESAMPLES, seed=EVALUATION_SEED)
     title = f"{plan.preset}: {len(measured)} settings, {count} seeds"

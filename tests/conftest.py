@@ -29,7 +29,7 @@ hypothesis.settings.register_profile("lensjax", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("lensjax")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def compiles() -> Callable[[], AbstractContextManager[list[str]]]:
     """A context manager that lists the names of the functions which XLA compiles inside it.
 

@@ -41,10 +41,16 @@ def arguments(workplace, output_dir, **changes):
 
 
 @pytest.fixture(scope="module")
-def whole(workplace):
+def whole_and_compiled(workplace, compiles):
     folder = workplace / "whole"
-    script.ablate(arguments(workplace, folder, chunk=4))
-    return folder
+    with compiles() as names:
+        script.ablate(arguments(workplace, folder, chunk=4))
+    return folder, names
+
+
+@pytest.fixture(scope="module")
+def whole(whole_and_compiled):
+    return whole_and_compiled[0]
 
 
 def table(folder: Path):
@@ -137,11 +143,30 @@ def test_what_is_killed_loses_the_chunk_in_flight_and_no_more(whole, workplace, 
 
 
 @pytest.mark.slow
-def test_one_compile_serves_all_chunks(workplace, compiles):
-    script._Program.of.cache_clear()
-    with compiles() as names:
-        script.ablate(arguments(workplace, workplace / "chunks", chunk=2))
+def test_one_compile_serves_all_chunks(whole_and_compiled):
+    names = whole_and_compiled[1]
     assert names.count("jit(on_devices)") == 2  # one for the steps, one for the evaluation
+
+
+@pytest.mark.slow
+def test_an_arm_that_diverges_is_said_to_and_disturbs_no_other(whole, workplace):
+    file, folder = workplace / "diverges.py", workplace / "diverges"
+    file.write_text(
+        (workplace / "small.py").read_text().replace("(0.5, 2.0)", '(0.5,), "hyper.learning_rate": (1e30,)')
+    )
+    script.ablate(arguments(workplace, folder, sweep=str(file), chunk=6))
+    rows, expected = table(folder), {(row["hyper.temperature"], row["seed"]): row for row in table(whole)}
+    diverged = [row for row in rows if row["hyper.learning_rate"] == "1e+30"]
+    assert [row["diverged"] for row in diverged] == ["True", "True"]
+    assert [row["gap_closed_oracle"] for row in diverged] == ["", ""]
+    others = [row for row in rows if row not in diverged]
+    assert len(others) == 4
+    for row in others:
+        alone = expected[row["hyper.temperature"], row["seed"]]
+        assert row["diverged"] == "False"
+        for name in ("nll", "swap_rate", "policy_score_abs_mean"):
+            assert float(row[name]) == pytest.approx(float(alone[name]), rel=1e-5)
+    assert "- `hyper.learning_rate = 1e+30`: 2 diverged" in (folder / "report.md").read_text()
 
 
 def test_settings():
@@ -209,7 +234,9 @@ def test_a_bad_sweep_ends_the_command_before_anything_is_written(text, message, 
 
 
 def test_an_unknown_name_lists_the_sweeps():
-    with pytest.raises(FileNotFoundError, match=r"no sweep .*none.py; name a Python file, or one of: recall, stdlib"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no sweep .*none.py; name a Python file, or one of: recall, stdlib, temp"
+    ):
         script.load_sweep("none")
 
 
