@@ -187,7 +187,7 @@ class FocusConfig:
 class Hyperparameters:
     """What an ablation sweeps. Floats in a `Config`; float32 scalars, or a batch of them, in a `TrainState`."""
 
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
     weight_decay: float = 0.0
     temperature: float = 1.0
     """Temperature of the preference scale g and of the Bernoulli policy in the KL."""

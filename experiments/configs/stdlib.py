@@ -17,7 +17,7 @@ CONFIG = Config(
     save_steps=100,
     base=BaseConfig(dim=128, layers=2, heads=4, kv_heads=2, mlp_dim=320, copy_heads=1, conv_width=4),
     context=ContextConfig(window=512, block_size=4, max_lod=3, horizon=8, recent_tokens=12, rollouts=6),
-    hyper=Hyperparameters(learning_rate=1e-3, context_start=0.25, context_end=0.25, lod2_share=0.2),
+    hyper=Hyperparameters(context_start=0.25, context_end=0.25, lod2_share=0.2),
     data=DataConfig(task="stdlib"),
     pretrain=PretrainConfig(steps=1200, batch_size=8, rollout_weight=1.0),
 )

@@ -2,8 +2,8 @@
 
     make ablate
 
-The default is the recall preset with a third of its steps and half of its batch: the task is mostly learned by then,
-and what helps or hurts can still show.
+The default is the recall preset with a third of its steps, half of its batch and three times its learning rate: the
+task is mostly learned by then, and what helps or hurts can still show.
 """
 
 from lensjax.sweep import Sweep
@@ -34,7 +34,7 @@ TOGETHER = (
 
 SWEEP = Sweep(
     preset="recall",
-    changes={"steps": 100, "batch_size": 16},
+    changes={"steps": 100, "batch_size": 16, "hyper.learning_rate": 3e-3},
     one_at_a_time={**KNOBS, "hyper.context_start": (0.4,)},
     together=TOGETHER,
 )

@@ -2,8 +2,8 @@
 
     make ablate
 
-The default is the demo preset at a quarter of the window (64 of 256 entries), with fewer steps and a shorter protected
-tail.
+The default is the demo preset at a quarter of the window (64 of 256 entries), with fewer steps, a shorter protected
+tail and three times the learning rate.
 """
 
 from experiments.sweeps.recall import KNOBS, TOGETHER
@@ -18,6 +18,7 @@ SWEEP = Sweep(
         "context.recent_tokens": 12,
         "hyper.context_start": 0.25,
         "hyper.context_end": 0.25,
+        "hyper.learning_rate": 3e-3,
     },
     one_at_a_time={**KNOBS, "hyper.lod2_share": (0.3,)},
     together=TOGETHER,
