@@ -26,7 +26,7 @@ import tyro
 from jax import Array
 from rich.console import Console
 
-from lensjax import checkpoint, data, evaluation, loop, plots, pretrain, run_folder, train
+from lensjax import checkpoint, data, devices, evaluation, loop, plots, pretrain, run_folder, train
 from lensjax import config as configs
 from lensjax import logging as run_logging
 from lensjax.config import Config
@@ -98,11 +98,15 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
     console = console or Console()
     models = build_models(config)
     inputs = _Inputs(config)  # reads all data first: an empty corpus must not leave a folder behind
+    batch_sizes = {"batch_size": config.batch_size}
+    if config.base_run is None and config.init is None:
+        batch_sizes["pretrain.batch_size"] = config.pretrain.batch_size
+    mesh = devices.make_mesh(batch_sizes)
     taken = load_start(config, models)
     folder = (run_folder.open_run if resume else run_folder.create_run)(config.output_dir, config)
     console.out(f"run folder {folder}, {jax.default_backend()}, seed {config.seed}", highlight=False)
     with run_logging.RunLogger(folder, resume=_restore_point(folder) if resume else None) as logger:
-        surroundings = {"run_dir": folder, "config": config, "logger": logger, "console": console}
+        surroundings = {"run_dir": folder, "config": config, "mesh": mesh, "logger": logger, "console": console}
         params, seconds = taken or {}, 0.0
         summary: dict[str, Any] = {}
         if taken is None:

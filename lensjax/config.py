@@ -357,6 +357,8 @@ class Config:
     """Run folder whose LensNet this run starts from, its base model and GistNet with it; instead of `base_run`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type of the models; parameters, softmax and losses stay in float32."""
+    shard_parameters: bool = False
+    """Split parameters and optimizer state over the devices as well as the batch (FSDP): less memory, more traffic."""
     logging_steps: int = 10
     eval_steps: int = 100
     eval_batches: int = 8

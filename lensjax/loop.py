@@ -16,10 +16,11 @@ import grain
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lensjax import checkpoint
+from lensjax import checkpoint, devices
 from lensjax import logging as run_logging
 from lensjax.config import Config
 from lensjax.logging import RunLogger
@@ -55,6 +56,7 @@ def run_phase(
     *,
     run_dir: Path,
     config: Config,
+    mesh: Mesh,
     logger: RunLogger,
     console: Console,
 ) -> tuple[State, float]:
@@ -65,7 +67,8 @@ def run_phase(
       state: the state at step 0; its buffers are donated.
       batches: training data at its start; moved to the checkpoint's position.
       run_dir: the run's folder.
-      config: read are the window and the logging, evaluation and saving steps.
+      config: read are the window, whether to split the state, and the logging, evaluation and saving steps.
+      mesh: the devices that share each batch; a run may go on with another number of them.
       logger: takes the metrics.
       console: shows the progress.
 
@@ -77,6 +80,7 @@ def run_phase(
       FloatingPointError: a metric became NaN or infinite; names step, term and the last good checkpoint.
     """
     folder = checkpoint_dir(run_dir, phase.name)
+    state = devices.place(state, mesh, split=config.shard_parameters)
     first, elapsed = 0, 0.0
     newest = checkpoint.latest_step(folder)
     if newest is not None:
@@ -88,12 +92,13 @@ def run_phase(
     started = time.perf_counter() - elapsed
 
     # Compiled ahead of time: a call with other shapes would be an error, never a second compile.
-    spec = {"tokens": jax.ShapeDtypeStruct((phase.batch_size, config.context.window), jnp.int32)}
-    compiled = jax.jit(phase.step, donate_argnums=0).lower(state, spec).compile()
+    spec = {"tokens": devices.batch_spec((phase.batch_size, config.context.window), jnp.int32, mesh)}
+    placed = (jax.tree.map(lambda leaf: leaf.sharding, state), None)
+    compiled = jax.jit(phase.step, donate_argnums=0, out_shardings=placed).lower(state, spec).compile()
     recorder = _Recorder(phase.name, logger, folder)
     with _stop_requests() as stop, _progress(console, phase, first) as advance:
         for done in range(first + 1, phase.steps + 1):
-            batch = jax.device_put({"tokens": next(batches)["tokens"]})
+            batch = {"tokens": devices.share_out(next(batches)["tokens"], mesh)}
             with jax.transfer_guard("disallow"):
                 state, metrics = compiled(state, batch)
             advance()

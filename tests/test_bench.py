@@ -1,0 +1,116 @@
+"""The benchmark, on a shape that takes no time; and what the compiled step must not hold."""
+
+import functools
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments import bench as script
+from lensjax import config as configs
+from lensjax import train
+from lensjax.cost import step_cost
+from lensjax.models import build_models
+from tests.small import SMALL
+
+TINY = configs.replace(SMALL, **{"hyper.kl_weight": 0.1, "base.vocab_size": 509, "data.task": "recall"})
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(script.SHAPES, "small", TINY)
+
+
+@pytest.mark.slow
+def test_a_shape_is_measured(tiny, tmp_path):
+    file = tmp_path / "bench.json"
+    script.main(["--shapes", "small", "--repetitions", "2", "--json", str(file), "--profile", str(tmp_path / "traces")])
+    (report,) = json.loads(file.read_text())
+    assert report["shape"] == "small" and report["compiles"] == 1 and report["peak_bytes"] > 0
+    assert report["entries"] == 25 and report["variants"] == 12
+    assert report["step_over_floor"] == pytest.approx(report["step_ms"] / report["floor_ms"])
+    parts = report["parts_ms"]
+    assert set(parts) == {"tree", "rollouts", "materialise", "nll", "lens", "anchor", "objective", "optimizer"}
+    assert all(value > 0 for value in parts.values())
+    assert report["lens_losses_share"] == pytest.approx(parts["objective"] / report["step_ms"])
+    assert any((tmp_path / "traces" / "small").rglob("*.xplane.pb"))
+
+
+def test_the_floor_does_the_model_passes():
+    step = script._Step(TINY, build_models(TINY))
+    gists, logits, _, grads, anchor = script.floor(step)()
+    rows, variants, horizon = TINY.batch_size, TINY.context.rollouts + 1, TINY.context.horizon
+    assert [level.shape for level in gists] == [(rows, 16, 16), (rows, 8, 16)]
+    assert logits.shape == (rows, variants, horizon, 509) and anchor.shape == (rows, variants, 25)
+    assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(grads))
+    # The logits are those that the losses are made of.
+    targets = step.batch["tokens"][:, None, -horizon:, None]
+    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets, axis=-1)
+    assert jnp.allclose(-picked.mean(axis=(2, 3)), step.scored.losses, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", ["small", "medium"])
+def test_the_cost_on_paper_is_what_the_compiler_counts(shape):
+    config = configs.replace(script.SHAPES[shape], batch_size=1, **{"context.rollouts": 1})
+    models = build_models(config)
+    entries = jax.eval_shape(
+        lambda key: (
+            train.score_batch(
+                *((state := train.init_train_state(key, config=config, models=models)).params, state),
+                {"tokens": jnp.zeros((1, config.context.window), jnp.int32)},
+                config=config,
+                models=models,
+            ).entries
+        ),
+        jax.random.key(0),
+    )
+    params = jax.eval_shape(
+        lambda key: {name: getattr(models, name).init(key) for name in ("base", "lens")}, jax.random.key(0)
+    )
+    cost = step_cost(config)
+
+    def counted(function, *given):
+        return jax.jit(function).lower(*given).cost_analysis()["flops"]
+
+    base = counted(lambda base, entries: script._logits(models, base, entries, config), params["base"], entries)
+    # The compiler counts products with masked entries as well, and the elementwise operations.
+    assert cost.base < base < 1.25 * cost.base
+    lens = counted(
+        lambda lens, entries: script._lens_gradient(models, lens, entries, jnp.ones(entries.valid.shape)),
+        params["lens"],
+        entries,
+    )
+    assert 0.95 * cost.lens < lens < 1.25 * cost.lens
+    assert cost.anchor == cost.lens / 3 and cost.total == cost.base + cost.lens + cost.anchor + cost.gist
+
+
+def test_a_file_that_is_there_is_kept(tmp_path):
+    file = tmp_path / "bench.json"
+    file.write_text("mine")
+    with pytest.raises(SystemExit, match="exists: name another file"):
+        script.main(["--json", str(file)])
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("words", [["--repetitions", "0"]])
+def test_no_repetition_is_refused(words):
+    with pytest.raises(SystemExit, match="repetitions must be at least 1, got 0"):
+        script.main(words)
+
+
+def test_the_compiled_step_holds_no_logits_of_all_entries():
+    models = build_models(TINY)
+    state = jax.eval_shape(functools.partial(train.init_train_state, config=TINY, models=models), jax.random.key(0))
+    batch = {"tokens": jax.ShapeDtypeStruct((TINY.batch_size, TINY.context.window), jnp.int32)}
+    step = functools.partial(train.train_step, config=TINY, models=models)
+    text = jax.jit(step).lower(state, batch).compile().as_text()
+    sizes = [
+        (shape, functools.reduce(lambda x, y: x * y, map(int, shape.split(","))))
+        for shape in set(re.findall(r"\[([\d,]+)\]", text))
+        if "509" in shape.split(",")
+    ]
+    variants, entries = TINY.batch_size * (TINY.context.rollouts + 1), TINY.context_capacity
+    horizon = variants * TINY.context.horizon * 509
+    assert max(size for _, size in sizes) == horizon < variants * entries * 509

@@ -1,0 +1,115 @@
+"""One device or many: the same numbers, and a run that goes on with another number of them."""
+
+import json
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from lensjax import checkpoint, devices
+from lensjax import config as configs
+from lensjax.logging import read_rows
+from tests.runs import TINY, run_script
+
+STEPS = 20
+EIGHT = configs.replace(
+    TINY, steps=STEPS, batch_size=8, save_steps=10, **{"pretrain.batch_size": 8, "hyper.kl_weight": 0.1}
+)
+# Short sums in every order round alike; what Adam makes of a gradient near 0 does not.
+CLOSE = {"rtol": 2e-4, "atol": 2e-5}
+
+
+def test_state_is_whole_on_all_devices_or_split_where_it_can_be():
+    mesh = devices.make_mesh({"batch_size": 4})
+    assert mesh.size == 2
+    state = {"odd": jnp.ones((3, 5)), "both": jnp.ones((4, 6)), "scalar": jnp.int32(1), "key": jax.random.key(0)}
+    whole, split = (devices.place(state, mesh, split=split) for split in (False, True))
+    assert all(leaf.sharding.spec == PartitionSpec() for leaf in whole.values())
+    specs = {name: leaf.sharding.spec for name, leaf in split.items()}
+    nowhere = PartitionSpec()
+    assert specs == {"odd": nowhere, "both": PartitionSpec(None, devices.AXIS), "scalar": nowhere, "key": nowhere}
+    assert split["both"].addressable_shards[0].data.shape == (4, 3)
+    np.testing.assert_array_equal(split["both"], state["both"])
+
+
+def test_each_device_has_its_rows():
+    mesh = devices.make_mesh({})
+    rows = np.arange(8).reshape(4, 2)
+    shared = devices.share_out(rows, mesh)
+    assert [shard.data.tolist() for shard in shared.addressable_shards] == [rows[:2].tolist(), rows[2:].tolist()]
+    assert shared.sharding == devices.batch_spec((4, 2), jnp.int32, mesh).sharding
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused():
+    message = r"pretrain.batch_size must be a multiple of the 2 devices that share a batch, got 3: change it"
+    with pytest.raises(ValueError, match=message):
+        devices.make_mesh({"batch_size": 2, "pretrain.batch_size": 3})
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    """Trains on a number of devices; returns the run's folder."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def start(name, count, *words, interrupt=None, **changes):
+        folder = tmp_path_factory.getbasetemp() / name
+        if not words:
+            file = folder.with_suffix(".json")
+            file.write_text(configs.to_json(configs.replace(EIGHT, output_dir=str(folder), **changes)))
+            words = (file,)
+        flags = f"--xla_force_host_platform_device_count={count}"
+        done = run_script(*words, cache=cache, interrupt=interrupt, XLA_FLAGS=flags)
+        expected = 0 if interrupt is None else 128 + signal.SIGTERM
+        assert done.returncode == expected, done.stderr[-2000:]
+        return folder
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def on_one(train):
+    return train("one", 1)
+
+
+def assert_same(folder, other):
+    ours, theirs = (arrays(run) for run in (folder, other))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_allclose(ours[name], theirs[name], err_msg=name, **CLOSE)
+    losses = [[row["loss"] for row in read_rows(run) if "loss" in row] for run in (folder, other)]
+    assert len(losses[0]) == STEPS + EIGHT.pretrain.steps
+    np.testing.assert_allclose(*losses, **CLOSE)
+
+
+def arrays(folder):
+    """Parameters after the last step."""
+    directory = folder / "checkpoints" / "lens"
+    manifest = json.loads((directory / str(STEPS) / "manifest.json").read_text())["arrays"]
+    names = [name.split("/") for name in manifest if name.startswith("params/")]
+    like: dict = {}
+    for parts in names:
+        spec, level = manifest["/".join(parts)], like
+        for part in parts[1:-1]:
+            level = level.setdefault(part, {})
+        level[parts[-1]] = jax.ShapeDtypeStruct(spec["shape"], spec["dtype"])
+    found = checkpoint.restore_subtree(directory, STEPS, like, path=("params",))
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", [False, True])
+def test_eight_devices_give_what_one_gives(on_one, train, split):
+    assert_same(train(f"eight-{split}", 8, shard_parameters=split), on_one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(8, 1), (1, 8)])
+def test_a_run_goes_on_with_another_number_of_devices(on_one, train, before, after):
+    name = f"from-{before}"
+    folder = train(name, before, interrupt=("saved", "lens", 10, signal.SIGTERM))
+    assert checkpoint.latest_step(folder / "checkpoints" / "lens") in (10, 11)
+    train(name, after, "--resume", folder)
+    assert_same(folder, on_one)
