@@ -189,9 +189,10 @@ def _read(session: Session, tokens: Iterator[int], watch: "_Watch", arguments: A
 
 
 def _device_bytes() -> int:
-    """Memory of all arrays on the device."""
+    """Memory of all arrays on the devices."""
+    buffers = [shard.data for array in jax.live_arrays() for shard in array.addressable_shards]
     # On a CPU an array that was fetched is listed twice, with one buffer.
-    return sum({array.unsafe_buffer_pointer(): array.nbytes for array in jax.live_arrays()}.values())
+    return sum({buffer.unsafe_buffer_pointer(): buffer.nbytes for buffer in buffers}.values())
 
 
 def _process_bytes() -> int | None:
