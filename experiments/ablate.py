@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import Progress
 
@@ -37,6 +37,7 @@ from experiments.train import EVALUATION_SEED, LENS_STREAM, load_object, load_pr
 from lensjax import comparison, data, effects, evaluation, run_folder, sweep
 from lensjax import config as configs
 from lensjax.config import Config
+from lensjax.devices import AXIS, place
 from lensjax.forest import forest
 from lensjax.metrics import Metrics
 from lensjax.models import Models, Params, build_models
@@ -221,7 +222,7 @@ class _Program:
     @classmethod
     @functools.cache
     def of(cls, config: Config, *, devices: int, at_once: int | None) -> "_Program":
-        models, mesh = build_models(config), Mesh(jax.devices()[:devices], (sweep.DEVICES,))
+        models, mesh = build_models(config), Mesh(jax.devices()[:devices], (AXIS,))
         static: dict[str, Any] = {"config": config, "models": models, "at_once": at_once}
         step = sweep.over_devices(functools.partial(sweep.step, **static), mesh)
         evaluate = sweep.over_devices(functools.partial(sweep.evaluate, **static), mesh)
@@ -272,12 +273,11 @@ def _steps(
     batches = [
         data.make_iterator(config, "train", seed=2 * seed + LENS_STREAM, batch_size=config.batch_size) for seed in seeds
     ]
-    everywhere = NamedSharding(program.mesh, PartitionSpec())
     finite: list[Array] = []
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         for _ in progress.track(range(config.steps), description=f"{state.draw.size} arms"):
             batch = {"tokens": np.stack([next(one)["tokens"] for one in batches])}
-            state, report = program.step(state, jax.device_put(batch, everywhere))
+            state, report = program.step(state, place(batch, program.mesh, split=False))
             if finite:
                 finite[-1].block_until_ready()  # one step in flight: the bar tells the truth, no device waits
             finite.append(jnp.isfinite(report["loss"] + report["grad_norm"]))

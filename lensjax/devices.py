@@ -40,7 +40,7 @@ def make_mesh(batch_sizes: Mapping[str, int]) -> Mesh:
 
 
 def place(state: Tree, mesh: Mesh, *, split: bool) -> Tree:
-    """Puts a state on all devices: whole on each, or (`split`) its large arrays in parts (FSDP).
+    """Puts a state on all devices: whole on each, or (`split`) in parts where that goes (FSDP).
 
     An array is split along its longest axis that the number of devices divides.
 

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lensjax import evaluation, train
 from lensjax.config import Config
+from lensjax.devices import AXIS
 from lensjax.metrics import Metrics
 from lensjax.models import Models, Params
 from lensjax.train import TrainState
@@ -27,8 +28,6 @@ Setting = dict[str, Any]
 """Changed fields of a config by dotted name; empty for the default."""
 ROLLOUT_SETTINGS = ("context_start", "context_end", "lod2_share")
 """What decides, beside the seed, which rollouts an arm draws."""
-DEVICES = "devices"
-"""The axis of the mesh that arms are spread over."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +185,7 @@ def stack(states: Sequence[SweepState], mesh: Mesh) -> SweepState:
         )
 
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(padded, states))
-    return jax.device_put(stacked, NamedSharding(mesh, PartitionSpec(DEVICES)))
+    return jax.device_put(stacked, NamedSharding(mesh, PartitionSpec(AXIS)))
 
 
 def over_devices(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
@@ -196,8 +195,8 @@ def over_devices(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]
         returned = function(jax.tree.map(lambda leaf: leaf[0], state), *rest)
         return jax.tree.map(lambda leaf: leaf[None], returned)
 
-    specs = (PartitionSpec(DEVICES), PartitionSpec())
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(DEVICES), check_vma=False)
+    specs = (PartitionSpec(AXIS), PartitionSpec())
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(AXIS), check_vma=False)
 
     def on_devices(state: SweepState, *rest: Any) -> Any:
         return mapped(state, rest)

@@ -94,10 +94,9 @@ def test_a_file_that_is_there_is_kept(tmp_path):
     assert file.read_text() == "mine"
 
 
-@pytest.mark.parametrize("words", [["--repetitions", "0"]])
-def test_no_repetition_is_refused(words):
+def test_no_repetition_is_refused():
     with pytest.raises(SystemExit, match="repetitions must be at least 1, got 0"):
-        script.main(words)
+        script.main(["--repetitions", "0"])
 
 
 def test_the_compiled_step_holds_no_logits_of_all_entries():

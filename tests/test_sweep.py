@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lensjax import config as configs
-from lensjax import sweep, train
+from lensjax import devices, sweep, train
 from lensjax.models import build_models
 from tests.small import SMALL, batch, jit
 
@@ -116,7 +116,7 @@ def test_the_states_of_several_devices_have_one_shape():
         sweep.init([ARMS[i] for i in part], KEYS, config=PROGRAM, models=models(), params=params()) for part in parts
     ]
     assert [state.row.tolist() for state in states] == [[0], [1], [0, 1]]
-    stacked = sweep.stack(states, jax.make_mesh((1,), (sweep.DEVICES,)))
+    stacked = sweep.stack(states, jax.make_mesh((1,), (devices.AXIS,)))
     assert stacked.row.tolist() == [[0, 0], [1, 1], [0, 1]]
     assert stacked.drawer.tolist() == [[0, 0], [0, 0], [0, 1]]
     assert stacked.draw.tolist() == [[0, 0, 0], [0, 0, 0], [0, 1, 1]]
