@@ -12,7 +12,7 @@ import pytest
 from jax import Array
 
 from lensjax.config import BaseConfig, Config, GistConfig, LensConfig, replace
-from lensjax.models import BaseModel, GistModel, LensModel, Params, build_models
+from lensjax.models import BaseModel, GistModel, LensModel, Params, build_models, transformer
 from lensjax.models.lensnet import time_features
 
 # Widths are shared, for initialisation without jit compiles once per shape.
@@ -327,6 +327,29 @@ def test_base_model_equals_a_slow_reference(config: BaseConfig) -> None:
     model = BaseModel(config)
     params, inputs = trained(model), base_inputs()
     assert_close(run(model, params, *inputs, ROWS), reference_logits(params, config, *inputs))
+
+
+@pytest.mark.parametrize(("size", "most", "blocks"), [(4, 100, 3), (1, 2, 2), (1, 100, S)])
+def test_attention_in_blocks_of_queries_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, size: int, most: int, blocks: int
+) -> None:
+    model, inputs = BaseModel(BASE), base_inputs()
+    params, lengths = trained(model), []
+    expected = gradients(model, params, *inputs, ROWS)
+
+    def mixed(query: Array, key: Array, *others: Array) -> Array:
+        lengths.append((query.shape[0], key.shape[0]))
+        return whole(query, key, *others)
+
+    whole = transformer._mixed
+    monkeypatch.setattr(transformer, "_mixed", mixed)
+    monkeypatch.setattr(transformer, "_MIN_BLOCK", size)
+    monkeypatch.setattr(transformer, "_MAX_BLOCKS", most)
+    found = compiled_gradients.__wrapped__(model)(params, *inputs, ROWS)
+    jax.tree.map(assert_close, found, expected)
+    *of_blocks, of_rows = lengths
+    assert len(of_blocks) == blocks and of_rows == (S, S)
+    assert [keys for _, keys in of_blocks] == np.cumsum([queries for queries, _ in of_blocks]).tolist()
 
 
 @bases

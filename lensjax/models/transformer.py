@@ -14,6 +14,9 @@ from jax.typing import DTypeLike
 
 from lensjax.models.rope import apply_rotary
 
+# Smaller blocks would keep a GPU waiting, more of them the compiler.
+_MIN_BLOCK, _MAX_BLOCKS = 128, 8
+
 Rotary = tuple[Array, Array]
 """cos and sin, each float32[S, head_dim / 2]."""
 Memory = tuple[Array, Array]
@@ -146,10 +149,12 @@ class Attention(nnx.Module):
         query, key = self._heads(self.query(source), own_rotary), self._heads(self.key(x), rotary)
         value = self._heads(self.value(x))
         mask = None if key_mask is None else key_mask[None, None, :]
-        if self.config.causal and rows is not None:
-            earlier = _up_to(rows, x.shape[0])
-            mask = earlier if mask is None else mask & earlier
-        return self._attend(query, key, value, mask, is_causal=self.config.causal and rows is None)
+        if not self.config.causal:
+            return self._attend(query, key, value, mask)
+        if rows is None:
+            return self._attend_to_earlier(query, key, value, mask)
+        earlier = _up_to(rows, x.shape[0])
+        return self._attend(query, key, value, earlier if mask is None else earlier & mask)
 
     def extend(self, x: Array, memory: Memory, *, rotary: Rotary, slots: Array) -> tuple[Array, Memory]:
         """Writes x [R, D] to `slots` int32[R] of the memory and attends to all slots up to each: [R, D], memory."""
@@ -168,12 +173,22 @@ class Attention(nnx.Module):
         weights = jax.nn.softmax(jnp.where(_up_to(rows, x.shape[0]), logits, -jnp.inf))
         return weights, jnp.linalg.norm(self._heads(projected).astype(jnp.float32), axis=-1).T
 
-    def _attend(self, query: Array, key: Array, value: Array, mask: Array | None, *, is_causal: bool = False) -> Array:
-        key = self._shift(key)
-        # JAX's implementation mixes bfloat16 with float32 (its softmax), which strict promotion refuses.
-        with jax.numpy_dtype_promotion("standard"):
-            mixed = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=is_causal)
-        return self.out(mixed.reshape(query.shape[0], -1))
+    def _attend(self, query: Array, key: Array, value: Array, mask: Array | None) -> Array:
+        return self.out(_mixed(query, self._shift(key), value, mask))
+
+    def _attend_to_earlier(self, query: Array, key: Array, value: Array, mask: Array | None) -> Array:
+        """Causal attention of every entry, a block of queries at a time: no later key is multiplied, only to be masked.
+
+        That is half of the products, and a block's logits stay in a processor's cache.
+        """
+        key, length, parts = self._shift(key), query.shape[0], []
+        size = max(_MIN_BLOCK, -(-length // _MAX_BLOCKS))
+        for start in range(0, length, size):
+            end = min(start + size, length)
+            earlier = _up_to(jnp.arange(start, end), end)
+            seen = earlier if mask is None else earlier & mask[..., :end]
+            parts.append(_mixed(query[start:end], key[:end], value[:end], seen))
+        return self.out(jnp.concatenate(parts))
 
     def _shift(self, key: Array) -> Array:
         """Gives each entry, in the copy heads, the key of the one before it; the first has a key of zeros."""
@@ -187,6 +202,13 @@ class Attention(nnx.Module):
         """Splits [S, heads * head_dim] into heads and turns them to their positions."""
         heads = x.reshape(x.shape[0], -1, self.config.head_dim)
         return heads if rotary is None else apply_rotary(heads, *rotary)
+
+
+def _mixed(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
+    """Values [S, ...] mixed by attention, heads side by side: [R, heads * head_dim]."""
+    # JAX's implementation mixes bfloat16 with float32 (its softmax), which strict promotion refuses.
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.nn.dot_product_attention(query, key, value, mask=mask).reshape(query.shape[0], -1)
 
 
 def _take(entries: tuple[Array, Rotary | None], rows: Array) -> tuple[Array, Rotary | None]:
