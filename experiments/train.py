@@ -6,6 +6,8 @@
     python experiments/train.py --resume runs/notes               go on with an interrupted run
     python experiments/train.py recall --init runs/a --seed 2     start from the models of another run
 
+Several processes, started with the same words, train together where `JAX_COORDINATOR_ADDRESS` asks for it (BUILD.md).
+
 The first argument names a file of `experiments/configs/` (or is the path of such a file, or of a run's
 `config.json`); flags change single fields. Everything that a run makes is in its own folder.
 """
@@ -21,9 +23,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import jax
-import numpy as np
 import tyro
 from jax import Array
+from jax.sharding import Mesh
 from rich.console import Console
 
 from lensjax import checkpoint, data, devices, evaluation, loop, plots, pretrain, run_folder, train
@@ -47,6 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
         config, resume = parse(words)
+        devices.join()
         run(config, resume=resume)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
@@ -95,20 +98,23 @@ def load_object(path: Path, name: str, kind: type[Kind]) -> Kind:
 def run(config: Config, *, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
     """One whole run; returns what `summary.json` holds."""
     started = time.perf_counter()
-    console = console or Console()
+    console = console or Console(quiet=not devices.is_first())
     models = build_models(config)
-    inputs = _Inputs(config)  # reads all data first: an empty corpus must not leave a folder behind
     batch_sizes = {"batch_size": config.batch_size}
     if config.base_run is None and config.init is None:
         batch_sizes["pretrain.batch_size"] = config.pretrain.batch_size
     mesh = devices.make_mesh(batch_sizes)
+    inputs = _Inputs(config, mesh)  # reads all data first: an empty corpus must not leave a folder behind
     taken = load_start(config, models)
-    folder = (run_folder.open_run if resume else run_folder.create_run)(config.output_dir, config)
+    folder = Path(config.output_dir)
+    devices.in_first(lambda: (run_folder.open_run if resume else run_folder.create_run)(folder, config))
     console.out(f"run folder {folder}, {jax.default_backend()}, seed {config.seed}", highlight=False)
-    with run_logging.RunLogger(folder, resume=_restore_point(folder) if resume else None) as logger:
+    logged = folder if devices.is_first() else None
+    with run_logging.RunLogger(logged, resume=_restore_point(folder) if resume else None) as logger:
         surroundings = {"run_dir": folder, "config": config, "mesh": mesh, "logger": logger, "console": console}
         params, seconds = taken or {}, 0.0
         summary: dict[str, Any] = {}
+        maps: list[VariantMap] = []
         if taken is None:
             pretrain_report = _pretrain_evaluator(config, models)
             params, seconds = _pretrain(config, models, inputs, pretrain_report, surroundings)
@@ -118,10 +124,9 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
             state, lens_seconds = _train_lens(config, models, params, inputs, report, surroundings)
             seconds += lens_seconds
             summary |= report(state, inputs.test)
-            _draw_maps(folder, state, config, models, inputs)
-    plots.training_curves(run_logging.read_rows(folder), folder / "training.png")
+            maps = _variant_maps(state, config, models, inputs)
     summary = _summary(config, summary, training_seconds=seconds, seconds=time.perf_counter() - started)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    devices.in_first(lambda: _write_results(folder, summary, maps))
     _print_summary(console, folder, summary)
     return summary
 
@@ -129,21 +134,29 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
 class _Inputs:
     """All data of a run, checked and in memory before the run's folder is made."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, mesh: Mesh) -> None:
+        share = (jax.process_index(), jax.process_count())
         batches = functools.partial(
-            data.fixed_batches, config, batch_size=config.batch_size, count=config.eval_batches, seed=EVALUATION_SEED
+            data.fixed_batches,
+            config,
+            batch_size=config.batch_size,
+            count=config.eval_batches,
+            seed=EVALUATION_SEED,
+            share=share,
         )
-        self.validation = jax.device_put(batches("validation"))
-        self.test = jax.device_put(batches("test"))
+        self.validation, self.test = (
+            jax.tree.map(lambda rows: devices.share_out(rows, mesh), batches(split)) for split in ("validation", "test")
+        )
         self.pretrain = data.make_iterator(
             config,
             "train",
             seed=2 * config.seed + PRETRAIN_STREAM,
             batch_size=config.pretrain.batch_size,
             pretraining=True,
+            share=share,
         )
         self.lens = data.make_iterator(
-            config, "train", seed=2 * config.seed + LENS_STREAM, batch_size=config.batch_size
+            config, "train", seed=2 * config.seed + LENS_STREAM, batch_size=config.batch_size, share=share
         )
 
 
@@ -262,14 +275,14 @@ def load_params(folder: Path, models: Models, parts: Sequence[Literal["base", "g
     }
 
 
-def _draw_maps(folder: Path, state: train.TrainState, config: Config, models: Models, inputs: _Inputs) -> None:
-    """Pictures of what the baseline, the rollouts and the policy show of a few held-out sequences."""
-    draw = jax.jit(functools.partial(evaluation.variant_maps, config=config, models=models))
-    batch = {name: value[:MAPPED_SEQUENCES] for name, value in inputs.test[0].items()}
-    arrays = jax.device_get(draw(state, batch["tokens"], jax.random.key(EVALUATION_SEED)))
+def _variant_maps(state: train.TrainState, config: Config, models: Models, inputs: _Inputs) -> list[VariantMap]:
+    """What the baseline, the rollouts and the policy show of a few held-out sequences."""
+    compute = jax.jit(functools.partial(evaluation.variant_maps, config=config, models=models))
+    batch = {name: value[:MAPPED_SEQUENCES] for name, value in devices.to_host(inputs.test[0]).items()}
+    arrays = devices.to_host(compute(state, batch["tokens"], jax.random.key(EVALUATION_SEED)))
     labels = ["recency", *(f"rollout {i + 1}" for i in range(config.context.rollouts)), "LensNet's pick"]
-    answers = np.asarray(batch["answer"]).tolist() if "answer" in batch else []
-    maps = [
+    answers = batch["answer"].tolist() if "answer" in batch else []
+    return [
         VariantMap(
             title=f"held-out sequence {i + 1}",
             cuts=arrays["cuts"][i],
@@ -282,7 +295,14 @@ def _draw_maps(folder: Path, state: train.TrainState, config: Config, models: Mo
         )
         for i in range(len(batch["tokens"]))
     ]
-    lod_maps(maps, folder / "maps.png")
+
+
+def _write_results(folder: Path, summary: dict[str, Any], maps: list[VariantMap]) -> None:
+    """The pictures and the summary of a finished run."""
+    if maps:
+        lod_maps(maps, folder / "maps.png")
+    plots.training_curves(run_logging.read_rows(folder), folder / "training.png")
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
 def _summary(config: Config, report: Mapping[str, float], *, training_seconds: float, seconds: float) -> dict[str, Any]:

@@ -7,7 +7,7 @@ A checkpoint is the folder `<directory>/<step>`:
     SHA256SUMS       a checksum of every other file, in the format of `sha256sum --check`
 
 It is written under a hidden name and renamed when complete. The checksums make sure that damage is noticed whatever
-the format beneath would make of it.
+the format beneath would make of it. Of several processes the first one writes, whole arrays, and all of them read.
 """
 
 import hashlib
@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+
+from lensjax import devices
 
 Tree = TypeVar("Tree")
 
@@ -48,8 +50,6 @@ def save(directory: str | Path, step: int, tree: Any, *, data_state: Any = None,
     final = directory / str(step)
     if step < 0 or keep < 1:
         raise ValueError(f"expected a step of at least 0 and a keep of at least 1, got {step} and {keep}")
-    if final.exists():
-        raise ValueError(f"checkpoint {final} is there already; restore it, or delete it to write step {step} anew")
     leaves = _named_leaves(tree)
     manifest = {
         "step": step,
@@ -57,22 +57,8 @@ def save(directory: str | Path, step: int, tree: Any, *, data_state: Any = None,
         "data_state": data_state,
     }
     manifest_text = _to_json(manifest)
-    raw = jax.device_get({name: _raw(leaf) for name, leaf in leaves.items()})
-
-    directory.mkdir(parents=True, exist_ok=True)
-    for stale in directory.glob(f"{_HIDDEN}*"):
-        shutil.rmtree(stale)
-    hidden = directory / f"{_HIDDEN}{step}"
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        # orbax has no arrays without elements; the manifest alone describes them.
-        checkpointer.save(hidden / _ARRAYS, {name: np.asarray(leaf) for name, leaf in raw.items() if leaf.size})
-    (hidden / _MANIFEST).write_text(manifest_text)
-    (hidden / _SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in _checksums(hidden).items()))
-    hidden.rename(final)
-
-    for old in steps(directory)[:-keep]:
-        # Renamed first: a deletion that is cut short leaves no half of a checkpoint under its name.
-        shutil.rmtree((directory / str(old)).rename(directory / f"{_HIDDEN}{old}"))
+    raw = devices.to_host({name: _raw(leaf) for name, leaf in leaves.items()})
+    devices.in_first(lambda: _write(final, raw, manifest_text, keep=keep))
     return final
 
 
@@ -131,12 +117,43 @@ def restore_subtree(directory: str | Path, step: int, like: Tree, *, path: tuple
     return _fill(like, folder, {name: spec for name, spec in specs.items() if name.startswith(prefix)}, prefix=prefix)
 
 
+def _write(final: Path, raw: dict[str, Any], manifest_text: str, *, keep: int) -> None:
+    """Writes one checkpoint, and deletes all but `keep` of those in its directory."""
+    if final.exists():
+        raise ValueError(f"checkpoint {final} is there already; restore it, or delete it to write that step anew")
+    directory = final.parent
+    directory.mkdir(parents=True, exist_ok=True)
+    for stale in directory.glob(f"{_HIDDEN}*"):
+        shutil.rmtree(stale)
+    hidden = directory / f"{_HIDDEN}{final.name}"
+    with _orbax() as orbax:
+        # orbax has no arrays without elements; the manifest alone describes them.
+        orbax.save(hidden / _ARRAYS, {name: np.asarray(leaf) for name, leaf in raw.items() if leaf.size})
+    (hidden / _MANIFEST).write_text(manifest_text)
+    (hidden / _SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in _checksums(hidden).items()))
+    hidden.rename(final)
+
+    for old in steps(directory)[:-keep]:
+        # Renamed first: a deletion that is cut short leaves no half of a checkpoint under its name.
+        shutil.rmtree((directory / str(old)).rename(directory / f"{_HIDDEN}{old}"))
+
+
+def _orbax() -> ocp.Checkpointer:
+    """orbax for this process alone: it would otherwise wait for the others at every call."""
+    process = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=process, active_processes={process}, barrier_sync_key_prefix=str(process)
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
 def _fill(like: Tree, folder: Path, specs: dict[str, dict[str, Any]], *, prefix: str) -> Tree:
     """Puts the stored arrays whose names and specs are given into the structure of `like`."""
     expected = {prefix + name: leaf for name, leaf in _named_leaves(like).items()}
     _check_same_specs(folder, specs, {name: _spec(leaf) for name, leaf in expected.items()})
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        raw = checkpointer.restore(folder / _ARRAYS)
+    with _orbax() as orbax:
+        raw = orbax.restore(folder / _ARRAYS)
     for name, spec in specs.items():
         if name not in raw:
             raw[name] = np.zeros(spec["shape"], spec["dtype"])
@@ -147,9 +164,9 @@ def _fill(like: Tree, folder: Path, specs: dict[str, dict[str, Any]], *, prefix:
 def _place(raw: np.ndarray, spec: dict[str, Any], like: Any) -> Any:
     if isinstance(like, np.ndarray):
         return raw
-    sharding = like.sharding if getattr(like, "committed", False) else None
     array = jax.device_put(raw)
-    return jax.device_put(jax.random.wrap_key_data(array, impl=spec["key"]) if "key" in spec else array, sharding)
+    array = jax.random.wrap_key_data(array, impl=spec["key"]) if "key" in spec else array
+    return devices.put(array, like.sharding) if getattr(like, "committed", False) else array
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:

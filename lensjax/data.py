@@ -30,9 +30,18 @@ _NOT_STDLIB = ("site-packages", "dist-packages", "__pycache__")
 
 
 def make_iterator(
-    config: Config, split: Split, *, seed: int, batch_size: int, pretraining: bool = False
+    config: Config,
+    split: Split,
+    *,
+    seed: int,
+    batch_size: int,
+    pretraining: bool = False,
+    share: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator:
     """Iterates over batches; `get_state` and `set_state` restore the position to the bit.
+
+    Several processes together read the batches that one would read alone, each the rows of its own; a position of one
+    of them is that of all, in any number of processes.
 
     Text: `train` shuffles anew each epoch and never ends; the other splits pass once, in file order, and leave
     out a last partial batch. Recall never ends; its example i is a pure function of (seed, split, i).
@@ -41,12 +50,13 @@ def make_iterator(
       config: the run; read are `data`, `context` and `base.vocab_size`.
       split: which files, or which stream of recall examples.
       seed: fixes the order of the text and the content of the recall examples.
-      batch_size: sequences in a batch [B].
+      batch_size: sequences in a batch of all processes [B]; a multiple of their number.
       pretraining: recall only: sequences full of repetitions, without an answer (see `RecallSource`).
+      share: index of this process, and number of processes.
 
     Returns:
-      Iterator over dicts of `tokens` int32[B, T] and, for recall outside of pretraining, `answer` int32[B], the
-      position of the first token of the block which the tail repeats.
+      Iterator over dicts of `tokens` int32[B / processes, T] and, for recall outside of pretraining, `answer`
+      int32[B / processes], the position of the first token of the block which the tail repeats.
 
     Raises:
       ValueError: there are too few files or bytes, or the recall task does not fit the context.
@@ -57,20 +67,29 @@ def make_iterator(
             dataset = dataset.shuffle(seed=_mixed(seed)).repeat()
         else:
             _require_windows(config, split, found=len(dataset), needed=batch_size)
-    batches = dataset.batch(batch_size, drop_remainder=True)
+    batches = _own_rows(dataset, batch_size, share)
     # Everything is in memory or computed in microseconds: threads would only wait for each other.
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
 
-def fixed_batches(config: Config, split: Split, *, batch_size: int, count: int, seed: int) -> list[Batch]:
+def fixed_batches(
+    config: Config,
+    split: Split,
+    *,
+    batch_size: int,
+    count: int,
+    seed: int,
+    share: tuple[int, int] = (0, 1),
+) -> list[Batch]:
     """Draws the same `count` batches in every run with the same data, context and seed; no window comes twice.
 
     Args:
       config: the run; read are `data`, `context` and `base.vocab_size`.
       split: which files, or which stream of recall examples.
-      batch_size: sequences in a batch [B].
+      batch_size: sequences in a batch of all processes [B]; a multiple of their number.
       count: number of batches.
       seed: chooses the windows, or the recall examples.
+      share: index of this process, and number of processes.
 
     Returns:
       Batches as of `make_iterator`.
@@ -82,7 +101,7 @@ def fixed_batches(config: Config, split: Split, *, batch_size: int, count: int, 
     if config.data.task != "recall":
         _require_windows(config, split, found=len(dataset), needed=count * batch_size)
         dataset = dataset.shuffle(seed=_mixed(seed))
-    batches = dataset.batch(batch_size)
+    batches = _own_rows(dataset, batch_size, share)
     return [batches[i] for i in range(count)]
 
 
@@ -201,6 +220,13 @@ def _examples(config: Config, split: Split, *, seed: int, pretraining: bool = Fa
         pool = config.data.recall_pool if pretraining else None
         return grain.MapDataset.source(RecallSource(config.context, config.base.vocab_size, split, seed, pool))
     return grain.MapDataset.source(_windows(config, split)).map(_as_tokens)
+
+
+def _own_rows(dataset: grain.MapDataset, batch_size: int, share: tuple[int, int]) -> grain.MapDataset:
+    """Whole batches, and of each the rows of one process: process p of n has every n-th run of B / n examples."""
+    process, processes = share
+    runs = dataset.batch(batch_size // processes, drop_remainder=True)
+    return runs[process : len(runs) // processes * processes : processes]
 
 
 def _as_tokens(window: np.ndarray) -> dict[str, np.ndarray]:

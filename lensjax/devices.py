@@ -2,19 +2,76 @@
 
 The step itself is written for a global batch; XLA adds what has to pass between devices. Means, pairs and advantage
 statistics are therefore those of the whole batch on any number of devices.
+
+The devices may belong to several processes, one a host or one a GPU. Each runs the same program on the same state and
+reads its own rows of every batch; the first one alone writes files, in a folder that all can read.
 """
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 Tree = TypeVar("Tree")
 
 AXIS = "devices"
+
+
+def join() -> None:
+    """Makes this process one of several that train together, where the environment asks for it.
+
+    `JAX_COORDINATOR_ADDRESS`, host and port of the first process, does so. Slurm, Open MPI, Kubernetes and TPU pods
+    tell JAX the rest; elsewhere `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` (from 0) do. Call it before anything else of
+    JAX.
+
+    Raises:
+      ValueError: the variables are not numbers, or do not fit each other.
+    """
+    if "JAX_COORDINATOR_ADDRESS" not in os.environ:
+        return
+    given = [os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
+    if any(value is not None and not value.isdecimal() for value in given):
+        raise ValueError(f"JAX_NUM_PROCESSES and JAX_PROCESS_ID must be numbers, got {given[0]} and {given[1]}")
+    processes, process = (None if value is None else int(value) for value in given)
+    jax.distributed.initialize(num_processes=processes, process_id=process)
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes files."""
+    return jax.process_index() == 0
+
+
+def in_first(act: Callable[[], object]) -> None:
+    """Lets the first process act while the others wait for it.
+
+    Raises:
+      Exception: what `act` raised, in the first process.
+      ValueError: the same, in the others.
+    """
+    error: Exception | None = None
+    if is_first():
+        try:
+            act()
+        except Exception as raised:
+            error = raised
+    has_failed = largest(int(error is not None))
+    if error is not None:
+        raise error
+    if has_failed:
+        raise ValueError("the first process failed; see its message")
+
+
+def largest(number: int) -> int:
+    """The largest of the numbers that the processes bring."""
+    if jax.process_count() == 1:
+        return number
+    return int(np.max(multihost_utils.process_allgather(np.asarray(number, np.int32))))
 
 
 def make_mesh(batch_sizes: Mapping[str, int]) -> Mesh:
@@ -29,7 +86,7 @@ def make_mesh(batch_sizes: Mapping[str, int]) -> Mesh:
     Raises:
       ValueError: a batch cannot be shared out equally.
     """
-    devices = jax.devices()
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     for name, size in batch_sizes.items():
         if size % len(devices):
             raise ValueError(
@@ -55,7 +112,17 @@ def place(state: Tree, mesh: Mesh, *, split: bool) -> Tree:
     References:
       Rajbhandari et al., ZeRO, arXiv:1910.02054, section 5 (stage 3).
     """
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(mesh, _parts(leaf, mesh, split))), state)
+    return jax.tree.map(lambda leaf: put(leaf, NamedSharding(mesh, _parts(leaf, mesh, split))), state)
+
+
+def put(leaf: Array, sharding: Sharding) -> Array:
+    """Puts an array where a sharding says; where that is in several processes, all hold the same values before."""
+    if sharding.is_fully_addressable or not leaf.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(put(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
+    values = np.asarray(leaf)
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
 
 def batch_spec(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
@@ -63,9 +130,28 @@ def batch_spec(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> jax.ShapeDtype
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(AXIS)))
 
 
-def share_out(batch: np.ndarray, mesh: Mesh) -> Array:
-    """Gives each device its rows of a global batch [B, ...]."""
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(AXIS)))
+def share_out(rows: np.ndarray, mesh: Mesh) -> Array:
+    """Gives each device its rows of a global batch [B, ...].
+
+    Args:
+      rows: those of this process, [B / processes, ...].
+      mesh: the devices.
+
+    Returns:
+      The global batch.
+    """
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec(AXIS)), rows)
+
+
+def to_host(tree: Tree) -> Tree:
+    """Arrays of a state or a batch as whole numpy arrays in every process."""
+    whole: Tree = jax.device_get(jax.tree.map(_gathered, tree))
+    return whole
+
+
+def _gathered(leaf: Any) -> Any:
+    is_here = not isinstance(leaf, Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
+    return leaf if is_here else multihost_utils.process_allgather(leaf, tiled=True)
 
 
 def _parts(leaf: Array, mesh: Mesh, split: bool) -> PartitionSpec:

@@ -42,7 +42,7 @@ class RunLogger:
     them.
 
     Args:
-      run_dir: the run's folder.
+      run_dir: the run's folder; None to write nothing, as in all but the first of several processes.
       resume: phase and step of the restored checkpoint: later rows are dropped, and hidden in TensorBoard,
         since they will be written again. None for a new run.
 
@@ -51,19 +51,9 @@ class RunLogger:
         last line (a torn last line is what a kill leaves: it is dropped).
     """
 
-    def __init__(self, run_dir: str | Path, *, resume: tuple[str, int] | None = None) -> None:
-        self._run_dir = Path(run_dir)
-        self._run_dir.mkdir(parents=True, exist_ok=True)
-        path = self._run_dir / _FILE
-        if resume is not None:
-            _checked_phase(resume[0])
-            _rewind(path, resume)
-        elif path.exists() and path.stat().st_size:
-            raise ValueError(f"{path} holds the metrics of another run; resume that one, or choose another folder")
-        self._resume = resume
+    def __init__(self, run_dir: str | Path | None, *, resume: tuple[str, int] | None = None) -> None:
         self._pending: list[tuple[str, int, dict[str, ArrayLike]]] = []
-        self._boards: dict[str, RecordWriter] = {}
-        self._file = path.open("a", encoding="utf-8")
+        self._files = None if run_dir is None else _Files(Path(run_dir), resume)
 
     def log(self, phase: str, step: int, metrics: Mapping[str, ArrayLike]) -> None:
         """Queues one row; nothing is fetched or written before `flush`.
@@ -92,12 +82,8 @@ class RunLogger:
             {"phase": phase, "step": step} | {name: _to_number(name, value) for name, value in metrics.items()}
             for (phase, step, _), metrics in zip(pending, fetched, strict=True)
         ]
-        self._file.write("".join(json.dumps(_to_json(row), allow_nan=False) + "\n" for row in rows))
-        self._file.flush()
-        for row in rows:
-            self._board(row["phase"]).write(_event(row).SerializeToString())
-        for board in self._boards.values():
-            board.flush()
+        if self._files is not None:
+            self._files.write(rows)
         return rows
 
     def close(self) -> None:
@@ -105,9 +91,8 @@ class RunLogger:
         try:
             self.flush()
         finally:
-            self._file.close()
-            for board in self._boards.values():
-                board.close()
+            if self._files is not None:
+                self._files.close()
 
     def __enter__(self) -> "RunLogger":
         return self
@@ -116,6 +101,36 @@ class RunLogger:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+class _Files:
+    """The files that a run's rows go to."""
+
+    def __init__(self, run_dir: Path, resume: tuple[str, int] | None) -> None:
+        self._run_dir = run_dir
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / _FILE
+        if resume is not None:
+            _checked_phase(resume[0])
+            _rewind(path, resume)
+        elif path.exists() and path.stat().st_size:
+            raise ValueError(f"{path} holds the metrics of another run; resume that one, or choose another folder")
+        self._resume = resume
+        self._boards: dict[str, RecordWriter] = {}
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, rows: list[Row]) -> None:
+        self._file.write("".join(json.dumps(_to_json(row), allow_nan=False) + "\n" for row in rows))
+        self._file.flush()
+        for row in rows:
+            self._board(row["phase"]).write(_event(row).SerializeToString())
+        for board in self._boards.values():
+            board.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        for board in self._boards.values():
+            board.close()
 
     def _board(self, phase: str) -> RecordWriter:
         if phase not in self._boards:

@@ -104,7 +104,8 @@ def run_phase(
             advance()
             recorder.take(done, metrics, tokens=batch["tokens"].size)
             is_last = done == phase.steps
-            if is_last or done % config.logging_steps == 0:
+            is_logged = is_last or done % config.logging_steps == 0
+            if is_logged:
                 recorder.log()
             if is_last or done % config.eval_steps == 0:
                 recorder.check()
@@ -112,6 +113,8 @@ def run_phase(
                 recorder.log_evaluation(done, report)
                 shown = "  ".join(f"{name} {report[name]:.3f}" for name in phase.headline if name in report)
                 console.out(f"{phase.name} {done:>6}  {shown}", highlight=False)
+            if is_logged:
+                stop.agree()
             if is_last or stop.requested or done % config.save_steps == 0:
                 recorder.check()
                 position = {"batches": batches.get_state(), "seconds": time.perf_counter() - started}
@@ -121,7 +124,7 @@ def run_phase(
     # Also after the last step: another phase may follow, which would not know of the request.
     if stop.requested:
         console.out(f"stopped at {phase.name} step {done}; go on with --resume {run_dir}", highlight=False)
-        raise Interrupted(128 + stop.signal)
+        raise Interrupted(128 + stop.agreed)
     return state, time.perf_counter() - started
 
 
@@ -178,13 +181,27 @@ class _Recorder:
 
 
 class _Stop:
-    """Whether a signal asked the run to stop."""
+    """Whether a signal asked the run to stop.
 
-    signal = 0
+    Several processes get it at different steps, or one alone gets it: they agree where they wait for each other anyway.
+    """
+
+    received = 0
+    """The signal that this process got."""
+    agreed = 0
+    """The one that all processes know of."""
+
+    def receive(self, number: int) -> None:
+        self.received = number
+        if jax.process_count() == 1:
+            self.agreed = number
+
+    def agree(self) -> None:
+        self.agreed = devices.largest(self.received)
 
     @property
     def requested(self) -> bool:
-        return self.signal != 0
+        return self.agreed != 0
 
 
 @contextmanager
@@ -194,7 +211,7 @@ def _stop_requests() -> Iterator[_Stop]:
     previous = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
 
     def request(number: int, frame: FrameType | None) -> None:
-        stop.signal = number
+        stop.receive(number)
         restore()
 
     def restore() -> None:

@@ -84,6 +84,7 @@ def environment(config: Config) -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "backend": jax.default_backend(),
+        "processes": jax.process_count(),
         "devices": [device.device_kind for device in jax.devices()],
         "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(("JAX_", "XLA_"))},
     }

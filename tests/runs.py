@@ -107,7 +107,7 @@ def cheap_programs() -> Iterator[None]:
         patch.setattr(evaluation, "eval_step", eval_step)
         patch.setattr(evaluation, "pretrain_eval_step", pretrain_eval_step)
         patch.setattr(train_script, "build_models", functools.cache(build_models))
-        patch.setattr(train_script, "_draw_maps", lambda *arguments: None)
+        patch.setattr(train_script, "_variant_maps", lambda *arguments: [])
         patch.setattr(plots, "training_curves", lambda rows, path: None)
         yield
 

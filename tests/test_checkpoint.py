@@ -291,7 +291,7 @@ def test_a_save_cut_short_leaves_whole_checkpoints_alone(tmp_path, monkeypatch, 
         checkpoint.save(tmp_path, step, {"a": jnp.int32(step)}, keep=2)
     with monkeypatch.context() as patch:
         if stage == "orbax":
-            patch.setattr(ocp.PyTreeCheckpointer, "save", kill)
+            patch.setattr(ocp.Checkpointer, "save", kill)
         elif stage == "manifest":
             patch.setattr(Path, "write_text", kill)
         elif stage == "rename":

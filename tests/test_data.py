@@ -1,3 +1,4 @@
+import functools
 import hashlib
 import json
 from collections import Counter
@@ -194,6 +195,34 @@ def test_position_restores_to_the_bit(corpus, task, pretraining):
             assert batch.keys() == expected.keys()
             for name in batch:
                 np.testing.assert_array_equal(batch[name], expected[name], strict=True)
+
+
+@pytest.mark.parametrize("task", ["text", "recall"])
+def test_processes_share_the_rows_of_the_batches_of_one(corpus, task):
+    config = text_config(corpus) if task == "text" else recall_config()
+
+    train = functools.partial(data.make_iterator, config, "train", seed=3, batch_size=48)
+    fixed = functools.partial(data.fixed_batches, config, "validation", seed=3, batch_size=4, count=3)
+    for make in (train, fixed):
+        whole, *parts = (iter(make(share=of)) for of in ((0, 1), (0, 2), (1, 2)))
+        for _ in range(3):
+            expected, *rows = (next(batches) for batches in (whole, *parts))
+            for name in expected:
+                np.testing.assert_array_equal(np.concatenate([part[name] for part in rows]), expected[name])
+    # The position of one process is that of any number of them.
+    one, two = train(), train(share=(1, 2))
+    for _ in range(5):
+        next(two)
+    one.set_state(two.get_state())
+    np.testing.assert_array_equal(next(one)["tokens"][24:], next(two)["tokens"])
+
+
+def test_all_processes_pass_a_held_out_split_in_as_many_batches(corpus):
+    config = text_config(corpus)
+    size = 2 * (len(data._windows(config, "validation")) // 3)  # half a batch is left: enough for one process alone
+    for process in range(2):
+        batches = data.make_iterator(config, "validation", seed=5, batch_size=size, share=(process, 2))
+        assert len(list(batches)) == 1
 
 
 @pytest.mark.parametrize("config", [Config(), recall_config()], ids=["stdlib", "recall"])

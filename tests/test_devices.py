@@ -1,7 +1,10 @@
 """One device or many: the same numbers, and a run that goes on with another number of them."""
 
+import functools
 import json
 import signal
+import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -49,24 +52,68 @@ def test_a_batch_that_cannot_be_shared_out_is_refused():
         devices.make_mesh({"batch_size": 2, "pretrain.batch_size": 3})
 
 
+def test_a_batch_is_whole_again_on_the_host():
+    rows = np.arange(8).reshape(4, 2)
+    whole = devices.to_host({"rows": devices.share_out(rows, devices.make_mesh({})), "other": rows})
+    assert all(isinstance(array, np.ndarray) and array.tolist() == rows.tolist() for array in whole.values())
+
+
+def test_one_process_needs_no_other(monkeypatch):
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
+    devices.join()
+    assert devices.is_first() and devices.largest(-3) == -3
+    acted = []
+    devices.in_first(lambda: acted.append(1))
+    assert acted == [1]
+    with pytest.raises(OSError, match="disk full"):
+        devices.in_first(functools.partial(_fail, OSError("disk full")))
+
+
+def _fail(error):
+    raise error
+
+
+def test_process_numbers_that_are_none_are_refused(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    with pytest.raises(ValueError, match="JAX_NUM_PROCESSES and JAX_PROCESS_ID must be numbers, got two and None"):
+        devices.join()
+
+
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
-    """Trains on a number of devices; returns the run's folder."""
+    """Trains on a number of devices, of one process or shared by several; returns the run's folder."""
     cache = tmp_path_factory.mktemp("cache")
 
-    def start(name, count, *words, interrupt=None, **changes):
+    def start(name, count, *words, processes=1, interrupt=None, **changes):
         folder = tmp_path_factory.getbasetemp() / name
         if not words:
             file = folder.with_suffix(".json")
             file.write_text(configs.to_json(configs.replace(EIGHT, output_dir=str(folder), **changes)))
             words = (file,)
-        flags = f"--xla_force_host_platform_device_count={count}"
-        done = run_script(*words, cache=cache, interrupt=interrupt, XLA_FLAGS=flags)
+        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count // processes}"}
+        if processes > 1:
+            flags |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": str(processes)}
+
+        def run(process):
+            # The signal reaches the last process alone; all must stop.
+            own = interrupt if process == processes - 1 else None
+            return run_script(*words, cache=cache, interrupt=own, JAX_PROCESS_ID=str(process), **flags)
+
+        with ThreadPoolExecutor() as pool:
+            done = list(pool.map(run, range(processes)))
         expected = 0 if interrupt is None else 128 + signal.SIGTERM
-        assert done.returncode == expected, done.stderr[-2000:]
+        assert all(one.returncode == expected for one in done), [one.stderr[-2000:] for one in done]
+        assert not any("run folder" in one.stdout for one in done[1:])
         return folder
 
     return start
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -100,16 +147,29 @@ def arrays(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("split", [False, True])
-def test_eight_devices_give_what_one_gives(on_one, train, split):
-    assert_same(train(f"eight-{split}", 8, shard_parameters=split), on_one)
+def test_eight_devices_give_what_one_gives(on_one, train):
+    assert_same(train("eight", 8), on_one)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(8, 1), (1, 8)])
-def test_a_run_goes_on_with_another_number_of_devices(on_one, train, before, after):
+def test_a_run_of_split_parameters_goes_on_with_another_number_of_devices(on_one, train, before, after):
     name = f"from-{before}"
-    folder = train(name, before, interrupt=("saved", "lens", 10, signal.SIGTERM))
+    folder = train(name, before, interrupt=("saved", "lens", 10, signal.SIGTERM), shard_parameters=True)
     assert checkpoint.latest_step(folder / "checkpoints" / "lens") in (10, 11)
     train(name, after, "--resume", folder)
+    assert_same(folder, on_one)
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(on_one, train):
+    assert_same(train("processes", 2, processes=2), on_one)
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_stops_and_goes_on_in_one(on_one, train):
+    at = ("saved", "lens", 10, signal.SIGTERM)
+    folder = train("from-processes", 4, processes=2, interrupt=at, shard_parameters=True)
+    assert checkpoint.latest_step(folder / "checkpoints" / "lens") in (10, 11)
+    train("from-processes", 1, "--resume", folder)
     assert_same(folder, on_one)
