@@ -225,7 +225,8 @@ class _Watch:
         seen = {"context": state.context, "held": state.tree.length, "cached": state.cache.length}
         self._tally = self._check(self._tally, seen, report, self._step)
         if self._step in self._wanted:
-            self._frames[self._step] = seen | {"first": state.forgotten, "swap_rate": report.swap_rate}
+            frame = seen | {"first": state.forgotten, "swap_rate": report.swap_rate}
+            self._frames[self._step] = jax.tree.map(jnp.copy, frame)
 
     def collect(self, losses: np.ndarray) -> Row:
         """What was found since the last call; `losses` are those of the tokens read since then."""

@@ -98,8 +98,11 @@ class Session:
         # At a refocus step the tail is shorter by the tokens that are still to come.
         self.geometry = replace(shape.geometry, recent_tokens=shape.recent_tokens - self.interval)
         self._check_room()
-        self._read = jax.jit(self._read_chunk)
-        self._refocus = jax.jit(self._refocus_now)
+        # In place: a tree of a long history is not copied for every few tokens.
+        self._read = jax.jit(self._read_chunk, donate_argnums=1)
+        self._refocus = jax.jit(self._refocus_now, donate_argnums=1)
+        self._forget = jax.jit(self._forget_oldest, donate_argnums=0)
+        self._copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state))
 
     def init(self, seed: int = 0) -> SessionState:
         """A session that has read nothing; `seed` matters only where the allocator samples."""
@@ -129,7 +132,8 @@ class Session:
         Args:
           state: the session so far; it stays valid.
           tokens: int[n], n may be 0.
-          on_refocus: called after every refocus step with the state and what the step did.
+          on_refocus: called after every refocus step with the state and what the step did. What it keeps of the state
+            it must copy: the next tokens are read in place.
 
         Returns:
           The longer session, and float32[n]: nats of each token as the session predicted it from what came before.
@@ -139,15 +143,18 @@ class Session:
         """
         tokens = self._checked(tokens)
         losses = [np.zeros(0, np.float32)]
-        done, position = 0, int(state.read)
+        done, position, held = 0, int(state.read), int(state.tree.length)
+        state = self._copy(state)
         while done < len(tokens):
             count = min(self.interval - position % self.interval, len(tokens) - done)
             chunk = np.zeros(self.interval, np.int32)
             chunk[:count] = tokens[done : done + count]
             state, chunk_losses = self._read(self.params, state, chunk, np.int32(count))
             losses.append(np.asarray(chunk_losses)[:count])
-            done, position = done + count, position + count
+            done, position, held = done + count, position + count, held + count
             if position % self.interval == 0:
+                if held + self.interval > self.geometry.window:
+                    state, held = self._forget(state), held - self._forget_size
                 state, report = self._refocus(self.params, state)
                 if on_refocus is not None:
                     on_refocus(state, report)
@@ -155,6 +162,9 @@ class Session:
 
     def refocus(self, state: SessionState) -> tuple[SessionState, Refocus]:
         """A refocus step now, besides those that reading makes; nothing to do before the first token."""
+        state, held = self._copy(state), int(state.tree.length)
+        if held + self.interval > self.geometry.window:
+            state = self._forget(state)
         return self._refocus(self.params, state)
 
     def predict(self, state: SessionState) -> Array:
@@ -264,8 +274,6 @@ class Session:
         return lambda children: self.models.gist.apply(params["gist"], children)
 
     def _refocus_now(self, params: dict[str, Params], state: SessionState) -> tuple[SessionState, Refocus]:
-        is_full = state.tree.length + self.interval > self.geometry.window
-        state = jax.lax.cond(is_full, self._forget, lambda same: same, state)
         held, settings = state.tree.length, self.config.focus
         scores = policy_scores(self.models, params["lens"], contexts.materialise(state.tree, state.context))
         focused, info = focus.refocus(
@@ -307,7 +315,7 @@ class Session:
         cache, logits = jax.lax.while_loop(more, chunk, (state.cache, state.logits))
         return replace(state, cache=cache, logits=logits)
 
-    def _forget(self, state: SessionState) -> SessionState:
+    def _forget_oldest(self, state: SessionState) -> SessionState:
         """Drops the oldest tokens, whole blocks of the highest level, and all that stands for them."""
         geometry, size = self.geometry, self._forget_size
 

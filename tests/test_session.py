@@ -58,11 +58,15 @@ def session_of(name):
     return Session(models, params, config)
 
 
+def keep_in(steps):
+    return lambda *step: steps.append(jax.tree.map(jnp.copy, step))
+
+
 @functools.cache
 def read_at_once(name):
     """States and reports of all refocus steps, the last state, and all losses."""
     session, steps = session_of(name), []
-    last, losses = session.append(session.init(), STREAM, on_refocus=lambda *step: steps.append(step))
+    last, losses = session.append(session.init(), STREAM, on_refocus=keep_in(steps))
     return steps, last, losses
 
 
@@ -138,7 +142,7 @@ def test_any_split_gives_the_same_session_to_the_bit(name, counts):
     state, losses, seen, place = session.init(), [], [], 0
     for count in [*counts, len(STREAM)]:
         chunk = STREAM[place : place + count]
-        state, chunk_losses = session.append(state, chunk, on_refocus=lambda *step: seen.append(step))
+        state, chunk_losses = session.append(state, chunk, on_refocus=keep_in(seen))
         assert chunk_losses.shape == chunk.shape and chunk_losses.dtype == np.float32
         assert int(state.context.length) <= session.budget
         losses.append(chunk_losses)

@@ -134,7 +134,7 @@ def test_what_is_drawn(done, monkeypatch):
     state, tokens, losses = session.init(), tokens_of(session)[:80], []
     for part in (tokens[:24], tokens[24:40], tokens[40:]):
         state, part_losses = session.append(
-            state, part, on_refocus=lambda *step: (watch.look(*step), seen.append(step))
+            state, part, on_refocus=lambda *step: (watch.look(*step), seen.append(jax.tree.map(jnp.copy, step)))
         )
         watch.collect(part_losses)
         losses += part_losses.tolist()
