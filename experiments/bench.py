@@ -9,7 +9,8 @@ with logits at the horizon, LensNet forward and backward on the same entries, th
 weight is not 0, and GistNet on all blocks. Everything else (trees, rollouts, gathering entries, pairs, targets, losses,
 optimizer, metrics) is what `step_over_floor` holds above 1. All programs take turns in one process, so that a slow
 moment of the machine falls on all of them. Utilisation is the floor's arithmetic (`lensjax.cost`) over the time of a
-step, as a share of what one large matrix product reaches in the same process.
+step, as a share of what one large matrix product reaches in the same process; the roofline is the time that arithmetic
+and memory traffic allow, by that product and by one large array read and written.
 """
 
 import functools
@@ -120,19 +121,24 @@ def bench(arguments: Arguments) -> list[dict[str, Any]]:
 def measure(name: str, config: Config, *, arguments: Arguments, console: Console) -> dict[str, Any]:
     """One shape: times in milliseconds, medians over the repetitions."""
     models = build_models(config)
-    with _Compiles() as compiles:
-        step = _Step(config, models)
-        programs: dict[str, Program] = {"step": step, "floor": floor(step), "product": product(config)}
+    with Compiles() as compiles:
+        step = Step(config, models)
+        programs: dict[str, Program] = {"step": step, "floor": floor(step), "product": product(config), "copy": copy()}
         programs |= parts(step)
         jax.block_until_ready([program() for program in programs.values()])
         before = compiles.count
-        times = _times(programs, arguments.repetitions, console)
+        times = turns(programs, arguments.repetitions, console)
         recompiles = compiles.count - before
     if arguments.profile is not None:
         with jax.profiler.trace(str(arguments.profile / name)):
             jax.block_until_ready([step() for _ in range(3)])
     medians = {part: float(np.median(values)) for part, values in times.items()}
-    flops, peak = step_cost(config).total, 2 * _product_rows() ** 3 / medians["product"]
+    cost = step_cost(config)
+    peak, bandwidth = 2e3 * _product_rows() ** 3 / medians["product"], 2e3 * _COPIED_BYTES / medians["copy"]
+    roofline = sum(
+        part.seconds(flops_per_second=peak, bytes_per_second=bandwidth)
+        for part in (cost.base, cost.lens, cost.anchor, cost.gist)
+    )
     report = {
         "shape": name,
         "device": jax.devices()[0].device_kind,
@@ -144,10 +150,13 @@ def measure(name: str, config: Config, *, arguments: Arguments, console: Console
         "step_over_floor": medians["step"] / medians["floor"],
         "step_over_floor_quartiles": np.percentile(np.divide(times["step"], times["floor"]), [25, 75]).tolist(),
         "lens_losses_share": medians["objective"] / medians["step"],
-        "parts_ms": {part: value for part, value in medians.items() if part not in ("step", "floor", "product")},
-        "flops": flops,
-        "utilisation": flops / medians["step"] / peak,
-        "peak_flops_per_second": 1e3 * peak,
+        "parts_ms": {part: value for part, value in medians.items() if part not in _WHOLE},
+        "flops": cost.total.flops,
+        "traffic_bytes": cost.total.traffic,
+        "peak_flops_per_second": peak,
+        "peak_bytes_per_second": bandwidth,
+        "utilisation": 1e3 * cost.total.flops / medians["step"] / peak,
+        "step_over_roofline": medians["step"] / (1e3 * roofline),
         "variants_per_second": config.batch_size * (config.context.rollouts + 1) / medians["step"] * 1e3,
         "tokens_per_second": config.batch_size * config.context.window / medians["step"] * 1e3,
         "peak_bytes": step.peak_bytes,
@@ -158,13 +167,13 @@ def measure(name: str, config: Config, *, arguments: Arguments, console: Console
     return report
 
 
-class _Compiles:
+class Compiles:
     """Counts compilations while it is open."""
 
     def __init__(self) -> None:
         self.count = 0
 
-    def __enter__(self) -> "_Compiles":
+    def __enter__(self) -> "Compiles":
         jax.monitoring.register_event_duration_secs_listener(self._listen)
         return self
 
@@ -175,7 +184,7 @@ class _Compiles:
         self.count += event == "/jax/core/compile/backend_compile_duration"
 
 
-class _Step:
+class Step:
     """The whole training step, compiled, and what the other programs need of it."""
 
     def __init__(self, config: Config, models: Models) -> None:
@@ -190,12 +199,13 @@ class _Step:
         )(self.params, self.state, self.batch)
         began = time.perf_counter()
         step = functools.partial(train.train_step, config=config, models=models)
-        with _Compiles() as compiles:
+        with Compiles() as compiles:
             self._compiled = jax.jit(step, donate_argnums=0).lower(self.state, self.batch).compile()
         self.compiles = compiles.count
         self.compile_seconds = time.perf_counter() - began
 
     def __call__(self) -> Any:
+        """One step; the next call goes on from it."""
         self.state, report = self._compiled(self.state, self.batch)
         return report
 
@@ -212,6 +222,10 @@ class _Step:
         )
 
 
+_WHOLE = ("step", "floor", "product", "copy")
+_COPIED_BYTES = 2**28
+
+
 def product(config: Config) -> Program:
     """One large matrix product: what the device can do at best."""
     square = jnp.ones((_product_rows(), _product_rows()), config.dtype)
@@ -222,7 +236,19 @@ def _product_rows() -> int:
     return 2048 if jax.default_backend() == "cpu" else 8192
 
 
-def floor(step: _Step) -> Program:
+def copy() -> Program:
+    """One large array read and written in place: how fast the memory is."""
+    held = [jnp.zeros(_COPIED_BYTES // 4, jnp.float32)]
+    add = jax.jit(lambda array: array + 1.0, donate_argnums=0)
+
+    def run() -> Array:
+        held[0] = add(held[0])
+        return held[0]
+
+    return run
+
+
+def floor(step: Step) -> Program:
     """The model passes alone, in one program."""
     config, models, entries = step.config, step.models, step.scored.entries
     leaves = jnp.ones((config.batch_size, config.context.window, config.base.dim), entries.embeddings.dtype)
@@ -264,7 +290,7 @@ def _lens_gradient(models: Models, params: Params, entries: contexts.Entries, si
     return jax.value_and_grad(lambda lens: jnp.mean(signs * policy_scores(models, lens, entries)))(params)
 
 
-def parts(step: _Step) -> dict[str, Program]:
+def parts(step: Step) -> dict[str, Program]:
     """The parts of a step, each a program of its own."""
     config, models, params, state = step.config, step.models, step.params, jax.tree.map(jnp.copy, step.state)
     scored, shape, geometry = step.scored, step.config.context, step.config.context.geometry
@@ -319,7 +345,7 @@ def parts(step: _Step) -> dict[str, Program]:
     return {name: functools.partial(jax.jit(function), *given) for name, (function, given) in made.items()}
 
 
-def _times(programs: dict[str, Program], repetitions: int, console: Console) -> dict[str, list[float]]:
+def turns(programs: dict[str, Program], repetitions: int, console: Console) -> dict[str, list[float]]:
     """Milliseconds of each program, turn after turn."""
     times: dict[str, list[float]] = {name: [] for name in programs}
     for _ in track(range(repetitions), console=console, transient=True, disable=not console.is_terminal):
@@ -339,7 +365,8 @@ def _print(console: Console, report: dict[str, Any], times: dict[str, list[float
     console.print(table)
     console.out(
         f"step / floor {report['step_over_floor']:.3f}, utilisation {report['utilisation']:.2f} of "
-        f"{report['peak_flops_per_second'] / 1e9:.0f} GFLOP/s, peak {report['peak_bytes'] / 2**20:.0f} MiB, "
+        f"{report['peak_flops_per_second'] / 1e9:.0f} GFLOP/s, step / roofline {report['step_over_roofline']:.1f} with "
+        f"{report['peak_bytes_per_second'] / 1e9:.0f} GB/s, peak {report['peak_bytes'] / 2**20:.0f} MiB, "
         f"compiles {report['compiles']}, {report['compile_seconds']:.0f} s",
         highlight=False,
     )

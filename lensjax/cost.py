@@ -1,4 +1,4 @@
-"""What the model passes of a training step cost on paper: floating-point operations, a multiply-add counted as two."""
+"""What the model passes of a training step cost on paper: arithmetic, and traffic between processor and memory."""
 
 from dataclasses import dataclass
 
@@ -6,36 +6,67 @@ from lensjax.config import BaseConfig, Config, LensConfig
 
 
 @dataclass(frozen=True)
-class StepCost:
-    """FLOPs of one training step with a frozen base model, by part."""
+class Cost:
+    """Of one part of a step."""
 
-    base: float
+    flops: float
+    """Floating-point operations, a multiply-add counted as two."""
+    traffic: float
+    """Bytes read from memory and written to it."""
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.flops + other.flops, self.traffic + other.traffic)
+
+    def __rmul__(self, times: float) -> "Cost":
+        return Cost(times * self.flops, times * self.traffic)
+
+    def seconds(self, *, flops_per_second: float, bytes_per_second: float) -> float:
+        """The least time on a device that computes while it reads and writes (the roofline).
+
+        References:
+          Williams et al., Roofline, doi:10.1145/1498765.1498785.
+        """
+        return max(self.flops / flops_per_second, self.traffic / bytes_per_second)
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One training step with a frozen base model, by part."""
+
+    base: Cost
     """Forward passes over the entries of all variants, logits at the horizon."""
-    lens: float
+    lens: Cost
     """LensNet forward and backward on the same entries; the backward pass takes twice the forward one."""
-    anchor: float
-    """The anchor's forward pass; 0 where its weight is 0."""
-    gist: float
+    anchor: Cost
+    """The anchor's forward pass; nothing where its weight is 0."""
+    gist: Cost
     """Gists of all levels, once a sequence."""
 
     @property
-    def total(self) -> float:
+    def total(self) -> Cost:
         """All of them."""
         return self.base + self.lens + self.anchor + self.gist
 
 
-def step_cost(config: Config) -> StepCost:
-    """Matrix products and attention of the model passes; norms, softmax and rotations are left out.
+def step_cost(config: Config, *, fused_attention: bool = False) -> StepCost:
+    """Matrix products and attention of the model passes.
 
-    With n entries, width D, hidden width M and a share g of D in keys and values, a layer takes
+    With n entries, width D, hidden width M, h heads and a share g of D in keys and values, a layer takes
 
-        n (4 + 4 g) D^2 + 6 n D M    products with weights
-        4 n m D                      attention to m entries on average: n, or (n + 1) / 2 where it is causal
+        n (4 + 4 g) D^2 + 6 n D M         operations in products with weights
+        4 n m D                           in attention to m entries on average: n, or (n + 1) / 2 where it is causal
+        n s ((18 + 2 g) D + 6 M)          bytes of activations of s bytes: each product, norm, gate and sum reads its
+                                          inputs and writes its result once
+        16 h n m                          bytes of float32 attention weights, written, read and written by the softmax,
+                                          and read again; none in a fused kernel
+        4 ((2 + 2 g) D^2 + 3 D M)         bytes of float32 weights, read once a step and not once a variant
 
-    The base model's last layer computes queries, attention and MLP at the H scored rows alone.
+    Norms, softmax and rotations are no operations here. The base model's last layer computes queries, attention and
+    MLP at the H scored rows alone.
 
     Args:
       config: the run; GistNet must have no layers of its own.
+      fused_attention: whether attention weights never reach memory.
 
     Returns:
       `StepCost`.
@@ -48,27 +79,46 @@ def step_cost(config: Config) -> StepCost:
     shape, entries = config.context, config.context_capacity
     variants = config.batch_size * (shape.rollouts + 1)
     blocks = sum(shape.geometry.blocks(lod) for lod in range(1, shape.max_lod + 1))
-    lens = variants * _lens_forward(config.lens, config.base.dim, entries)
+    size, weights = (4 if config.dtype == "float32" else 2), (0 if fused_attention else 16)
+    dim = config.base.dim
+    lens = _lens_forward(config.lens, dim, entries, variants, size, weights)
     return StepCost(
-        base=variants * _base_forward(config.base, entries, shape.horizon),
+        base=_base_forward(config.base, entries, variants, shape.horizon, size, weights),
         lens=3.0 * lens,
-        anchor=lens if config.hyper.kl_weight > 0 else 0.0,
-        gist=float(config.batch_size * blocks * 2 * config.base.dim**2),
+        anchor=lens if config.hyper.kl_weight > 0 else Cost(0.0, 0.0),
+        gist=Cost(
+            float(config.batch_size * blocks * 2 * dim**2),
+            float(config.batch_size * (shape.window + blocks) * dim * size + 4 * dim**2),
+        ),
     )
 
 
-def _base_forward(base: BaseConfig, entries: int, horizon: int) -> float:
-    share = base.kv_heads / base.heads
-    keys = 4 * share * entries * base.dim**2
+def _base_forward(base: BaseConfig, entries: int, variants: int, horizon: int, size: int, weights: int) -> Cost:
+    dim, hidden, share = base.dim, base.mlp_dim, base.kv_heads / base.heads
 
-    def rest(rows: int, seen: float) -> float:
-        return rows * (4 * base.dim**2 + 6 * base.dim * base.mlp_dim + 4 * seen * base.dim)
+    def layer(rows: int, seen: float) -> Cost:
+        """Keys and values of all entries, the rest at some rows that see so many entries."""
+        flops = 4 * share * entries * dim**2 + rows * (4 * dim**2 + 6 * dim * hidden + 4 * seen * dim)
+        activations = entries * (2 + 2 * share) * dim + rows * (16 * dim + 6 * hidden)
+        once = 4 * ((2 + 2 * share) * dim**2 + 3 * dim * hidden)
+        return Cost(variants * flops, variants * (size * activations + weights * base.heads * rows * seen) + once)
 
-    full = keys + rest(entries, (entries + 1) / 2)
-    last = keys + rest(horizon, entries - horizon / 2)
-    return (base.layers - 1) * full + last + 2 * horizon * base.dim * base.vocab_size
+    head = Cost(
+        float(variants * 2 * horizon * dim * base.vocab_size),
+        # The logits are written once, and read for their maximum and for the sum.
+        float(variants * 12 * horizon * base.vocab_size + 4 * dim * base.vocab_size),
+    )
+    return (base.layers - 1) * layer(entries, (entries + 1) / 2) + layer(horizon, entries - horizon / 2) + head
 
 
-def _lens_forward(lens: LensConfig, dim: int, entries: int) -> float:
-    layer = entries * (8 * lens.dim**2 + 6 * lens.dim * lens.mlp_dim + 4 * entries * lens.dim)
-    return float(2 * entries * dim * lens.dim + lens.layers * layer)
+def _lens_forward(lens: LensConfig, width: int, entries: int, variants: int, size: int, weights: int) -> Cost:
+    dim, hidden = lens.dim, lens.mlp_dim
+    layer = Cost(
+        float(variants * entries * (8 * dim**2 + 6 * dim * hidden + 4 * entries * dim)),
+        float(
+            variants * entries * (size * (20 * dim + 6 * hidden) + weights * lens.heads * entries)
+            + 4 * (4 * dim**2 + 3 * dim * hidden)
+        ),
+    )
+    content = Cost(float(variants * 2 * entries * width * dim), float(variants * entries * (width + dim) * size))
+    return content + lens.layers * layer
