@@ -411,9 +411,10 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory, cache):
-    """A finished run on text files, and what it printed."""
+    """A finished run on text files, with a curriculum, and what it printed."""
     folder = tmp_path_factory.mktemp("real")
-    config = tiny_config(folder / "run", write_corpus(folder / "corpus"))
+    curriculum = {"hyper.context_start": 0.95, "optimizer.curriculum_steps": 3}
+    config = tiny_config(folder / "run", write_corpus(folder / "corpus"), **curriculum)
     (folder / "config.json").write_text(configs.to_json(config))
     done = run_script(folder / "config.json", cache=cache, JAX_DISABLE_MOST_OPTIMIZATIONS="1", JAX_LOG_COMPILES="1")
     assert done.returncode == 0, done.stderr
@@ -462,6 +463,8 @@ def test_the_metrics_of_a_run(real):
         ("pretrain", 4, "eval"),
         *(("lens", step, kind) for step, kinds in enumerate(both, 1) for kind in kinds),
     ]
+    lengths = [row["context_length"] for row in rows if "context_length" in row]
+    assert lengths == [29, 26, 23, 23, 23]
 
 
 def test_each_program_compiles_once_in_a_whole_run(real):
