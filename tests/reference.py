@@ -411,3 +411,77 @@ class Allocator:
         self.free |= {node: self.step + 1 + settings.cooldown for pair in swaps for node in pair}
         self.step += 1
         return swaps
+
+
+# Objectives over a group: `group` is a list of (score, reward).
+
+
+def _mean(values):
+    values = list(values)
+    return sum(values) / len(values) if values else 0.0
+
+
+def _softplus(x):
+    return math.log(1 + math.exp(x))
+
+
+def _preferences(group):
+    """Scores of the better and the worse variant of every pair."""
+    return [(s, t) for s, r in group for t, q in group if r > q]
+
+
+def logistic(group, *, beta):
+    return _mean(_softplus(-beta * (better - worse)) for better, worse in _preferences(group))
+
+
+def hinge(group, *, beta):
+    return _mean(max(0.0, 1 - beta * (better - worse)) for better, worse in _preferences(group))
+
+
+def ipo(group, *, beta):
+    return _mean((better - worse - 1 / (2 * beta)) ** 2 for better, worse in _preferences(group))
+
+
+def cpl(group, *, alpha, bias):
+    terms = []
+    for better, worse in _preferences(group):
+        won, lost = math.exp(alpha * better), math.exp(bias * alpha * worse)
+        terms.append(-math.log(won / (won + lost)))
+    return _mean(terms)
+
+
+def copg(group, *, beta):
+    return _mean(0.5 * ((r - q) - beta * (s - t)) ** 2 for i, (s, r) in enumerate(group) for t, q in group[:i])
+
+
+def a_star_po(group, *, beta):
+    value = beta * math.log(_mean(math.exp(r / beta) for _, r in group))
+    return _mean((beta * s - (r - value)) ** 2 for s, r in group)
+
+
+def info_nca(group, *, alpha, beta):
+    wanted, found = [math.exp(r / alpha) for _, r in group], [math.exp(beta * s) for s, _ in group]
+    return -sum(w / sum(wanted) * math.log(f / sum(found)) for w, f in zip(wanted, found, strict=True))
+
+
+def plackett_luce(group, *, beta):
+    ordered = [math.exp(beta * s) for s, _ in sorted(group, key=lambda one: -one[1])]
+    return _mean(-math.log(weight / sum(ordered[i:])) for i, weight in enumerate(ordered))
+
+
+def _split(group):
+    """Scores of the variants nearer to the best reward than to the worst, and of the others."""
+    rewards = [r for _, r in group]
+    middle = (max(rewards) + min(rewards)) / 2
+    return [s for s, r in group if r > middle], [s for s, r in group if r <= middle]
+
+
+def disco(group, *, tau):
+    better, worse = _split(group)
+    return -_mean(s - tau * math.log(_mean(math.exp(t / tau) for t in worse)) for s in better)
+
+
+def info_nce(group, *, tau):
+    better, _ = _split(group)
+    total = sum(math.exp(s / tau) for s, _ in group)
+    return _mean(-math.log(math.exp(s / tau) / total) for s in better)

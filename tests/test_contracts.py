@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lensjax import advantages, losses, nll, preferences, rollouts, schedules, stability
 from lensjax import context as contexts
-from lensjax import losses, nll, preferences, rollouts, schedules, stability
 from lensjax import tree as trees
 from lensjax.context import WorkingContext
 from lensjax.lengths import CutGeometry
@@ -151,6 +151,16 @@ def preference(name: str, function: Callable[..., Any], **static: str) -> Case:
     return Case(name, call, (SCORES, signs, WHERE, POSITIVE, POSITIVE, POSITIVE), "f")
 
 
+def group(function: Callable[..., Any], *hyper: str) -> Case:
+    """An objective over a group of variants, with its hyperparameters by name."""
+    names = hyper or ("beta",)
+
+    def call(scores, rewards, where, *values):
+        return function(scores, rewards, where, **dict(zip(names, values, strict=True)))
+
+    return Case(function.__name__, call, (SCORES, SCORES, WHERE, *(POSITIVE for _ in names)), "f")
+
+
 # The first argument of every loss is the scores, and its third the mask.
 LOSSES = [
     preference("preference_entry_losses", losses.preference_entry_losses),
@@ -174,6 +184,43 @@ LOSSES = [
     Case(
         "policy_kl", lambda s, a, w, t: losses.policy_kl(s, a, w, temperature=t), (SCORES, SCORES, WHERE, POSITIVE), "f"
     ),
+    *(group(function) for function in (losses.logistic, losses.hinge, losses.ipo, losses.copg, losses.a_star_po)),
+    *(group(losses.plackett_luce), group(losses.disco, "tau"), group(losses.info_nce, "tau")),
+    *(group(losses.cpl, "alpha", "bias"), group(losses.info_nca, "alpha", "beta")),
+    Case("policy_gradient", losses.policy_gradient, (SCORES, SCORES, WHERE), "f"),
+    Case("value_loss", losses.value_loss, (SCORES, SCORES, WHERE), "f"),
+    Case(
+        "clipped_surrogate",
+        lambda s, a, w, o, c: losses.clipped_surrogate(s, a, w, old_log_probs=o, clip=c),
+        (SCORES, SCORES, WHERE, SCORES, UNIT),
+        "f",
+    ),
+]
+
+ADVANTAGES = [
+    Case(
+        "generalised_advantages",
+        lambda r, v, c, g, t: advantages.generalised_advantages(r, v, c, discount=g, trace_decay=t),
+        (SCORES, uniform(CAPACITY + 1), WHERE, UNIT, UNIT),
+        "f",
+    ),
+    *(
+        Case(
+            f"group_advantages {kind}",
+            lambda r, w, kind=kind: advantages.group_advantages(r, w, baseline=kind),
+            (SCORES, WHERE),
+            "f",
+        )
+        for kind in ("mean", "standardised", "leave_one_out")
+    ),
+    Case("optimal_baseline", advantages.optimal_baseline, (SCORES, uniform(CAPACITY, low=0), WHERE), "f"),
+    Case(
+        "importance_weights",
+        lambda p, b, m: advantages.importance_weights(p, b, most=m),
+        (SCORES, SCORES, POSITIVE),
+        "f",
+    ),
+    Case("most_varied", lambda v, w: advantages.most_varied(v, w, count=5), (SCORES, WHERE), "b"),
 ]
 
 STABILITY = [
@@ -295,7 +342,7 @@ SCHEDULES = [
     ),
 ]
 
-SMALL, LARGE = LOSSES + STABILITY + SCHEDULES, PREFERENCES + CUTS + TREES + NLL
+SMALL, LARGE = LOSSES + ADVANTAGES + STABILITY + SCHEDULES, PREFERENCES + CUTS + TREES + NLL
 TABLE = SMALL + LARGE
 every_case = pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)
 small_cases_fast = pytest.mark.parametrize(

@@ -1,19 +1,45 @@
 """Losses: pure functions of scores; none calls a model.
 
-Every loss takes `(scores, ..., where, *, hyperparameters)` with one axis of entries, and returns one float32 scalar;
-callers `vmap` over pairs or variants. Where nothing is valid a loss is 0 with gradient 0, and a NaN in a valid score
-stays a NaN.
+Every loss takes `(scores, ..., where, *, hyperparameters)` with one axis of entries (in `groups`, of variants), and
+returns one float32 scalar; callers `vmap` over pairs, variants or groups. Where nothing is valid a loss is 0 with
+gradient 0, and a NaN in a valid score stays a NaN.
 """
 
+from lensjax.losses.groups import (
+    a_star_po,
+    copg,
+    cpl,
+    disco,
+    hinge,
+    info_nca,
+    info_nce,
+    ipo,
+    logistic,
+    plackett_luce,
+)
+from lensjax.losses.policy import clipped_surrogate, policy_gradient, value_loss
 from lensjax.losses.preference import preference_entry_losses, preference_loss, rank_loss
 from lensjax.losses.regularizers import budget_balance, budget_loss, budget_smoothing_loss, policy_kl
 
 __all__ = [
+    "a_star_po",
     "budget_balance",
     "budget_loss",
     "budget_smoothing_loss",
+    "clipped_surrogate",
+    "copg",
+    "cpl",
+    "disco",
+    "hinge",
+    "info_nca",
+    "info_nce",
+    "ipo",
+    "logistic",
+    "plackett_luce",
+    "policy_gradient",
     "policy_kl",
     "preference_entry_losses",
     "preference_loss",
     "rank_loss",
+    "value_loss",
 ]

@@ -1,0 +1,298 @@
+"""Objectives over a group: N scored variants of one context, and what each turned out to be worth.
+
+All take `(scores, rewards, where, *, hyperparameters)` and return one float32 scalar, to be minimised.
+
+    scores   float32[N]  h_i, the policy's score of each variant (`preferences.variant_values`); where there is a
+                         reference policy, the difference D_i = h_i - h_i^ref
+    rewards  float32[N]  r_i, higher is better: -nll, or any other measure
+    where    bool[N]     variants that count; the others may hold anything
+
+The scores stand where the papers have log-probabilities. They are compared within the group, so that adding a constant
+to all of them changes nothing, but in `a_star_po`, which regresses the scores themselves, and in `cpl` with a bias
+below 1. Where no pair of variants differs in reward, the objectives of preferences (`logistic`, `hinge`, `ipo`,
+`cpl`) and of better against worse ones (`disco`, `info_nce`) are 0 with gradient 0.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from lensjax.metrics import masked_mean
+
+# Far below every logit, and still finite: a gradient through it is 0 and not NaN.
+_NEVER = -1e30
+
+
+def logistic(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike, *, beta: ArrayLike) -> Array:
+    """Logistic loss of the difference, over all pairs with a better variant i.
+
+        mean over r_i > r_j of softplus(-beta (D_i - D_j))
+
+    Args:
+      scores: float32[N], relative to the reference policy's.
+      rewards: float32[N].
+      where: bool[N].
+      beta: float32[], above 0; large is sharp.
+
+    Returns:
+      float32[].
+
+    References:
+      Rafailov et al., Direct Preference Optimization, arXiv:2305.18290, Eq. 7.
+    """
+    return _over_preferences(lambda better, worse: jax.nn.softplus(beta * (worse - better)), scores, rewards, where)
+
+
+def hinge(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike, *, beta: ArrayLike) -> Array:
+    """Hinge loss of the difference, over all pairs with a better variant i.
+
+        mean over r_i > r_j of max(0, 1 - beta (D_i - D_j))
+
+    Args:
+      scores: float32[N], relative to the reference policy's.
+      rewards: float32[N].
+      where: bool[N].
+      beta: float32[], above 0; 1 / beta is the margin.
+
+    Returns:
+      float32[].
+
+    References:
+      Zhao et al., SLiC-HF, arXiv:2305.10425, Eq. 2, with the margin at 1 and beta as the scale.
+    """
+    return _over_preferences(lambda better, worse: jax.nn.relu(1 - beta * (better - worse)), scores, rewards, where)
+
+
+def ipo(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike, *, beta: ArrayLike) -> Array:
+    """Squared distance of the difference from a margin, over all pairs with a better variant i.
+
+        mean over r_i > r_j of (D_i - D_j - 1 / (2 beta))^2
+
+    Unlike a logistic loss it does not push a preference that is never contradicted to infinity.
+
+    Args:
+      scores: float32[N], relative to the reference policy's.
+      rewards: float32[N].
+      where: bool[N].
+      beta: float32[], above 0.
+
+    Returns:
+      float32[].
+
+    References:
+      Azar et al., A General Theoretical Paradigm, arXiv:2310.12036, Eq. 17.
+    """
+    margin = 0.5 / jnp.asarray(beta)
+    return _over_preferences(lambda better, worse: jnp.square(better - worse - margin), scores, rewards, where)
+
+
+def cpl(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike, *, alpha: ArrayLike, bias: ArrayLike) -> Array:
+    """Contrastive preference learning, over all pairs with a better variant i.
+
+        mean over r_i > r_j of -log(exp(alpha h_i) / (exp(alpha h_i) + exp(bias alpha h_j)))
+
+    Args:
+      scores: float32[N], without a reference.
+      rewards: float32[N].
+      where: bool[N].
+      alpha: float32[], above 0, temperature of the regret.
+      bias: float32[], lambda in (0, 1]: below 1 it weighs the worse variant less, which is conservative.
+
+    Returns:
+      float32[].
+
+    References:
+      Hejna et al., Contrastive Preference Learning, arXiv:2310.13639, section 3.3.
+    """
+    return _over_preferences(
+        lambda better, worse: jax.nn.softplus(alpha * (bias * worse - better)), scores, rewards, where
+    )
+
+
+def copg(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike, *, beta: ArrayLike) -> Array:
+    """Contrastive policy gradient: differences of scores regressed on differences of rewards, over all pairs.
+
+        mean over i < j of 1/2 [(r_i - r_j) - beta (D_i - D_j)]^2
+
+    which is the group's variance (unbiased) of r - beta D. Its minimum is the optimum of the KL-regularised problem
+    from whatever data, without importance weights.
+
+    Args:
+      scores: float32[N], relative to the reference policy's.
+      rewards: float32[N], in the unit of beta.
+      where: bool[N].
+      beta: float32[], above 0, strength of the KL term.
+
+    Returns:
+      float32[].
+
+    References:
+      Flet-Berliac et al., Contrastive Policy Gradient, arXiv:2406.19185, Eq. 7.
+    """
+    scores, rewards, where = _cleared(scores, rewards, where)
+    rest = rewards - beta * scores
+    count = jnp.sum(where, dtype=jnp.float32)
+    squares = jnp.sum(jnp.where(where, jnp.square(rest - masked_mean(rest, where)), 0.0))
+    return squares / jnp.maximum(count - 1, 1)
+
+
+def a_star_po(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike, *, beta: ArrayLike) -> Array:
+    """Scores regressed on the advantage under the optimal policy of the KL-regularised problem.
+
+        mean (beta D_i - (r_i - V*))^2,    V* = beta log mean exp(r / beta)
+
+    The group stands for samples of the reference policy, by which V* is its optimal value.
+
+    Args:
+      scores: float32[N], relative to the reference policy's.
+      rewards: float32[N], in the unit of beta.
+      where: bool[N].
+      beta: float32[], above 0, strength of the KL term.
+
+    Returns:
+      float32[].
+
+    References:
+      Brantley et al., A*-PO, arXiv:2505.20686, Eq. 4 (one beta for both of its stages).
+    """
+    scores, rewards, where = _cleared(scores, rewards, where)
+    value = beta * _log_mean_exp(rewards / beta, where)
+    return masked_mean(jnp.square(beta * scores - (rewards - value)), where)
+
+
+def info_nca(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike, *, alpha: ArrayLike, beta: ArrayLike) -> Array:
+    """Cross-entropy between what the rewards and what the scores say of the whole group.
+
+        -sum_i softmax(r / alpha)_i log softmax(beta D)_i
+
+    Args:
+      scores: float32[N], relative to the reference policy's.
+      rewards: float32[N].
+      where: bool[N].
+      alpha: float32[], above 0, temperature of the rewards, in their unit.
+      beta: float32[], above 0.
+
+    Returns:
+      float32[].
+
+    References:
+      Chen et al., Noise Contrastive Alignment, arXiv:2402.05369, Eq. 8.
+    """
+    scores, rewards, where = _cleared(scores, rewards, where)
+    wanted = jnp.exp(_log_softmax(rewards / jnp.asarray(alpha), where))
+    return -jnp.sum(jnp.where(where, wanted * _log_softmax(jnp.asarray(beta) * scores, where), 0.0))
+
+
+def plackett_luce(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike, *, beta: ArrayLike) -> Array:
+    """Negative log-likelihood of the order by rewards, the best first (ListMLE), a variant.
+
+        -1/n sum_k [beta D_(k) - log sum_{j >= k} exp(beta D_(j))],    r_(1) >= r_(2) >= ...
+
+    Equal rewards are ordered as they come.
+
+    Args:
+      scores: float32[N], relative to the reference policy's.
+      rewards: float32[N].
+      where: bool[N].
+      beta: float32[], above 0.
+
+    Returns:
+      float32[].
+
+    References:
+      Xia et al., Listwise Approach to Learning to Rank (2008), section 5.2; Plackett-Luce in Rafailov et al.,
+      arXiv:2305.18290, Eq. 20.
+    """
+    scores, rewards, where = _cleared(scores, rewards, where)
+    order = jnp.argsort(jnp.where(where, -rewards, jnp.inf))
+    # Variants that do not count come last, and weigh nothing in the sums of the others.
+    valid = where[order]
+    logits = jnp.where(valid, beta * scores[order], _NEVER)
+    return masked_mean(jax.lax.cumlogsumexp(logits, reverse=True) - logits, valid)
+
+
+def disco(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike, *, tau: ArrayLike) -> Array:
+    """Discriminative objective: better variants above the hardest of the worse ones.
+
+        -mean_i [D_i - tau log mean_j exp(D_j / tau)],    i nearer in reward to the best, j to the worst
+
+    The paper's constraint on the KL divergence is `losses.policy_kl` beside it.
+
+    Args:
+      scores: float32[N], relative to the reference policy's.
+      rewards: float32[N]; the paper's are 0 or 1.
+      where: bool[N].
+      tau: float32[], above 0; small looks at the hardest of the worse alone.
+
+    Returns:
+      float32[]; 0 unless both kinds are there.
+
+    References:
+      Li et al., DisCO, arXiv:2505.12366, Eq. 7.
+    """
+    scores, rewards, where = _cleared(scores, rewards, where)
+    positive, negative = _better_and_worse(rewards, where)
+    found = tau * _log_mean_exp(scores / tau, negative) - masked_mean(scores, positive)
+    return jnp.where(jnp.any(positive), found, 0.0)
+
+
+def info_nce(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike, *, tau: ArrayLike) -> Array:
+    """Each better variant against the whole group (InfoNCE with several positives).
+
+        -mean_i log(exp(D_i / tau) / sum_a exp(D_a / tau)),    i nearer in reward to the best than to the worst
+
+    Args:
+      scores: float32[N], relative to the reference policy's.
+      rewards: float32[N].
+      where: bool[N].
+      tau: float32[], above 0; small looks at the hardest negatives alone (Wang and Liu, arXiv:2012.09740).
+
+    Returns:
+      float32[]; 0 where all are worth the same.
+
+    References:
+      Khosla et al., Supervised Contrastive Learning, arXiv:2004.11362, Eq. 2.
+    """
+    scores, rewards, where = _cleared(scores, rewards, where)
+    positive, _ = _better_and_worse(rewards, where)
+    return masked_mean(-_log_softmax(scores / tau, where), positive)
+
+
+def _cleared(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike) -> tuple[Array, Array, Array]:
+    """The same arrays, with 0 at variants that do not count: what stands there reaches neither loss nor gradient."""
+    where = jnp.asarray(where)
+    return jnp.where(where, scores, 0.0), jnp.where(where, jax.lax.stop_gradient(rewards), 0.0), where
+
+
+def _over_preferences(
+    loss: Callable[[Array, Array], Array], scores: ArrayLike, rewards: ArrayLike, where: ArrayLike
+) -> Array:
+    """Mean of `loss(better score, worse score)` over the pairs of different rewards."""
+    scores, rewards, where = _cleared(scores, rewards, where)
+    won = where[:, None] & where[None, :] & (rewards[:, None] > rewards[None, :])
+    return masked_mean(loss(scores[:, None], scores[None, :]), won)
+
+
+def _better_and_worse(rewards: Array, where: Array) -> tuple[Array, Array]:
+    """Which variants are worth more than the middle between the best and the worst, and which are not.
+
+    Neither kind is empty unless all are worth the same: then all are of the second one.
+    """
+    best = jnp.max(jnp.where(where, rewards, -jnp.inf))
+    worst = jnp.min(jnp.where(where, rewards, jnp.inf))
+    positive = where & (rewards > worst + 0.5 * (best - worst))
+    return positive, where & ~positive
+
+
+def _log_softmax(logits: Array, where: Array) -> Array:
+    return jax.nn.log_softmax(jnp.where(where, logits, _NEVER))
+
+
+def _log_mean_exp(logits: Array, where: Array) -> Array:
+    """log mean exp over what counts; 0 where nothing does."""
+    count = jnp.maximum(jnp.sum(where, dtype=jnp.float32), 1)
+    total = jax.nn.logsumexp(jnp.where(where, logits, _NEVER)) - jnp.log(count)
+    return jnp.where(jnp.any(where), total, 0.0)

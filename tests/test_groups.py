@@ -1,0 +1,166 @@
+"""Objectives over a group of variants: values by hand, a slow reference, what they must not depend on, their optima."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from lensjax import losses
+from lensjax.losses import groups
+from tests import reference
+
+HYPER = {
+    "logistic": {"beta": 0.7},
+    "hinge": {"beta": 0.7},
+    "ipo": {"beta": 0.7},
+    "cpl": {"alpha": 1.3, "bias": 0.5},
+    "copg": {"beta": 0.7},
+    "a_star_po": {"beta": 0.7},
+    "info_nca": {"alpha": 0.4, "beta": 1.3},
+    "plackett_luce": {"beta": 0.7},
+    "disco": {"tau": 0.6},
+    "info_nce": {"tau": 0.6},
+}
+every_objective = pytest.mark.parametrize("name", HYPER)
+
+
+@functools.cache
+def objective(name):
+    return jax.jit(functools.partial(getattr(groups, name), **HYPER[name]))
+
+
+def drawn(seed, count=6):
+    random = np.random.default_rng(seed)
+    where = random.random(count) < 0.7
+    where[:2] = True
+    return random.normal(size=count).astype("f"), random.normal(size=count).astype("f"), where
+
+
+def softplus(x):
+    return math.log1p(math.exp(x))
+
+
+# Scores 0.5 and -0.5, rewards 1 and 0.
+BY_HAND = [
+    ("logistic", {"beta": 1.0}, softplus(-1)),
+    ("logistic", {"beta": 3.0}, softplus(-3)),
+    ("hinge", {"beta": 1.0}, 0.0),
+    ("hinge", {"beta": 0.25}, 0.75),
+    ("ipo", {"beta": 0.5}, 0.0),
+    ("ipo", {"beta": 1.0}, 0.25),
+    ("cpl", {"alpha": 1.0, "bias": 1.0}, softplus(-1)),
+    ("cpl", {"alpha": 2.0, "bias": 0.5}, softplus(-1.5)),
+    ("copg", {"beta": 1.0}, 0.0),
+    ("copg", {"beta": 3.0}, 2.0),
+    # V* = log((e + 1) / 2) = 0.6201: the residuals are 0.1201 and 0.1201.
+    ("a_star_po", {"beta": 1.0}, (math.log((math.e + 1) / 2) - 0.5) ** 2),
+    # Both softmaxes are 1 / (1 + 1 / e) and its complement: the entropy of one.
+    ("info_nca", {"alpha": 1.0, "beta": 1.0}, softplus(-1) + 1 / (1 + math.e)),
+    ("plackett_luce", {"beta": 1.0}, softplus(-1) / 2),
+    ("disco", {"tau": 1.0}, -1.0),
+    ("disco", {"tau": 0.1}, -1.0),
+    ("info_nce", {"tau": 1.0}, softplus(-1)),
+    ("info_nce", {"tau": 0.5}, softplus(-2)),
+]
+
+
+@pytest.mark.parametrize(("name", "hyper", "expected"), BY_HAND)
+def test_values_by_hand(name, hyper, expected):
+    scores, rewards = jnp.asarray([0.5, -0.5]), jnp.asarray([1.0, 0.0])
+    found = getattr(groups, name)(scores, rewards, jnp.ones(2, bool), **hyper)
+    assert float(found) == pytest.approx(expected, abs=1e-6)
+
+
+def test_all_of_them_are_tested():
+    assert set(HYPER) <= set(losses.__all__)
+    assert {name for name in vars(groups) if callable(getattr(groups, name)) and name in losses.__all__} == set(HYPER)
+
+
+@every_objective
+def test_values_equal_a_slow_reference(name):
+    for seed in range(20):
+        scores, rewards, where = drawn(seed)
+        kept = [(float(s), float(r)) for s, r, w in zip(scores, rewards, where, strict=True) if w]
+        expected = getattr(reference, name)(kept, **HYPER[name])
+        assert float(objective(name)(scores, rewards, where)) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+@every_objective
+def test_gradients_are_those_of_the_values(name):
+    scores, rewards, where = drawn(3)
+    check_grads(lambda s: objective(name)(s, rewards, where), (jnp.asarray(scores),), order=1, rtol=2e-2, atol=2e-3)
+
+
+@every_objective
+def test_the_order_of_the_variants_does_not_matter(name):
+    scores, rewards, where = drawn(4)
+    order = np.random.default_rng(0).permutation(len(scores))
+    value = jax.value_and_grad(objective(name))
+    expected, gradient = value(scores, rewards, where)
+    found, moved = value(scores[order], rewards[order], where[order])
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(moved, gradient[order], rtol=1e-4, atol=1e-6)
+
+
+@every_objective
+def test_only_differences_of_scores_matter(name):
+    scores, rewards, where = drawn(5)
+    expected, found = (float(objective(name)(scores + shift, rewards, where)) for shift in (0, 2))
+    is_the_same = found == pytest.approx(expected, rel=1e-4)
+    assert is_the_same == (name not in ("a_star_po", "cpl"))
+    if name == "cpl":
+        expected, found = (float(groups.cpl(scores + x, rewards, where, alpha=1.3, bias=1.0)) for x in (0, 2))
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
+@every_objective
+def test_only_differences_of_rewards_matter(name):
+    scores, rewards, where = drawn(6)
+    expected, found = (float(objective(name)(scores, rewards + shift, where)) for shift in (0, 2))
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+@every_objective
+@pytest.mark.parametrize("rewards", [np.zeros(6, "f"), np.full(6, 0.3, "f")])
+def test_a_group_of_equal_rewards_holds_no_preference(name, rewards):
+    scores, _, where = drawn(7)
+    value, gradient = jax.value_and_grad(objective(name))(scores, rewards, where)
+    if name in ("copg", "a_star_po", "info_nca"):
+        # These pull the policy to the reference where the rewards say nothing.
+        pulled = jax.value_and_grad(objective(name))(np.zeros(6, "f"), rewards, where)[1]
+        assert np.abs(gradient).max() > 0.01 and np.abs(pulled).max() < 1e-6
+    elif name != "plackett_luce":
+        assert value == 0 and not gradient.any()
+
+
+@pytest.mark.parametrize("name", ["copg", "a_star_po", "info_nca"])
+def test_the_optimum_is_that_of_the_regularised_problem(name):
+    """pi ~ pi_ref exp(r / beta): relative scores r / beta, for InfoNCA r / (alpha beta), up to a constant."""
+    _, rewards, where = drawn(8)
+    hyper = HYPER[name]
+    optimum = rewards / (hyper["alpha"] * hyper["beta"] if name == "info_nca" else hyper["beta"])
+    if name == "a_star_po":
+        optimum = optimum - np.log(np.mean(np.exp(rewards[where] / hyper["beta"])))
+    assert np.abs(jax.grad(objective(name))(optimum, rewards, where)).max() < 1e-5
+
+
+def test_the_temperature_chooses_the_negatives():
+    scores, rewards = jnp.asarray([0.0, 0.5, -0.5, -2.0]), jnp.asarray([1.0, 0.0, 0.0, 0.0])
+    where = jnp.ones(4, bool)
+
+    def weights(tau):
+        gradient = jax.grad(groups.disco)(scores, rewards, where, tau=tau)
+        return np.asarray(gradient[1:])
+
+    np.testing.assert_allclose(weights(0.05), [1, 0, 0], atol=1e-4)
+    np.testing.assert_allclose(weights(1e3), [1 / 3] * 3, atol=1e-2)
+
+
+def test_rewards_get_no_gradient():
+    scores, rewards, where = drawn(9)
+    for name in HYPER:
+        assert not jax.grad(objective(name), argnums=1)(scores, rewards, where).any()
