@@ -190,9 +190,15 @@ class Hyperparameters:
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     temperature: float = 1.0
-    """Temperature of the preference scale g and of the Bernoulli policy in the KL."""
+    """Temperature of the preference scale g, of the Bernoulli policy in the KL, and of `disco` and `info_nce` (tau)."""
     temperature_end: float = 1.0
     """Temperature at the last step; linear in between."""
+    beta: float = 1.0
+    """Scale of the variants' values in the objectives over groups (alpha of `cpl`)."""
+    reward_temperature: float = 1.0
+    """Temperature of the rewards in `info_nca` (alpha), in nats."""
+    cpl_bias: float = 0.5
+    """Weight of the worse variant in `cpl` (lambda)."""
     adv_norm_beta: float = 0.9
     """Decay of the advantage normaliser's moving averages."""
     collapse_weight: float = 1.0
@@ -225,7 +231,7 @@ class Hyperparameters:
         # Inside jax transformations the fields are tracers or placeholders: only numbers can be checked.
         if not all(isinstance(value, int | float) for value in dataclasses.asdict(self).values()):
             return
-        for name in ("learning_rate", "temperature", "temperature_end"):
+        for name in ("learning_rate", "temperature", "temperature_end", "beta", "reward_temperature", "cpl_bias"):
             value = getattr(self, name)
             _require(0 < value < math.inf, f"{name} must be finite and above 0, got {value}")
         for name in ("adv_norm_beta", "budget_smooth_beta", "anchor_beta"):
@@ -256,6 +262,20 @@ class Hyperparameters:
 class ObjectiveConfig:
     """What is compiled in of the LensNet objective; its weights are in `Hyperparameters`."""
 
+    name: Literal[
+        "spans",
+        "a_star_po",
+        "copg",
+        "cpl",
+        "disco",
+        "hinge",
+        "info_nca",
+        "info_nce",
+        "ipo",
+        "logistic",
+        "plackett_luce",
+    ] = "spans"
+    """The preference term: `preference_loss` of span targets, or one of `losses.groups` over the variants' values."""
     targets: Literal["both", "worse_only"] = "both"
     granularity: Literal["entry", "pair"] = "entry"
     anchor: Literal["previous", "ema", "fixed"] = "previous"
@@ -263,7 +283,7 @@ class ObjectiveConfig:
     """Preference pairs kept per sequence [P]."""
 
     def __post_init__(self) -> None:
-        _require_choice(self, "targets", "granularity", "anchor")
+        _require_choice(self, "name", "targets", "granularity", "anchor")
         _require_positive(self, "max_pairs")
 
 

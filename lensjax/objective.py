@@ -1,8 +1,11 @@
 """The LensNet objective over a batch of scored variants; calls no model.
 
 L_lens = L_pref + rank_weight L_rank + budget_weight L_budget + smooth_weight L_smooth + kl_weight KL
+
+L_pref supervises entries by span targets of pairs, or, by another `objective.name`, the variants' values as a group.
 """
 
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -65,6 +68,10 @@ def lens_objective(
     is_free = variants.valid & (variants.start < shape.window - shape.recent_tokens) & distinct[..., None]
 
     terms, entry_losses = _pair_terms(scores, advantages, pairs, targets, temperature, hyper, config)
+    values = _variant_values(scores, variants, config)
+    if config.objective.name != "spans":
+        relative = values if anchor_scores is None else values - _variant_values(anchor_scores, variants, config)
+        terms["preference"] = _group_term(relative, scored, temperature, hyper, config)
     per_variant = jax.vmap(jax.vmap(losses.budget_balance))
     balance = per_variant(scores, scored.entries.spans, is_free)
     average, _ = stability.moments_mean_var(budget)
@@ -89,7 +96,7 @@ def lens_objective(
     report |= {"kl": terms["kl"]} if "kl" in terms else {}
     report |= metrics.advantage_metrics(scored.losses, distinct)
     report |= metrics.score_metrics(scores, variants.lod, is_free, max_lod=shape.max_lod)
-    report |= _preference_metrics(scored, scores, pairs, targets, config)
+    report |= _preference_metrics(scored, scores, values, pairs, targets)
     picked_lods = jax.vmap(_rows_of_pairs)(variants.lod, pairs)
     report |= metrics.lod_loss_metrics(entry_losses, picked_lods, targets.where, max_lod=shape.max_lod)
     return ObjectiveOutput(loss, jax.lax.stop_gradient(balance), jax.lax.stop_gradient(report))
@@ -97,12 +104,9 @@ def lens_objective(
 
 def _supervision(scored: ScoredVariants, hyper: Hyperparameters, config: Config) -> tuple[PreferencePairs, PairTargets]:
     """Pairs and span targets of one sequence."""
-    compared = scored.distinct
-    if config.context.local_edits:
-        compared = compared.at[0].set(False)
     pairs = preferences.select_pairs(
         scored.losses,
-        compared,
+        _compared(scored.distinct, config),
         hard_negative_ratio=hyper.hard_negative_ratio,
         max_pairs=config.objective.max_pairs,
     )
@@ -115,6 +119,54 @@ def _supervision(scored: ScoredVariants, hyper: Hyperparameters, config: Config)
         worse_only=config.objective.targets == "worse_only",
     )
     return pairs, targets
+
+
+def _compared(distinct: Array, config: Config) -> Array:
+    """bool[..., V]: variants that are compared. Local rollouts share nothing with the baseline but the tail."""
+    return distinct.at[..., 0].set(False) if config.context.local_edits else distinct
+
+
+def _variant_values(scores: Array, variants: WorkingContext, config: Config) -> Array:
+    """The policy's value of each variant, float32[B, V]."""
+    shape = config.context
+    value = functools.partial(
+        preferences.variant_values,
+        window=shape.window,
+        block_size=shape.block_size,
+        max_lod=shape.max_lod,
+        recent_tokens=shape.recent_tokens,
+    )
+    return jax.vmap(value)(scores, variants)
+
+
+def _group_term(
+    values: Array, scored: ScoredVariants, temperature: ArrayLike, hyper: Hyperparameters, config: Config
+) -> Array:
+    """The objective over the variants of each sequence, mean over the sequences that hold a preference.
+
+    Args:
+      values: float32[B, V], relative to the anchor's where there is one.
+      scored: the variants and what they are worth.
+      temperature: float32[].
+      hyper: scales.
+      config: names the objective.
+
+    Returns:
+      float32[].
+    """
+    beta = {"beta": hyper.beta}
+    settings: dict[str, dict[str, ArrayLike]] = {
+        "cpl": {"alpha": hyper.beta, "bias": hyper.cpl_bias},
+        "info_nca": {"alpha": hyper.reward_temperature, "beta": hyper.beta},
+        "disco": {"tau": temperature},
+        "info_nce": {"tau": temperature},
+    }
+    name = config.objective.name
+    loss = functools.partial(getattr(losses, name), **settings.get(name, beta))
+    compared, rewards = _compared(scored.distinct, config), -scored.losses
+    lowest = jnp.min(jnp.where(compared, rewards, jnp.inf), axis=-1)
+    highest = jnp.max(jnp.where(compared, rewards, -jnp.inf), axis=-1)
+    return metrics.masked_mean(jax.vmap(loss)(values, rewards, compared), highest > lowest)
 
 
 def _rows_of_pairs(rows: Array, pairs: PreferencePairs) -> Array:
@@ -170,26 +222,14 @@ def _pair_terms(
 
 
 def _preference_metrics(
-    scored: ScoredVariants, scores: Array, pairs: PreferencePairs, targets: PairTargets, config: Config
+    scored: ScoredVariants, scores: Array, values: Array, pairs: PreferencePairs, targets: PairTargets
 ) -> dict[str, Array]:
     """Does the policy ask for what was measured to be better?"""
-    shape, variants = config.context, scored.contexts
     supervised = jnp.any(targets.where, axis=(-2, -1))
     share, count = preferences.agreement(jax.vmap(preferences.pair_margins)(scores, targets, pairs), supervised)
-    control = jax.vmap(preferences.pair_margins)(preferences.lod_only_scores(variants), targets, pairs)
+    control = jax.vmap(preferences.pair_margins)(preferences.lod_only_scores(scored.contexts), targets, pairs)
     control_share, _ = preferences.agreement(control, supervised)
 
-    def value(score: Array, variant_set: WorkingContext) -> Array:
-        return preferences.variant_values(
-            score,
-            variant_set,
-            window=shape.window,
-            block_size=shape.block_size,
-            max_lod=shape.max_lod,
-            recent_tokens=shape.recent_tokens,
-        )
-
-    values = jax.vmap(value)(scores, variants)
     rewards = -preferences.advantage_deltas(scored.losses)
     correlations, defined = jax.vmap(preferences.correlation)(values, rewards, scored.distinct)
     take = jax.vmap(jnp.take)

@@ -66,8 +66,13 @@ def random_case(seed):
 
 
 @functools.cache
-def objective(targets, granularity, local_edits=0):
-    changes = {"objective.targets": targets, "objective.granularity": granularity, "objective.max_pairs": 4}
+def objective(targets, granularity, local_edits=0, name="spans"):
+    changes = {
+        "objective.name": name,
+        "objective.targets": targets,
+        "objective.granularity": granularity,
+        "objective.max_pairs": 4,
+    }
     changes |= {"context.local_edits": local_edits}
     config = configs.replace(SMALL, **changes)
 
@@ -87,8 +92,8 @@ def objective(targets, granularity, local_edits=0):
 
 
 @functools.cache
-def compiled(targets, granularity, local_edits=0):
-    config, call = objective(targets, granularity, local_edits)
+def compiled(targets, granularity, local_edits=0, name="spans"):
+    config, call = objective(targets, granularity, local_edits, name)
     return config, jit(call)
 
 
@@ -126,6 +131,39 @@ def test_the_objective_is_the_slow_reference(targets, granularity, local_edits, 
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-5, nan_ok=True)
     assert float(output.loss) == found["mc/lens_loss"]
     assert not [name for name, value in found.items() if np.isnan(value) and name not in MAY_BE_UNDEFINED]
+
+
+HYPER = {"beta": 1.3, "reward_temperature": 0.4, "cpl_bias": 0.7, "temperature": 0.6}
+OVER_GROUPS = {
+    "copg": {"beta": 1.3},
+    "cpl": {"alpha": 1.3, "bias": 0.7},
+    "disco": {"tau": 0.6},
+    "info_nca": {"alpha": 0.4, "beta": 1.3},
+}
+
+
+@pytest.mark.parametrize(("name", "local_edits"), [*((name, 0) for name in OVER_GROUPS), ("copg", 2)])
+def test_an_objective_over_groups_takes_the_place_of_the_preference_term(name, local_edits):
+    config, call = compiled("both", "entry", local_edits, name)
+    scored, scores, anchor = random_case(3)
+    # The second sequence holds no preference.
+    scored = replace(scored, losses=scored.losses * np.asarray([[1], [0], [1]], np.float32))
+    hyper = as_arrays(replace(config.hyper, **HYPER))
+    found = call(scored, scores, anchor, EMPTY, EMPTY, hyper).metrics
+    expected = []
+    for b in (0, 2):
+        one = jax.tree.map(lambda leaf, b=b: leaf[b], scored)
+        own, reference_policy = (slow_objective.Row(one, policy[b], None, config) for policy in (scores, anchor))
+        compared = [v for v in range(VARIANTS) if one.distinct[v] and not (v == 0 and local_edits)]
+        group = [(own.value(v) - reference_policy.value(v), -float(one.losses[v])) for v in compared]
+        expected.append(getattr(reference, name)(group, **OVER_GROUPS[name]))
+    assert float(found["mc/preference_loss"]) == pytest.approx(np.mean(expected), rel=1e-4)
+    _, call = compiled("both", "entry", local_edits)
+    other = call(scored, scores, anchor, EMPTY, EMPTY, hyper).metrics
+    for metric in set(found) - {"mc/preference_loss", "mc/lens_loss"}:
+        np.testing.assert_allclose(found[metric], other[metric], rtol=1e-5, err_msg=metric)
+    rest = [float(one["mc/lens_loss"] - one["mc/preference_loss"]) for one in (found, other)]
+    assert rest[0] == pytest.approx(rest[1], abs=1e-4)
 
 
 def test_the_balance_of_each_variant_is_given_back_for_the_moving_average():

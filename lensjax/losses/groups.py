@@ -139,18 +139,24 @@ def copg(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike, *, beta: Array
     return squares / jnp.maximum(count - 1, 1)
 
 
-def a_star_po(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike, *, beta: ArrayLike) -> Array:
+def a_star_po(
+    scores: ArrayLike,
+    rewards: ArrayLike,
+    where: ArrayLike,
+    *,
+    beta: ArrayLike,
+    value: ArrayLike | None = None,
+) -> Array:
     """Scores regressed on the advantage under the optimal policy of the KL-regularised problem.
 
-        mean (beta D_i - (r_i - V*))^2,    V* = beta log mean exp(r / beta)
-
-    The group stands for samples of the reference policy, by which V* is its optimal value.
+        mean (beta D_i - (r_i - V*))^2,    V* = beta log mean exp(r / beta) over samples of the reference policy
 
     Args:
       scores: float32[N], relative to the reference policy's.
       rewards: float32[N], in the unit of beta.
       where: bool[N].
       beta: float32[], above 0, strength of the KL term.
+      value: float32[], V*, found beforehand; None where the reference policy drew this group, for V* of the group.
 
     Returns:
       float32[].
@@ -159,7 +165,7 @@ def a_star_po(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike, *, beta: 
       Brantley et al., A*-PO, arXiv:2505.20686, Eq. 4 (one beta for both of its stages).
     """
     scores, rewards, where = _cleared(scores, rewards, where)
-    value = beta * _log_mean_exp(rewards / beta, where)
+    value = beta * _log_mean_exp(rewards / beta, where) if value is None else value
     return masked_mean(jnp.square(beta * scores - (rewards - value)), where)
 
 
