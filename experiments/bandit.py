@@ -9,7 +9,7 @@ optimum, in the objective itself and exactly, over all arms. Seeds differ in rew
 `bandit.csv`, a row a policy, and `bandit.png`, the way there.
 
 References:
-  Flet-Berliac et al., Contrastive Policy Gradient, arXiv:2406.19185, section 4 (a bandit for the same question).
+  Flet-Berliac et al., Contrastive Policy Gradient, arXiv:2406.19185 (a bandit for the same question).
 """
 
 import csv

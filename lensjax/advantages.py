@@ -76,8 +76,8 @@ def group_advantages(
       ValueError: the baseline is unknown.
 
     References:
-      Shao et al., DeepSeekMath (GRPO), arXiv:2402.03300, section 4.1.2; Liu et al., Dr.GRPO, arXiv:2503.20783, section
-      3; Ahmadian et al., Back to Basics (RLOO), arXiv:2402.14740, Eq. 8.
+      Shao et al., DeepSeekMath (GRPO), arXiv:2402.03300; Liu et al., Dr.GRPO, arXiv:2503.20783; Ahmadian et al., Back
+      to Basics (RLOO), arXiv:2402.14740.
     """
     where = jnp.asarray(where)
     rewards = jnp.where(where, jax.lax.stop_gradient(rewards), 0.0)
@@ -109,8 +109,7 @@ def optimal_baseline(rewards: ArrayLike, square_norms: ArrayLike, where: ArrayLi
       float32[]; the mean reward where all norms are 0.
 
     References:
-      OBLR-PO, arXiv:2511.23310; Greensmith et al., Variance Reduction Techniques for Gradient Estimates (2004),
-      Theorem 8.
+      OBLR-PO, arXiv:2511.23310; Greensmith et al., Variance Reduction Techniques for Gradient Estimates (2004).
     """
     where = jnp.asarray(where)
     rewards, norms = (jnp.where(where, jax.lax.stop_gradient(x), 0.0) for x in (rewards, square_norms))
@@ -131,7 +130,7 @@ def importance_weights(log_probs: ArrayLike, behaviour_log_probs: ArrayLike, *, 
       float32[...].
 
     References:
-      Ionides, Truncated Importance Sampling (2008), Eq. 2.
+      Ionides, Truncated Importance Sampling (2008).
     """
     log_ratio = jax.lax.stop_gradient(jnp.asarray(log_probs) - jnp.asarray(behaviour_log_probs))
     return jnp.exp(jnp.minimum(log_ratio, jnp.log(jnp.asarray(most))))
@@ -154,7 +153,7 @@ def most_varied(values: ArrayLike, where: ArrayLike, *, count: int) -> Array:
       ValueError: the count is not between 1 and N.
 
     References:
-      D3S, arXiv:2509.22115, section 3; Xu et al., PODS, arXiv:2504.13818, Theorem 1.
+      D3S, arXiv:2509.22115; Xu et al., PODS, arXiv:2504.13818.
     """
     values, where = jax.lax.stop_gradient(jnp.asarray(values)), jnp.asarray(where)
     size = values.shape[0]

@@ -61,7 +61,7 @@ def hinge(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike, *, beta: Arra
       float32[].
 
     References:
-      Zhao et al., SLiC-HF, arXiv:2305.10425, Eq. 2, with the margin at 1 and beta as the scale.
+      Zhao et al., SLiC-HF, arXiv:2305.10425, with the margin at 1 and beta as the scale.
     """
     return _over_preferences(lambda better, worse: jax.nn.relu(1 - beta * (better - worse)), scores, rewards, where)
 
@@ -105,7 +105,7 @@ def cpl(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike, *, alpha: Array
       float32[].
 
     References:
-      Hejna et al., Contrastive Preference Learning, arXiv:2310.13639, section 3.3.
+      Hejna et al., Contrastive Preference Learning, arXiv:2310.13639 (the conservative form).
     """
     return _over_preferences(
         lambda better, worse: jax.nn.softplus(alpha * (bias * worse - better)), scores, rewards, where
@@ -130,7 +130,7 @@ def copg(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike, *, beta: Array
       float32[].
 
     References:
-      Flet-Berliac et al., Contrastive Policy Gradient, arXiv:2406.19185, Eq. 7.
+      Flet-Berliac et al., Contrastive Policy Gradient, arXiv:2406.19185.
     """
     scores, rewards, where = _cleared(scores, rewards, where)
     rest = rewards - beta * scores
@@ -162,7 +162,7 @@ def a_star_po(
       float32[].
 
     References:
-      Brantley et al., A*-PO, arXiv:2505.20686, Eq. 4 (one beta for both of its stages).
+      Brantley et al., A*-PO, arXiv:2505.20686 (here one beta for both of its stages).
     """
     scores, rewards, where = _cleared(scores, rewards, where)
     value = beta * _log_mean_exp(rewards / beta, where) if value is None else value
@@ -185,7 +185,7 @@ def info_nca(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike, *, alpha: 
       float32[].
 
     References:
-      Chen et al., Noise Contrastive Alignment, arXiv:2402.05369, Eq. 8.
+      Chen et al., Noise Contrastive Alignment, arXiv:2402.05369.
     """
     scores, rewards, where = _cleared(scores, rewards, where)
     wanted = jnp.exp(_log_softmax(rewards / jnp.asarray(alpha), where))
@@ -209,8 +209,8 @@ def plackett_luce(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike, *, be
       float32[].
 
     References:
-      Xia et al., Listwise Approach to Learning to Rank (2008), section 5.2; Plackett-Luce in Rafailov et al.,
-      arXiv:2305.18290, Eq. 20.
+      Xia et al., Listwise Approach to Learning to Rank (2008); for preferences, Rafailov et al., arXiv:2305.18290,
+      appendix A.3.
     """
     scores, rewards, where = _cleared(scores, rewards, where)
     order = jnp.argsort(jnp.where(where, -rewards, jnp.inf))
@@ -237,7 +237,7 @@ def disco(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike, *, tau: Array
       float32[]; 0 unless both kinds are there.
 
     References:
-      Li et al., DisCO, arXiv:2505.12366, Eq. 7.
+      Li et al., DisCO, arXiv:2505.12366.
     """
     scores, rewards, where = _cleared(scores, rewards, where)
     positive, negative = _better_and_worse(rewards, where)

@@ -25,7 +25,7 @@ def policy_gradient(log_probs: ArrayLike, advantages: ArrayLike, where: ArrayLik
       float32[].
 
     References:
-      Williams, Simple Statistical Gradient-Following Algorithms (1992), Eq. 11.
+      Williams, Simple Statistical Gradient-Following Algorithms (1992).
     """
     where = jnp.asarray(where)
     log_probs, advantages = _cleared(log_probs, where), _cleared(jax.lax.stop_gradient(advantages), where)
