@@ -5,8 +5,8 @@
 PYTHON ?= python3
 PYTHONS ?= python3.11 python3.12 python3.13
 VENV ?= .venv
-# Two workers: a test is mostly one thread compiling.
-PYTEST_FLAGS ?= --numprocesses 2 --dist loadscope
+# Two workers: a test is mostly one thread compiling. The order is that of tests/conftest.py.
+PYTEST_FLAGS ?= --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
 TAG := $(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])' 2>/dev/null)
 # Interpreters without a file of their own share the versions of Python 3.12.

@@ -29,6 +29,12 @@ hypothesis.settings.register_profile("lensjax", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("lensjax")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: as the last one, such a file would keep one worker busy and the others waiting."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def compiles() -> Callable[[], AbstractContextManager[list[str]]]:
     """A context manager that lists the names of the functions which XLA compiles inside it.
