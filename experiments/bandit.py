@@ -1,6 +1,6 @@
 """Which objectives find a known optimum from data that another policy drew?
 
-    python experiments/bandit.py                          ten bandits, into runs/bandit, half a minute on 2 cores
+    python experiments/bandit.py                          ten bandits, into runs/bandit, 50 seconds on 2 cores
 
 A policy over ten arms starts at a reference policy and is to maximise the expected reward minus beta times its KL
 divergence from the reference. The optimum is known: pi ~ pi_ref exp(r / beta). All it sees is a fixed set of groups of

@@ -92,10 +92,10 @@ def ipo(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike, *, beta: ArrayL
 def cpl(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike, *, alpha: ArrayLike, bias: ArrayLike) -> Array:
     """Contrastive preference learning, over all pairs with a better variant i.
 
-        mean over r_i > r_j of -log(exp(alpha h_i) / (exp(alpha h_i) + exp(bias alpha h_j)))
+        mean over r_i > r_j of -log(exp(alpha D_i) / (exp(alpha D_i) + exp(bias alpha D_j)))
 
     Args:
-      scores: float32[N], without a reference.
+      scores: float32[N]; the paper has no reference policy, whose scores are then 0.
       rewards: float32[N].
       where: bool[N].
       alpha: float32[], above 0, temperature of the regret.
