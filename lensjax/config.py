@@ -1,362 +1,46 @@
-"""Configuration: frozen dataclasses, every field checked where it enters, JSON both ways.
-
-A `Config` is static: shapes, switches and schedules that are compiled in. What an ablation sweeps is
-`Hyperparameters`: plain floats here, a pytree of scalar arrays inside `TrainState`.
-"""
+"""Configuration of a run: its sections put together, and JSON both ways."""
 
 import dataclasses
 import json
-import math
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
+from lensjax.sections import (
+    BaseConfig,
+    ContextConfig,
+    DataConfig,
+    FocusConfig,
+    GistConfig,
+    Hyperparameters,
+    LensConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    require,
+    require_choice,
+    require_positive,
+)
 
-from lensjax.lengths import CutGeometry
-
-
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise ValueError(message)
-
-
-def _require_positive(config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(value >= 1, f"{name} must be at least 1, got {value}")
-
-
-def _require_choice(config: Any, *names: str) -> None:
-    """Checks Literal fields against the choices that their annotation lists."""
-    hints = typing.get_type_hints(type(config))
-    for name in names:
-        choices = typing.get_args(hints[name])
-        value = getattr(config, name)
-        _require(value in choices, f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
-
-
-@dataclass(frozen=True)
-class BaseConfig:
-    """Decoder-only language model of the Llama kind."""
-
-    vocab_size: int = 256
-    dim: int = 64
-    layers: int = 2
-    heads: int = 4
-    kv_heads: int = 2
-    mlp_dim: int = 192
-    copy_heads: int = 0
-    """Key-value heads in each layer that find an entry by the one before it, and so learn at once to copy."""
-    conv_width: int = 3
-    """Taps of the causal depthwise convolution on the input embeddings; 0 leaves it out."""
-    tied: bool = True
-    """Whether the output head is the transposed embedding."""
-    rope_theta: float = 10_000.0
-    gaussian_rope: bool = False
-    """Damp rotary frequencies by exp(-(theta sigma)^2 / 2), sigma = span width."""
-
-    def __post_init__(self) -> None:
-        _require_positive(self, "vocab_size", "dim", "layers", "heads", "kv_heads", "mlp_dim")
-        _require(
-            self.dim % (2 * self.heads) == 0,
-            f"base.dim must be a multiple of 2 * heads = {2 * self.heads} (rotary pairs), got {self.dim}",
-        )
-        _require(
-            self.heads % self.kv_heads == 0,
-            f"base.heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}",
-        )
-        _require(
-            0 <= self.copy_heads <= self.kv_heads,
-            f"base.copy_heads must be between 0 and kv_heads {self.kv_heads}, got {self.copy_heads}",
-        )
-        _require(self.conv_width >= 0, f"base.conv_width must be 0 (none) or more, got {self.conv_width}")
-        _require(self.rope_theta > 1, f"base.rope_theta must be above 1, got {self.rope_theta}")
-
-
-@dataclass(frozen=True)
-class GistConfig:
-    """GistNet: K child embeddings to one gist of the same width."""
-
-    pooling: Literal["mean", "query", "cls"] = "mean"
-    head: Literal["linear", "mlp"] = "linear"
-    layers: int = 0
-    heads: int = 4
-
-    def __post_init__(self) -> None:
-        _require_choice(self, "pooling", "head")
-        _require(self.layers >= 0, f"gist.layers must be 0 or more, got {self.layers}")
-        _require_positive(self, "heads")
-
-
-@dataclass(frozen=True)
-class LensConfig:
-    """LensNet: bidirectional policy over the entries of one working context."""
-
-    dim: int = 64
-    layers: int = 2
-    heads: int = 2
-    """Few and wide: a head compares entries by what it projects them to, and 16 numbers tell few of them apart."""
-    mlp_dim: int = 192
-    head: Literal["linear", "mlp"] = "linear"
-
-    def __post_init__(self) -> None:
-        _require_positive(self, "dim", "layers", "heads", "mlp_dim")
-        _require_choice(self, "head")
-        _require(self.dim % self.heads == 0, f"lens.dim must be a multiple of heads, got {self.dim} and {self.heads}")
-
-
-@dataclass(frozen=True)
-class ContextConfig:
-    """The tree, the working context and the rollouts (letters of the README in brackets)."""
-
-    window: int = 256
-    """Tokens in a training window [T]."""
-    block_size: int = 8
-    """Children per gist [K]."""
-    max_lod: int = 2
-    """Highest level of detail [L]."""
-    horizon: int = 32
-    """Tail tokens on which every variant is scored [H]."""
-    recent_tokens: int = 40
-    """Tail tokens that stay at LOD 0 in every variant; at least horizon + 1."""
-    rollouts: int = 4
-    """Random variants per sequence [N]."""
-    local_edits: int = 0
-    """Above 0 the rollouts of a sequence are one random cut and N - 1 that differ from it by so many swaps: then a
-    preference concerns few spans. The baseline, which differs from them everywhere, is in no pair."""
-
-    def __post_init__(self) -> None:
-        _require_positive(self, "window", "max_lod", "horizon", "rollouts")
-        _require(self.local_edits >= 0, f"context.local_edits must be 0 (none) or more, got {self.local_edits}")
-        _require(
-            self.local_edits == 0 or self.rollouts >= 2,
-            f"context.local_edits compares rollouts with each other: expected 2 or more of them, got {self.rollouts}",
-        )
-        _require(self.block_size >= 2, f"context.block_size must be at least 2, got {self.block_size}")
-        _require(
-            self.recent_tokens >= self.horizon + 1,
-            "context.recent_tokens must be at least horizon + 1 (the entry of the token before the horizon "
-            f"predicts its first token), got recent_tokens {self.recent_tokens} and horizon {self.horizon}",
-        )
-        _require(
-            self.window >= self.recent_tokens + self.block_size,
-            "context.window must hold the recent tokens and at least one block: expected at least "
-            f"{self.recent_tokens + self.block_size}, got {self.window}",
-        )
-
-    @property
-    def geometry(self) -> CutGeometry:
-        """The window as the arithmetic of lengths sees it."""
-        return CutGeometry(self.window, self.block_size, self.max_lod, self.recent_tokens)
-
-
-@dataclass(frozen=True)
-class FocusConfig:
-    """How the allocator turns scores into edits; no part of training."""
-
-    steps: int = 4
-    """Refocus steps from a cold start."""
-    max_edits: int = 64
-    """Swaps in one refocus step, at most."""
-    expand_threshold: float = -1.0
-    """Scores below it are not expanded; scores lie in [-1, 1]."""
-    collapse_threshold: float = 1.0
-    """Scores above it are not collapsed."""
-    cooldown: int = 1
-    """Refocus steps for which an edited node is left alone; 0 for none."""
-    temperature: float = 0.0
-    """0 takes the best edits; above it they are sampled."""
-    top_k: int = 0
-    """Samples come from that many of the best candidates; 0 for all."""
-
-    def __post_init__(self) -> None:
-        _require_positive(self, "steps", "max_edits")
-        for name in ("cooldown", "top_k", "temperature"):
-            value = getattr(self, name)
-            _require(0 <= value < math.inf, f"focus.{name} must be finite and at least 0, got {value}")
-        for name in ("expand_threshold", "collapse_threshold"):
-            value = getattr(self, name)
-            _require(not math.isnan(value), f"focus.{name} must be a number, got {value}")
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Hyperparameters:
-    """What an ablation sweeps. Floats in a `Config`; float32 scalars, or a batch of them, in a `TrainState`."""
-
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    temperature: float = 1.0
-    """Temperature of the preference scale g, of the Bernoulli policy in the KL, and of `disco` and `info_nce` (tau)."""
-    temperature_end: float = 1.0
-    """Temperature at the last step; linear in between."""
-    beta: float = 1.0
-    """Scale of the variants' values in the objectives over groups (alpha of `cpl`)."""
-    reward_temperature: float = 1.0
-    """Temperature of the rewards in `info_nca` (alpha), in nats."""
-    cpl_bias: float = 0.5
-    """Weight of the worse variant in `cpl` (lambda)."""
-    adv_norm_beta: float = 0.9
-    """Decay of the advantage normaliser's moving averages."""
-    collapse_weight: float = 1.0
-    """Weight of entries whose target is to collapse."""
-    rank_weight: float = 0.5
-    margin: float = 0.1
-    """Margin of the rank loss."""
-    budget_weight: float = 0.1
-    smooth_weight: float = 0.0
-    budget_smooth_beta: float = 0.9
-    kl_weight: float = 0.0
-    """0 in the `Config` leaves the term, and the anchor's forward pass, out of the compiled step."""
-    anchor_beta: float = 0.99
-    """Decay of the policy anchor's parameters when the anchor is an EMA."""
-    hard_negative_ratio: float = 1.0
-    """Share kept of the pairs that do not hold the best variant, largest difference first."""
-    lod2_share: float = 0.1
-    """Probability of each block of LOD 2 or above that the target length leaves open."""
-    context_start: float = 0.8
-    """Length of a working context at step 0, as a fraction of the window. The larger of the two lengths in the `Config`
-    is the compiled capacity, which bounds them in a state."""
-    context_end: float = 0.75
-    """Length of a working context at the end of the curriculum, as a fraction of the window."""
-    token_loss_weight: float = 1.0
-    """Weight of mean_v nll(v) when the base model or GistNet is trained."""
-    gist_delta_weight: float = 0.0
-    """Weight of relu(nll(v) - nll(baseline)) when the base model or GistNet is trained."""
-
-    def __post_init__(self) -> None:
-        # Inside jax transformations the fields are tracers or placeholders: only numbers can be checked.
-        if not all(isinstance(value, int | float) for value in dataclasses.asdict(self).values()):
-            return
-        for name in ("learning_rate", "temperature", "temperature_end", "beta", "reward_temperature", "cpl_bias"):
-            value = getattr(self, name)
-            _require(0 < value < math.inf, f"{name} must be finite and above 0, got {value}")
-        for name in ("adv_norm_beta", "budget_smooth_beta", "anchor_beta"):
-            value = getattr(self, name)
-            _require(0 <= value < 1, f"{name} must be in [0, 1), got {value}")
-        for name in ("hard_negative_ratio", "lod2_share"):
-            value = getattr(self, name)
-            _require(0 <= value <= 1, f"{name} must be in [0, 1], got {value}")
-        for name in ("context_start", "context_end"):
-            value = getattr(self, name)
-            _require(0 < value <= 1, f"{name} is a fraction of the window in (0, 1], got {value}")
-        for name in (
-            "weight_decay",
-            "collapse_weight",
-            "rank_weight",
-            "margin",
-            "budget_weight",
-            "smooth_weight",
-            "kl_weight",
-            "token_loss_weight",
-            "gist_delta_weight",
-        ):
-            value = getattr(self, name)
-            _require(value >= 0 and math.isfinite(value), f"{name} must be finite and at least 0, got {value}")
-
-
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    """What is compiled in of the LensNet objective; its weights are in `Hyperparameters`."""
-
-    name: Literal[
-        "spans",
-        "a_star_po",
-        "copg",
-        "cpl",
-        "disco",
-        "hinge",
-        "info_nca",
-        "info_nce",
-        "ipo",
-        "logistic",
-        "plackett_luce",
-    ] = "spans"
-    """The preference term: `preference_loss` of span targets, or one of `losses.groups` over the variants' values."""
-    targets: Literal["both", "worse_only"] = "both"
-    granularity: Literal["entry", "pair"] = "entry"
-    anchor: Literal["previous", "ema", "fixed"] = "previous"
-    max_pairs: int = 8
-    """Preference pairs kept per sequence [P]."""
-
-    def __post_init__(self) -> None:
-        _require_choice(self, "name", "targets", "granularity", "anchor")
-        _require_positive(self, "max_pairs")
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW with global-norm clipping; the learning rate itself is a hyperparameter."""
-
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_steps: int = 20
-    curriculum_steps: int | None = None
-    """Steps over which the context length anneals; None: half of the run."""
-    b1: float = 0.9
-    b2: float = 0.99
-    clip_norm: float = 1.0
-
-    def __post_init__(self) -> None:
-        _require_choice(self, "schedule")
-        _require(self.warmup_steps >= 0, f"optimizer.warmup_steps must be 0 or more, got {self.warmup_steps}")
-        _require(
-            self.curriculum_steps is None or self.curriculum_steps >= 0,
-            f"optimizer.curriculum_steps must be 0 or more, or None, got {self.curriculum_steps}",
-        )
-        _require(0 <= self.b1 < 1 and 0 <= self.b2 < 1, f"b1 and b2 must be in [0, 1), got {self.b1} and {self.b2}")
-        _require(self.clip_norm > 0, f"optimizer.clip_norm must be above 0, got {self.clip_norm}")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where tokens come from."""
-
-    task: Literal["stdlib", "text", "recall"] = "stdlib"
-    """The running Python's standard library, the user's own text files, or single-span recall."""
-    path: str | None = None
-    """Folder or glob of text files; for task text."""
-    max_files: int | None = None
-    """Read at most this many files a split, in hash order; None reads all."""
-    recall_pool: int = 4
-    """Distinct blocks in a recall pretraining sequence; few, so that most positions repeat something."""
-
-    def __post_init__(self) -> None:
-        _require_choice(self, "task")
-        _require(
-            self.task != "text" or bool(self.path),
-            "data.path must name a folder or a glob when data.task is text, got none",
-        )
-        _require(
-            self.task == "text" or self.path is None,
-            f"data.path is read only when data.task is text: set --data.task text, got {self.task!r}",
-        )
-        _require(self.max_files is None or self.max_files >= 1, f"max_files must be 1 or more, got {self.max_files}")
-        _require_positive(self, "recall_pool")
-
-
-@dataclass(frozen=True)
-class PretrainConfig:
-    """The base model's own training, before LensNet's. Skipped when `Config.base_run` or `Config.init` is given."""
-
-    steps: int = 600
-    learning_rate: float = 3e-3
-    batch_size: int = 16
-    rollout_weight: float = 0.0
-    """Weight of the rollouts' NLL beside the full-context loss: teaches the base model to read gists and GistNet to
-    write them. 0 leaves GistNet at its initialisation."""
-    train_gist: bool = True
-    """Whether GistNet learns from the rollouts; False leaves it at its initialisation, nearly the mean of a block."""
-
-    def __post_init__(self) -> None:
-        _require_positive(self, "steps", "batch_size")
-        _require(
-            0 < self.learning_rate < math.inf,
-            f"pretrain.learning_rate must be finite and above 0, got {self.learning_rate}",
-        )
-        _require(self.rollout_weight >= 0, f"pretrain.rollout_weight must be 0 or more, got {self.rollout_weight}")
+__all__ = [
+    "BaseConfig",
+    "Config",
+    "ContextConfig",
+    "DataConfig",
+    "FocusConfig",
+    "GistConfig",
+    "Hyperparameters",
+    "LensConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "PretrainConfig",
+    "from_json",
+    "load",
+    "replace",
+    "to_json",
+]
 
 
 @dataclass(frozen=True)
@@ -395,35 +79,35 @@ class Config:
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
 
     def __post_init__(self) -> None:
-        _require_choice(self, "dtype")
-        _require_positive(self, "batch_size", "logging_steps", "eval_steps", "eval_batches", "save_steps")
-        _require(self.steps >= 0, f"steps must be 0 (pretraining only) or more, got {self.steps}")
+        require_choice(self, "dtype")
+        require_positive(self, "batch_size", "logging_steps", "eval_steps", "eval_batches", "save_steps")
+        require(self.steps >= 0, f"steps must be 0 (pretraining only) or more, got {self.steps}")
         for name, steps in (("steps", self.steps), ("pretrain.steps", self.pretrain.steps)):
-            _require(
+            require(
                 steps == 0 or steps > self.optimizer.warmup_steps,
                 f"{name} must be above optimizer.warmup_steps {self.optimizer.warmup_steps}, got {steps}",
             )
         for name, source in (("base_run", self.base_run), ("init", self.init)):
-            _require(
+            require(
                 self.steps > 0 or source is None,
                 f"steps is 0 and {name} is {source!r}: there is nothing to do; raise steps or drop {name}",
             )
-        _require(
+        require(
             self.base_run is None or self.init is None,
             f"base_run {self.base_run!r} and init {self.init!r} both give a base model: name one of them",
         )
-        _require(0 <= self.seed < 2**31, f"seed must be in [0, 2**31), got {self.seed}")
-        _require(bool(self.output_dir), "output_dir must name a folder, got an empty string")
-        _require(
+        require(0 <= self.seed < 2**31, f"seed must be in [0, 2**31), got {self.seed}")
+        require(bool(self.output_dir), "output_dir must name a folder, got an empty string")
+        require(
             len(self.trainable) > 0 and set(self.trainable) <= {"base", "gist", "lens"},
             f"trainable must name one or more of base, gist, lens, got {self.trainable}",
         )
-        _require(len(set(self.trainable)) == len(self.trainable), f"trainable names a part twice: {self.trainable}")
-        _require(
+        require(len(set(self.trainable)) == len(self.trainable), f"trainable names a part twice: {self.trainable}")
+        require(
             self.base.dim % self.gist.heads == 0,
             f"base.dim must be a multiple of gist.heads, got {self.base.dim} and {self.gist.heads}",
         )
-        _require(
+        require(
             self.data.task == "recall" or self.base.vocab_size >= 256,
             f"text is read as bytes: base.vocab_size must be at least 256, got {self.base.vocab_size}",
         )
@@ -461,10 +145,10 @@ def load(path: str | Path) -> Config:
 
 
 def _build(cls: type, raw: Any, *, where: str) -> Any:
-    _require(isinstance(raw, dict), f"{where}: expected an object with keys of {cls.__name__}, got {raw!r}")
+    require(isinstance(raw, dict), f"{where}: expected an object with keys of {cls.__name__}, got {raw!r}")
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(raw) - set(hints))
-    _require(
+    require(
         not unknown,
         f"{where}: unknown key{'s' * (len(unknown) > 1)} {', '.join(unknown)}; known keys: {', '.join(sorted(hints))}",
     )
@@ -484,13 +168,13 @@ def _checked_type(hint: Any, value: Any, *, where: str) -> Any:
         return value  # checked with its choices in __post_init__
     if origin is tuple:
         is_list = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
-        _require(is_list, f"{where}: expected a list of names, got {value!r}")
+        require(is_list, f"{where}: expected a list of names, got {value!r}")
         return tuple(value)
     accepted: tuple[type, ...] = tuple(args) if args else (hint,)
     if float in accepted and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     is_stray_bool = isinstance(value, bool) and bool not in accepted
-    _require(
+    require(
         isinstance(value, accepted) and not is_stray_bool,
         f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}",
     )
@@ -507,9 +191,9 @@ def replace(config: Config, **changes: Any) -> Config:
     flat: dict[str, Any] = {}
     for name, value in changes.items():
         head, _, rest = name.partition(".")
-        _require(head in _names(config), f"unknown config key {name}")
+        require(head in _names(config), f"unknown config key {name}")
         if rest:
-            _require(dataclasses.is_dataclass(getattr(config, head)), f"unknown config key {name}")
+            require(dataclasses.is_dataclass(getattr(config, head)), f"unknown config key {name}")
             nested.setdefault(head, {})[rest] = value
         else:
             flat[head] = value
@@ -517,7 +201,7 @@ def replace(config: Config, **changes: Any) -> Config:
     for head, inner in nested.items():
         section = flat.get(head, getattr(config, head))
         unknown = sorted(set(inner) - _names(section))
-        _require(not unknown, f"unknown config key {head}.{unknown[0] if unknown else ''}")
+        require(not unknown, f"unknown config key {head}.{unknown[0] if unknown else ''}")
         flat[head] = change(section, **inner)
     return change(config, **flat)
 
