@@ -11,7 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from lensjax import context as contexts
-from lensjax import focus, nll, objective
+from lensjax import focus, nll, nodes, objective
 from lensjax.config import Config
 from lensjax.context import WorkingContext
 from lensjax.focus import FocusState
@@ -106,7 +106,7 @@ def oracle_state(answer: ArrayLike, length: ArrayLike, geometry: CutGeometry) ->
     tokens = jnp.arange(geometry.window)
     is_answer = (tokens >= answer) & (tokens < answer + geometry.block_size)
     wish = jnp.where(is_answer, 1.0, tokens / geometry.window - 1)
-    return focus.fit(focus.uniform(geometry.window, geometry), focus.pool_tokens(wish, geometry), length, geometry)
+    return focus.fit(focus.uniform(geometry.window, geometry), nodes.pool_tokens(wish, geometry), length, geometry)
 
 
 def shows_in_full(context: WorkingContext, answer: ArrayLike, config: Config) -> Array:

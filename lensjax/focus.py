@@ -4,23 +4,20 @@ An edit acts on one node of the tree: *expanding* a gist replaces it by its K ch
 *collapsing* a block replaces its K children by their gist (K - 1 fewer), at every level alike. One expansion paid for
 by one collapse is a *swap*, and leaves the number of entries as it was, exactly.
 
-A context is kept as one flag a node: is this block collapsed? Blocks are collapsed from below upwards, so the flags say
-it all: a token's level of detail is the number of its ancestors that are collapsed. All nodes of the levels 1..L that
-lie before the protected tail stand in one array, level 1 first, N in all; of equal scores the first one is taken.
+A context is kept as one flag a node (see `lensjax.nodes`); of equal scores the first one is taken.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
 from lensjax import context as contexts
+from lensjax import nodes
 from lensjax.config import FocusConfig
 from lensjax.context import MISSING, WorkingContext
 from lensjax.lengths import CutGeometry
@@ -56,35 +53,9 @@ class FocusInfo:
     """int32[]: how many there were, one node of each kind in each."""
 
 
-class Nodes(NamedTuple):
-    """Where the N nodes are, as constants."""
-
-    lod: np.ndarray
-    """int32[N]."""
-    start: np.ndarray
-    """int32[N]: first token covered."""
-    end: np.ndarray
-    """int32[N]: the token after the last one covered."""
-    parent: np.ndarray
-    """int32[N]: index of the parent, N where that one may not be collapsed."""
-
-
-@functools.cache
-def nodes(geometry: CutGeometry) -> Nodes:
-    """The nodes of a window that may be collapsed, level 1 first."""
-    counts = [geometry.blocks(lod) for lod in range(1, geometry.max_lod + 1)]
-    lod = np.repeat(np.arange(1, geometry.max_lod + 1), counts)
-    index = np.concatenate([np.arange(count) for count in counts])
-    span = geometry.block_size**lod
-    above = np.append(counts[1:], 0)[lod - 1]
-    parent = np.cumsum(counts)[lod - 1] + index // geometry.block_size
-    parent = np.where(index // geometry.block_size < above, parent, len(lod))
-    return Nodes(*(a.astype(np.int32) for a in (lod, index * span, (index + 1) * span, parent)))
-
-
 def from_cut(cut: ArrayLike, geometry: CutGeometry) -> FocusState:
     """The state that shows a cut int32[T] of the whole window; nothing cools."""
-    table = nodes(geometry)
+    table = nodes.table(geometry)
     collapsed = jnp.asarray(cut)[table.start] >= table.lod
     return FocusState(collapsed, jnp.zeros(collapsed.shape, jnp.int32))
 
@@ -101,7 +72,7 @@ def to_cut(state: FocusState, geometry: CutGeometry, *, tokens: ArrayLike | None
       int32[T], `MISSING` for tokens that are not there yet.
     """
     cut = jnp.zeros(geometry.window, jnp.int32)
-    for lod, flags in enumerate(_by_level(state.collapsed, geometry), start=1):
+    for lod, flags in enumerate(nodes.by_level(state.collapsed, geometry), start=1):
         covered = jnp.repeat(flags, geometry.block_size**lod).astype(jnp.int32)
         cut = cut.at[: covered.shape[0]].add(covered)
     if tokens is None:
@@ -129,42 +100,11 @@ def uniform(length: ArrayLike, geometry: CutGeometry) -> FocusState:
     Returns:
       `FocusState`.
     """
-    table = nodes(geometry)
+    table = nodes.table(geometry)
     spread = (table.start // geometry.block_size**table.lod) * _GOLDEN % 1.0
     lowest = [jnp.zeros(geometry.blocks(lod), bool) for lod in range(2, geometry.max_lod + 1)]
     counts = level_counts(collapses_for_length(length, geometry), lowest, geometry)
-    return from_cut(cut_from_priorities(counts, _by_level(jnp.asarray(spread), geometry), geometry), geometry)
-
-
-def node_scores(scores: ArrayLike, context: WorkingContext, geometry: CutGeometry) -> Array:
-    """A score for every node from those of a context's entries.
-
-    A shown gist has its own; a block has the mean of its members, weighted by the tokens they cover; what is inside a
-    shown gist has the gist's.
-
-    Args:
-      scores: float32[W], the policy's.
-      context: W entries, from the window's first token on.
-      geometry: the window.
-
-    Returns:
-      float32[N].
-    """
-    tokens = jnp.arange(geometry.window, dtype=jnp.int32)
-    entry = jnp.searchsorted(context.start, tokens, side="right").astype(jnp.int32) - 1
-    return pool_tokens(jnp.take(jnp.asarray(scores), entry, mode="clip"), geometry)
-
-
-def pool_tokens(values: ArrayLike, geometry: CutGeometry) -> Array:
-    """Mean over the tokens of each node: float32[T] to float32[N]."""
-    level, means = jnp.asarray(values), []
-    for lod in range(1, geometry.max_lod + 1):
-        blocks = geometry.blocks(lod)
-        members = level[: blocks * geometry.block_size].reshape(blocks, geometry.block_size)
-        # As a difference from the first: rounding must not tell apart equal scores, or ties would be swapped.
-        level = members[:, 0] + (members - members[:, :1]).mean(axis=1)
-        means.append(level)
-    return jnp.concatenate(means)
+    return from_cut(cut_from_priorities(counts, nodes.by_level(jnp.asarray(spread), geometry), geometry), geometry)
 
 
 def fit(
@@ -182,7 +122,7 @@ def fit(
 
     Args:
       state: what is collapsed.
-      scores: float32[N] in [-1, 1], see `node_scores`.
+      scores: float32[N] in [-1, 1], see `nodes.pool_scores`.
       length: int32[], entries wanted, rounded down to a reachable length. Where all that may be collapsed is, the
         context stays longer: check static lengths with `CutGeometry.length`, which raises.
       geometry: the window.
@@ -193,7 +133,7 @@ def fit(
       `FocusState`.
     """
     scores = jnp.asarray(scores)
-    eligible = _eligible(geometry, tokens)
+    eligible = nodes.eligible(geometry, tokens)
     held = jnp.asarray(geometry.window if tokens is None else tokens, jnp.int32)
     step = geometry.block_size - 1
     target = jnp.clip(-((length - held) // step), 0, jnp.sum(eligible, dtype=jnp.int32))
@@ -203,8 +143,8 @@ def fit(
         return jnp.sum(collapsed, dtype=jnp.int32) != target
 
     def edit(collapsed: Array) -> Array:
-        least = _argmin(scores + penalty, _collapsible(collapsed, eligible, geometry))
-        most = _argmax(scores - penalty, _shown(collapsed, geometry))
+        least = _argmin(scores + penalty, nodes.collapsible(collapsed, eligible, geometry))
+        most = _argmax(scores - penalty, nodes.shown(collapsed, geometry))
         is_long = jnp.sum(collapsed, dtype=jnp.int32) < target
         return collapsed.at[jnp.where(is_long, least, most)].set(is_long, mode="drop")
 
@@ -231,7 +171,7 @@ def swap(
 
     Args:
       state: what is collapsed.
-      scores: float32[N], see `node_scores`.
+      scores: float32[N], see `nodes.pool_scores`.
       geometry: the window.
       settings: thresholds, edits a step, cool-down. With a `temperature` above 0, both sides are sampled without
         replacement, each from its `top_k` best candidates (all of them if 0), with probability proportional to
@@ -250,9 +190,9 @@ def swap(
       Kool et al., Stochastic Beams and Where to Find Them, arXiv:1903.06059, section 2.3 (Gumbel top-k).
     """
     scores = jnp.asarray(scores)
-    eligible, is_warm = _eligible(geometry, tokens), state.cooling == 0
-    up = is_warm & _shown(state.collapsed, geometry) & (scores >= settings.expand_threshold)
-    down = is_warm & _collapsible(state.collapsed, eligible, geometry) & (scores <= settings.collapse_threshold)
+    eligible, is_warm = nodes.eligible(geometry, tokens), state.cooling == 0
+    up = is_warm & nodes.shown(state.collapsed, geometry) & (scores >= settings.expand_threshold)
+    down = is_warm & nodes.collapsible(state.collapsed, eligible, geometry) & (scores <= settings.collapse_threshold)
     order_up = order_down = scores
     if settings.temperature > 0:
         if key is None:
@@ -262,10 +202,10 @@ def swap(
         order_up, order_down = scores + noise[0], scores - noise[1]
 
     def one_swap(collapsed: Array, _: None) -> tuple[Array, Array]:
-        node = _argmax(order_up, up & _shown(collapsed, geometry))
+        node = _argmax(order_up, up & nodes.shown(collapsed, geometry))
         after = collapsed.at[node].set(False, mode="drop")
         # Looked up after the expansion: the parent of what was just expanded can no longer be collapsed.
-        block = _argmin(order_down, down & _collapsible(after, eligible, geometry))
+        block = _argmin(order_down, down & nodes.collapsible(after, eligible, geometry))
         gain = order_up.at[node].get(mode="fill", fill_value=-jnp.inf)
         cost = order_down.at[block].get(mode="fill", fill_value=jnp.inf)
         return jnp.where(gain > cost, after.at[block].set(True, mode="drop"), collapsed), gain > cost
@@ -303,7 +243,7 @@ def refocus(
     Returns:
       The next state, and what the swaps did.
     """
-    pooled = node_scores(scores, context, geometry)
+    pooled = nodes.pool_scores(scores, context, geometry)
     state = fit(state, pooled, length, geometry, cooldown=settings.cooldown, tokens=tokens)
     return swap(state, pooled, geometry, settings=settings, tokens=tokens, key=key)
 
@@ -352,7 +292,7 @@ def drop_oldest(state: FocusState, tokens: int, geometry: CutGeometry) -> FocusS
 
     def moved(values: Array) -> Array:
         levels = []
-        for lod, level in enumerate(_by_level(values, geometry), start=1):
+        for lod, level in enumerate(nodes.by_level(values, geometry), start=1):
             gone = min(tokens // geometry.block_size**lod, level.shape[0])
             levels.append(jnp.concatenate([level[gone:], jnp.zeros_like(level[:gone])]))
         return jnp.concatenate(levels)
@@ -366,35 +306,6 @@ def swap_rate(before: WorkingContext, after: WorkingContext, *, window: int) -> 
     was = jnp.take(contexts.to_cut(before, window=window), after.start, mode="clip")
     is_new = after.valid & (was != after.lod)
     return jnp.sum(is_new, dtype=jnp.float32) / jnp.maximum(after.length, 1).astype(jnp.float32)
-
-
-def _by_level(values: Array, geometry: CutGeometry) -> list[Array]:
-    """Splits [N] into one array for each level 1..L."""
-    sizes = np.cumsum([geometry.blocks(lod) for lod in range(1, geometry.max_lod)])
-    return jnp.split(values, sizes)
-
-
-def _eligible(geometry: CutGeometry, tokens: ArrayLike | None) -> Array:
-    """bool[N]: nodes wholly before the protected tail of the tokens held so far."""
-    held = geometry.window if tokens is None else tokens
-    return jnp.asarray(nodes(geometry).end) <= jnp.asarray(held) - geometry.recent_tokens
-
-
-def _shown(collapsed: Array, geometry: CutGeometry) -> Array:
-    """bool[N]: nodes that are entries of the context."""
-    parent_is = collapsed.at[nodes(geometry).parent].get(mode="fill", fill_value=False)
-    return collapsed & ~parent_is
-
-
-def _collapsible(collapsed: Array, eligible: Array, geometry: CutGeometry) -> Array:
-    """bool[N]: blocks that are not collapsed and whose K children are all entries of the context."""
-    by_level = _by_level(collapsed, geometry)
-    ready = [jnp.ones_like(by_level[0])]
-    for lod in range(2, geometry.max_lod + 1):
-        blocks = geometry.blocks(lod)
-        children = by_level[lod - 2][: blocks * geometry.block_size]
-        ready.append(jnp.all(children.reshape(blocks, geometry.block_size), axis=1))
-    return jnp.concatenate(ready) & ~collapsed & eligible
 
 
 def _argmax(values: Array, where: Array) -> Array:

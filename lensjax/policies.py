@@ -12,7 +12,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from lensjax import context as contexts
-from lensjax import focus, nll, rollouts
+from lensjax import focus, nll, nodes, rollouts
 from lensjax.config import Config, FocusConfig
 from lensjax.context import WorkingContext
 from lensjax.focus import FocusState
@@ -37,7 +37,7 @@ def by_scores(scores: ArrayLike, length: ArrayLike, geometry: CutGeometry) -> Fo
       `FocusState`.
     """
     in_full = focus.from_cut(jnp.zeros(geometry.window, jnp.int32), geometry)
-    return focus.fit(in_full, focus.pool_tokens(scores, geometry), length, geometry)
+    return focus.fit(in_full, nodes.pool_tokens(scores, geometry), length, geometry)
 
 
 def recent_random(

@@ -12,7 +12,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from lensjax import context as contexts
-from lensjax import focus
+from lensjax import focus, nodes
 from lensjax.config import FocusConfig
 from lensjax.context import MISSING
 from lensjax.focus import FocusState
@@ -149,7 +149,7 @@ def compiled_refocus(geometry, settings):
     @jit
     def refocus(state, scores, length, held, key):
         context = focus.to_context(state, geometry, capacity=geometry.window, tokens=held)
-        pooled = focus.node_scores(scores, context, geometry)
+        pooled = nodes.pool_scores(scores, context, geometry)
         options = {"settings": settings, "tokens": held, "key": key if settings.temperature else None}
         after, info = focus.refocus(state, scores, context, length, geometry, **options)
         context = focus.to_context(after, geometry, capacity=geometry.window, tokens=held)
@@ -164,7 +164,7 @@ def compiled_refocus(geometry, settings):
 
 def test_nodes_by_hand():
     # 11 tokens before the tail: 5 blocks of 2, 2 of 4, 1 of 8.
-    table = focus.nodes(CutGeometry(window=14, block_size=2, max_lod=3, recent_tokens=3))
+    table = nodes.table(CutGeometry(window=14, block_size=2, max_lod=3, recent_tokens=3))
     assert table.lod.tolist() == [1, 1, 1, 1, 1, 2, 2, 3]
     assert table.start.tolist() == [0, 2, 4, 6, 8, 0, 4, 0]
     assert table.end.tolist() == [2, 4, 6, 8, 10, 4, 8, 8]
@@ -173,7 +173,7 @@ def test_nodes_by_hand():
 
 @both
 def test_cuts_and_states_are_two_views_of_one_thing(geometry):
-    assert list(zip(*focus.nodes(geometry)[1::-1], strict=True)) == reference.nodes(geometry)
+    assert list(zip(*nodes.table(geometry)[1::-1], strict=True)) == reference.nodes(geometry)
     legal = legal_cuts(geometry)
     assert len(legal) > 80
     cuts = np.asarray([reference.cut_of(cut, geometry.window, geometry.block_size) for cut in legal], np.int32)
@@ -248,7 +248,7 @@ def test_the_cold_start_spreads_detail_evenly():
 def test_node_scores_by_hand():
     context = reference.context_of([(0, 2), (4, 0), (5, 0), (6, 1), (8, 0), (9, 0)], window=10, capacity=8)
     scores = np.asarray([0.5, 0.25, 0.75, -0.5, 0.9, 0.9, np.nan, np.nan], np.float32)
-    found = by_node(jit(lambda row: focus.node_scores(row, context, HAND))(scores), HAND)
+    found = by_node(jit(lambda row: nodes.pool_scores(row, context, HAND))(scores), HAND)
     assert found.pop((0, 2)) == found.pop((0, 1)) == found.pop((2, 1)) == 0.5  # a gist, and what is inside of it
     assert found == {(4, 1): 0.5, (6, 1): -0.5, (4, 2): 0.0}
 
@@ -261,7 +261,7 @@ def test_node_scores_equal_the_reference(geometry):
     batch = [reference.context_of(cut, window=geometry.window, capacity=capacity) for cut in legal]
     batch = jax.tree.map(lambda *rows: np.stack(rows), *batch)
     scores = rng.uniform(-1, 1, batch.start.shape).astype(np.float32)
-    pool = jit(jax.vmap(lambda row, context: focus.node_scores(row, context, geometry)))
+    pool = jit(jax.vmap(lambda row, context: nodes.pool_scores(row, context, geometry)))
     expected = [
         [reference.node_score(node, cut, row[: len(cut)], geometry.block_size) for node in reference.nodes(geometry)]
         for cut, row in zip(legal, scores, strict=True)
@@ -274,7 +274,7 @@ def test_equal_scores_stay_equal_to_the_bit(block_size):
     geometry = CutGeometry(window=2 * block_size**2 + 2, block_size=block_size, max_lod=2, recent_tokens=2)
     values = np.linspace(-1, 1, 64, dtype=np.float32)
     rows = np.repeat(values[:, None], geometry.window, axis=1)  # given whole: XLA would know a constant's mean
-    pooled = jit(jax.vmap(lambda row: focus.pool_tokens(row, geometry)))(rows)
+    pooled = jit(jax.vmap(lambda row: nodes.pool_tokens(row, geometry)))(rows)
     np.testing.assert_array_equal(pooled, np.broadcast_to(values[:, None], pooled.shape))
 
 
