@@ -1,10 +1,11 @@
-"""Pretrains a base model (or takes one), trains LensNet by preferences, and measures it on held-out data.
+"""Pretrains a base model (or takes one), trains LensNet by preferences, by its own edits, or by both, and measures it.
 
     python experiments/train.py demo                              the standard library of this Python
     python experiments/train.py recall --seed 1                   the task with known answers
     python experiments/train.py --data.task text --data.path 'notes/**/*.md' --output-dir runs/notes
     python experiments/train.py --resume runs/notes               go on with an interrupted run
     python experiments/train.py recall --init runs/a --seed 2     start from the models of another run
+    python experiments/train.py recall --init runs/a --steps 0 --online.steps 200     and go on with its own edits alone
 
 Several processes, started with the same words, train together where `JAX_COORDINATOR_ADDRESS` asks for it (BUILD.md).
 
@@ -19,6 +20,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -28,7 +30,7 @@ from jax import Array
 from jax.sharding import Mesh
 from rich.console import Console
 
-from lensjax import checkpoint, data, devices, evaluation, loop, plots, pretrain, run_folder, train
+from lensjax import checkpoint, data, devices, evaluation, loop, online, plots, pretrain, run_folder, train
 from lensjax import config as configs
 from lensjax import logging as run_logging
 from lensjax.config import Config
@@ -40,8 +42,12 @@ Kind = TypeVar("Kind")
 
 CONFIGS = Path(__file__).parent / "configs"
 # Streams of randomness that must not touch: each is folded into the run's seed.
-PRETRAIN_STREAM, LENS_STREAM, EVALUATION_SEED = 0, 1, 2026
+PRETRAIN_STREAM, LENS_STREAM, ONLINE_STREAM, EVALUATION_SEED = 0, 1, 2, 2026
 MAPPED_SEQUENCES = 4
+ONLINE_SEED = 2**32
+"""Above all seeds of the other phases' data."""
+HEADLINE = ("nll_policy", "nll_baseline", "nll_rollout_mean", "mc/preference_agreement", "hit_rate")
+"""Held-out metrics to show while LensNet is trained."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -119,10 +125,13 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
             pretrain_report = _pretrain_evaluator(config, models)
             params, seconds = _pretrain(config, models, inputs, pretrain_report, surroundings)
             summary |= pretrain_report(params, inputs.test)
-        if config.steps:
+        if config.steps or config.online.steps:
             report = _evaluator(config, models)
-            state, lens_seconds = _train_lens(config, models, params, inputs, report, surroundings)
-            seconds += lens_seconds
+            state = train.init_train_state(stream(config, LENS_STREAM), config=config, models=models, params=params)
+            for steps, train_by in ((config.steps, _by_preferences), (config.online.steps, _by_episodes)):
+                if steps:
+                    state, phase_seconds = train_by(config, models, state, inputs, report, surroundings)
+                    seconds += phase_seconds
             summary |= report(state, inputs.test)
             maps = _variant_maps(state, config, models, inputs)
     summary = _summary(config, summary, training_seconds=seconds, seconds=time.perf_counter() - started)
@@ -155,8 +164,9 @@ class _Inputs:
             pretraining=True,
             share=share,
         )
-        self.lens = data.make_iterator(
-            config, "train", seed=2 * config.seed + LENS_STREAM, batch_size=config.batch_size, share=share
+        self.lens, self.online = (
+            data.make_iterator(config, "train", seed=seed, batch_size=config.batch_size, share=share)
+            for seed in (2 * config.seed + LENS_STREAM, ONLINE_SEED + config.seed)
         )
 
 
@@ -194,10 +204,10 @@ def _pretrain(
     return state.params, seconds
 
 
-def _train_lens(
+def _by_preferences(
     config: Config,
     models: Models,
-    params: dict[str, Params],
+    state: train.TrainState,
     inputs: _Inputs,
     report: Callable[[train.TrainState, Batches], dict[str, float]],
     surroundings: dict[str, Any],
@@ -208,10 +218,35 @@ def _train_lens(
         batch_size=config.batch_size,
         step=functools.partial(train.train_step, config=config, models=models),
         evaluate=lambda state: report(state, inputs.validation),
-        headline=("nll_policy", "nll_baseline", "nll_rollout_mean", "mc/preference_agreement", "hit_rate"),
+        headline=HEADLINE,
     )
-    state = train.init_train_state(stream(config, LENS_STREAM), config=config, models=models, params=params)
     return loop.run_phase(phase, state, inputs.lens, **surroundings)
+
+
+def _by_episodes(
+    config: Config,
+    models: Models,
+    state: train.TrainState,
+    inputs: _Inputs,
+    report: Callable[[train.TrainState, Batches], dict[str, float]],
+    surroundings: dict[str, Any],
+) -> tuple[train.TrainState, float]:
+    """Goes on with the LensNet of a state; what is measured is measured as before."""
+
+    def with_lens(found: online.OnlineState) -> train.TrainState:
+        return replace(state, params={**state.params, "lens": found.params["lens"]})
+
+    phase = loop.Phase(
+        name="online",
+        steps=config.online.steps,
+        batch_size=config.batch_size,
+        step=functools.partial(online.online_step, config=config, models=models),
+        evaluate=lambda found: report(with_lens(found), inputs.validation),
+        headline=HEADLINE,
+    )
+    start = online.init_online_state(stream(config, ONLINE_STREAM), config=config, params=state.params)
+    found, seconds = loop.run_phase(phase, start, inputs.online, **surroundings)
+    return with_lens(found), seconds
 
 
 def _evaluator(config: Config, models: Models) -> Callable[[train.TrainState, Batches], dict[str, float]]:
@@ -266,7 +301,7 @@ def load_params(folder: Path, models: Models, parts: Sequence[Literal["base", "g
     phase, step = _restore_point(folder)
     if step == 0:
         raise ValueError(f"{folder} has no checkpoint: let it finish its pretraining first")
-    if "lens" in parts and phase != "lens":
+    if "lens" in parts and phase == "pretrain":
         raise ValueError(f"{folder} has no checkpoint of LensNet: let it train first (steps above 0)")
     directory = loop.checkpoint_dir(folder, phase)
     like = {name: jax.eval_shape(getattr(models, name).init, jax.random.key(0)) for name in parts}

@@ -17,6 +17,7 @@ from lensjax.sections import (
     Hyperparameters,
     LensConfig,
     ObjectiveConfig,
+    OnlineConfig,
     OptimizerConfig,
     PretrainConfig,
     require,
@@ -34,6 +35,7 @@ __all__ = [
     "Hyperparameters",
     "LensConfig",
     "ObjectiveConfig",
+    "OnlineConfig",
     "OptimizerConfig",
     "PretrainConfig",
     "from_json",
@@ -50,7 +52,7 @@ class Config:
     output_dir: str = "runs/default"
     seed: int = 0
     steps: int = 1000
-    """LensNet training steps; 0 stops after pretraining."""
+    """LensNet training steps on preferences; 0 leaves them out."""
     batch_size: int = 16
     """Sequences in a batch [B]."""
     trainable: tuple[Literal["base", "gist", "lens"], ...] = ("lens",)
@@ -77,19 +79,21 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    online: OnlineConfig = field(default_factory=OnlineConfig)
 
     def __post_init__(self) -> None:
         require_choice(self, "dtype")
         require_positive(self, "batch_size", "logging_steps", "eval_steps", "eval_batches", "save_steps")
-        require(self.steps >= 0, f"steps must be 0 (pretraining only) or more, got {self.steps}")
-        for name, steps in (("steps", self.steps), ("pretrain.steps", self.pretrain.steps)):
+        require(self.steps >= 0, f"steps must be 0 (no preference training) or more, got {self.steps}")
+        counts = {"steps": self.steps, "pretrain.steps": self.pretrain.steps, "online.steps": self.online.steps}
+        for name, steps in counts.items():
             require(
                 steps == 0 or steps > self.optimizer.warmup_steps,
                 f"{name} must be above optimizer.warmup_steps {self.optimizer.warmup_steps}, got {steps}",
             )
         for name, source in (("base_run", self.base_run), ("init", self.init)):
             require(
-                self.steps > 0 or source is None,
+                self.steps + self.online.steps > 0 or source is None,
                 f"steps is 0 and {name} is {source!r}: there is nothing to do; raise steps or drop {name}",
             )
         require(

@@ -24,7 +24,7 @@ from lensjax.metrics import MAY_BE_UNDEFINED
 
 Row = dict[str, Any]
 
-PHASES = ("pretrain", "lens")
+PHASES = ("pretrain", "lens", "online")
 """The phases of a run, in their order."""
 
 UNDEFINED = "n/a"

@@ -21,6 +21,12 @@ def linear(step: ArrayLike, *, start: ArrayLike, end: ArrayLike, steps: int) -> 
     return jnp.asarray(start, jnp.float32) * (1 - fraction) + jnp.asarray(end, jnp.float32) * fraction
 
 
+def exponential(step: ArrayLike, *, start: ArrayLike, decay: ArrayLike, floor: ArrayLike) -> Array:
+    """start * decay**step, but never below the floor; float32[]."""
+    value = jnp.asarray(start, jnp.float32) * jnp.asarray(decay, jnp.float32) ** jnp.asarray(step, jnp.float32)
+    return jnp.maximum(value, jnp.asarray(floor, jnp.float32))
+
+
 def learning_rate(
     step: ArrayLike,
     peak: ArrayLike,

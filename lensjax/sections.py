@@ -356,3 +356,56 @@ class PretrainConfig:
             f"pretrain.learning_rate must be finite and above 0, got {self.learning_rate}",
         )
         require(self.rollout_weight >= 0, f"pretrain.rollout_weight must be 0 or more, got {self.rollout_weight}")
+
+
+@dataclass(frozen=True)
+class OnlineConfig:
+    """On-policy training, after the preferences: LensNet's own edits are rolled out and rewarded. 0 steps: none."""
+
+    steps: int = 0
+    learning_rate: float = 3e-4
+    episodes: int = 1
+    """Episodes of each sequence of a batch [G]."""
+    refocus_steps: int = 4
+    """Refocus steps of an episode, from a cold start [S]."""
+    draws: int = 4
+    """Swaps drawn in one refocus step, each of which may be to keep the context [M]."""
+    temperature: float = 0.1
+    """Of the draws, in units of scores: how far the policy explores."""
+    edit_cost: float = 0.001
+    """Nats per token that a swap must earn."""
+    advantages: Literal["gae", "mean", "standardised", "leave_one_out"] = "gae"
+    """`gae` has the value network as baseline; the others (Dr.GRPO, GRPO, RLOO) the episodes of the same sequence."""
+    whiten: bool = True
+    """Whether the advantages of a batch are brought to mean 0 and standard deviation 1."""
+    discount: float = 0.99
+    """gamma; at 0 an advantage is the step's own reward minus the baseline."""
+    trace_decay: float = 0.95
+    """lambda of the generalised advantages."""
+    value_weight: float = 0.5
+    value_hidden: int = 256
+    """Width of the value network."""
+    entropy_weight: float = 0.01
+    entropy_decay: float = 0.9995
+    """Factor of the entropy's weight from each step to the next, down to `entropy_floor`."""
+    entropy_floor: float = 0.001
+    kl_weight: float = 0.0
+    """Weight of the KL divergence from LensNet as this phase found it; 0 leaves it and its forward pass out."""
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 0, f"online.steps must be 0 (none) or more, got {self.steps}")
+        require_positive(self, "episodes", "refocus_steps", "draws", "value_hidden")
+        require_choice(self, "advantages")
+        require(
+            self.advantages == "gae" or self.episodes >= 2,
+            f"online.advantages {self.advantages} compares episodes of one sequence: set online.episodes to 2 or more",
+        )
+        for name in ("learning_rate", "temperature"):
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"online.{name} must be finite and above 0, got {value}")
+        for name in ("discount", "trace_decay", "entropy_decay"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"online.{name} must be in [0, 1], got {value}")
+        for name in ("edit_cost", "value_weight", "entropy_weight", "entropy_floor", "kl_weight"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"online.{name} must be finite and at least 0, got {value}")

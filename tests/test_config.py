@@ -54,7 +54,7 @@ def test_load_names_the_file(tmp_path):
 BAD_VALUES = [
     ("seed", -1, "seed must be in [0, 2**31), got -1"),
     ("seed", 2**31, "seed must be in [0, 2**31), got 2147483648"),
-    ("steps", -1, "steps must be 0 (pretraining only) or more, got -1"),
+    ("steps", -1, "steps must be 0 (no preference training) or more, got -1"),
     ("steps", 20, "steps must be above optimizer.warmup_steps 20, got 20"),
     ("pretrain.steps", 5, "pretrain.steps must be above optimizer.warmup_steps 20, got 5"),
     ("batch_size", 0, "batch_size must be at least 1, got 0"),

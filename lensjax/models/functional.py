@@ -19,6 +19,7 @@ from lensjax.models.base_lm import BaseLM
 from lensjax.models.cache import KVCache
 from lensjax.models.gistnet import GistNet
 from lensjax.models.lensnet import LensNet
+from lensjax.models.value import ValueNet
 
 Params = dict[str, Any]
 """Nested dict with string keys; the leaves are float32 arrays."""
@@ -276,11 +277,50 @@ class LensModel(_Functional[LensNet]):
         Raises:
           ValueError: a shape does not fit.
         """
+        return self.apply_with_features(params, embeddings, lods, spans, distances, valid)[0]
+
+    def apply_with_features(
+        self,
+        params: Params,
+        embeddings: ArrayLike,
+        lods: ArrayLike,
+        spans: ArrayLike,
+        distances: ArrayLike,
+        valid: ArrayLike,
+    ) -> tuple[Array, Array]:
+        """The scores of `apply`, and what the last layer says of each entry, float32[W, dim], 0 at padding."""
         embeddings = _checked("embeddings", embeddings, None, self.embedding_dim)
         count = embeddings.shape[0]
         lods, spans = _checked("lods", lods, count), _checked("spans", spans, count)
         distances, valid = _checked("distances", distances, count), _checked("valid", valid, count)
         return self._bind(params)(embeddings, lods, spans, distances, valid)
+
+
+@dataclass(frozen=True)
+class ValueModel(_Functional[ValueNet]):
+    """A value baseline as pure functions."""
+
+    features: int
+    """Numbers that describe a state [F]."""
+    hidden: int = 256
+
+    def _build(self, rngs: nnx.Rngs) -> ValueNet:
+        return ValueNet(self.features, self.hidden, rngs=rngs)
+
+    def apply(self, params: Params, features: ArrayLike) -> Array:
+        """The return to expect from a state.
+
+        Args:
+          params: from `init`.
+          features: float32[F]. Detach them where the value's loss must not train their source.
+
+        Returns:
+          float32[], 0 for fresh parameters.
+
+        Raises:
+          ValueError: a shape does not fit.
+        """
+        return self._bind(params)(_checked("features", features, self.features))
 
 
 @dataclass(frozen=True)

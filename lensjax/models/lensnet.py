@@ -54,8 +54,10 @@ class LensNet(nnx.Module):
             else SwiGLU(config.dim, config.mlp_dim, 1, dtype=jnp.float32, rngs=rngs, gain=HEAD_GAIN)
         )
 
-    def __call__(self, embeddings: Array, lods: Array, spans: Array, distances: Array, valid: Array) -> Array:
-        """Scores float32[W]. See `lensjax.models.functional.LensModel.apply`."""
+    def __call__(
+        self, embeddings: Array, lods: Array, spans: Array, distances: Array, valid: Array
+    ) -> tuple[Array, Array]:
+        """Scores float32[W] and features float32[W, dim]. See `lensjax.models.functional.LensModel`."""
         # A masked key still meets its value as 0 * v: whatever stands in padding must at least be finite.
         embeddings = jnp.where(valid[:, None], embeddings, 0.0)
         lods = jnp.where(valid, lods, 0)
@@ -63,7 +65,8 @@ class LensNet(nnx.Module):
         x = self.content(self.embedding_norm(embeddings)) + self.lod(lods)
         x = x + self.features(time_features(spans, distances))
         x = self.norm(self.transformer(x, key_mask=valid))
-        return jnp.where(valid, jnp.tanh(self.head(x)[:, 0]), 0.0)
+        scores = jnp.where(valid, jnp.tanh(self.head(x)[:, 0]), 0.0)
+        return scores, jnp.where(valid[:, None], x, 0.0).astype(jnp.float32)
 
 
 def time_features(spans: Array, distances: Array) -> Array:
