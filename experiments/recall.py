@@ -68,8 +68,8 @@ def compare(arguments: Arguments) -> dict[str, Any]:
     if folder.exists() and any(folder.iterdir()) and not arguments.resume:
         raise FileExistsError(f"{folder} is not empty: choose another --output-dir, or pass --resume to finish it")
     base, lens = _configs(arguments)
-    base_summary = _run_once(base, console)
-    results = {run: _run_once(config, console) for run, config in lens.items()}
+    base_summary = run_once(base, console)
+    results = {run: run_once(config, console) for run, config in lens.items()}
     by_arm = {arm: [results[arm, seed] for seed in arguments.seeds] for arm in ARMS}
     summary: dict[str, Any] = {
         arm: {column: [run[name] for run in runs] for column, name in COLUMNS.items()} for arm, runs in by_arm.items()
@@ -113,7 +113,7 @@ def _configs(arguments: Arguments) -> tuple[Config, dict[tuple[str, int], Config
     return base, lens
 
 
-def _run_once(config: Config, console: Console) -> dict[str, Any]:
+def run_once(config: Config, console: Console) -> dict[str, Any]:
     """A run, from its summary if it is finished, and from its last checkpoint if it was interrupted."""
     folder = Path(config.output_dir)
     finished = folder / "summary.json"

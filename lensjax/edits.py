@@ -4,10 +4,10 @@ A swap is drawn out of those that are legal at that moment, or the context is ke
 
     p(e, c) ~ exp((s_e - s_c) / temperature),    p(keep) ~ number of legal pairs (e, c)
 
-for the node e to expand and the block c to collapse for it. Where all scores are equal, keeping is as likely as not; as
-the temperature falls, the draw becomes what the allocator does (`focus.swap` without thresholds): the highest-scored
-gist for the lowest-scored block where the first scores above the second, and else nothing. It is made in two choices, e
-or nothing first and then c, and both are ordinary categorical distributions.
+for the node e to expand and the block c to collapse for it. Where all scores are equal, keeping is as likely as not. As
+the temperature falls, the draw becomes the pair of largest difference where that is above 0, and else nothing: what the
+allocator does (`focus.swap` without thresholds), but for a gist inside of the very block that would pay for it. It is
+made in two choices, e or nothing first and then c, and both are ordinary categorical distributions.
 
 One refocus step draws several swaps from one set of scores. What cools, and what the step itself made, is left alone.
 """

@@ -363,7 +363,7 @@ class OnlineConfig:
     """On-policy training, after the preferences: LensNet's own edits are rolled out and rewarded. 0 steps: none."""
 
     steps: int = 0
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     episodes: int = 1
     """Episodes of each sequence of a batch [G]."""
     refocus_steps: int = 4

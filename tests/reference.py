@@ -413,6 +413,29 @@ class Allocator:
         return swaps
 
 
+def swap_probabilities(
+    before: Sequence[Entry],
+    entries: Sequence[Entry],
+    scores: Mapping[Entry, float],
+    geometry: CutGeometry,
+    cooling: Mapping[Entry, int],
+    *,
+    temperature: float,
+) -> dict[tuple[Entry, Entry] | None, float]:
+    """Probability of each legal swap of a context, and of None, within a step that found the context `before`."""
+    size, weights = geometry.block_size, {}
+    now = Allocator(entries, geometry, {})
+    for gist in now.gists():
+        after = Allocator(entries, geometry, {})
+        after.expand(gist)
+        for block in after.blocks(geometry.window):
+            is_old = gist in before and children(block, size) <= set(before)
+            if is_old and not cooling.get(gist, 0) and not cooling.get(block, 0):
+                weights[gist, block] = math.exp((scores[gist] - scores[block]) / temperature)
+    total = sum(weights.values()) + max(len(weights), 1)
+    return {None: max(len(weights), 1) / total} | {pair: weight / total for pair, weight in weights.items()}
+
+
 # Objectives over a group: `group` is a list of (score, reward).
 
 

@@ -1,0 +1,181 @@
+"""Preferences, a policy's own edits, or first the ones and then the others: which LensNet is the better one?
+
+    python experiments/train.py recall --steps 0 --output-dir runs/online/base
+    python experiments/online.py --base-run runs/online/base --output-dir runs/online/arms
+
+Every seed trains a LensNet on preferences (`start`). From there it goes on with as many steps, on preferences or on its
+own edits; others learn from their own edits alone, for as many steps in all. Differences of the loss at budget are
+paired, to `start` and to the one that went on with preferences. Leaves a run folder an arm and seed, `arms.csv`,
+`report.md`, `effects.csv` and `effects.png`.
+"""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from rich.console import Console
+
+from experiments import train as runs
+from experiments.evaluate import write_csv
+from experiments.recall import run_once
+from lensjax import comparison, data, effects, forest, train
+from lensjax import config as configs
+from lensjax.config import Config
+from lensjax.effects import Measured
+from lensjax.models import build_models
+
+RESAMPLES = 10_000
+START, ON = "preferences", "preferences, then preferences"
+"""The arm that the others go on from, and the one that goes on as it began."""
+FINE_TUNED: Mapping[str, Mapping[str, Any]] = {
+    "preferences, then own edits (GAE)": {},
+    "preferences, then own edits (one step)": {"online.discount": 0.0},
+    "preferences, then own edits (RLOO)": {"online.advantages": "leave_one_out"},
+}
+ALONE: Mapping[str, Mapping[str, Any]] = {
+    "own edits (GAE)": {},
+    "own edits (one step)": {"online.discount": 0.0},
+}
+COLUMNS = ("gap_closed_oracle", "hit_rate", "seconds_per_step")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What to run; finished runs in the folder are kept and interrupted ones go on."""
+
+    base_run: Path
+    """Run folder whose base model and GistNet all arms share; its configuration is that of all arms."""
+    output_dir: Path
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    steps: int = 150
+    """Steps of each of the two halves."""
+    resume: bool = False
+    """Go on in a folder that is there already."""
+
+
+def main(words: list[str] | None = None) -> None:
+    """Command line; bad values end it with one message, before anything is written."""
+    arguments = tyro.cli(Arguments, args=words, description=__doc__)
+    try:
+        compare(arguments)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+
+
+def compare(arguments: Arguments) -> list[dict[str, Any]]:
+    """Trains every arm with every seed, and returns the rows of `arms.csv`."""
+    folder, console = arguments.output_dir, Console()
+    if folder.exists() and any(folder.iterdir()) and not arguments.resume:
+        raise FileExistsError(f"{folder} is not empty: choose another --output-dir, or pass --resume to finish it")
+    arms = plan(arguments)
+    rows: list[dict[str, Any]] = []
+    losses: dict[str, list[np.ndarray]] = {name: [] for name in arms}
+    for place, seed in enumerate(arguments.seeds):
+        for name, configs_by_seed in arms.items():
+            summary = run_once(configs_by_seed[place], console)
+            losses[name].append(_test_losses(configs_by_seed[place]))
+            nll = float(losses[name][-1].mean())
+            rows.append(
+                {
+                    "training": name,
+                    "seed": seed,
+                    "nll": nll,
+                    "gap_closed_oracle": comparison.gap_closed(nll, summary["nll_baseline"], summary["nll_oracle"]),
+                    "hit_rate": summary["hit_rate"],
+                    "seconds_per_step": summary["training_seconds"] / _steps(configs_by_seed[place]),
+                }
+            )
+    _report(arguments, rows, losses)
+    return rows
+
+
+def plan(arguments: Arguments) -> dict[str, list[Config]]:
+    """The configuration of every arm, one a seed; all of them are checked here.
+
+    Raises:
+      ValueError: seeds repeat or are fewer than two, or the base run is not one of recall.
+    """
+    if len(set(arguments.seeds)) < max(2, len(arguments.seeds)):
+        raise ValueError(f"seeds must name two or more different seeds, got {arguments.seeds}")
+    stored = configs.load(runs.run_folder.config_file(arguments.base_run))
+    if stored.data.task != "recall":
+        raise ValueError(f"base_run {arguments.base_run} is of task {stored.data.task}: expected one of recall")
+    steps, folder = arguments.steps, arguments.output_dir
+    alone, half = {"steps": 0, "online.steps": 2 * steps}, {"steps": 0, "online.steps": steps}
+    # As many episodes a step, from half as many sequences.
+    group = {"batch_size": stored.batch_size // 2, "eval_batches": 2 * stored.eval_batches, "online.episodes": 2}
+
+    def arm(name: str, changes: Mapping[str, Any], *, goes_on: bool) -> list[Config]:
+        found = []
+        for seed in arguments.seeds:
+            source = (
+                {"init": str(folder / f"{_file(START)}-{seed}")} if goes_on else {"base_run": str(arguments.base_run)}
+            )
+            more = group if changes.get("online.advantages") else {}
+            place = {"output_dir": str(folder / f"{_file(name)}-{seed}"), "seed": seed}
+            found.append(configs.replace(stored, base_run=None, **{**source, **place, **more, **changes}))
+        return found
+
+    return {
+        START: arm(START, {"steps": steps}, goes_on=False),
+        ON: arm(ON, {"steps": steps}, goes_on=True),
+        **{name: arm(name, {**half, **changes}, goes_on=True) for name, changes in FINE_TUNED.items()},
+        **{name: arm(name, {**alone, **changes}, goes_on=False) for name, changes in ALONE.items()},
+    }
+
+
+def _steps(config: Config) -> int:
+    return config.steps + config.online.steps
+
+
+def _file(name: str) -> str:
+    """A name as part of a path."""
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
+def _test_losses(config: Config) -> np.ndarray:
+    """Loss at budget of a finished run on each test batch; float[Q]."""
+    models = build_models(config)
+    params = runs.load_params(Path(config.output_dir), models, ("base", "gist", "lens"))
+    state = train.init_train_state(runs.stream(config, runs.LENS_STREAM), config=config, models=models, params=params)
+    batches = data.fixed_batches(
+        config, "test", batch_size=config.batch_size, count=config.eval_batches, seed=runs.EVALUATION_SEED
+    )
+    report = runs.evaluator(config, models)
+    return np.asarray([row["nll_policy"] for row in report(state, batches)])
+
+
+def _report(arguments: Arguments, rows: list[dict[str, Any]], losses: dict[str, list[np.ndarray]]) -> None:
+    folder, seeds = arguments.output_dir, len(arguments.seeds)
+
+    def measured(name: str, setting: dict[str, Any]) -> Measured:
+        mine = [row for row in rows if row["training"] == name]
+        others = {column: np.asarray([row[column] for row in mine]) for column in COLUMNS}
+        return Measured(setting, np.stack(losses[name]), others, np.zeros(seeds, bool))
+
+    reports = []
+    for default in (START, ON):
+        found = effects.effects(
+            [measured(default, {}), *(measured(name, {"training": name}) for name in losses if name != default)],
+            resamples=RESAMPLES,
+            seed=runs.EVALUATION_SEED,
+        )
+        command = f"python experiments/online.py --base-run {arguments.base_run} --output-dir {folder}"
+        title = f"recall, differences to: {default}"
+        settings = {"training": default}
+        reports.append(effects.markdown(found, default=settings, title=title, columns=COLUMNS, command=command))
+        if default == START:
+            forest.forest(found, folder / "effects.png", default=settings, title=title)
+            write_csv(
+                [{k: v for k, v in asdict(one).items() if k != "others"} for one in found], folder / "effects.csv"
+            )
+    write_csv(rows, folder / "arms.csv")
+    (folder / "report.md").write_text("\n".join(reports))
+
+
+if __name__ == "__main__":
+    main()
