@@ -19,6 +19,7 @@ from lensjax.sections import (
     ObjectiveConfig,
     OptimizerConfig,
     PretrainConfig,
+    StoppingConfig,
     require,
     require_choice,
     require_positive,
@@ -36,6 +37,7 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizerConfig",
     "PretrainConfig",
+    "StoppingConfig",
     "from_json",
     "load",
     "replace",
@@ -75,6 +77,7 @@ class Config:
     focus: FocusConfig = field(default_factory=FocusConfig)
     hyper: Hyperparameters = field(default_factory=Hyperparameters)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    stopping: StoppingConfig = field(default_factory=StoppingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
 

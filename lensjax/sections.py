@@ -310,6 +310,31 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class StoppingConfig:
+    """When a phase ends before its last step, and which of its parameters are kept."""
+
+    patience: int | None = None
+    """None trains to the last step and keeps its parameters. A number ends a phase after so many evaluations in a row
+    without an improvement of the held-out loss, and gives back the parameters of the best one, however it ended."""
+    min_improvement: float = 0.0
+    """An evaluation is an improvement where its loss is lower than the best one by more than this, in nats."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.patience is None or self.patience >= 1,
+            f"stopping.patience must be 1 evaluation or more, or None, got {self.patience}",
+        )
+        require(
+            0 <= self.min_improvement < math.inf,
+            f"stopping.min_improvement must be finite and at least 0, got {self.min_improvement}",
+        )
+        require(
+            self.patience is not None or self.min_improvement == 0,
+            f"stopping.min_improvement is read only with stopping.patience: set it, got {self.min_improvement} alone",
+        )
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where tokens come from."""
 
