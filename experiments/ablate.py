@@ -148,13 +148,24 @@ def load_sweep(name: str) -> Sweep:
 
 
 def _arms(plan: Sweep, base_run: Path) -> list[Arm]:
-    """Every setting with every seed, the default first."""
+    """Every setting with every seed, the default first.
+
+    Raises:
+      ValueError: a setting is not valid, or has patience.
+    """
     default = configs.replace(load_preset(plan.preset), **plan.changes, base_run=str(base_run))
-    return [
+    arms = [
         Arm(setting, configs.replace(default, seed=seed, output_dir="-", **setting))
         for setting in plan.settings()
         for seed in plan.seeds
     ]
+    for arm in arms:
+        if arm.config.stopping.patience is not None:
+            raise ValueError(
+                "arms are compared after the same number of steps: stopping.patience must be None in a sweep, "
+                f"got {arm.config.stopping.patience}"
+            )
+    return arms
 
 
 def _by_structure(arms: Sequence[Arm]) -> list[list[Arm]]:

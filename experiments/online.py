@@ -9,12 +9,14 @@ paired, to `start` and to the one that went on with preferences. Leaves a run fo
 `report.md`, `effects.csv` and `effects.png`.
 """
 
+import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import tyro
 from rich.console import Console
@@ -22,10 +24,11 @@ from rich.console import Console
 from experiments import train as runs
 from experiments.evaluate import write_csv
 from experiments.recall import run_once
-from lensjax import comparison, data, effects, forest, train
+from lensjax import comparison, data, effects, evaluation, forest, run_folder, train
 from lensjax import config as configs
 from lensjax.config import Config
 from lensjax.effects import Measured
+from lensjax.metrics import Metrics
 from lensjax.models import build_models
 
 RESAMPLES = 10_000
@@ -72,21 +75,25 @@ def compare(arguments: Arguments) -> list[dict[str, Any]]:
     if folder.exists() and any(folder.iterdir()) and not arguments.resume:
         raise FileExistsError(f"{folder} is not empty: choose another --output-dir, or pass --resume to finish it")
     arms = plan(arguments)
+    measure = _on_test(arms[START][0])
     rows: list[dict[str, Any]] = []
     losses: dict[str, list[np.ndarray]] = {name: [] for name in arms}
     for place, seed in enumerate(arguments.seeds):
-        for name, configs_by_seed in arms.items():
-            summary = run_once(configs_by_seed[place], console)
-            losses[name].append(_test_losses(configs_by_seed[place]))
-            nll = float(losses[name][-1].mean())
+        for name, by_seed in arms.items():
+            config = by_seed[place]
+            seconds = run_once(config, console)["training_seconds"]
+            reports = measure(Path(config.output_dir))
+            losses[name].append(np.asarray([report["nll_policy"] for report in reports]))
+            mean = evaluation.mean_over_batches(reports)
+            nll = mean["nll_policy"]
             rows.append(
                 {
                     "training": name,
                     "seed": seed,
                     "nll": nll,
-                    "gap_closed_oracle": comparison.gap_closed(nll, summary["nll_baseline"], summary["nll_oracle"]),
-                    "hit_rate": summary["hit_rate"],
-                    "seconds_per_step": summary["training_seconds"] / _steps(configs_by_seed[place]),
+                    "gap_closed_oracle": comparison.gap_closed(nll, mean["nll_baseline"], mean["nll_oracle"]),
+                    "hit_rate": mean["hit_rate"],
+                    "seconds_per_step": seconds / (config.steps + config.online.steps),
                 }
             )
     _report(arguments, rows, losses)
@@ -101,7 +108,7 @@ def plan(arguments: Arguments) -> dict[str, list[Config]]:
     """
     if len(set(arguments.seeds)) < max(2, len(arguments.seeds)):
         raise ValueError(f"seeds must name two or more different seeds, got {arguments.seeds}")
-    stored = configs.load(runs.run_folder.config_file(arguments.base_run))
+    stored = configs.load(run_folder.config_file(arguments.base_run))
     if stored.data.task != "recall":
         raise ValueError(f"base_run {arguments.base_run} is of task {stored.data.task}: expected one of recall")
     steps, folder = arguments.steps, arguments.output_dir
@@ -110,14 +117,12 @@ def plan(arguments: Arguments) -> dict[str, list[Config]]:
     group = {"batch_size": stored.batch_size // 2, "eval_batches": 2 * stored.eval_batches, "online.episodes": 2}
 
     def arm(name: str, changes: Mapping[str, Any], *, goes_on: bool) -> list[Config]:
+        more = group if changes.get("online.advantages") else {}
         found = []
         for seed in arguments.seeds:
-            source = (
-                {"init": str(folder / f"{_file(START)}-{seed}")} if goes_on else {"base_run": str(arguments.base_run)}
-            )
-            more = group if changes.get("online.advantages") else {}
-            place = {"output_dir": str(folder / f"{_file(name)}-{seed}"), "seed": seed}
-            found.append(configs.replace(stored, base_run=None, **{**source, **place, **more, **changes}))
+            start = {"init": _folder(folder, START, seed)} if goes_on else {"base_run": str(arguments.base_run)}
+            own = {"base_run": None, "seed": seed, "output_dir": _folder(folder, name, seed)}
+            found.append(configs.replace(stored, **{**own, **start, **more, **changes}))
         return found
 
     return {
@@ -128,25 +133,29 @@ def plan(arguments: Arguments) -> dict[str, list[Config]]:
     }
 
 
-def _steps(config: Config) -> int:
-    return config.steps + config.online.steps
+def _folder(parent: Path, name: str, seed: int) -> str:
+    """Where an arm's run with a seed is."""
+    words = "".join(c if c.isalnum() else " " for c in name.lower()).split()
+    return str(parent / "-".join([*words, str(seed)]))
 
 
-def _file(name: str) -> str:
-    """A name as part of a path."""
-    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
-
-
-def _test_losses(config: Config) -> np.ndarray:
-    """Loss at budget of a finished run on each test batch; float[Q]."""
+def _on_test(config: Config) -> Callable[[Path], list[Metrics]]:
+    """What measures a finished run on the test batches of one configuration, a report a batch."""
     models = build_models(config)
-    params = runs.load_params(Path(config.output_dir), models, ("base", "gist", "lens"))
-    state = train.init_train_state(runs.stream(config, runs.LENS_STREAM), config=config, models=models, params=params)
+    step = jax.jit(functools.partial(evaluation.eval_step, config=config, models=models))
     batches = data.fixed_batches(
         config, "test", batch_size=config.batch_size, count=config.eval_batches, seed=runs.EVALUATION_SEED
     )
-    report = runs.evaluator(config, models)
-    return np.asarray([row["nll_policy"] for row in report(state, batches)])
+    key = jax.random.key(runs.EVALUATION_SEED)
+
+    def measure(folder: Path) -> list[Metrics]:
+        params = runs.load_params(folder, models, ("base", "gist", "lens"))
+        state = train.init_train_state(key, config=config, models=models, params=params)
+        return [
+            jax.device_get(step(state, batch, jax.random.fold_in(key, index))) for index, batch in enumerate(batches)
+        ]
+
+    return measure
 
 
 def _report(arguments: Arguments, rows: list[dict[str, Any]], losses: dict[str, list[np.ndarray]]) -> None:

@@ -126,7 +126,7 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
             params, seconds = _pretrain(config, models, inputs, pretrain_report, surroundings)
             summary |= pretrain_report(params, inputs.test)
         if config.steps or config.online.steps:
-            report = _evaluator(config, models)
+            report = evaluator(config, models)
             state = train.init_train_state(stream(config, LENS_STREAM), config=config, models=models, params=params)
             for steps, train_by in ((config.steps, _by_preferences), (config.online.steps, _by_episodes)):
                 if steps:
@@ -134,6 +134,8 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
                     seconds += phase_seconds
             summary |= report(state, inputs.test)
             maps = _variant_maps(state, config, models, inputs)
+    if config.stopping.patience is not None:
+        summary |= _stops(folder)
     summary = _summary(config, summary, training_seconds=seconds, seconds=time.perf_counter() - started)
     devices.in_first(lambda: _write_results(folder, summary, maps))
     _print_summary(console, folder, summary)
@@ -198,6 +200,7 @@ def _pretrain(
         step=functools.partial(pretrain.pretrain_step, config=config, models=models),
         evaluate=lambda state: report(state.params, inputs.validation),
         headline=("nll_full", "nll_full_tail"),
+        monitor="nll_full",
     )
     state = pretrain.init_pretrain_state(stream(config, PRETRAIN_STREAM), config=config, models=models)
     state, seconds = loop.run_phase(phase, state, inputs.pretrain, **surroundings)
@@ -219,6 +222,7 @@ def _by_preferences(
         step=functools.partial(train.train_step, config=config, models=models),
         evaluate=lambda state: report(state, inputs.validation),
         headline=HEADLINE,
+        monitor="nll_policy",
     )
     return loop.run_phase(phase, state, inputs.lens, **surroundings)
 
@@ -232,6 +236,7 @@ def _by_episodes(
     surroundings: dict[str, Any],
 ) -> tuple[train.TrainState, float]:
     """Goes on with the LensNet of a state; what is measured is measured as before."""
+    state = devices.place(state, surroundings["mesh"], split=config.shard_parameters)
 
     def with_lens(found: online.OnlineState) -> train.TrainState:
         return replace(state, params={**state.params, "lens": found.params["lens"]})
@@ -243,13 +248,14 @@ def _by_episodes(
         step=functools.partial(online.online_step, config=config, models=models),
         evaluate=lambda found: report(with_lens(found), inputs.validation),
         headline=HEADLINE,
+        monitor="nll_policy",
     )
     start = online.init_online_state(stream(config, ONLINE_STREAM), config=config, params=state.params)
     found, seconds = loop.run_phase(phase, start, inputs.online, **surroundings)
     return with_lens(found), seconds
 
 
-def _evaluator(config: Config, models: Models) -> Callable[[train.TrainState, Batches], dict[str, float]]:
+def evaluator(config: Config, models: Models) -> Callable[[train.TrainState, Batches], dict[str, float]]:
     """Held-out metrics of a state, always on the same rollouts of a batch; compiled once for all splits."""
     step = jax.jit(functools.partial(evaluation.eval_step, config=config, models=models))
     keys = [jax.random.fold_in(jax.random.key(EVALUATION_SEED), i) for i in range(config.eval_batches)]
@@ -293,17 +299,18 @@ def load_start(config: Config, models: Models) -> dict[str, Params] | None:
 
 
 def load_params(folder: Path, models: Models, parts: Sequence[Literal["base", "gist", "lens"]]) -> dict[str, Params]:
-    """Parameters of a run's newest checkpoint.
+    """Parameters that a run has come to: of its newest checkpoint, or with patience of its best.
 
     Raises:
       ValueError: there is none, or LensNet is asked for and was not trained yet.
     """
-    phase, step = _restore_point(folder)
-    if step == 0:
+    phase, _ = _restore_point(folder)
+    directory = loop.checkpoint_dir(folder, phase)
+    step = loop.kept_step(directory)
+    if step is None:
         raise ValueError(f"{folder} has no checkpoint: let it finish its pretraining first")
     if "lens" in parts and phase == "pretrain":
         raise ValueError(f"{folder} has no checkpoint of LensNet: let it train first (steps above 0)")
-    directory = loop.checkpoint_dir(folder, phase)
     like = {name: jax.eval_shape(getattr(models, name).init, jax.random.key(0)) for name in parts}
     return {
         name: checkpoint.restore_subtree(directory, step, part, path=("params", name)) for name, part in like.items()
@@ -358,6 +365,17 @@ def _summary(config: Config, report: Mapping[str, float], *, training_seconds: f
         **short,
         **undefined,
     }
+
+
+def _stops(folder: Path) -> dict[str, int]:
+    """Where the phases of a run stopped, and the steps whose parameters they kept."""
+    found: dict[str, int] = {}
+    for phase in run_logging.PHASES:
+        directory = loop.checkpoint_dir(folder, phase)
+        last, kept = checkpoint.latest_step(directory), loop.kept_step(directory)
+        if last is not None and kept is not None:
+            found |= {f"{phase}_stopped_at": last, f"{phase}_kept_step": kept}
+    return found
 
 
 def _print_summary(console: Console, folder: Path, summary: dict[str, Any]) -> None:

@@ -30,7 +30,15 @@ _HIDDEN = ".tmp-"
 _LISTED = 5  # differences that an error message spells out
 
 
-def save(directory: str | Path, step: int, tree: Any, *, data_state: Any = None, keep: int = 3) -> Path:
+def save(
+    directory: str | Path,
+    step: int,
+    tree: Any,
+    *,
+    data_state: Any = None,
+    keep: int = 3,
+    spare: int | None = None,
+) -> Path:
     """Saves a checkpoint and deletes the oldest ones; when it returns, the checkpoint is final.
 
     Args:
@@ -39,6 +47,7 @@ def save(directory: str | Path, step: int, tree: Any, *, data_state: Any = None,
       tree: pytree of arrays, typed PRNG keys among them.
       data_state: position of the data iterator (its `get_state()`); anything that JSON gives back equal.
       keep: newest checkpoints to keep, this one included.
+      spare: a step whose checkpoint stays however old it is.
 
     Returns:
       The checkpoint's folder.
@@ -58,7 +67,7 @@ def save(directory: str | Path, step: int, tree: Any, *, data_state: Any = None,
     }
     manifest_text = _to_json(manifest)
     raw = devices.to_host({name: _raw(leaf) for name, leaf in leaves.items()})
-    devices.in_first(lambda: _write(final, raw, manifest_text, keep=keep))
+    devices.in_first(lambda: _write(final, raw, manifest_text, keep=keep, spare=spare))
     return final
 
 
@@ -96,6 +105,11 @@ def restore(directory: str | Path, step: int, like: Tree) -> tuple[Tree, Any]:
     return _fill(like, folder, manifest["arrays"], prefix=""), manifest["data_state"]
 
 
+def data_state(directory: str | Path, step: int) -> Any:
+    """The `data_state` of a checkpoint; arguments and errors are those of `restore`."""
+    return json.loads((_checked_folder(directory, step) / _MANIFEST).read_text())["data_state"]
+
+
 def restore_subtree(directory: str | Path, step: int, like: Tree, *, path: tuple[str, ...]) -> Tree:
     """Restores one part of a checkpoint, such as `path=("params", "base")`.
 
@@ -117,8 +131,8 @@ def restore_subtree(directory: str | Path, step: int, like: Tree, *, path: tuple
     return _fill(like, folder, {name: spec for name, spec in specs.items() if name.startswith(prefix)}, prefix=prefix)
 
 
-def _write(final: Path, raw: dict[str, Any], manifest_text: str, *, keep: int) -> None:
-    """Writes one checkpoint, and deletes all but `keep` of those in its directory."""
+def _write(final: Path, raw: dict[str, Any], manifest_text: str, *, keep: int, spare: int | None) -> None:
+    """Writes one checkpoint, and deletes of those in its directory all but the newest ones and the one to spare."""
     if final.exists():
         raise ValueError(f"checkpoint {final} is there already; restore it, or delete it to write that step anew")
     directory = final.parent
@@ -134,8 +148,9 @@ def _write(final: Path, raw: dict[str, Any], manifest_text: str, *, keep: int) -
     hidden.rename(final)
 
     for old in steps(directory)[:-keep]:
-        # Renamed first: a deletion that is cut short leaves no half of a checkpoint under its name.
-        shutil.rmtree((directory / str(old)).rename(directory / f"{_HIDDEN}{old}"))
+        if old != spare:
+            # Renamed first: a deletion that is cut short leaves no half of a checkpoint under its name.
+            shutil.rmtree((directory / str(old)).rename(directory / f"{_HIDDEN}{old}"))
 
 
 def _orbax() -> ocp.Checkpointer:

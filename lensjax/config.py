@@ -20,6 +20,7 @@ from lensjax.sections import (
     OnlineConfig,
     OptimizerConfig,
     PretrainConfig,
+    StoppingConfig,
     require,
     require_choice,
     require_positive,
@@ -38,6 +39,7 @@ __all__ = [
     "OnlineConfig",
     "OptimizerConfig",
     "PretrainConfig",
+    "StoppingConfig",
     "from_json",
     "load",
     "replace",
@@ -77,6 +79,7 @@ class Config:
     focus: FocusConfig = field(default_factory=FocusConfig)
     hyper: Hyperparameters = field(default_factory=Hyperparameters)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    stopping: StoppingConfig = field(default_factory=StoppingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     online: OnlineConfig = field(default_factory=OnlineConfig)

@@ -1,13 +1,17 @@
 """The host's part of training: batches in, metrics and checkpoints out, and nothing lost when it is interrupted.
 
 One step of the loop is: update, log, evaluate, save. The device is never waited for except where metrics are written.
+
+With `config.stopping.patience` a phase ends where its held-out loss no longer improves, and gives back its best state.
+The checkpoint of that state is one like any other, written at the evaluation and spared from deletion.
 """
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -20,9 +24,9 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lensjax import checkpoint, devices
+from lensjax import checkpoint, devices, stopping
 from lensjax import logging as run_logging
-from lensjax.config import Config
+from lensjax.config import Config, StoppingConfig
 from lensjax.logging import RunLogger
 from lensjax.metrics import MAY_BE_UNDEFINED
 
@@ -47,6 +51,8 @@ class Phase:
     """Held-out metrics of a state."""
     headline: tuple[str, ...]
     """Held-out metrics to show while it runs."""
+    monitor: str
+    """The held-out metric, a loss, that `config.stopping` looks at."""
 
 
 def run_phase(
@@ -62,33 +68,39 @@ def run_phase(
 ) -> tuple[State, float]:
     """Trains from the newest checkpoint of the phase, or from `state`, to the end of the phase.
 
+    The end is the last step, or with patience the evaluation at which it ran out.
+
     Args:
       phase: what to do.
       state: the state at step 0; its buffers are donated.
       batches: training data at its start; moved to the checkpoint's position.
       run_dir: the run's folder.
-      config: read are the window, whether to split the state, and the logging, evaluation and saving steps.
+      config: read are the window, whether to split the state, the logging, evaluation and saving steps, and when to
+        stop.
       mesh: the devices that share each batch; a run may go on with another number of them.
       logger: takes the metrics.
       console: shows the progress.
 
     Returns:
-      The state after the last step, and the seconds that the phase took, earlier starts included.
+      The state after the last step, or with patience that of the best evaluation; and the seconds that the phase took,
+      earlier starts included.
 
     Raises:
       Interrupted: on SIGTERM or Ctrl-C, after a checkpoint was saved.
       FloatingPointError: a metric became NaN or infinite; names step, term and the last good checkpoint.
+      ValueError: with patience, the evaluation does not report the metric to monitor.
     """
     folder = checkpoint_dir(run_dir, phase.name)
     state = devices.place(state, mesh, split=config.shard_parameters)
-    first, elapsed = 0, 0.0
+    first, elapsed, best = 0, 0.0, stopping.init()
     newest = checkpoint.latest_step(folder)
     if newest is not None:
         state, saved = checkpoint.restore(folder, newest, state)
         batches.set_state(saved["batches"])
         first, elapsed = newest, saved["seconds"]
-    if first == phase.steps:
-        return state, elapsed
+        best = stopping.Best(**saved["stopping"]) if "stopping" in saved else best
+    if first == phase.steps or stopping.is_over(best, patience=config.stopping.patience):
+        return _kept(folder, best, state), elapsed
     started = time.perf_counter() - elapsed
 
     # Compiled ahead of time: a call with other shapes would be an error, never a second compile.
@@ -113,24 +125,67 @@ def run_phase(
                 recorder.log_evaluation(done, report)
                 shown = "  ".join(f"{name} {report[name]:.3f}" for name in phase.headline if name in report)
                 console.out(f"{phase.name} {done:>6}  {shown}", highlight=False)
-            if is_logged:
+                best = _judged(best, phase, done, report, config.stopping)
+                is_last = is_last or stopping.is_over(best, patience=config.stopping.patience)
+            if is_logged or is_last:
                 stop.agree()
-            if is_last or stop.requested or done % config.save_steps == 0:
+            if is_last or stop.requested or done == best.step or done % config.save_steps == 0:
                 recorder.check()
                 position = {"batches": batches.get_state(), "seconds": time.perf_counter() - started}
-                checkpoint.save(folder, done, state, data_state=position)
-                if stop.requested:
-                    break
+                position |= {} if best.step is None else {"stopping": asdict(best)}
+                checkpoint.save(folder, done, state, data_state=position, spare=best.step)
+            if is_last or stop.requested:
+                break
     # Also after the last step: another phase may follow, which would not know of the request.
     if stop.requested:
         console.out(f"stopped at {phase.name} step {done}; go on with --resume {run_dir}", highlight=False)
         raise Interrupted(128 + stop.agreed)
-    return state, time.perf_counter() - started
+    if best.step is not None:
+        kept = f"keeps step {best.step}, {phase.monitor} {best.score:.3f}"
+        console.out(f"{phase.name} ended at step {done} of {phase.steps} and {kept}", highlight=False)
+    return _kept(folder, best, state), time.perf_counter() - started
 
 
 def checkpoint_dir(run_dir: Path, phase: str) -> Path:
     """Where a phase's checkpoints are."""
     return run_dir / "checkpoints" / phase
+
+
+def kept_step(directory: Path) -> int | None:
+    """The step whose parameters are the result of a phase so far; None before the first checkpoint.
+
+    Args:
+      directory: the phase's `checkpoint_dir`.
+
+    Returns:
+      With patience the step of the best evaluation, once there is one; else that of the newest checkpoint.
+
+    Raises:
+      ValueError: the newest checkpoint is damaged.
+    """
+    newest = checkpoint.latest_step(directory)
+    if newest is None:
+        return None
+    saved = checkpoint.data_state(directory, newest) or {}
+    return int(saved["stopping"]["step"]) if "stopping" in saved else newest
+
+
+def _judged(
+    best: stopping.Best, phase: Phase, step: int, report: Mapping[str, float], config: StoppingConfig
+) -> stopping.Best:
+    """Takes in an evaluation; without patience no evaluation is the best one."""
+    if config.patience is None:
+        return best
+    if phase.monitor not in report or math.isnan(report[phase.monitor]):
+        raise ValueError(
+            f"phase {phase.name} monitors {phase.monitor}, and its evaluation gives no such number: {dict(report)}"
+        )
+    return stopping.update(best, report[phase.monitor], step, min_improvement=config.min_improvement)
+
+
+def _kept(directory: Path, best: stopping.Best, state: State) -> State:
+    """The state that an ended phase gives back."""
+    return state if best.step is None else checkpoint.restore(directory, best.step, state)[0]
 
 
 class _Recorder:

@@ -6,7 +6,7 @@
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -14,14 +14,17 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from lensjax import advantages, episodes, losses, optimizer, schedules
+from lensjax import advantages, episodes, losses, optimizer, schedules, stability
 from lensjax.config import Config
 from lensjax.episodes import Episode
 from lensjax.metrics import Metrics, masked_mean, masked_std
 from lensjax.models import Models, Params, ValueModel
+from lensjax.stability import Window
 from lensjax.variants import Batch
 
 _TRAINED = ("lens", "value")
+_RECENT = 100
+"""Steps that `rl/avg_reward_100` is a mean of."""
 
 
 @jax.tree_util.register_dataclass
@@ -37,6 +40,8 @@ class OnlineState:
     """Optimizer state of `lens` and `value`."""
     reference: Params | None
     """LensNet as the phase found it; None when the KL term is off."""
+    recent: Window
+    """Rewards of the last steps."""
     key: Array
     """PRNG key of the phase; step keys are `fold_in(key, step)`."""
 
@@ -66,6 +71,7 @@ def init_online_state(key: Array, *, config: Config, params: dict[str, Params]) 
         params=parts,
         opt_state=optimizer.init(config.optimizer, {name: parts[name] for name in _TRAINED}),
         reference=jax.tree.map(jnp.copy, parts["lens"]) if config.online.kl_weight > 0 else None,
+        recent=stability.init_window(_RECENT),
         key=run_key,
     )
 
@@ -105,10 +111,14 @@ def online_step(state: OnlineState, batch: Batch, *, config: Config, models: Mod
         learning_rate=rate,
         weight_decay=config.hyper.weight_decay,
     )
-    next_state = OnlineState(state.step + 1, {**state.params, **trainable}, opt_state, state.reference, state.key)
+    recent = stability.update_window(state.recent, report["rl/reward"])
+    next_state = replace(
+        state, step=state.step + 1, params={**state.params, **trainable}, opt_state=opt_state, recent=recent
+    )
     report |= {
         "loss": loss,
         "rl/total_loss": loss,
+        "rl/avg_reward_100": stability.window_mean(recent),
         "grad_norm": optax.tree.norm(grads["lens"]),
         "lr": rate,
         "rl/learning_rate": rate,

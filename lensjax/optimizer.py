@@ -1,4 +1,4 @@
-"""The optimizer of every trainer: AdamW with norm clipping, its rate and decay passed in as arrays.
+"""The optimizer of every trainer: AdamW or Muon with norm clipping, its rate and decay passed in as arrays.
 
 Each trainable part (base, gist, lens) has its own state and is clipped by its own norm: with one norm for all, a large
 gradient of the token loss would shrink LensNet's steps.
@@ -7,14 +7,26 @@ gradient of the token loss would shrink LensNet's steps.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+import optax.contrib
 from jax.typing import ArrayLike
 
 from lensjax.config import OptimizerConfig
 
 
 def init(config: OptimizerConfig, parts: dict[str, Any]) -> dict[str, Any]:
-    """Optimizer state of the trainable parts; it does not depend on rate or decay."""
+    """Optimizer state of the trainable parts; it does not depend on rate or decay.
+
+    Raises:
+      ValueError: the config says Muon, and no part has a matrix for it.
+    """
+    labels = jax.tree.leaves({name: _labels(params) for name, params in parts.items()})
+    if config.name == "muon" and "muon" not in labels:
+        raise ValueError(
+            "optimizer.name is muon, which is for the matrices of a transformer, and "
+            f"{', '.join(parts)} has none: use adamw"
+        )
     transformation = _transformation(config, 0.0, 0.0)
     return {name: transformation.init(params) for name, params in parts.items()}
 
@@ -31,7 +43,7 @@ def update(
     """One step.
 
     Args:
-      config: moments and clipping.
+      config: which optimizer, its moments, and clipping.
       grads: gradients of each part.
       opt_state: from `init` or the step before.
       parts: parameters of each trainable part.
@@ -54,9 +66,13 @@ def update(
 def _transformation(
     config: OptimizerConfig, learning_rate: ArrayLike, weight_decay: ArrayLike
 ) -> optax.GradientTransformation:
+    adam = optax.scale_by_adam(config.b1, config.b2)
+    # First, so that what is amplified is clipped with the rest.
+    slow = () if config.grokfast == 0 else (_amplify_slow(config.grokfast, config.grokfast_decay),)
     return optax.chain(
+        *slow,
         optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(config.b1, config.b2),
+        adam if config.name == "adamw" else optax.partition({"muon": _muon(), "adam": adam}, _labels),
         optax.add_decayed_weights(weight_decay, mask=_is_matrix),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -64,3 +80,52 @@ def _transformation(
 
 def _is_matrix(params: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
+
+
+def _muon() -> optax.GradientTransformation:
+    """Momentum of 0.95 and five Newton-Schulz steps, as Muon was published.
+
+    References:
+      Jordan, Muon: An optimizer for hidden layers in neural networks, 2024; Liu et al., Muon is Scalable for LLM
+      Training, arXiv:2502.16982, for the scale.
+    """
+
+    def numbers(updates: Any) -> Any:
+        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), updates)
+
+    return optax.chain(
+        optax.contrib.scale_by_muon(weight_dimension_numbers=numbers),
+        # To a root mean square of 0.2, which is about that of Adam's updates: one learning rate then serves both.
+        optax.stateless_with_tree_map(lambda update, _: 0.2 * max(update.shape) ** 0.5 * update),
+    )
+
+
+def _labels(params: Any) -> Any:
+    """Muon for the matrices inside a `transformer`, Adam for the rest, by the path of a leaf.
+
+    Its shape, by which `optax.contrib.muon` chooses, does not tell them apart: embeddings, heads and a convolution's
+    taps have two axes too, and their updates should not be orthogonal. What enters and leaves the stack is Adam's, as
+    Muon's author advises.
+    """
+
+    def label(path: tuple[Any, ...], leaf: Any) -> str:
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        return "muon" if "transformer" in names and leaf.ndim == 2 else "adam"
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+def _amplify_slow(strength: float, decay: float) -> optax.GradientTransformation:
+    """Grokfast: m = decay m + (1 - decay) g, and g + strength m goes on.
+
+    The average starts at 0, not at the first gradient as in the authors' code: one batch is not the slow part.
+
+    References:
+      Lee et al., Grokfast, arXiv:2405.20233 (Grokfast-EMA).
+    """
+
+    def update(grads: Any, slow: Any, params: Any = None) -> tuple[Any, Any]:
+        slow = jax.tree.map(lambda mean, grad: decay * mean + (1 - decay) * grad, slow, grads)
+        return jax.tree.map(lambda grad, mean: grad + strength * mean, grads, slow), slow
+
+    return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update)

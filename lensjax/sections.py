@@ -288,8 +288,10 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with global-norm clipping; the learning rate itself is a hyperparameter."""
+    """How gradients become steps; the learning rate and the weight decay are hyperparameters."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """`muon` orthogonalises the updates of the matrices inside the transformers; all else stays with AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: int = 20
     curriculum_steps: int | None = None
@@ -297,9 +299,13 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.99
     clip_norm: float = 1.0
+    grokfast: float = 0.0
+    """What the slow part of the gradients is amplified by (lambda of Grokfast), such as 2; 0 leaves it out."""
+    grokfast_decay: float = 0.98
+    """Decay of the moving average that is the slow part (alpha of Grokfast)."""
 
     def __post_init__(self) -> None:
-        require_choice(self, "schedule")
+        require_choice(self, "name", "schedule")
         require(self.warmup_steps >= 0, f"optimizer.warmup_steps must be 0 or more, got {self.warmup_steps}")
         require(
             self.curriculum_steps is None or self.curriculum_steps >= 0,
@@ -307,6 +313,33 @@ class OptimizerConfig:
         )
         require(0 <= self.b1 < 1 and 0 <= self.b2 < 1, f"b1 and b2 must be in [0, 1), got {self.b1} and {self.b2}")
         require(self.clip_norm > 0, f"optimizer.clip_norm must be above 0, got {self.clip_norm}")
+        require(0 <= self.grokfast < math.inf, f"optimizer.grokfast must be finite and at least 0, got {self.grokfast}")
+        require(0 <= self.grokfast_decay < 1, f"optimizer.grokfast_decay must be in [0, 1), got {self.grokfast_decay}")
+
+
+@dataclass(frozen=True)
+class StoppingConfig:
+    """When a phase ends before its last step, and which of its parameters are kept."""
+
+    patience: int | None = None
+    """None trains to the last step and keeps its parameters. A number ends a phase after so many evaluations in a row
+    without an improvement of the held-out loss, and gives back the parameters of the best one, however it ended."""
+    min_improvement: float = 0.0
+    """An evaluation is an improvement where its loss is lower than the best one by more than this, in nats."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.patience is None or self.patience >= 1,
+            f"stopping.patience must be 1 evaluation or more, or None, got {self.patience}",
+        )
+        require(
+            0 <= self.min_improvement < math.inf,
+            f"stopping.min_improvement must be finite and at least 0, got {self.min_improvement}",
+        )
+        require(
+            self.patience is not None or self.min_improvement == 0,
+            f"stopping.min_improvement is read only with stopping.patience: set it, got {self.min_improvement} alone",
+        )
 
 
 @dataclass(frozen=True)

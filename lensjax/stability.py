@@ -74,6 +74,41 @@ def normalise(moments: EmaMoments, values: ArrayLike) -> Array:
     return (jnp.asarray(values) - mean) / jnp.sqrt(variance + EPS)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Window:
+    """The last n values of a series, for their exact mean."""
+
+    values: Array
+    """float32[n]: a ring; the value with index i is at i % n."""
+    count: Array
+    """int32[]: values seen so far."""
+
+
+def init_window(size: int) -> Window:
+    """A window of so many values that has seen none.
+
+    Raises:
+      ValueError: the size is below 1.
+    """
+    if size < 1:
+        raise ValueError(f"a window must hold at least 1 value, got {size}")
+    return Window(jnp.zeros(size), jnp.zeros((), jnp.int32))
+
+
+def update_window(window: Window, value: ArrayLike) -> Window:
+    """Takes in one value, float32[], in the place of the oldest one."""
+    place = window.count % window.values.shape[0]
+    return Window(window.values.at[place].set(value), window.count + 1)
+
+
+def window_mean(window: Window) -> Array:
+    """Mean of the last n values, or of those seen while they are fewer, float32[]; 0 before the first one."""
+    seen = jnp.minimum(window.count, window.values.shape[0])
+    # Places that were not written to hold 0.
+    return jnp.sum(window.values) / jnp.maximum(seen, 1).astype(jnp.float32)
+
+
 def init_anchor(params: Any) -> Any:
     """The anchor policy before the first step: a copy of the policy itself, so that the first KL is 0."""
     return jax.tree.map(jnp.copy, params)

@@ -222,6 +222,10 @@ def test_structures_are_separate_programs():
             "from lensjax.sweep import Sweep\nSWEEP = Sweep(preset='recall', one_at_a_time={'hyper.margin': (-1,)})",
             "margin must be finite and at least 0, got -1",
         ),
+        (
+            "from lensjax.sweep import Sweep\nSWEEP = Sweep(preset='recall', changes={'stopping.patience': 3})",
+            "arms are compared after the same number of steps: stopping.patience must be None in a sweep, got 3",
+        ),
         ("from lensjax.sweep import Sweep\nSWEEP = Sweep(preset='recall')", "holds no run .config.json is missing."),
     ],
 )

@@ -139,6 +139,24 @@ def test_keeps_the_newest(tmp_path):
         assert checkpoint.restore(tmp_path, step, {"a": jnp.int32(0)})[0]["a"] == step
 
 
+def test_spares_a_step_however_old(tmp_path):
+    for step in range(1, 7):
+        checkpoint.save(tmp_path, step, {"a": jnp.int32(step)}, keep=2, spare=2 if step < 6 else 5)
+        assert 2 in checkpoint.steps(tmp_path) or step in (1, 6)
+    assert checkpoint.steps(tmp_path) == [5, 6]
+    checkpoint.save(tmp_path, 7, {"a": jnp.int32(7)}, keep=1, spare=5)
+    assert checkpoint.steps(tmp_path) == [5, 7]
+    assert checkpoint.restore(tmp_path, 5, {"a": jnp.int32(0)})[0]["a"] == 5
+
+
+def test_data_state_alone(tmp_path):
+    checkpoint.save(tmp_path, 1, {"a": jnp.int32(1)}, data_state={"next_index": 7})
+    assert checkpoint.data_state(tmp_path, 1) == {"next_index": 7}
+    (tmp_path / "1" / "manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"manifest\.json is not as it was written"):
+        checkpoint.data_state(tmp_path, 1)
+
+
 def test_no_thread_outlives_a_call(tmp_path):
     before = threading.active_count()
     checkpoint.save(tmp_path, 0, make_state())

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from lensjax import checkpoint, data, devices, loop
-from lensjax.config import BaseConfig, Config, ContextConfig, DataConfig, OptimizerConfig
+from lensjax.config import BaseConfig, Config, ContextConfig, DataConfig, OptimizerConfig, StoppingConfig
 from lensjax.logging import RunLogger, read_rows
 from tests.runs import Killed, request_stop
 
@@ -126,7 +126,7 @@ class Run:
             hook("evaluate", int(state.step))
             return {"nll": float(jnp.sum(state.weights))} if evaluate is None else evaluate(state)
 
-        phase = loop.Phase("lens", self.config.steps, self.config.batch_size, step, measure, ("nll", "absent"))
+        phase = loop.Phase("lens", self.config.steps, self.config.batch_size, step, measure, ("nll", "absent"), "nll")
         batches = data.make_iterator(self.config, "train", seed=3, batch_size=2)
         newest = checkpoint.latest_step(self.checkpoints)
         with Logger(
@@ -238,7 +238,7 @@ def test_nothing_moves_between_host_and_device_inside_the_step(run, monkeypatch)
 # Interruptions
 
 
-def start_and_interrupt(run, place, interrupt, done):
+def start_and_interrupt(run, place, interrupt, done, **options):
     """Starts a run, and interrupts it once: where it first passes the place at a step that is not in `done`."""
     is_interrupted = False
 
@@ -249,7 +249,7 @@ def start_and_interrupt(run, place, interrupt, done):
             done.add(step)
             interrupt()
 
-    run.start(hook=hook)
+    return run.start(hook=hook, **options)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -421,3 +421,103 @@ def test_a_run_with_a_fault_goes_on_from_the_good_checkpoint(run, expected):
     assert "nan" in [row.get("loss") for row in run.rows()]
     run.start()
     assert run.result() == expected[0]
+
+
+# Patience
+
+# Held-out losses by step: the best one is that of step 4, and of the two after it none is better.
+SCHEDULE = {2: 3.0, 4: 1.5, 6: 2.0, 8: 1.75, 10: 0.5, 12: 0.25}
+PATIENT = replace(CONFIG, steps=12, logging_steps=5, eval_steps=2, save_steps=1, stopping=StoppingConfig(patience=2))
+
+
+def by_schedule(state):
+    return {"nll": SCHEDULE[int(state.step)]}
+
+
+def bits(state):
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(replace(state, key=jax.random.key_data(state.key)))]
+
+
+def by_hand(steps):
+    """The state after some steps."""
+    state, batches, step = init_state(), data.make_iterator(CONFIG, "train", seed=3, batch_size=2), jax.jit(toy_step)
+    for _ in range(steps):
+        state, _ = step(state, {"tokens": next(batches)["tokens"]})
+    return state
+
+
+def waited(run):
+    """The newest checkpoint, and what it knows of the evaluations before it."""
+    newest = checkpoint.latest_step(run.checkpoints)
+    return newest, checkpoint.data_state(run.checkpoints, newest).get("stopping")
+
+
+def test_patience_ends_a_run_and_gives_back_its_best_state(run):
+    run.config = PATIENT
+    state, seconds = run.start(evaluate=by_schedule)
+    assert bits(state) == bits(by_hand(4))
+    # The best checkpoint is there beside the three newest; the one that was the best before it is not.
+    assert checkpoint.steps(run.checkpoints) == [4, 6, 7, 8]
+    assert waited(run) == (8, {"score": 1.5, "step": 4, "waited": 2})
+    assert loop.kept_step(run.checkpoints) == 4
+    assert run.output.getvalue().splitlines()[-1] == "lens ended at step 8 of 12 and keeps step 4, nll 1.500"
+    before = run.rows()
+    again, same = run.start(evaluate=by_schedule, step=None)  # there is nothing to compile
+    assert bits(again) == bits(state) and run.rows() == before and waited(run)[0] == 8
+    assert same == checkpoint.data_state(run.checkpoints, 8)["seconds"] <= seconds
+
+
+def test_what_improves_is_saved_though_no_save_is_due(run):
+    run.config = replace(PATIENT, save_steps=100)
+    state, _ = run.start(evaluate=by_schedule)
+    assert bits(state) == bits(by_hand(4))
+    assert checkpoint.steps(run.checkpoints) == [2, 4, 8]
+
+
+def test_patience_that_does_not_run_out_gives_back_the_best_state_too(run):
+    run.config = replace(PATIENT, steps=9, eval_steps=4, save_steps=100, stopping=StoppingConfig(patience=3))
+    state, _ = run.start(evaluate=lambda state: {"nll": {4: 2.0, 8: 1.0, 9: 1.5}[int(state.step)]})
+    assert bits(state) == bits(by_hand(8)) and checkpoint.steps(run.checkpoints) == [4, 8, 9]
+    again, _ = run.start(step=None)
+    assert bits(again) == bits(state)
+
+
+def test_a_small_improvement_is_none_where_more_is_asked_for(run):
+    run.config = replace(PATIENT, stopping=StoppingConfig(patience=2, min_improvement=1.5))
+    state, _ = run.start(evaluate=by_schedule)
+    assert bits(state) == bits(by_hand(2)) and waited(run) == (6, {"score": 3.0, "step": 2, "waited": 2})
+
+
+@pytest.mark.parametrize("kind", ["killed", "stopped"])
+@pytest.mark.parametrize("place", ["batch", "evaluate", "in save", "saved"])
+def test_a_patient_run_that_is_interrupted_at_every_step_stops_at_the_same_one(tmp_path, monkeypatch, kind, place):
+    whole, run = Run(tmp_path / "whole", monkeypatch, PATIENT), Run(tmp_path / "run", monkeypatch, PATIENT)
+    expected, done = whole.start(evaluate=by_schedule)[0], set()
+
+    def kill():
+        raise Killed
+
+    while True:
+        try:
+            interrupt = kill if kind == "killed" else request_stop
+            state, _ = start_and_interrupt(run, place, interrupt, done, evaluate=by_schedule)
+            break
+        except (Killed, loop.Interrupted):
+            assert max(done) <= 8
+    assert len(done) == (4 if place == "evaluate" else 8)
+    assert bits(state) == bits(expected)
+    assert run.rows() == whole.rows() and waited(run) == waited(whole)
+
+
+@pytest.mark.parametrize("report", [{"loss": 1.0}, {"nll": math.nan}])
+def test_an_evaluation_without_the_metric_to_monitor_is_refused(run, monkeypatch, report):
+    monkeypatch.setattr("lensjax.logging.check_finite", lambda rows, advice: None)
+    run.config = PATIENT
+    with pytest.raises(ValueError, match=r"phase lens monitors nll, and its evaluation gives no such number: \{'"):
+        run.start(evaluate=lambda state: report)
+
+
+def test_without_patience_nothing_is_monitored(run):
+    run.start(evaluate=lambda state: {"loss": 1.0})
+    assert checkpoint.data_state(run.checkpoints, 7).keys() == {"batches", "seconds"}
+    assert loop.kept_step(run.checkpoints) == 7 and loop.kept_step(run.folder) is None

@@ -80,6 +80,40 @@ def test_a_fresh_state_can_be_donated():
     assert anchor["w"].unsafe_buffer_pointer() != params["w"].unsafe_buffer_pointer()
 
 
+# The mean of the last values
+
+update_window = jax.jit(stability.update_window)
+window_mean = jax.jit(stability.window_mean)
+
+
+@settings(max_examples=40)
+@given(values=st.lists(st.floats(-4, 4, width=16), max_size=12), size=st.integers(1, 5))
+def test_a_window_gives_the_mean_of_the_last_values(values, size):
+    window = stability.init_window(size)
+    assert float(window_mean(window)) == 0
+    for index, value in enumerate(values, start=1):
+        window = update_window(window, np.float32(value))
+        expected = np.mean(np.asarray(values[max(0, index - size) : index]))
+        assert float(window_mean(window)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_window_in_a_scan_forgets_what_left_it():
+    series = np.asarray([np.nan, 1e30, 1.0, 2.0, 3.0, 4.0], np.float32)
+
+    def step(window, value):
+        window = stability.update_window(window, value)
+        return window, stability.window_mean(window)
+
+    window, means = jax.lax.scan(step, stability.init_window(3), series)
+    assert np.isnan(means[:3]).all() and means[3] == np.float32(1e30) / 3 and means[4:].tolist() == [2.0, 3.0]
+    assert int(window.count) == 6 and window.values.dtype == np.float32
+
+
+def test_a_window_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="a window must hold at least 1 value, got 0"):
+        stability.init_window(0)
+
+
 # The policy anchor, over a run in which the parameter is the number of updates made.
 
 

@@ -342,6 +342,35 @@ def test_init_starts_from_the_models_of_another_run(cheap, whole, tmp_path, monk
     assert {row["phase"] for row in read_rows(tmp_path / "run")} == {"lens"}
 
 
+def test_a_patient_run_gives_its_best_models(cheap, tmp_path, monkeypatch):
+    """What `cheap_programs` measures grows with every step: the first evaluation is the best one."""
+    folder = tmp_path / "run"
+    pending = [("saved", "pretrain", 2), ("saved", "lens", 2)]
+
+    def hook(*at):
+        if at in pending:
+            pending.remove(at)
+            raise Killed
+
+    hook_run(monkeypatch.setattr, hook)
+    config = tiny_config(folder, eval_steps=1, **{"stopping.patience": 1})
+    with pytest.raises(Killed):
+        start(config)
+    with pytest.raises(Killed):
+        go_on(folder)
+    summary = go_on(folder)
+    stops = {name: summary[name] for name in summary if name.endswith(("_stopped_at", "_kept_step"))}
+    assert stops == {"pretrain_stopped_at": 2, "pretrain_kept_step": 1, "lens_stopped_at": 2, "lens_kept_step": 1}
+    assert max(row["step"] for row in read_rows(folder)) == 2
+    params = script.load_params(folder, build_models(config), ("base", "gist", "lens"))
+    best = saved_arrays(folder, "lens", 1) | {
+        name: value for name, value in saved_arrays(folder, "pretrain", 1).items() if name.startswith("params/")
+    }
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = "params/" + jax.tree_util.keystr(path, simple=True, separator="/")
+        assert leaf.tobytes() == best[name], name
+
+
 def test_init_needs_a_lensnet(whole, tmp_path):
     start(tiny_config(tmp_path / "base", steps=0))
     with pytest.raises(ValueError, match=r"base has no checkpoint of LensNet: let it train first \(steps above 0\)"):
