@@ -4,7 +4,7 @@
     python experiments/online.py --base-run runs/online/base --output-dir runs/online/arms
 
 Every seed trains a LensNet on preferences (`start`). From there it goes on with as many steps, on preferences or on its
-own edits; others learn from their own edits alone, for as many steps in all. Differences of the loss at budget are
+own edits; another one learns from its own edits alone, for as many steps in all. Differences of the loss at budget are
 paired, to `start` and to the one that went on with preferences. Leaves a run folder an arm and seed, `arms.csv`,
 `report.md`, `effects.csv` and `effects.png`.
 """
@@ -39,10 +39,7 @@ FINE_TUNED: Mapping[str, Mapping[str, Any]] = {
     "preferences, then own edits (one step)": {"online.discount": 0.0},
     "preferences, then own edits (RLOO)": {"online.advantages": "leave_one_out"},
 }
-ALONE: Mapping[str, Mapping[str, Any]] = {
-    "own edits (GAE)": {},
-    "own edits (one step)": {"online.discount": 0.0},
-}
+ALONE = "own edits (GAE)"
 COLUMNS = ("gap_closed_oracle", "hit_rate", "seconds_per_step")
 
 
@@ -112,7 +109,7 @@ def plan(arguments: Arguments) -> dict[str, list[Config]]:
     if stored.data.task != "recall":
         raise ValueError(f"base_run {arguments.base_run} is of task {stored.data.task}: expected one of recall")
     steps, folder = arguments.steps, arguments.output_dir
-    alone, half = {"steps": 0, "online.steps": 2 * steps}, {"steps": 0, "online.steps": steps}
+    half = {"steps": 0, "online.steps": steps}
     # As many episodes a step, from half as many sequences.
     group = {"batch_size": stored.batch_size // 2, "eval_batches": 2 * stored.eval_batches, "online.episodes": 2}
 
@@ -129,7 +126,7 @@ def plan(arguments: Arguments) -> dict[str, list[Config]]:
         START: arm(START, {"steps": steps}, goes_on=False),
         ON: arm(ON, {"steps": steps}, goes_on=True),
         **{name: arm(name, {**half, **changes}, goes_on=True) for name, changes in FINE_TUNED.items()},
-        **{name: arm(name, {**alone, **changes}, goes_on=False) for name, changes in ALONE.items()},
+        ALONE: arm(ALONE, {"steps": 0, "online.steps": 2 * steps}, goes_on=False),
     }
 
 

@@ -1,0 +1,96 @@
+"""`experiments/online.py`: which runs it makes, and what it writes."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from experiments import online
+from experiments.online import Arguments
+from lensjax import config as configs
+from tests.small import SMALL
+
+
+def base_run(folder, **changes):
+    """A folder that holds the configuration of a run."""
+    folder.mkdir()
+    (folder / "config.json").write_text(configs.to_json(configs.replace(SMALL, **changes)))
+    return folder
+
+
+def test_every_arm_has_its_steps_and_its_start(tmp_path):
+    arguments = Arguments(base_run(tmp_path / "base"), tmp_path / "arms", seeds=(3, 4), steps=20)
+    arms = online.plan(arguments)
+    assert [len(by_seed) for by_seed in arms.values()] == [2] * len(arms)
+    start, on, alone = arms[online.START], arms[online.ON], arms[online.ALONE]
+    for place, seed in enumerate((3, 4)):
+        assert all(by_seed[place].seed == seed for by_seed in arms.values())
+        assert (start[place].steps, start[place].online.steps) == (20, 0)
+        assert (alone[place].steps, alone[place].online.steps) == (0, 40)
+        assert start[place].base_run == alone[place].base_run == str(tmp_path / "base")
+        for name in online.FINE_TUNED:
+            assert (arms[name][place].steps, arms[name][place].online.steps) == (0, 20)
+        for by_seed in (on, *(arms[name] for name in online.FINE_TUNED)):
+            assert by_seed[place].init == start[place].output_dir
+    folders = [config.output_dir for by_seed in arms.values() for config in by_seed]
+    assert len(set(folders)) == len(folders)
+
+
+def test_groups_see_as_many_episodes(tmp_path):
+    arms = online.plan(Arguments(base_run(tmp_path / "base", batch_size=4), tmp_path / "arms"))
+    for by_seed in arms.values():
+        config = by_seed[0]
+        assert config.batch_size * config.online.episodes == 4
+        assert config.batch_size * config.eval_batches == 4 * SMALL.eval_batches
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"seeds": (0,)}, r"two or more different seeds, got \(0,\)"), ({"seeds": (1, 1)}, "two or more different seeds")],
+)
+def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, changes, message):
+    arguments = Arguments(base_run(tmp_path / "base"), tmp_path / "arms", **changes)
+    with pytest.raises(ValueError, match=message):
+        online.compare(arguments)
+    assert not (tmp_path / "arms").exists()
+
+
+def test_a_base_run_of_another_task_is_refused(tmp_path):
+    source = base_run(tmp_path / "base", **{"data.task": "stdlib", "base.vocab_size": 256})
+    with pytest.raises(ValueError, match="is of task stdlib: expected one of recall"):
+        online.compare(Arguments(source, tmp_path / "arms"))
+
+
+def test_a_folder_in_use_is_not_written_to(tmp_path):
+    (tmp_path / "arms").mkdir()
+    (tmp_path / "arms" / "notes").write_text("mine")
+    with pytest.raises(FileExistsError, match="is not empty: choose another --output-dir, or pass --resume"):
+        online.compare(Arguments(base_run(tmp_path / "base"), tmp_path / "arms"))
+
+
+@pytest.mark.slow
+def test_the_whole_comparison(tmp_path, monkeypatch):
+    from experiments.train import run
+
+    # As many sequences as the two devices of the tests share out, also where a group takes half of them.
+    tiny = configs.replace(SMALL, steps=0, batch_size=4, eval_batches=2, output_dir=str(tmp_path / "base"))
+    tiny = configs.replace(tiny, **{"pretrain.steps": 3, "pretrain.batch_size": 2, "optimizer.warmup_steps": 1})
+    run(tiny)
+    arguments = Arguments(tmp_path / "base", tmp_path / "arms", seeds=(0, 1), steps=2)
+    rows = online.compare(arguments)
+    arms = online.plan(arguments)
+    assert [(row["training"], row["seed"]) for row in rows] == [(name, seed) for seed in (0, 1) for name in arms]
+    with (tmp_path / "arms" / "arms.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+    report = (tmp_path / "arms" / "report.md").read_text()
+    assert all(name in report for name in arms)
+    assert {path.name for path in (tmp_path / "arms").glob("*.*")} == {
+        "arms.csv",
+        "effects.csv",
+        "effects.png",
+        "report.md",
+    }
+    # Finished runs are not made again.
+    before = {path: path.stat().st_mtime_ns for path in Path(tmp_path / "arms").rglob("summary.json")}
+    assert online.compare(Arguments(tmp_path / "base", tmp_path / "arms", seeds=(0, 1), steps=2, resume=True)) == rows
+    assert before == {path: path.stat().st_mtime_ns for path in Path(tmp_path / "arms").rglob("summary.json")}
