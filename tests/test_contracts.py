@@ -186,7 +186,14 @@ LOSSES = [
     ),
     *(group(function) for function in (losses.logistic, losses.hinge, losses.ipo, losses.copg, losses.a_star_po)),
     *(group(losses.plackett_luce), group(losses.disco, "tau"), group(losses.info_nce, "tau")),
-    *(group(losses.cpl, "alpha", "bias"), group(losses.info_nca, "alpha", "beta")),
+    *(group(losses.cpl, "alpha", "bias"), group(losses.info_nca, "alpha", "beta"), group(losses.rpo, "beta", "weight")),
+    Case(
+        "pg_rank",
+        lambda s, r, w, b, k: losses.pg_rank(s, r, w, beta=b, key=k, samples=3),
+        # Few: the log-probability of a ranking of many is large, and with it its rounding.
+        (uniform(10), uniform(10), mask(10), POSITIVE, key),
+        "f",
+    ),
     Case("policy_gradient", losses.policy_gradient, (SCORES, SCORES, WHERE), "f"),
     Case("value_loss", losses.value_loss, (SCORES, SCORES, WHERE), "f"),
     Case(
@@ -414,7 +421,7 @@ def value_and_gradient(case):
 @pytest.mark.parametrize("score", [0.0, 1e-30, 1e6, -1e6])
 def test_gradients_are_finite_at_extreme_scores(case, score):
     scores, *rest = case.draw(0)
-    for changed in (np.full_like(scores, score), np.where(np.arange(CAPACITY) % 2 == 0, np.float32(score), scores)):
+    for changed in (np.full_like(scores, score), np.where(np.arange(len(scores)) % 2 == 0, np.float32(score), scores)):
         value, gradient = value_and_gradient(case)(changed, *rest)
         assert np.isfinite(value) and np.isfinite(gradient).all()
 
