@@ -190,6 +190,29 @@ def span_targets(
     return [target(entry, False) for entry in better], [target(entry, True) for entry in worse]
 
 
+def span_advantages(
+    losses: Sequence[float],
+    variants: Sequence[Sequence[Entry]],
+    valid: Sequence[bool],
+    *,
+    window: int,
+    block_size: int,
+    recent_tokens: int,
+) -> list[list[float | None]]:
+    """Of each entry of each variant, against the others that are supervised in a pair with it; None without any."""
+    shape = {"window": window, "block_size": block_size, "recent_tokens": recent_tokens}
+    found: list[list[float | None]] = []
+    for v, entries in enumerate(variants):
+        against: list[list[float]] = [[] for _ in entries]
+        for u, others in enumerate(variants):
+            if valid[u] and valid[v] and u != v:
+                targets, _ = span_targets(entries, others, **shape)
+                for i, target in enumerate(targets):
+                    against[i] += [losses[u]] if target is not None else []
+        found.append([sum(row) / len(row) - losses[v] if row else None for row in against])
+    return found
+
+
 def variant_value(
     scores: Sequence[float], entries: Sequence[Entry], *, window: int, block_size: int, max_lod: int, recent_tokens: int
 ) -> float:

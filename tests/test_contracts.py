@@ -227,6 +227,18 @@ ADVANTAGES = [
         (SCORES, SCORES, POSITIVE),
         "f",
     ),
+    Case(
+        "blended_advantages",
+        lambda r, w, k, b: advantages.blended_advantages(r, w, sharpness=k, threshold=b),
+        (uniform(3, 5), mask(3, 5), POSITIVE, POSITIVE),
+        "f",
+    ),
+    Case(
+        "most_informative",
+        lambda a, e, w, s: advantages.most_informative(a, e, w, share=s),
+        (SCORES, uniform(CAPACITY, low=0), WHERE, UNIT),
+        "b",
+    ),
     Case("most_varied", lambda v, w: advantages.most_varied(v, w, count=5), (SCORES, WHERE), "b"),
 ]
 
@@ -263,6 +275,12 @@ PREFERENCES = [
             "fbf",
         )
         for worse_only in (False, True)
+    ),
+    Case(
+        "span_advantages",
+        functools.partial(preferences.span_advantages, **SHAPE),
+        (uniform(VARIANTS), variants, mask(VARIANTS)),
+        "fb",
     ),
     Case("pair_margins", preferences.pair_margins, (uniform(VARIANTS, CAPACITY), pair_targets, pairs), "f"),
     Case("agreement", preferences.agreement, (uniform(PAIRS), mask(PAIRS)), "fi"),
