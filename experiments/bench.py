@@ -309,6 +309,7 @@ def parts(step: Step) -> dict[str, Program]:
             scored,
             values,
             scores,
+            jax.random.key(0),
             normaliser=state.normaliser,
             budget=state.budget,
             temperature=state.hyper.temperature,

@@ -95,6 +95,41 @@ def group_advantages(
     return centred * count / jnp.maximum(count - 1, 1)
 
 
+def blended_advantages(rewards: ArrayLike, where: ArrayLike, *, sharpness: ArrayLike, threshold: ArrayLike) -> Array:
+    """Advantages within groups that go over to advantages between groups where a group agrees.
+
+        A_gi = w_g local_gi + (1 - w_g) global_g,    w_g = sigmoid(sharpness (H_g - threshold))
+
+    local: the reward standardised over its group; global: the group's mean reward standardised over the batch. H is the
+    entropy, in bits, of the rewards in the group. Equal rewards are one outcome: round continuous ones beforehand. A
+    group of ties, whose local advantages are all 0, then still counts for what it is beside the others.
+
+    Args:
+      rewards: float32[B, N].
+      where: bool[B, N], samples that count.
+      sharpness: float32[], at least 0; 0 is one half of each everywhere.
+      threshold: float32[], bits of entropy at which both count alike.
+
+    Returns:
+      float32[B, N], 0 where not valid.
+
+    References:
+      COPO, arXiv:2508.04138. The weight is that of its authors' code, whose entropy is that of the final answers; that
+      code's options to shrink the global reward by the entropy and to leave ties to it alone are left out.
+    """
+    rewards, where = jax.lax.stop_gradient(jnp.asarray(rewards)), jnp.asarray(where)
+    local = jax.vmap(lambda row, valid: group_advantages(row, valid, baseline="standardised"))(rewards, where)
+    means = jax.vmap(masked_mean)(rewards, where)
+    between = group_advantages(means, jnp.any(where, axis=1), baseline="standardised")
+    is_same = (rewards[:, :, None] == rewards[:, None, :]) & where[:, :, None] & where[:, None, :]
+    count = jnp.sum(where, axis=1, dtype=jnp.float32)[:, None]
+    # Each sample's outcome in the group, as a share: its mean logarithm is minus the entropy.
+    share = jnp.sum(is_same, axis=2, dtype=jnp.float32) / jnp.maximum(count, 1)
+    entropy = -jax.vmap(masked_mean)(jnp.log2(jnp.where(where, share, 1.0)), where)[:, None]
+    weight = jax.nn.sigmoid(jnp.asarray(sharpness) * (entropy - jnp.asarray(threshold)))
+    return jnp.where(where, weight * local + (1 - weight) * between[:, None], 0.0)
+
+
 def optimal_baseline(rewards: ArrayLike, square_norms: ArrayLike, where: ArrayLike) -> Array:
     """The baseline by which a policy gradient varies least.
 
@@ -168,3 +203,28 @@ def most_varied(values: ArrayLike, where: ArrayLike, *, count: int) -> Array:
     subsets = jax.vmap(chosen)(jnp.arange(count + 1))
     spread = jax.vmap(lambda subset: masked_std(jnp.where(where, values, 0.0), subset))(subsets)
     return subsets[jnp.argmax(spread)]
+
+
+def most_informative(advantages: ArrayLike, entropies: ArrayLike, where: ArrayLike, *, share: ArrayLike) -> Array:
+    """The actions from which most is learned: large advantage, undecided policy (D3S, second stage).
+
+    The top share by |A_i| H_i. The schedule of the paper, few at first and more later, is `schedules.linear`.
+
+    Args:
+      advantages: float32[N], of the actions.
+      entropies: float32[N], of the policy at each of them.
+      where: bool[N], actions that count.
+      share: float32[], in (0, 1]: how many of them are kept, rounded up.
+
+    Returns:
+      bool[N].
+
+    References:
+      D3S, arXiv:2509.22115.
+    """
+    where = jnp.asarray(where)
+    weight = jax.lax.stop_gradient(jnp.abs(jnp.asarray(advantages)) * jnp.asarray(entropies))
+    rank = jnp.argsort(jnp.argsort(jnp.where(where, -weight, jnp.inf)))
+    # A share times a count that should be whole may come out a rounding error above it.
+    kept = jnp.ceil(jnp.asarray(share) * jnp.sum(where, dtype=jnp.float32) - 1e-4)
+    return where & (rank < kept.astype(jnp.int32))

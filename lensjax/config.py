@@ -118,6 +118,12 @@ class Config:
             self.data.task == "recall" or self.base.vocab_size >= 256,
             f"text is read as bytes: base.vocab_size must be at least 256, got {self.base.vocab_size}",
         )
+        compared = self.context.rollouts + (self.context.local_edits == 0)
+        require(
+            self.objective.keep is None or self.objective.keep <= compared,
+            f"objective.keep must be at most the {compared} variants that are compared (lower it, or raise "
+            f"context.rollouts), got {self.objective.keep}",
+        )
         for name in ("context_start", "context_end"):
             self.context.geometry.length_of_fraction(getattr(self.hyper, name), name=name)
 

@@ -18,7 +18,7 @@ from lensjax.focus import FocusState
 from lensjax.lengths import CutGeometry
 from lensjax.metrics import Metrics
 from lensjax.models import Models, Params
-from lensjax.train import TrainState, current_length
+from lensjax.train import TrainState, current_length, objective_key
 from lensjax.tree import TreeState
 from lensjax.variants import Batch, build_tree, policy_scores, score_variants
 
@@ -52,6 +52,7 @@ def eval_step(state: TrainState, batch: Batch, key: Array, *, config: Config, mo
         scored,
         scores,
         anchor_scores,
+        objective_key(key),
         normaliser=state.normaliser,
         budget=state.budget,
         temperature=state.hyper.temperature_end,

@@ -7,6 +7,7 @@ L_pref supervises entries by span targets of pairs, or, by another `objective.na
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from lensjax import losses, metrics, preferences, stability
+from lensjax.advantages import most_varied
 from lensjax.config import Config, Hyperparameters
 from lensjax.context import WorkingContext
 from lensjax.preferences import PairTargets, PreferencePairs
@@ -38,6 +40,7 @@ def lens_objective(
     scored: ScoredVariants,
     scores: Array,
     anchor_scores: Array | None,
+    key: Array,
     *,
     normaliser: EmaMoments,
     budget: EmaMoments,
@@ -51,6 +54,7 @@ def lens_objective(
       scored: B sequences of V scored variants; taken as constants.
       scores: float32[B, V, W], the policy's.
       anchor_scores: float32[B, V, W], the anchor policy's on the same entries; None leaves the KL term out.
+      key: PRNG key, consumed; only `pg_rank` draws.
       normaliser: moments of the advantage deltas before this batch.
       budget: moments of the net demand before this batch.
       temperature: float32[].
@@ -71,7 +75,7 @@ def lens_objective(
     values = _variant_values(scores, variants, config)
     if config.objective.name != "spans":
         relative = values if anchor_scores is None else values - _variant_values(anchor_scores, variants, config)
-        terms["preference"] = _group_term(relative, scored, temperature, hyper, config)
+        terms["preference"] = _group_term(relative, scored, key, temperature, hyper, config)
     per_variant = jax.vmap(jax.vmap(losses.budget_balance))
     balance = per_variant(scores, scored.entries.spans, is_free)
     average, _ = stability.moments_mean_var(budget)
@@ -106,7 +110,7 @@ def _supervision(scored: ScoredVariants, hyper: Hyperparameters, config: Config)
     """Pairs and span targets of one sequence."""
     pairs = preferences.select_pairs(
         scored.losses,
-        _compared(scored.distinct, config),
+        _compared(scored, config),
         hard_negative_ratio=hyper.hard_negative_ratio,
         max_pairs=config.objective.max_pairs,
     )
@@ -121,9 +125,13 @@ def _supervision(scored: ScoredVariants, hyper: Hyperparameters, config: Config)
     return pairs, targets
 
 
-def _compared(distinct: Array, config: Config) -> Array:
-    """bool[..., V]: variants that are compared. Local rollouts share nothing with the baseline but the tail."""
-    return distinct.at[..., 0].set(False) if config.context.local_edits else distinct
+def _compared(scored: ScoredVariants, config: Config) -> Array:
+    """bool[V]: variants of one sequence that are compared."""
+    # Local rollouts share nothing with the baseline but the tail.
+    compared = scored.distinct.at[0].set(False) if config.context.local_edits else scored.distinct
+    if config.objective.keep is None:
+        return compared
+    return most_varied(scored.losses, compared, count=config.objective.keep)
 
 
 def _variant_values(scores: Array, variants: WorkingContext, config: Config) -> Array:
@@ -140,33 +148,44 @@ def _variant_values(scores: Array, variants: WorkingContext, config: Config) -> 
 
 
 def _group_term(
-    values: Array, scored: ScoredVariants, temperature: ArrayLike, hyper: Hyperparameters, config: Config
+    values: Array, scored: ScoredVariants, key: Array, temperature: ArrayLike, hyper: Hyperparameters, config: Config
 ) -> Array:
-    """The objective over the variants of each sequence, mean over the sequences that hold a preference.
+    """The objective over each sequence's variants, mean over the sequences that hold a preference; or over all at once.
 
     Args:
       values: float32[B, V], relative to the anchor's where there is one.
       scored: the variants and what they are worth.
+      key: PRNG key, consumed.
       temperature: float32[].
       hyper: scales.
-      config: names the objective.
+      config: names the objective and the group.
 
     Returns:
       float32[].
     """
-    beta = {"beta": hyper.beta}
-    settings: dict[str, dict[str, ArrayLike]] = {
-        "cpl": {"alpha": hyper.beta, "bias": hyper.cpl_bias},
-        "info_nca": {"alpha": hyper.reward_temperature, "beta": hyper.beta},
-        "disco": {"tau": temperature},
-        "info_nce": {"tau": temperature},
-    }
-    name = config.objective.name
-    loss = functools.partial(getattr(losses, name), **settings.get(name, beta))
-    compared, rewards = _compared(scored.distinct, config), -scored.losses
+    beta, objective = {"beta": hyper.beta}, config.objective
+
+    def loss(values: Array, rewards: Array, where: Array, key: Array) -> Array:
+        settings: dict[str, dict[str, Any]] = {
+            "cpl": {"alpha": hyper.beta, "bias": hyper.cpl_bias},
+            "disco": {"tau": temperature},
+            "info_nca": {"alpha": hyper.reward_temperature, "beta": hyper.beta},
+            "info_nce": {"tau": temperature},
+            "pg_rank": {"beta": hyper.beta, "key": key, "samples": objective.rankings},
+            "rpo": {"beta": hyper.beta, "weight": hyper.rpo_weight},
+        }
+        return getattr(losses, objective.name)(values, rewards, where, **settings.get(objective.name, beta))
+
+    compared, rewards = jax.vmap(lambda one: _compared(one, config))(scored), -scored.losses
     lowest = jnp.min(jnp.where(compared, rewards, jnp.inf), axis=-1)
     highest = jnp.max(jnp.where(compared, rewards, -jnp.inf), axis=-1)
-    return metrics.masked_mean(jax.vmap(loss)(values, rewards, compared), highest > lowest)
+    if objective.group == "batch":
+        centre = jax.vmap(lambda row, where: row - metrics.masked_mean(row, where))
+        values, rewards = centre(values, compared), centre(rewards, compared)
+        where = compared & (highest > lowest)[:, None]
+        return loss(values.ravel(), rewards.ravel(), where.ravel(), key)
+    each = jax.vmap(loss)(values, rewards, compared, jax.random.split(key, len(values)))
+    return metrics.masked_mean(each, highest > lowest)
 
 
 def _rows_of_pairs(rows: Array, pairs: PreferencePairs) -> Array:

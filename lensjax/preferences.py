@@ -160,6 +160,55 @@ def span_targets(
     return PairTargets(jnp.where(where, target, 0.0), where, jnp.where(where, spans, 0.0))
 
 
+def span_advantages(
+    losses: ArrayLike,
+    variants: WorkingContext,
+    valid: ArrayLike,
+    *,
+    window: int,
+    block_size: int,
+    recent_tokens: int,
+) -> tuple[Array, Array]:
+    """What the level of each entry was worth, beside the variants that show its span at another level.
+
+        A_vi = mean of nll(u) over the u that show the span of i at another level  -  nll(v)
+
+    One advantage for the whole variant credits each of its spans with what all of them did, and to spans that all
+    variants show alike as well. Here each span has a baseline of its own. Between two variants it is the difference of
+    their losses, on the entries that `span_targets` supervises.
+
+    Args:
+      losses: float32[V], nats per token.
+      variants: V working contexts of one window, leading axis V.
+      valid: bool[V], False for duplicates.
+      window: tokens in the window T.
+      block_size: children per gist K.
+      recent_tokens: protected tail.
+
+    Returns:
+      float32[V, W], positive where the variant's level came out better, and bool[V, W]: entries before the protected
+      tail whose span some other variant shows at another level. The advantages of the others are 0.
+    """
+    losses, valid = jax.lax.stop_gradient(jnp.asarray(losses)), jnp.asarray(valid)
+    cuts = jax.vmap(lambda variant: contexts.to_cut(variant, window=window))(variants)
+
+    def differs(other: Array, own: Array, start: Array, lod: Array) -> Array:
+        """bool[W]: entries whose span both cuts show, at two levels."""
+        there = jnp.take(other, start, mode="clip")
+        # What either shows as one entry counts as a whole or not at all: its first token answers for it.
+        width = block_size ** jnp.maximum(there, lod)
+        first = start // width * width
+        shown = (jnp.take(other, first, mode="clip") != MISSING) & (jnp.take(own, first, mode="clip") != MISSING)
+        return shown & (there != lod)
+
+    of_others = jax.vmap(differs, (0, None, None, None))
+    against = jax.vmap(of_others, (None, 0, 0, 0))(cuts, cuts, variants.start, variants.lod) & valid[None, :, None]
+    count = jnp.sum(against, axis=1, dtype=jnp.float32)
+    baseline = jnp.sum(jnp.where(against, losses[None, :, None], 0.0), axis=1) / jnp.maximum(count, 1)
+    where = (count > 0) & variants.valid & (variants.start < window - recent_tokens) & valid[:, None]
+    return jnp.where(where, baseline - losses[:, None], 0.0), where
+
+
 def pair_margins(scores: ArrayLike, targets: PairTargets, pairs: PreferencePairs) -> Array:
     """Mean of target * score over a pair's supervised entries, weighted by the tokens they cover.
 

@@ -198,6 +198,8 @@ class Hyperparameters:
     """Temperature of the rewards in `info_nca` (alpha), in nats."""
     cpl_bias: float = 0.5
     """Weight of the worse variant in `cpl` (lambda)."""
+    rpo_weight: float = 0.1
+    """Weight of the better variant's own value in `rpo` (eta)."""
     adv_norm_beta: float = 0.9
     """Decay of the advantage normaliser's moving averages."""
     collapse_weight: float = 1.0
@@ -244,6 +246,7 @@ class Hyperparameters:
             require(0 < value <= 1, f"{name} is a fraction of the window in (0, 1], got {value}")
         for name in (
             "weight_decay",
+            "rpo_weight",
             "collapse_weight",
             "rank_weight",
             "margin",
@@ -272,9 +275,18 @@ class ObjectiveConfig:
         "info_nce",
         "ipo",
         "logistic",
+        "pg_rank",
         "plackett_luce",
+        "rpo",
     ] = "spans"
     """The preference term: `preference_loss` of span targets, or one of `losses.groups` over the variants' values."""
+    group: Literal["sequence", "batch"] = "sequence"
+    """What an objective over groups compares: the variants of one sequence, or all of the batch, their values and
+    rewards relative to the mean of their sequence."""
+    keep: int | None = None
+    """Variants of a sequence that are compared: the subset whose losses vary most; None compares all."""
+    rankings: int = 16
+    """Rankings of a group that `pg_rank` draws."""
     targets: Literal["both", "worse_only"] = "both"
     granularity: Literal["entry", "pair"] = "entry"
     anchor: Literal["previous", "ema", "fixed"] = "previous"
@@ -282,8 +294,19 @@ class ObjectiveConfig:
     """Preference pairs kept per sequence [P]."""
 
     def __post_init__(self) -> None:
-        require_choice(self, "name", "targets", "granularity", "anchor")
+        require_choice(self, "name", "group", "targets", "granularity", "anchor")
         require_positive(self, "max_pairs")
+        # The one has no group, the other regresses on the value V* of one context.
+        require(
+            self.group == "sequence" or self.name not in ("spans", "a_star_po"),
+            f"objective.group batch cannot go with objective.name {self.name}: set objective.group sequence, or name "
+            "an objective that compares variants by their differences, such as info_nce",
+        )
+        require(
+            self.keep is None or self.keep >= 2,
+            f"objective.keep must be at least 2 (there is nothing to compare with one), or None, got {self.keep}",
+        )
+        require(self.rankings >= 2, f"objective.rankings must be at least 2, got {self.rankings}")
 
 
 @dataclass(frozen=True)

@@ -228,6 +228,7 @@ def _total_loss(
         scored,
         scores,
         anchor_scores,
+        objective_key(jax.random.fold_in(state.key, state.step)),
         normaliser=state.normaliser,
         budget=state.budget,
         temperature=_temperature(state, config),
@@ -243,6 +244,12 @@ def _total_loss(
         loss = loss + hyper.token_loss_weight * token_loss + hyper.gist_delta_weight * gist_delta
         report = report | {"token_loss": token_loss, "gist_delta_loss": gist_delta}
     return loss, (jax.lax.stop_gradient(scored), output.balance, report)
+
+
+def objective_key(key: Array) -> Array:
+    """Randomness of the objective in a step with this key, whose `split` the sequences of the batch take."""
+    # `fold_in` with a small number would give the key of a sequence.
+    return jax.random.fold_in(key, 2**31 - 1)
 
 
 def _temperature(state: TrainState, config: Config) -> Array:

@@ -190,6 +190,29 @@ def span_targets(
     return [target(entry, False) for entry in better], [target(entry, True) for entry in worse]
 
 
+def span_advantages(
+    losses: Sequence[float],
+    variants: Sequence[Sequence[Entry]],
+    valid: Sequence[bool],
+    *,
+    window: int,
+    block_size: int,
+    recent_tokens: int,
+) -> list[list[float | None]]:
+    """Of each entry of each variant, against the others that are supervised in a pair with it; None without any."""
+    shape = {"window": window, "block_size": block_size, "recent_tokens": recent_tokens}
+    found: list[list[float | None]] = []
+    for v, entries in enumerate(variants):
+        against: list[list[float]] = [[] for _ in entries]
+        for u, others in enumerate(variants):
+            if valid[u] and valid[v] and u != v:
+                targets, _ = span_targets(entries, others, **shape)
+                for i, target in enumerate(targets):
+                    against[i] += [losses[u]] if target is not None else []
+        found.append([sum(row) / len(row) - losses[v] if row else None for row in against])
+    return found
+
+
 def variant_value(
     scores: Sequence[float], entries: Sequence[Entry], *, window: int, block_size: int, max_lod: int, recent_tokens: int
 ) -> float:
@@ -457,6 +480,10 @@ def logistic(group, *, beta):
     return _mean(_softplus(-beta * (better - worse)) for better, worse in _preferences(group))
 
 
+def rpo(group, *, beta, weight):
+    return _mean(_softplus(-beta * (better - worse)) - weight * better for better, worse in _preferences(group))
+
+
 def hinge(group, *, beta):
     return _mean(max(0.0, 1 - beta * (better - worse)) for better, worse in _preferences(group))
 
@@ -490,6 +517,22 @@ def info_nca(group, *, alpha, beta):
 def plackett_luce(group, *, beta):
     ordered = [math.exp(beta * s) for s, _ in sorted(group, key=lambda one: -one[1])]
     return _mean(-math.log(weight / sum(ordered[i:])) for i, weight in enumerate(ordered))
+
+
+def log_prob_of_ranking(scores, ranking):
+    """Plackett-Luce: each place goes to one of those that are left, in proportion to exp(score)."""
+    weights = [math.exp(scores[i]) for i in ranking]
+    return sum(math.log(weight / sum(weights[k:])) for k, weight in enumerate(weights))
+
+
+def ndcg(rewards, ranking):
+    """Normalised discounted cumulative gain, with the rewards above the lowest as gains; 0 where all are equal."""
+
+    def dcg(order):
+        return sum((rewards[i] - min(rewards)) / math.log2(place + 1) for place, i in enumerate(order, start=1))
+
+    best = dcg(sorted(range(len(rewards)), key=lambda i: -rewards[i]))
+    return dcg(ranking) / best if best else 0.0
 
 
 def _split(group):

@@ -1,5 +1,6 @@
 """The LensNet objective and its report, sequence by sequence, pair by pair, entry by entry, in float64."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -29,7 +30,7 @@ class Row:
 
     def __init__(self, scored: ScoredVariants, scores: np.ndarray, anchor: np.ndarray | None, config: Config) -> None:
         count = len(scored.losses)
-        self.shape = config.context
+        self.shape, self.keep = config.context, config.objective.keep
         self.distinct = [v for v in range(count) if scored.distinct[v]]
         self.entries = [
             reference.entries_of(jax.tree.map(lambda leaf, v=v: leaf[v], scored.contexts)) for v in range(count)
@@ -38,6 +39,14 @@ class Row:
         self.anchor = None if anchor is None else [[float(s) for s in row] for row in anchor]
         self.losses = [float(loss) for loss in scored.losses]
         self.deltas = [loss - self.losses[0] for loss in self.losses]
+
+    @property
+    def compared(self) -> list[int]:
+        """Variants that are in pairs and groups: of those that may be, the ones whose losses vary most."""
+        found = [v for v in self.distinct if v > 0 or self.shape.local_edits == 0]
+        if self.keep is None or self.keep >= len(found):
+            return found
+        return list(max(itertools.combinations(found, self.keep), key=lambda some: std([self.losses[v] for v in some])))
 
     def free(self, v: int) -> list[int]:
         """Entries outside the protected tail."""
@@ -141,13 +150,12 @@ def _pair_report(
     preference, rank, wins, lod_wins, chosen, rejected, ties = [], [], [], [], [], [], []
     by_lod: list[list[float]] = [[] for _ in range(config.context.max_lod + 1)]
     for row in sequences:
-        distinct = [v in row.distinct for v in range(len(row.losses))]
-        distinct[0] &= config.context.local_edits == 0
+        compared = [v in row.compared for v in range(len(row.losses))]
         advantages = [(delta - average) / math.sqrt(variance + EPS) for delta in row.deltas]
         combinations = [(v, w) for v in row.distinct for w in row.distinct if v < w]
         ties.append(mean([row.losses[v] == row.losses[w] for v, w in combinations]))
         for better, worse, _ in reference.select_pairs(
-            row.losses, distinct, hard_negative_ratio=hyper.hard_negative_ratio, max_pairs=switches.max_pairs
+            row.losses, compared, hard_negative_ratio=hyper.hard_negative_ratio, max_pairs=switches.max_pairs
         ):
             chosen.append(row.value(better))
             rejected.append(row.value(worse))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lensjax import advantages
+from lensjax import advantages, schedules
 
 KINDS = ("mean", "standardised", "leave_one_out")
 
@@ -55,6 +55,21 @@ def test_advantages_equal_the_sum_over_later_steps(seed, steps, discount, decay)
     continues = random.random(steps) < 0.8
     found = advantages.generalised_advantages(rewards, values, continues, discount=discount, trace_decay=decay)
     expected = slow_gae(rewards, values, continues, discount, decay)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+# Its dependency tensorflow-probability asks JAX for a name that is on its way out, when it is imported.
+@pytest.mark.filterwarnings("ignore:jax.core.pytype_aval_mappings is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("seed", range(5))
+def test_advantages_equal_those_of_rlax(seed):
+    import rlax
+
+    random = np.random.default_rng(seed)
+    rewards, values = random.normal(size=20).astype("f"), random.normal(size=21).astype("f")
+    continues, (discount, decay) = random.random(20) < 0.8, random.uniform(0.5, 1, 2).astype("f")
+    assert not continues.all()
+    expected = rlax.truncated_generalized_advantage_estimation(rewards, discount * continues.astype("f"), decay, values)
+    found = advantages.generalised_advantages(rewards, values, continues, discount=discount, trace_decay=decay)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -128,6 +143,47 @@ def test_an_unknown_baseline_is_refused():
         advantages.group_advantages(jnp.ones(3), jnp.ones(3, bool), baseline="median")
 
 
+def slow_blend(groups, sharpness, threshold):
+    """`groups` is a list of lists of rewards."""
+
+    def standardised(values):
+        return [(value - np.mean(values)) / (np.std(values) or 1) for value in values]
+
+    between = standardised([np.mean(group) for group in groups])
+    found = []
+    for group, worth in zip(groups, between, strict=True):
+        shares = [group.count(outcome) / len(group) for outcome in set(group)]
+        entropy = -sum(share * np.log2(share) for share in shares)
+        weight = 1 / (1 + np.exp(-sharpness * (entropy - threshold)))
+        found.append([weight * local + (1 - weight) * worth for local in standardised(group)])
+    return found
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 1000), sharpness=st.floats(0, 8, width=32), threshold=st.floats(0, 2, width=32))
+def test_blended_advantages_equal_a_slow_reference(seed, sharpness, threshold):
+    random = np.random.default_rng(seed)
+    rewards, where = random.choice([0.0, 0.5, 1.0], (3, 5)).astype("f"), random.random((3, 5)) < 0.7
+    where[:, 0] = True
+    rewards[0] = rewards[0, 0]  # a group of ties
+    found = advantages.blended_advantages(
+        np.where(where, rewards, np.nan), where, sharpness=sharpness, threshold=threshold
+    )
+    expected = slow_blend(
+        [row[valid].tolist() for row, valid in zip(rewards, where, strict=True)], sharpness, threshold
+    )
+    for row, valid, values in zip(np.asarray(found), where, expected, strict=True):
+        np.testing.assert_allclose(row[valid], values, rtol=1e-4, atol=1e-5)
+        assert not row[~valid].any()
+
+
+def test_a_group_of_ties_counts_for_what_it_is_beside_the_others():
+    rewards = jnp.asarray([[1.0, 1, 1, 1], [0, 0, 0, 0], [0, 1, 0, 1]])
+    found = advantages.blended_advantages(rewards, jnp.ones((3, 4), bool), sharpness=50.0, threshold=0.5)
+    scale = np.sqrt(1.5)
+    np.testing.assert_allclose(found, [[scale] * 4, [-scale] * 4, [-1, 1, -1, 1]], rtol=1e-5)
+
+
 def test_no_baseline_gives_less_variance_than_the_optimal_one():
     """A softmax over 4 actions: the variance of grad log pi (r - b), computed over all of them."""
     logits, rewards = jnp.asarray([0.3, -1.0, 0.5, 0.0]), jnp.asarray([1.0, -2.0, 0.5, 4.0])
@@ -180,6 +236,30 @@ def test_a_subset_of_nothing_is_refused():
     for count in (0, 4):
         with pytest.raises(ValueError, match=f"count must be between 1 and the 3 samples of the group, got {count}"):
             advantages.most_varied(jnp.ones(3), jnp.ones(3, bool), count=count)
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 1000), share=st.sampled_from([0.1, 0.2, 0.5, 0.6, 1.0]))
+def test_the_most_informative_are_the_top_share(seed, share):
+    values, where = drawn(seed)
+    entropies = np.random.default_rng(seed + 1).random(7).astype("f")
+    found = np.asarray(advantages.most_informative(np.where(where, values, np.nan), entropies, where, share=share))
+    order = sorted(np.flatnonzero(where), key=lambda i: -abs(values[i]) * entropies[i])
+    assert set(np.flatnonzero(found)) == set(order[: int(np.ceil(round(share * len(order), 6)))])
+
+
+def test_the_share_grows_with_a_linear_schedule():
+    values, entropies, where = jnp.arange(10.0) - 5, jnp.ones(10), jnp.ones(10, bool)
+
+    @jax.jit
+    def kept(step):
+        share = schedules.linear(step, start=0.2, end=1.0, steps=5)
+        return advantages.most_informative(values, entropies, where, share=share).sum()
+
+    assert [int(kept(step)) for step in range(6)] == [2, 4, 6, 8, 10, 10]
+    # In float32 this product is above 15.
+    ones = jnp.ones(25)
+    assert int(advantages.most_informative(ones, ones, ones > 0, share=0.6).sum()) == 15
 
 
 def test_advantages_are_constants():

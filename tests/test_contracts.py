@@ -186,7 +186,14 @@ LOSSES = [
     ),
     *(group(function) for function in (losses.logistic, losses.hinge, losses.ipo, losses.copg, losses.a_star_po)),
     *(group(losses.plackett_luce), group(losses.disco, "tau"), group(losses.info_nce, "tau")),
-    *(group(losses.cpl, "alpha", "bias"), group(losses.info_nca, "alpha", "beta")),
+    *(group(losses.cpl, "alpha", "bias"), group(losses.info_nca, "alpha", "beta"), group(losses.rpo, "beta", "weight")),
+    Case(
+        "pg_rank",
+        lambda s, r, w, b, k: losses.pg_rank(s, r, w, beta=b, key=k, samples=3),
+        # Few: the log-probability of a ranking of many is large, and with it its rounding.
+        (uniform(10), uniform(10), mask(10), POSITIVE, key),
+        "f",
+    ),
     Case("policy_gradient", losses.policy_gradient, (SCORES, SCORES, WHERE), "f"),
     Case("value_loss", losses.value_loss, (SCORES, SCORES, WHERE), "f"),
     Case(
@@ -219,6 +226,18 @@ ADVANTAGES = [
         lambda p, b, m: advantages.importance_weights(p, b, most=m),
         (SCORES, SCORES, POSITIVE),
         "f",
+    ),
+    Case(
+        "blended_advantages",
+        lambda r, w, k, b: advantages.blended_advantages(r, w, sharpness=k, threshold=b),
+        (uniform(3, 5), mask(3, 5), POSITIVE, POSITIVE),
+        "f",
+    ),
+    Case(
+        "most_informative",
+        lambda a, e, w, s: advantages.most_informative(a, e, w, share=s),
+        (SCORES, uniform(CAPACITY, low=0), WHERE, UNIT),
+        "b",
     ),
     Case("most_varied", lambda v, w: advantages.most_varied(v, w, count=5), (SCORES, WHERE), "b"),
 ]
@@ -256,6 +275,12 @@ PREFERENCES = [
             "fbf",
         )
         for worse_only in (False, True)
+    ),
+    Case(
+        "span_advantages",
+        functools.partial(preferences.span_advantages, **SHAPE),
+        (uniform(VARIANTS), variants, mask(VARIANTS)),
+        "fb",
     ),
     Case("pair_margins", preferences.pair_margins, (uniform(VARIANTS, CAPACITY), pair_targets, pairs), "f"),
     Case("agreement", preferences.agreement, (uniform(PAIRS), mask(PAIRS)), "fi"),
@@ -414,7 +439,7 @@ def value_and_gradient(case):
 @pytest.mark.parametrize("score", [0.0, 1e-30, 1e6, -1e6])
 def test_gradients_are_finite_at_extreme_scores(case, score):
     scores, *rest = case.draw(0)
-    for changed in (np.full_like(scores, score), np.where(np.arange(CAPACITY) % 2 == 0, np.float32(score), scores)):
+    for changed in (np.full_like(scores, score), np.where(np.arange(len(scores)) % 2 == 0, np.float32(score), scores)):
         value, gradient = value_and_gradient(case)(changed, *rest)
         assert np.isfinite(value) and np.isfinite(gradient).all()
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lensjax import config as configs
+from lensjax import losses
 from lensjax.context import Entries
 from lensjax.metrics import MAY_BE_UNDEFINED
 from lensjax.objective import lens_objective
@@ -21,6 +22,7 @@ from tests.small import SMALL, jit
 
 SHAPE, CAPACITY, VARIANTS, BATCH = SMALL.context, SMALL.context_capacity, SMALL.context.rollouts + 1, 3
 CHOICES = [("both", "entry"), ("both", "pair"), ("worse_only", "entry"), ("worse_only", "pair")]
+KEY = jax.random.key(4)
 EMPTY = EmaMoments(*(np.asarray(x, np.float32) for x in (1.0, 0.0, 0.0)))
 SWEPT = {
     "temperature": st.sampled_from([0.5, 1.0, 2.0]),
@@ -66,9 +68,11 @@ def random_case(seed):
 
 
 @functools.cache
-def objective(targets, granularity, local_edits=0, name="spans"):
+def objective(targets, granularity, local_edits=0, name="spans", group="sequence", keep=None):
     changes = {
         "objective.name": name,
+        "objective.group": group,
+        "objective.keep": keep,
         "objective.targets": targets,
         "objective.granularity": granularity,
         "objective.max_pairs": 4,
@@ -76,11 +80,12 @@ def objective(targets, granularity, local_edits=0, name="spans"):
     changes |= {"context.local_edits": local_edits}
     config = configs.replace(SMALL, **changes)
 
-    def call(scored, scores, anchor, normaliser, budget, hyper):
+    def call(scored, scores, anchor, normaliser, budget, hyper, key=KEY):
         return lens_objective(
             scored,
             scores,
             anchor,
+            key,
             normaliser=normaliser,
             budget=budget,
             temperature=hyper.temperature,
@@ -92,8 +97,8 @@ def objective(targets, granularity, local_edits=0, name="spans"):
 
 
 @functools.cache
-def compiled(targets, granularity, local_edits=0, name="spans"):
-    config, call = objective(targets, granularity, local_edits, name)
+def compiled(*choice, **choices):
+    config, call = objective(*choice, **choices)
     return config, jit(call)
 
 
@@ -104,10 +109,12 @@ def as_arrays(hyper):
 @settings(max_examples=12)
 @given(seed=st.integers(0, 10**6), is_first=st.booleans(), swept=st.fixed_dictionaries(SWEPT))
 @pytest.mark.parametrize(
-    ("targets", "granularity", "local_edits"), [*((*choice, 0) for choice in CHOICES), ("both", "entry", 2)]
+    "choice",
+    [*CHOICES, ("both", "entry", 2), ("both", "entry", 0, "spans", "sequence", 3)],
+    ids=lambda c: "-".join(map(str, c)),
 )
-def test_the_objective_is_the_slow_reference(targets, granularity, local_edits, seed, is_first, swept):
-    config, call = compiled(targets, granularity, local_edits)
+def test_the_objective_is_the_slow_reference(choice, seed, is_first, swept):
+    config, call = compiled(*choice)
     config = replace(config, hyper=replace(config.hyper, **swept))
     scored, scores, anchor = random_case(seed)
     output = call(
@@ -133,37 +140,110 @@ def test_the_objective_is_the_slow_reference(targets, granularity, local_edits, 
     assert not [name for name, value in found.items() if np.isnan(value) and name not in MAY_BE_UNDEFINED]
 
 
-HYPER = {"beta": 1.3, "reward_temperature": 0.4, "cpl_bias": 0.7, "temperature": 0.6}
+HYPER = {"beta": 1.3, "reward_temperature": 0.4, "cpl_bias": 0.7, "temperature": 0.6, "rpo_weight": 0.3}
 OVER_GROUPS = {
     "copg": {"beta": 1.3},
     "cpl": {"alpha": 1.3, "bias": 0.7},
     "disco": {"tau": 0.6},
     "info_nca": {"alpha": 0.4, "beta": 1.3},
+    "info_nce": {"tau": 0.6},
+    "rpo": {"beta": 1.3, "weight": 0.3},
 }
 
 
-@pytest.mark.parametrize(("name", "local_edits"), [*((name, 0) for name in OVER_GROUPS), ("copg", 2)])
-def test_an_objective_over_groups_takes_the_place_of_the_preference_term(name, local_edits):
-    config, call = compiled("both", "entry", local_edits, name)
-    scored, scores, anchor = random_case(3)
-    # The second sequence holds no preference.
-    scored = replace(scored, losses=scored.losses * np.asarray([[1], [0], [1]], np.float32))
-    hyper = as_arrays(replace(config.hyper, **HYPER))
-    found = call(scored, scores, anchor, EMPTY, EMPTY, hyper).metrics
-    expected = []
-    for b in (0, 2):
+def groups_of(scored, scores, anchor, config):
+    """(relative value, reward) of the variants that are compared, of each sequence that holds a preference."""
+    found = []
+    for b in range(BATCH):
         one = jax.tree.map(lambda leaf, b=b: leaf[b], scored)
         own, reference_policy = (slow_objective.Row(one, policy[b], None, config) for policy in (scores, anchor))
-        compared = [v for v in range(VARIANTS) if one.distinct[v] and not (v == 0 and local_edits)]
-        group = [(own.value(v) - reference_policy.value(v), -float(one.losses[v])) for v in compared]
-        expected.append(getattr(reference, name)(group, **OVER_GROUPS[name]))
+        group = [(own.value(v) - reference_policy.value(v), -float(one.losses[v])) for v in own.compared]
+        found += [group] if len({reward for _, reward in group}) > 1 else []
+    return found
+
+
+def without_preference_in_the_second(scored):
+    return replace(scored, losses=scored.losses * np.asarray([[1], [0], [1]], np.float32))
+
+
+@pytest.mark.parametrize(
+    ("name", "local_edits", "keep"), [*((name, 0, None) for name in OVER_GROUPS), ("copg", 2, None), ("copg", 0, 2)]
+)
+def test_an_objective_over_groups_takes_the_place_of_the_preference_term(name, local_edits, keep):
+    config, call = compiled("both", "entry", local_edits, name, keep=keep)
+    scored, scores, anchor = random_case(3)
+    scored = without_preference_in_the_second(scored)
+    hyper = as_arrays(replace(config.hyper, **HYPER))
+    found = call(scored, scores, anchor, EMPTY, EMPTY, hyper).metrics
+    groups = groups_of(scored, scores, anchor, config)
+    expected = [getattr(reference, name)(group, **OVER_GROUPS[name]) for group in groups]
+    assert len(expected) == 2
     assert float(found["mc/preference_loss"]) == pytest.approx(np.mean(expected), rel=1e-4)
-    _, call = compiled("both", "entry", local_edits)
+    _, call = compiled("both", "entry", local_edits, keep=keep)
     other = call(scored, scores, anchor, EMPTY, EMPTY, hyper).metrics
     for metric in set(found) - {"mc/preference_loss", "mc/lens_loss"}:
         np.testing.assert_allclose(found[metric], other[metric], rtol=1e-5, err_msg=metric)
     rest = [float(one["mc/lens_loss"] - one["mc/preference_loss"]) for one in (found, other)]
     assert rest[0] == pytest.approx(rest[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["copg", "info_nce", "rpo"])
+def test_the_variants_of_a_batch_are_one_group_relative_to_their_sequence(name):
+    config, call = compiled("both", "entry", 0, name, "batch")
+    scored, scores, anchor = random_case(3)
+    scored = without_preference_in_the_second(scored)
+    found = call(scored, scores, anchor, EMPTY, EMPTY, as_arrays(replace(config.hyper, **HYPER))).metrics
+    groups = groups_of(scored, scores, anchor, config)
+    together = [tuple(one - np.mean(group, axis=0)) for group in groups for one in group]
+    expected = getattr(reference, name)(together, **OVER_GROUPS[name])
+    assert float(found["mc/preference_loss"]) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("group", ["sequence", "batch"])
+def test_rankings_are_drawn_from_the_key(group):
+    config, call = compiled("both", "entry", 0, "pg_rank", group)
+    scored, scores, _ = random_case(4)
+    # Two sequences of equal variants and values draw different rankings.
+    scored, scores = jax.tree.map(lambda leaf: leaf.at[1].set(leaf[2]), jax.tree.map(jnp.asarray, (scored, scores)))
+    terms = {}
+    for seed in (0, 0, 1):
+        key = jax.random.key(seed)
+        term = call(scored, scores, None, EMPTY, EMPTY, as_arrays(config.hyper), key).metrics["mc/preference_loss"]
+        assert terms.setdefault(seed, float(term)) == float(term)
+    assert terms[0] != terms[1]
+    if group == "sequence":
+        rows = [
+            slow_objective.Row(jax.tree.map(lambda x, b=b: x[b], scored), scores[b], None, config) for b in range(3)
+        ]
+        each = [
+            losses.pg_rank(
+                jnp.asarray([row.value(v) for v in range(VARIANTS)], jnp.float32),
+                -scored.losses[b],
+                scored.distinct[b],
+                beta=1.0,
+                key=key,
+                samples=config.objective.rankings,
+            )
+            for b, (row, key) in enumerate(zip(rows, jax.random.split(jax.random.key(0), BATCH), strict=True))
+        ]
+        assert terms[0] == pytest.approx(np.mean(each), rel=1e-3, abs=1e-5) and each[1] != each[2]
+
+
+def test_logistic_with_the_divergence_from_a_fixed_policy_is_hypo():
+    """2406.01462: the preferences' loss plus lambda KL, and nothing else."""
+    config, call = compiled("both", "entry", 0, "logistic")
+    alone = {name: 0.0 for name in ("rank_weight", "budget_weight", "smooth_weight")}
+    hyper = replace(config.hyper, beta=1.3, kl_weight=0.7, temperature=0.6, **alone)
+    scored, scores, anchor = random_case(5)
+    output = call(scored, scores, anchor, EMPTY, EMPTY, as_arrays(hyper))
+    preference = np.mean([reference.logistic(group, beta=1.3) for group in groups_of(scored, scores, anchor, config)])
+    rows = [
+        slow_objective.Row(jax.tree.map(lambda leaf, b=b: leaf[b], scored), scores[b], anchor[b], config)
+        for b in range(BATCH)
+    ]
+    divergence = np.mean([row.kl(v, 0.6) for row in rows for v in row.distinct])
+    assert divergence > 0.01
+    assert float(output.loss) == pytest.approx(preference + 0.7 * divergence, rel=1e-4)
 
 
 def test_the_balance_of_each_variant_is_given_back_for_the_moving_average():

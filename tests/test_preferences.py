@@ -214,6 +214,53 @@ def test_span_targets_agree_with_the_reference_token_by_token(seed, worse_only):
             assert result.target[i, side].tolist() == padded
 
 
+# A baseline for each span.
+
+span_advantages = jax.jit(preferences.span_advantages, static_argnames=("window", "block_size", "recent_tokens"))
+
+
+def test_advantages_of_spans_by_hand():
+    # The third shows (8, 1) as COARSE does, and all else as FINE does.
+    mixed = [*FINE[:5], (8, 1), (10, 0), (11, 0)]
+    variants = context_batch([FINE, COARSE, mixed], window=12, capacity=10)
+    found, where = span_advantages(np.asarray([1.0, 2.0, 4.0], "f"), variants, np.ones(3, bool), **HAND)
+    np.testing.assert_allclose(found[0], [1, 1, 1, 0, 1, 2, 2, 0, 0, 0])
+    np.testing.assert_allclose(found[1], [0.5, 0, 0.5, 0.5, -1, 0, 0, 0, 0, 0])
+    np.testing.assert_allclose(found[2], [-2, -2, -2, 0, -2, -3, 0, 0, 0, 0])
+    np.testing.assert_array_equal(where, found != 0)
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 2**31 - 1))
+def test_advantages_of_spans_equal_a_slow_reference(seed):
+    # The baseline begins in the middle of a block.
+    random, cuts = np.random.default_rng(seed), random_variants(seed, length=21)
+    losses, valid = random.normal(size=4).astype("f"), random.random(4) < 0.8
+    variants = context_batch(cuts, window=30, capacity=24)
+    # What a variant that does not count holds is not read.
+    found, where = span_advantages(np.where(valid, losses, np.nan), variants, valid, **SHAPE)
+    expected = reference.span_advantages(losses.tolist(), cuts, valid.tolist(), **SHAPE)
+    padded = [[*row, None, None, None] for row in expected]
+    assert where.tolist() == [[value is not None for value in row] for row in padded]
+    np.testing.assert_allclose(found, [[value or 0.0 for value in row] for row in padded], rtol=1e-4, atol=1e-5)
+    shifted, _ = span_advantages(losses + 3, variants, valid, **SHAPE)
+    np.testing.assert_allclose(shifted, found, atol=1e-5)
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 2**31 - 1))
+def test_between_two_variants_a_span_is_worth_their_difference_where_it_is_supervised(seed):
+    cuts = random_variants(seed, count=3, length=21)
+    losses = np.random.default_rng(seed).normal(size=3).astype("f")
+    variants, valid = context_batch(cuts, window=30, capacity=24), np.asarray([True, False, True])
+    found, where = span_advantages(losses, variants, valid, **SHAPE)
+    targets = targets_of(cuts, one_pair(better=0, worse=2), capacity=24, **SHAPE)
+    np.testing.assert_array_equal(where[jnp.asarray([0, 2])], targets.where[0])
+    assert not where[1].any()
+    np.testing.assert_allclose(found[0], np.where(where[0], losses[2] - losses[0], 0), rtol=1e-6)
+    np.testing.assert_allclose(found[2], np.where(where[2], losses[0] - losses[2], 0), rtol=1e-6)
+
+
 # One level of gists and full coverage: what one variant gains in detail, the other gains elsewhere.
 BALANCED = {"window": 30, "block_size": 3, "recent_tokens": 5}
 

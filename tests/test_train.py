@@ -237,6 +237,38 @@ def test_without_divergence_there_is_no_anchor_and_no_second_pass(weight, applic
     assert lens.applied == applications
 
 
+# What reaches an objective over groups.
+
+
+def lens_reports(run, steps):
+    """Of single steps of LensNet alone, on the variants of the first one; and those variants with their scores."""
+    scored, scores, _ = run.observe(run.state(step=steps[0]), batch())
+    step = jit(functools.partial(train.lens_step, config=run.config, models=run.models))
+    return [numbers(step(run.state(step=i), scored)[1]) for i in steps], scored, scores
+
+
+def test_the_schedule_of_the_temperature_reaches_info_nce():
+    run = Run(**{"objective.name": "info_nce", "hyper.temperature": 1.0, "hyper.temperature_end": 0.05})
+    reports, scored, scores = lens_reports(run, (0, SMALL.steps - 1))
+    for report, temperature in zip(reports, (1.0, 0.05), strict=True):
+        expected = []
+        for b in range(len(scores)):
+            one = jax.tree.map(lambda leaf, b=b: leaf[b], jax.device_get(scored))
+            row = slow_objective.Row(one, scores[b], None, run.config)
+            group = [(row.value(v), -row.losses[v]) for v in row.compared]
+            expected.append(reference.info_nce(group, tau=temperature))
+        assert report["mc/preference_loss"] == pytest.approx(np.mean(expected), rel=1e-3)
+
+
+def test_each_step_draws_new_rankings_from_a_key_that_no_sequence_has():
+    key = jax.random.key(7)
+    rows = jax.random.key_data(jax.random.split(key, 4096)).tolist()
+    assert jax.random.key_data(train.objective_key(key)).tolist() not in rows
+    run = Run(**{"objective.name": "pg_rank", "context.rollouts": 6})
+    terms = [report["mc/preference_loss"] for report in lens_reports(run, (3, 3, 4))[0]]
+    assert terms[0] == terms[1] != terms[2] and np.isfinite(terms).all()
+
+
 # One pure program.
 
 

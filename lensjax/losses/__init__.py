@@ -15,7 +15,9 @@ from lensjax.losses.groups import (
     info_nce,
     ipo,
     logistic,
+    pg_rank,
     plackett_luce,
+    rpo,
 )
 from lensjax.losses.policy import clipped_surrogate, policy_gradient, value_loss
 from lensjax.losses.preference import preference_entry_losses, preference_loss, rank_loss
@@ -35,11 +37,13 @@ __all__ = [
     "info_nce",
     "ipo",
     "logistic",
+    "pg_rank",
     "plackett_luce",
     "policy_gradient",
     "policy_kl",
     "preference_entry_losses",
     "preference_loss",
     "rank_loss",
+    "rpo",
     "value_loss",
 ]

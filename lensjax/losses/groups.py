@@ -8,9 +8,9 @@ All take `(scores, rewards, where, *, hyperparameters)` and return one float32 s
     where    bool[N]     variants that count; the others may hold anything
 
 The scores stand where the papers have log-probabilities. They are compared within the group, so that adding a constant
-to all of them changes nothing, but in `a_star_po`, which regresses the scores themselves, and in `cpl` with a bias
-below 1. Where no pair of variants differs in reward, the objectives of preferences (`logistic`, `hinge`, `ipo`,
-`cpl`) and of better against worse ones (`disco`, `info_nce`) are 0 with gradient 0.
+to all of them changes nothing, but in `a_star_po`, which regresses the scores themselves, in `cpl` with a bias below 1,
+and in `rpo`. Where no pair of variants differs in reward, the objectives of preferences (`logistic`, `rpo`, `hinge`,
+`ipo`, `cpl`), of better against worse ones (`disco`, `info_nce`) and of rankings (`pg_rank`) are 0 with gradient 0.
 """
 
 from collections.abc import Callable
@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from lensjax.advantages import group_advantages
+from lensjax.losses.policy import policy_gradient
 from lensjax.metrics import masked_mean
 
 # Far below every logit, and still finite: a gradient through it is 0 and not NaN.
@@ -44,6 +46,31 @@ def logistic(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike, *, beta: A
       Rafailov et al., Direct Preference Optimization, arXiv:2305.18290, Eq. 7.
     """
     return _over_preferences(lambda better, worse: jax.nn.softplus(beta * (worse - better)), scores, rewards, where)
+
+
+def rpo(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike, *, beta: ArrayLike, weight: ArrayLike) -> Array:
+    """Logistic loss of the difference that also pulls the better variant up, over all pairs with a better variant i.
+
+        mean over r_i > r_j of softplus(-beta (D_i - D_j)) - weight D_i
+
+    A difference alone can grow while the policy leaves both variants.
+
+    Args:
+      scores: float32[N], relative to the reference policy's.
+      rewards: float32[N].
+      where: bool[N].
+      beta: float32[], above 0; large is sharp.
+      weight: float32[], eta, at least 0.
+
+    Returns:
+      float32[].
+
+    References:
+      Liu et al., Provably Mitigating Overoptimization in RLHF (RPO), arXiv:2405.16436.
+    """
+    return _over_preferences(
+        lambda better, worse: jax.nn.softplus(beta * (worse - better)) - weight * better, scores, rewards, where
+    )
 
 
 def hinge(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike, *, beta: ArrayLike) -> Array:
@@ -214,10 +241,57 @@ def plackett_luce(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike, *, be
     """
     scores, rewards, where = _cleared(scores, rewards, where)
     order = jnp.argsort(jnp.where(where, -rewards, jnp.inf))
-    # Variants that do not count come last, and weigh nothing in the sums of the others.
-    valid = where[order]
-    logits = jnp.where(valid, beta * scores[order], _NEVER)
-    return masked_mean(jax.lax.cumlogsumexp(logits, reverse=True) - logits, valid)
+    return -masked_mean(_choices(jnp.asarray(beta) * scores, order, where), where[order])
+
+
+def pg_rank(
+    scores: ArrayLike, rewards: ArrayLike, where: ArrayLike, *, beta: ArrayLike, key: Array, samples: int
+) -> Array:
+    """Policy gradient of the expected utility of a ranking that the scores draw.
+
+        -mean_s (M(sigma_s) - mean_{t != s} M(sigma_t)) log pi(sigma_s),    sigma_s ~ Plackett-Luce(beta D)
+
+    M is the normalised discounted cumulative gain, with the rewards above the group's lowest as gains:
+
+        M(sigma) = DCG(sigma) / DCG(order by rewards),    DCG(sigma) = sum_k (r_sigma(k) - min r) / log2(k + 1)
+
+    The gradient is an unbiased estimate of that of -E[M]; the value says nothing.
+
+    Args:
+      scores: float32[N]; the paper has no reference policy, whose scores are then 0.
+      rewards: float32[N].
+      where: bool[N].
+      beta: float32[], above 0; large draws the order by scores.
+      key: PRNG key of the rankings, consumed.
+      samples: static number of rankings, at least 2: each is the others' baseline.
+
+    Returns:
+      float32[].
+
+    Raises:
+      ValueError: there are fewer than two samples.
+
+    References:
+      Gao et al., Policy-Gradient Training of Language Models for Ranking (PG-RANK), arXiv:2310.04407.
+    """
+    if samples < 2:
+        raise ValueError(f"samples must be at least 2, since each ranking is the others' baseline, got {samples}")
+    scores, rewards, where = _cleared(scores, rewards, where)
+    logits = jnp.asarray(beta) * scores
+    gains = jnp.where(where, rewards - jnp.min(jnp.where(where, rewards, jnp.inf)), 0.0)
+    discounts = 1 / jnp.log2(jnp.arange(2, gains.shape[0] + 2, dtype=jnp.float32))
+    most = jnp.sum(discounts * jnp.sort(gains, descending=True))
+
+    def ranking(key: Array) -> tuple[Array, Array]:
+        # Logits with Gumbel noise come in the order that Plackett-Luce draws.
+        noisy = jax.lax.stop_gradient(logits) + jax.random.gumbel(key, logits.shape)
+        order = jnp.argsort(jnp.where(where, -noisy, jnp.inf))
+        utility = jnp.sum(discounts * gains[order]) / jnp.where(most > 0, most, 1.0)
+        return jnp.sum(_choices(logits, order, where)), utility
+
+    log_probs, utilities = jax.vmap(ranking)(jax.random.split(key, samples))
+    every = jnp.ones(samples, bool)
+    return policy_gradient(log_probs, group_advantages(utilities, every, baseline="leave_one_out"), every)
 
 
 def disco(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike, *, tau: ArrayLike) -> Array:
@@ -271,6 +345,16 @@ def _cleared(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike) -> tuple[A
     """The same arrays, with 0 at variants that do not count: what stands there reaches neither loss nor gradient."""
     where = jnp.asarray(where)
     return jnp.where(where, scores, 0.0), jnp.where(where, jax.lax.stop_gradient(rewards), 0.0), where
+
+
+def _choices(logits: Array, order: Array, where: Array) -> Array:
+    """Log-probability of each choice of an order, each out of what is left: float32[N] in that order.
+
+    What does not count must come last: it weighs nothing in the sums of the others, and its own choices are 0.
+    """
+    valid = where[order]
+    logits = jnp.where(valid, logits[order], _NEVER)
+    return jnp.where(valid, logits - jax.lax.cumlogsumexp(logits, reverse=True), 0.0)
 
 
 def _over_preferences(
