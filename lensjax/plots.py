@@ -88,6 +88,26 @@ class _Panel:
     """Draw a running mean on top of training metrics."""
 
 
+def _loss_panel(phase: str, title: str) -> _Panel:
+    names = {"nll_policy": "LensNet", "nll_baseline": "recency", "nll_rollout_mean": "random"}
+    names |= {"nll_rollout_best": "best random"}
+    return _Panel(
+        title,
+        "nats per token",
+        {f"{phase}/eval/{name}": label for name, label in names.items()},
+        references={f"{phase}/eval/nll_oracle": "oracle"},
+    )
+
+
+def _hit_panel(phase: str, title: str) -> _Panel:
+    return _Panel(
+        title,
+        "share of sequences",
+        {f"{phase}/eval/hit_rate": "the answer is shown in full"},
+        references={f"{phase}/eval/hit_rate_random": "random rollouts"},
+    )
+
+
 _PANELS = (
     _Panel(
         "Pretraining loss",
@@ -101,17 +121,7 @@ _PANELS = (
         {"lens/mc/lens_loss": "total", "lens/mc/*_loss": ""},
         is_noisy=True,
     ),
-    _Panel(
-        "Held-out loss at the budget (lower is better)",
-        "nats per token",
-        {
-            "lens/eval/nll_policy": "LensNet",
-            "lens/eval/nll_baseline": "recency",
-            "lens/eval/nll_rollout_mean": "random",
-            "lens/eval/nll_rollout_best": "best random",
-        },
-        references={"lens/eval/nll_oracle": "oracle"},
-    ),
+    _loss_panel("lens", "Held-out loss at the budget (lower is better)"),
     _Panel(
         "Held-out agreement with measured preferences",
         "share of pairs",
@@ -125,12 +135,7 @@ _PANELS = (
         {"lens/eval/mc/preference_corr_mean": "mean over sequences"},
         level=0.0,
     ),
-    _Panel(
-        "Held-out hit rate",
-        "share of sequences",
-        {"lens/eval/hit_rate": "the answer is shown in full"},
-        references={"lens/eval/hit_rate_random": "random rollouts"},
-    ),
+    _hit_panel("lens", "Held-out hit rate"),
     _Panel(
         "Score range",
         "score, in [-1, 1]",
@@ -144,8 +149,22 @@ _PANELS = (
         level=0.0,
         is_noisy=True,
     ),
+    _Panel(
+        "Own edits: reward of an episode",
+        "nats per token",
+        {"online/rl/reward": "of the step", "online/rl/avg_reward_100": "mean of 100 steps"},
+        level=0.0,
+    ),
+    _loss_panel("online", "Own edits: held-out loss at the budget"),
+    _hit_panel("online", "Own edits: held-out hit rate"),
+    _Panel("Own edits: entropy of a refocus step", "nats", {"online/rl/entropy": "policy"}, is_noisy=True),
     _Panel("Length of a working context", "entries", {"lens/context_length": "curriculum"}),
-    _Panel("Learning rate", "", {"lens/lr": "LensNet"}, references={"pretrain/lr": "pretraining"}),
+    _Panel(
+        "Learning rate",
+        "",
+        {"lens/lr": "preferences", "online/lr": "own edits"},
+        references={"pretrain/lr": "pretraining"},
+    ),
 )
 
 

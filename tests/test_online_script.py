@@ -68,29 +68,39 @@ def test_a_folder_in_use_is_not_written_to(tmp_path):
         online.compare(Arguments(base_run(tmp_path / "base"), tmp_path / "arms"))
 
 
-@pytest.mark.slow
-def test_the_whole_comparison(tmp_path, monkeypatch):
-    from experiments.train import run
+def test_the_tables_say_what_was_measured(tmp_path, monkeypatch):
+    # 12 and 30 seconds for 20 and 40 steps; every arm is better than the one before it by 0.1 nats and a little noise.
+    arguments = Arguments(base_run(tmp_path / "base"), tmp_path / "arms", seeds=(0, 1, 2), steps=20)
+    order = {
+        Path(config.output_dir): rank
+        for rank, by_seed in enumerate(online.plan(arguments).values())
+        for config in by_seed
+    }
 
-    # As many sequences as the two devices of the tests share out, also where a group takes half of them.
-    tiny = configs.replace(SMALL, steps=0, batch_size=4, eval_batches=2, output_dir=str(tmp_path / "base"))
-    tiny = configs.replace(tiny, **{"pretrain.steps": 3, "pretrain.batch_size": 2, "optimizer.warmup_steps": 1})
-    run(tiny)
-    arguments = Arguments(tmp_path / "base", tmp_path / "arms", seeds=(0, 1), steps=2)
+    def run_once(config, console):
+        Path(config.output_dir).mkdir(parents=True)
+        return {"training_seconds": 12.0 if config.online.steps <= 20 else 30.0}
+
+    def measure(folder):
+        noise, fixed = 0.01 * int(folder.name[-1]), {"nll_baseline": 2.0, "nll_oracle": 0.0, "hit_rate": 0.5}
+        return [{"nll_policy": 1.0 - 0.1 * order[folder] + noise * batch, **fixed} for batch in range(4)]
+
+    monkeypatch.setattr(online, "run_once", run_once)
+    monkeypatch.setattr(online, "_on_test", lambda config: measure)
     rows = online.compare(arguments)
-    arms = online.plan(arguments)
-    assert [(row["training"], row["seed"]) for row in rows] == [(name, seed) for seed in (0, 1) for name in arms]
+    arms = list(online.plan(arguments))
+    assert [(row["training"], row["seed"]) for row in rows] == [(name, seed) for seed in (0, 1, 2) for name in arms]
+    second = rows[len(arms) + 1]
+    assert second["nll"] == pytest.approx(1.0 - 0.1 + 0.01 * 1.5)
+    assert second["gap_closed_oracle"] == pytest.approx((2.0 - second["nll"]) / 2.0)
+    assert {row["training"]: row["seconds_per_step"] for row in rows} == {
+        name: 0.75 if name == online.ALONE else 0.6 for name in arms
+    }
     with (tmp_path / "arms" / "arms.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(rows)
+    with (tmp_path / "arms" / "effects.csv").open() as file:
+        differences = {row["value"]: float(row["difference"]) for row in csv.DictReader(file)}
+    assert differences == pytest.approx({"": 0.0} | {name: -0.1 * rank for rank, name in enumerate(arms) if rank})
     report = (tmp_path / "arms" / "report.md").read_text()
-    assert all(name in report for name in arms)
-    assert {path.name for path in (tmp_path / "arms").glob("*.*")} == {
-        "arms.csv",
-        "effects.csv",
-        "effects.png",
-        "report.md",
-    }
-    # Finished runs are not made again.
-    before = {path: path.stat().st_mtime_ns for path in Path(tmp_path / "arms").rglob("summary.json")}
-    assert online.compare(Arguments(tmp_path / "base", tmp_path / "arms", seeds=(0, 1), steps=2, resume=True)) == rows
-    assert before == {path: path.stat().st_mtime_ns for path in Path(tmp_path / "arms").rglob("summary.json")}
+    assert f"differences to: {online.START}" in report and f"differences to: {online.ON}" in report
+    assert (tmp_path / "arms" / "effects.png").stat().st_size > 0
