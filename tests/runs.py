@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from experiments import train as train_script
-from lensjax import checkpoint, data, evaluation, loop, plots, pretrain, train
+from lensjax import checkpoint, data, evaluation, loop, online, plots, pretrain, train
 from lensjax.config import (
     BaseConfig,
     Config,
@@ -104,6 +104,7 @@ def cheap_programs() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain, "pretrain_step", functools.partial(step, part="base"))
         patch.setattr(train, "train_step", functools.partial(step, part="lens"))
+        patch.setattr(online, "online_step", functools.partial(step, part="lens"))
         patch.setattr(evaluation, "eval_step", eval_step)
         patch.setattr(evaluation, "pretrain_eval_step", pretrain_eval_step)
         patch.setattr(train_script, "build_models", functools.cache(build_models))

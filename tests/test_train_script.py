@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from experiments import train as script
-from lensjax import checkpoint, loop, pretrain, run_folder, train
+from lensjax import checkpoint, loop, online, pretrain, run_folder, train
 from lensjax import config as configs
 from lensjax.config import Config
 from lensjax.logging import read_rows
@@ -228,11 +228,14 @@ def go_on(folder):
     return start(config, resume=resume)
 
 
+OWN_EDITS = {"online.steps": 5}
+
+
 @pytest.fixture(scope="module")
 def whole(cheap, tmp_path_factory):
-    """The folder of a run that nobody interrupted."""
+    """The folder of a run through all phases that nobody interrupted."""
     folder = tmp_path_factory.mktemp("whole")
-    start(tiny_config(folder))
+    start(tiny_config(folder, **OWN_EDITS))
     return folder
 
 
@@ -243,9 +246,12 @@ KILLS = [
     ("saved", "pretrain", 4),  # between the phases
     ("step", "lens", 1),  # before the second phase has a checkpoint
     ("step", "lens", 4),
-    ("saved", "lens", 5),  # all done but for the summary
+    ("saved", "lens", 5),
+    ("step", "online", 1),
+    ("in save", "online", 4),
+    ("saved", "online", 5),  # all done but for the summary
 ]
-STOPS = [("step", "pretrain", 3), ("in save", "pretrain", 4), ("step", "lens", 1), ("in save", "lens", 5)]
+STOPS = [("step", "pretrain", 3), ("in save", "pretrain", 4), ("step", "lens", 1), ("step", "online", 5)]
 
 
 @pytest.mark.parametrize(("kind", "places"), [("killed", KILLS), ("stopped", STOPS)])
@@ -263,7 +269,7 @@ def test_an_interrupted_run_ends_as_if_nothing_had_happened(whole, tmp_path, mon
     folder = tmp_path / "run"
     for attempt, (_, phase, step) in enumerate(places):
         with pytest.raises(Killed if kind == "killed" else loop.Interrupted) as end:
-            go_on(folder) if attempt else start(tiny_config(folder))
+            go_on(folder) if attempt else start(tiny_config(folder, **OWN_EDITS))
         assert pending == places[attempt + 1 :] and not (folder / "summary.json").exists()
         if kind == "stopped":
             assert end.value.code == 143
@@ -279,9 +285,9 @@ def test_resuming_a_finished_run_changes_nothing(whole):
 
 
 def test_another_seed_gives_another_run(whole, tmp_path):
-    start(tiny_config(tmp_path / "run", seed=1))
+    start(tiny_config(tmp_path / "run", seed=1, **OWN_EDITS))
     ours, others = outcome(whole)["saved"], outcome(tmp_path / "run")["saved"]
-    for phase in ("pretrain", "lens"):
+    for phase in ("pretrain", "lens", "online"):
         assert ours[phase].keys() == others[phase].keys()
         assert ours[phase]["key"] != others[phase]["key"]
         assert ours[phase]["position"] == others[phase]["position"]
@@ -321,8 +327,9 @@ def test_a_base_run_is_taken_and_left_as_it_is(cheap, whole, tmp_path, monkeypat
     assert [row["step"] for row in read_rows(folder) if "loss" in row] == [1, 2, 3, 4, 5]
 
 
-def test_init_starts_from_the_models_of_another_run(cheap, whole, tmp_path, monkeypatch):
-    before, given = contents(whole), saved_arrays(whole, "lens", 5)
+@pytest.mark.parametrize(("changes", "phase"), [({}, "lens"), ({"steps": 0, **OWN_EDITS}, "online")])
+def test_init_starts_from_the_models_of_another_run(cheap, whole, tmp_path, monkeypatch, changes, phase):
+    before, given = contents(whole), saved_arrays(whole, "online", 5)
     started = []
     make = script.train.init_train_state
 
@@ -332,14 +339,14 @@ def test_init_starts_from_the_models_of_another_run(cheap, whole, tmp_path, monk
         return state
 
     monkeypatch.setattr(script.train, "init_train_state", spy)
-    start(tiny_config(tmp_path / "run", seed=8, init=str(whole)))
+    start(tiny_config(tmp_path / "run", seed=8, init=str(whole), **changes))
     leaves = jax.tree_util.tree_leaves_with_path(started[0].params)
     assert {path[0].key for path, _ in leaves} == {"base", "gist", "lens"}
     for path, leaf in leaves:
         name = "params/" + jax.tree_util.keystr(path, simple=True, separator="/")
         assert leaf.tobytes() == given[name], name
     assert int(started[0].step) == 0 and contents(whole) == before
-    assert {row["phase"] for row in read_rows(tmp_path / "run")} == {"lens"}
+    assert {row["phase"] for row in read_rows(tmp_path / "run")} == {phase}
 
 
 def test_a_patient_run_gives_its_best_models(cheap, tmp_path, monkeypatch):
@@ -405,10 +412,15 @@ def test_undefined_values_are_strict_json(whole):
     [
         ("pretrain", 4, "the last good checkpoint is {folder}/checkpoints/pretrain/2"),
         ("lens", 1, "there is no checkpoint of this phase yet"),
+        ("online", 3, "the last good checkpoint is {folder}/checkpoints/online/2"),
     ],
 )
 def test_a_loss_that_is_not_finite_ends_the_command(cheap, tmp_path, monkeypatch, phase, step, advice):
-    module, name = (pretrain, "pretrain_step") if phase == "pretrain" else (train, "train_step")
+    module, name = {
+        "pretrain": (pretrain, "pretrain_step"),
+        "lens": (train, "train_step"),
+        "online": (online, "online_step"),
+    }[phase]
     good = getattr(module, name)
 
     def bad(state, batch, **kwargs):
@@ -420,7 +432,7 @@ def test_a_loss_that_is_not_finite_ends_the_command(cheap, tmp_path, monkeypatch
 
     monkeypatch.setattr(module, name, bad)
     folder = tmp_path / "run"
-    (tmp_path / "config.json").write_text(configs.to_json(tiny_config(folder)))
+    (tmp_path / "config.json").write_text(configs.to_json(tiny_config(folder, **OWN_EDITS)))
     with pytest.raises(SystemExit) as end:
         script.main([str(tmp_path / "config.json")])
     message = f"error: phase {phase}, step {step}: loss = nan; {advice.format(folder=folder)}"
@@ -440,10 +452,10 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory, cache):
-    """A finished run on text files, with a curriculum, and what it printed."""
+    """A finished run on text files through all phases, with a curriculum, and what it printed."""
     folder = tmp_path_factory.mktemp("real")
     curriculum = {"hyper.context_start": 0.95, "optimizer.curriculum_steps": 3}
-    config = tiny_config(folder / "run", write_corpus(folder / "corpus"), **curriculum)
+    config = tiny_config(folder / "run", write_corpus(folder / "corpus"), **curriculum, **OWN_EDITS)
     (folder / "config.json").write_text(configs.to_json(config))
     done = run_script(folder / "config.json", cache=cache, JAX_DISABLE_MOST_OPTIMIZATIONS="1", JAX_LOG_COMPILES="1")
     assert done.returncode == 0, done.stderr
@@ -459,9 +471,10 @@ def test_the_folder_of_a_run(real):
     for name in ("training.png", "maps.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG") and (folder / name).stat().st_size > 10_000
     assert configs.load(folder / "config.json") == configs.load(folder.parent / "config.json")
-    assert {path.name for path in (folder / "tensorboard").iterdir()} == {"pretrain", "lens"}
+    assert {path.name for path in (folder / "tensorboard").iterdir()} == {"pretrain", "lens", "online"}
     assert checkpoint.steps(folder / "checkpoints" / "pretrain") == [2, 4]
-    assert checkpoint.steps(folder / "checkpoints" / "lens") == [2, 4, 5]
+    for phase in ("lens", "online"):
+        assert checkpoint.steps(folder / "checkpoints" / phase) == [2, 4, 5]
     assert all_saved_are_finite(folder)
     assert done.stdout.splitlines()[0] == f"run folder {folder}, {jax.default_backend()}, seed 0"
     assert done.stdout.splitlines()[-1] == f"pictures, metrics and checkpoints are in {folder}"
@@ -490,7 +503,7 @@ def test_the_metrics_of_a_run(real):
     assert steps == [("pretrain", step, kind) for step, kinds in enumerate(both[:3], 1) for kind in kinds] + [
         ("pretrain", 4, "train"),
         ("pretrain", 4, "eval"),
-        *(("lens", step, kind) for step, kinds in enumerate(both, 1) for kind in kinds),
+        *((phase, step, kind) for phase in ("lens", "online") for step, kinds in enumerate(both, 1) for kind in kinds),
     ]
     lengths = [row["context_length"] for row in rows if "context_length" in row]
     assert lengths == [29, 26, 23, 23, 23]
@@ -498,12 +511,12 @@ def test_the_metrics_of_a_run(real):
 
 def test_each_program_compiles_once_in_a_whole_run(real):
     compiled = re.findall(r"Compiling jit\((\w+)\)", real[1].stderr)
-    programs = ("pretrain_step", "pretrain_eval_step", "train_step", "eval_step", "variant_maps")
+    programs = ("pretrain_step", "pretrain_eval_step", "train_step", "online_step", "eval_step", "variant_maps")
     assert {name: compiled.count(name) for name in programs} == dict.fromkeys(programs, 1)
 
 
 def test_a_base_model_that_is_not_trained_stays_frozen(real):
-    before, after = saved_arrays(real[0], "pretrain", 4), saved_arrays(real[0], "lens", 5)
+    before, after = saved_arrays(real[0], "pretrain", 4), saved_arrays(real[0], "online", 5)
     earlier = saved_arrays(real[0], "lens", 2)
     frozen = {name for name in after if name.startswith(("params/base/", "params/gist/"))}
     lens = {name for name in after if name.startswith("params/lens/")}
