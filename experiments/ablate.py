@@ -7,7 +7,7 @@ The first argument names a file of `experiments/sweeps/` (or is the path of such
 that differ in hyperparameters only are arms of one compiled program; each other difference makes one more program. All
 arms of a seed see the same data in the same order. Arms are trained in chunks, spread over all devices (on a CPU its
 cores): what is interrupted loses the chunk in flight, and `--resume` trains only what is missing. Leaves `arms.csv`,
-one row an arm, and what each setting changes: `report.md`, `effects.csv` and `effects.png`.
+one row an arm, what each setting changes: `report.md`, `effects.csv` and `effects.png`, and `timings.jsonl`.
 """
 
 import functools
@@ -52,17 +52,18 @@ METRICS = {
     "policy_score_abs_mean": "mc/policy_score_abs_mean",
     "adv_delta_mean": "mc/adv_delta_mean",
     "adv_delta_std": "mc/adv_delta_std",
+    "hit_rate": "hit_rate",
 }
-"""Columns of the table, and the held-out metrics that they show."""
+"""Columns of the table, and the held-out metrics that they show; a task without a metric has no such column."""
 DRAWS, ROUNDS = 8, 1
 """Of the search that bounds the gap: random contexts among its starts, and rounds."""
 
 RESAMPLES = 10_000
 REPORTED = (
-    *("gap_closed_oracle", "preference_agreement", "preference_agreement_lod_only"),
+    *("gap_closed_oracle", "hit_rate", "preference_agreement", "preference_agreement_lod_only"),
     *("preference_corr_mean", "swap_rate"),
 )
-"""Further columns of the report."""
+"""Further columns of the report, where the table has them."""
 
 Row = dict[str, Any]
 
@@ -255,7 +256,7 @@ def _train(
         sweep.init([members[i] for i in part], keys, config=config, models=program.models, params=params)
         for part in parts
     ]
-    state, finite = _steps(program, sweep.stack(states, program.mesh), seeds, config=config, console=console)
+    state, finite, seconds = _steps(program, sweep.stack(states, program.mesh), seeds, config=config, console=console)
     reports = [
         jax.device_get(program.evaluate(state, batch, jax.random.fold_in(jax.random.key(EVALUATION_SEED), index)))
         for index, batch in enumerate(_held_out(config))
@@ -274,25 +275,40 @@ def _train(
             "nll_by_batch": None if diverged else losses,
         }
         _write(_file(folder, arm), json.dumps(result, indent=2) + "\n")
+    timing = {
+        "settings": [arm.setting for arm in arms if arm.config.seed == arms[0].config.seed],
+        "arms": len(arms),
+        "devices": program.mesh.size,
+        "step_seconds": seconds,
+    }
+    with (folder / "timings.jsonl").open("a") as file:
+        file.write(json.dumps(timing) + "\n")
     console.out(f"{len(arms)} arms in {time.perf_counter() - began:.0f} seconds, one program", highlight=False)
 
 
 def _steps(
     program: _Program, state: SweepState, seeds: Sequence[int], *, config: Config, console: Console
-) -> tuple[SweepState, np.ndarray]:
-    """All training steps; and for each arm, bool[devices, arms of each], whether all of its losses were finite."""
+) -> tuple[SweepState, np.ndarray, float]:
+    """All training steps.
+
+    Returns:
+      The state after them; for each arm, bool[devices, arms of each], whether all of its losses were finite; and the
+      median of the seconds that a step of all arms took.
+    """
     batches = [
         data.make_iterator(config, "train", seed=2 * seed + LENS_STREAM, batch_size=config.batch_size) for seed in seeds
     ]
     finite: list[Array] = []
+    times = [time.perf_counter()]
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         for _ in progress.track(range(config.steps), description=f"{state.draw.size} arms"):
             batch = {"tokens": np.stack([next(one)["tokens"] for one in batches])}
             state, report = program.step(state, place(batch, program.mesh, split=False))
             if finite:
                 finite[-1].block_until_ready()  # one step in flight: the bar tells the truth, no device waits
+            times.append(time.perf_counter())
             finite.append(jnp.isfinite(report["loss"] + report["grad_norm"]))
-    return state, np.all(jax.device_get(finite), axis=0)
+    return state, np.all(jax.device_get(finite), axis=0), float(np.median(np.diff(times)))
 
 
 def _strict(report: Mapping[str, float]) -> dict[str, float | None]:
@@ -313,7 +329,7 @@ def _row(arm: Arm, bounds: tuple[float, float], swept: Sequence[str], folder: Pa
     gap = None if diverged else comparison.gap_closed(metrics["nll_policy"], *bounds)
     row: Row = {name: _value(arm.config, name) for name in swept}
     row |= {"seed": arm.config.seed, "nll": metrics["nll_policy"], "gap_closed_oracle": gap}
-    row |= {column: metrics[name] for column, name in METRICS.items()}
+    row |= {column: metrics[name] for column, name in METRICS.items() if name in metrics}
     return row | {"diverged": diverged, "steps": arm.config.steps}
 
 
@@ -354,11 +370,12 @@ def _held_out(config: Config) -> list[data.Batch]:
 def _report(arguments: Arguments, plan: Sweep, arms: Sequence[Arm], table: Sequence[Row], swept: Sequence[str]) -> None:
     """Compares every setting with the default."""
     folder = arguments.output_dir
+    columns = [name for name in REPORTED if name in table[0]]
     stored = [json.loads(_file(folder, arm).read_text()) for arm in arms]
     count, measured = len(plan.seeds), []
     for first in range(0, len(arms), count):
         rows, files = table[first : first + count], stored[first : first + count]
-        others = {name: np.asarray([math.nan if row[name] is None else row[name] for row in rows]) for name in REPORTED}
+        others = {name: np.asarray([math.nan if row[name] is None else row[name] for row in rows]) for name in columns}
         diverged = np.asarray([row["diverged"] for row in rows])
         nothing = [math.nan] * arms[first].config.eval_batches
         losses = np.asarray([one["nll_by_batch"] or nothing for one in files])
@@ -367,7 +384,7 @@ def _report(arguments: Arguments, plan: Sweep, arms: Sequence[Arm], table: Seque
     title = f"{plan.preset}: {len(measured)} settings, {count} seeds"
     command = f"python experiments/ablate.py {arguments.sweep} --base-run {arguments.base_run} --output-dir {folder}"
     default = {name: _value(arms[0].config, name) for name in swept}
-    report = effects.markdown(found, default=default, title=title, columns=REPORTED, command=command)
+    report = effects.markdown(found, default=default, title=title, columns=columns, command=command)
     (folder / "report.md").write_text(report)
     write_csv([_effect_row(one) for one in found], folder / "effects.csv")
     if len(found) > 1:
@@ -376,8 +393,7 @@ def _report(arguments: Arguments, plan: Sweep, arms: Sequence[Arm], table: Seque
 
 def _effect_row(one: effects.Effect) -> Row:
     row = asdict(one)
-    others = row.pop("others")
-    return row | {name: others.get(name) for name in REPORTED}
+    return row | row.pop("others")
 
 
 def _value(config: Any, name: str) -> Any:

@@ -169,6 +169,7 @@ def _group_term(
         settings: dict[str, dict[str, Any]] = {
             "cpl": {"alpha": hyper.beta, "bias": hyper.cpl_bias},
             "disco": {"tau": temperature},
+            "grpo": {"beta": hyper.beta, "clip": hyper.clip, "baseline": objective.baseline},
             "info_nca": {"alpha": hyper.reward_temperature, "beta": hyper.beta},
             "info_nce": {"tau": temperature},
             "pg_rank": {"beta": hyper.beta, "key": key, "samples": objective.rankings},

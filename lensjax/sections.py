@@ -198,6 +198,8 @@ class Hyperparameters:
     """Temperature of the rewards in `info_nca` (alpha), in nats."""
     cpl_bias: float = 0.5
     """Weight of the worse variant in `cpl` (lambda)."""
+    clip: float = 0.2
+    """How far from 1 the ratio of `grpo` counts (epsilon)."""
     rpo_weight: float = 0.1
     """Weight of the better variant's own value in `rpo` (eta)."""
     adv_norm_beta: float = 0.9
@@ -235,6 +237,7 @@ class Hyperparameters:
         for name in ("learning_rate", "temperature", "temperature_end", "beta", "reward_temperature", "cpl_bias"):
             value = getattr(self, name)
             require(0 < value < math.inf, f"{name} must be finite and above 0, got {value}")
+        require(0 < self.clip < 1, f"clip must be in (0, 1), got {self.clip}")
         for name in ("adv_norm_beta", "budget_smooth_beta", "anchor_beta"):
             value = getattr(self, name)
             require(0 <= value < 1, f"{name} must be in [0, 1), got {value}")
@@ -270,6 +273,7 @@ class ObjectiveConfig:
         "copg",
         "cpl",
         "disco",
+        "grpo",
         "hinge",
         "info_nca",
         "info_nce",
@@ -287,6 +291,8 @@ class ObjectiveConfig:
     """Variants of a sequence that are compared: the subset whose losses vary most; None compares all."""
     rankings: int = 16
     """Rankings of a group that `pg_rank` draws."""
+    baseline: Literal["standardised", "mean", "leave_one_out"] = "standardised"
+    """Of the rewards in `grpo`: GRPO, Dr.GRPO, RLOO."""
     targets: Literal["both", "worse_only"] = "both"
     granularity: Literal["entry", "pair"] = "entry"
     anchor: Literal["previous", "ema", "fixed"] = "previous"
@@ -294,7 +300,7 @@ class ObjectiveConfig:
     """Preference pairs kept per sequence [P]."""
 
     def __post_init__(self) -> None:
-        require_choice(self, "name", "group", "targets", "granularity", "anchor")
+        require_choice(self, "name", "group", "baseline", "targets", "granularity", "anchor")
         require_positive(self, "max_pairs")
         # The one has no group, the other regresses on the value V* of one context.
         require(

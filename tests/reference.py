@@ -542,6 +542,14 @@ def _split(group):
     return [s for s, r in group if r > middle], [s for s, r in group if r <= middle]
 
 
+def grpo(group, *, beta, clip, baseline):
+    assert baseline == "standardised"
+    mean = _mean(r for _, r in group)
+    std = math.sqrt(_mean((r - mean) ** 2 for _, r in group))
+    ratios = [(math.exp(beta * s), (r - mean) / std) for s, r in group]
+    return -_mean(min(rho * a, min(max(rho, 1 - clip), 1 + clip) * a) for rho, a in ratios)
+
+
 def disco(group, *, tau):
     better, worse = _split(group)
     return -_mean(s - tau * math.log(_mean(math.exp(t / tau) for t in worse)) for s in better)

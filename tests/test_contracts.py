@@ -187,6 +187,15 @@ LOSSES = [
     *(group(function) for function in (losses.logistic, losses.hinge, losses.ipo, losses.copg, losses.a_star_po)),
     *(group(losses.plackett_luce), group(losses.disco, "tau"), group(losses.info_nce, "tau")),
     *(group(losses.cpl, "alpha", "bias"), group(losses.info_nca, "alpha", "beta"), group(losses.rpo, "beta", "weight")),
+    *(
+        Case(
+            f"grpo {kind}",
+            lambda s, r, w, b, c, kind=kind: losses.grpo(s, r, w, beta=b, clip=c, baseline=kind),
+            (SCORES, SCORES, WHERE, POSITIVE, UNIT),
+            "f",
+        )
+        for kind in ("standardised", "mean", "leave_one_out")
+    ),
     Case(
         "pg_rank",
         lambda s, r, w, b, k: losses.pg_rank(s, r, w, beta=b, key=k, samples=3),

@@ -27,6 +27,7 @@ HYPER = {
     "plackett_luce": {"beta": 0.7},
     "disco": {"tau": 0.6},
     "info_nce": {"tau": 0.6},
+    "grpo": {"beta": 0.7, "clip": 0.4, "baseline": "standardised"},
     "pg_rank": {"beta": 0.7, "key": jax.random.key(3), "samples": 4},
 }
 every_objective = pytest.mark.parametrize("name", HYPER)
@@ -69,6 +70,11 @@ BY_HAND = [
     # Both softmaxes are 1 / (1 + 1 / e) and its complement: the entropy of one.
     ("info_nca", {"alpha": 1.0, "beta": 1.0}, softplus(-1) + 1 / (1 + math.e)),
     ("plackett_luce", {"beta": 1.0}, softplus(-1) / 2),
+    # Ratios 1.6487 and 0.6065; advantages 1 and -1, or half of that.
+    ("grpo", {"beta": 1.0, "clip": 0.2, "baseline": "standardised"}, -(1.2 - 0.8) / 2),
+    ("grpo", {"beta": 1.0, "clip": 0.9, "baseline": "standardised"}, -(math.exp(0.5) - math.exp(-0.5)) / 2),
+    ("grpo", {"beta": 1.0, "clip": 0.2, "baseline": "mean"}, -(1.2 - 0.8) / 4),
+    ("grpo", {"beta": 1.0, "clip": 0.2, "baseline": "leave_one_out"}, -(1.2 - 0.8) / 2),
     ("disco", {"tau": 1.0}, -1.0),
     ("disco", {"tau": 0.1}, -1.0),
     ("info_nce", {"tau": 1.0}, softplus(-1)),
@@ -119,7 +125,7 @@ def test_only_differences_of_scores_matter(name):
     scores, rewards, where = drawn(5)
     expected, found = (float(objective(name)(scores + shift, rewards, where)) for shift in (0, 2))
     is_the_same = found == pytest.approx(expected, rel=1e-4)
-    assert is_the_same == (name not in ("a_star_po", "cpl", "rpo"))
+    assert is_the_same == (name not in ("a_star_po", "cpl", "grpo", "rpo"))
     if name == "cpl":
         expected, found = (float(groups.cpl(scores + x, rewards, where, alpha=1.3, bias=1.0)) for x in (0, 2))
         assert found == pytest.approx(expected, rel=1e-4)

@@ -10,6 +10,7 @@ from lensjax.sweep import Sweep
 
 SCALES = {
     "logistic": (2.0, 8.0),
+    "rpo": (2.0, 8.0),
     "hinge": (2.0, 8.0),
     "ipo": (1.0, 4.0),
     "cpl": (2.0, 8.0),
@@ -17,6 +18,8 @@ SCALES = {
     "a_star_po": (4.0, 16.0),
     "info_nca": (4.0, 16.0),
     "plackett_luce": (2.0, 8.0),
+    "pg_rank": (2.0, 8.0),
+    "grpo": (2.0, 8.0),
 }
 TEMPERATURES = (0.5, 0.1)
 
@@ -30,5 +33,9 @@ SWEEP = Sweep(
             for name in ("disco", "info_nce")
             for tau in TEMPERATURES
         ),
+        {"objective.name": "grpo", "objective.baseline": "leave_one_out", "hyper.beta": 8.0},
+        {"objective.name": "info_nca", "objective.group": "batch", "hyper.beta": 16.0},
+        {"objective.name": "copg", "objective.group": "batch", "hyper.beta": 16.0},
+        {"objective.name": "copg", "objective.keep": 3, "hyper.beta": 16.0},
     ),
 )

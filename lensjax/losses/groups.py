@@ -9,11 +9,13 @@ All take `(scores, rewards, where, *, hyperparameters)` and return one float32 s
 
 The scores stand where the papers have log-probabilities. They are compared within the group, so that adding a constant
 to all of them changes nothing, but in `a_star_po`, which regresses the scores themselves, in `cpl` with a bias below 1,
-and in `rpo`. Where no pair of variants differs in reward, the objectives of preferences (`logistic`, `rpo`, `hinge`,
-`ipo`, `cpl`), of better against worse ones (`disco`, `info_nce`) and of rankings (`pg_rank`) are 0 with gradient 0.
+in `rpo` and in `grpo`. Where no pair of variants differs in reward, the objectives of preferences (`logistic`, `rpo`,
+`hinge`, `ipo`, `cpl`), of better against worse ones (`disco`, `info_nce`), of rankings (`pg_rank`) and of advantages
+(`grpo`) are 0 with gradient 0.
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from lensjax.advantages import group_advantages
-from lensjax.losses.policy import policy_gradient
+from lensjax.losses.policy import clipped_surrogate, policy_gradient
 from lensjax.metrics import masked_mean
 
 # Far below every logit, and still finite: a gradient through it is 0 and not NaN.
@@ -292,6 +294,43 @@ def pg_rank(
     log_probs, utilities = jax.vmap(ranking)(jax.random.split(key, samples))
     every = jnp.ones(samples, bool)
     return policy_gradient(log_probs, group_advantages(utilities, every, baseline="leave_one_out"), every)
+
+
+def grpo(
+    scores: ArrayLike,
+    rewards: ArrayLike,
+    where: ArrayLike,
+    *,
+    beta: ArrayLike,
+    clip: ArrayLike,
+    baseline: Literal["standardised", "mean", "leave_one_out"],
+) -> Array:
+    """Clipped surrogate of a ratio to the reference policy, with the group as baseline (GRPO, Dr.GRPO, RLOO).
+
+        -mean_i min(rho_i A_i, clip(rho_i, 1 - clip, 1 + clip) A_i),    rho_i = exp(beta D_i)
+
+    Here the reference policy is also the one that is taken to have drawn the group, and the KL term of the paper is
+    that of the whole objective.
+
+    Args:
+      scores: float32[N], relative to the reference policy's.
+      rewards: float32[N].
+      where: bool[N].
+      beta: float32[], above 0: nats of log-probability that a unit of score stands for.
+      clip: float32[], epsilon in (0, 1).
+      baseline: A_i as of `advantages.group_advantages`: GRPO, Dr.GRPO and RLOO, in this order.
+
+    Returns:
+      float32[].
+
+    References:
+      Shao et al., GRPO, arXiv:2402.03300; Liu et al., Dr.GRPO, arXiv:2503.20783; Ahmadian et al., RLOO,
+      arXiv:2402.14740.
+    """
+    scores, rewards, where = _cleared(scores, rewards, where)
+    advantages = group_advantages(rewards, where, baseline=baseline)
+    old = jnp.zeros_like(scores)
+    return clipped_surrogate(jnp.asarray(beta) * scores, advantages, where, old_log_probs=old, clip=clip)
 
 
 def disco(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike, *, tau: ArrayLike) -> Array:
