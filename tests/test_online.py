@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lensjax import config as configs
-from lensjax import episodes, online, train
+from lensjax import devices, episodes, online, train
 from lensjax.config import OnlineConfig
 from lensjax.models import build_models
 from tests.small import SMALL, batch, jit
@@ -21,7 +21,13 @@ REPORT = {
     *(f"rl/{name}" for name in ("entropy_coefficient", "advantages", "kl_divergence", "total_loss", "learning_rate")),
     *(f"rl/{name}" for name in ("swaps", "nll_start", "nll_end")),
 }
-GAE = {"online.edit_cost": 0.01, "online.kl_weight": 0.3, "online.entropy_decay": 0.5, "online.entropy_floor": 0.002}
+GAE = {
+    "batch_size": 4,
+    "online.edit_cost": 0.01,
+    "online.kl_weight": 0.3,
+    "online.entropy_decay": 0.5,
+    "online.entropy_floor": 0.002,
+}
 GROUP = {"online.advantages": "leave_one_out", "online.episodes": 3, "online.whiten": False}
 
 
@@ -40,13 +46,16 @@ class Played:
         start = train.init_train_state(jax.random.key(seed), config=self.config, models=self.models)
         return online.init_online_state(jax.random.key(seed + 1), config=self.config, params=start.params)
 
+    def batch(self, seed=0):
+        return batch(seed, self.config.batch_size)
+
     @functools.cached_property
     def history(self):
         """States and reports of the first three steps."""
         state = self.state()
         states, reports = [jax.tree.map(jnp.copy, state)], []
         for index in range(3):
-            state, report = self.step(state, batch(index))
+            state, report = self.step(state, self.batch(index))
             states.append(jax.tree.map(jnp.copy, state))
             reports.append({name: float(value) for name, value in report.items()})
         return states, reports
@@ -72,7 +81,7 @@ def test_the_loss_is_that_of_the_slow_reference(name):
     one = run(name)
     states, reports = one.history
     state, settings = states[2], one.config.online
-    played = one.roll_out(state, batch(2))
+    played = one.roll_out(state, one.batch(2))
     judge = functools.partial(episodes.judge, one.models, config=one.config)
     judged, features = jit(
         jax.vmap(jax.vmap(lambda episode: judge(state.params["lens"], episode, reference=state.reference)))
@@ -151,12 +160,26 @@ def test_one_compile_serves_all_steps(name):
     assert run(name).step._cache_size() == 1
 
 
+def test_two_devices_do_what_one_does():
+    # Whitening takes the mean over all sequences, wherever they are.
+    one = run("gae")
+    states, reports = one.history
+    mesh = devices.make_mesh({"batch_size": 4})
+    shared = {"tokens": devices.share_out(np.asarray(one.batch()["tokens"]), mesh)}
+    static = {"config": one.config, "models": one.models}
+    step = jit(functools.partial(online.online_step, **static))
+    both, report = step(devices.place(one.state(), mesh, split=True), shared)
+    assert float(report["loss"]) == pytest.approx(reports[0]["loss"], rel=1e-4, abs=1e-5)
+    for a, b in zip(jax.tree.leaves(states[1].params["lens"]), jax.tree.leaves(both.params["lens"]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
+
+
 def test_with_discount_0_an_advantage_is_the_reward_minus_the_baseline():
     one = Played(**{"online.discount": 0.0, "online.whiten": False})
     state = one.state()
     # A baseline that says 0.3 of everything.
     state.params["value"]["head"]["bias"] = jnp.full(1, 0.3)
-    played = one.roll_out(state, batch())
+    played = one.roll_out(state, one.batch())
     _, report = one.loss(state.params, state, played)
     rewards = np.asarray(played.rewards(edit_cost=one.config.online.edit_cost))
     assert float(report["rl/advantages"]) == pytest.approx(rewards.mean() - 0.3, rel=1e-4)
@@ -166,8 +189,8 @@ def test_with_discount_0_an_advantage_is_the_reward_minus_the_baseline():
 def test_episodes_of_a_sequence_differ_and_steps_draw_anew():
     one = run("group")
     state = one.state()
-    played = one.roll_out(state, batch())
-    later = one.roll_out(replace(state, step=jnp.ones((), jnp.int32)), batch())
+    played = one.roll_out(state, one.batch())
+    later = one.roll_out(replace(state, step=jnp.ones((), jnp.int32)), one.batch())
     drawn = np.asarray(played.swaps.expanded)
     assert drawn.shape[:2] == (3, 3)
     assert (drawn[:, 0] != drawn[:, 1]).any() and (drawn != np.asarray(later.swaps.expanded)).any()
