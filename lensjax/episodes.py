@@ -49,7 +49,7 @@ class Episode:
 
 
 def run(
-    models: Models, params: dict[str, Params], tokens: Array, key: Array, *, length: ArrayLike, config: Config
+    models: Models, params: dict[str, Params], tokens: Array, key: Array, *, length: int, config: Config
 ) -> Episode:
     """Rolls out one episode; no gradient passes through it.
 
@@ -58,7 +58,7 @@ def run(
       params: parameters of `base`, `gist` and `lens`.
       tokens: int32[T].
       key: PRNG key, consumed.
-      length: int32[], entries of every context, at most `config.context_capacity`; may be traced.
+      length: static number of entries W of every context: none is padding.
       config: shapes; how long an episode is and how it explores (`online`), and the allocator's cool-down.
 
     Returns:
@@ -69,7 +69,7 @@ def run(
     tree = build_tree(models, params, tokens, config)
 
     def see(state: FocusState) -> tuple[WorkingContext, Entries, Array]:
-        context = focus.to_context(state, geometry, capacity=config.context_capacity)
+        context = focus.to_context(state, geometry, capacity=length)
         entries = contexts.materialise(tree, context)
         losses = nll.token_losses(models.base, params["base"], entries, tokens[-shape.horizon :])
         return context, entries, jnp.mean(losses)

@@ -54,7 +54,7 @@ def test_an_episode_begins_cold_and_every_context_has_the_length():
     for row in range(3):
         for step in range(3):
             state, context = jax.tree.map(lambda leaf: leaf[row, step], (episode.states, episode.contexts))  # noqa: B023
-            again = focus.to_context(state, geometry, capacity=CONFIG.context_capacity)
+            again = focus.to_context(state, geometry, capacity=LENGTH)
             jax.tree.map(np.testing.assert_array_equal, context, again)
 
 
