@@ -7,7 +7,7 @@ The first argument names a file of `experiments/sweeps/` (or is the path of such
 that differ in hyperparameters only are arms of one compiled program; each other difference makes one more program. All
 arms of a seed see the same data in the same order. Arms are trained in chunks, spread over all devices (on a CPU its
 cores): what is interrupted loses the chunk in flight, and `--resume` trains only what is missing. Leaves `arms.csv`,
-one row an arm, what each setting changes: `report.md`, `effects.csv` and `effects.png`, and `timings.jsonl`.
+one row an arm, and what each setting changes: `report.md`, `effects.csv` and `effects.png`.
 """
 
 import functools
@@ -256,7 +256,7 @@ def _train(
         sweep.init([members[i] for i in part], keys, config=config, models=program.models, params=params)
         for part in parts
     ]
-    state, finite, seconds = _steps(program, sweep.stack(states, program.mesh), seeds, config=config, console=console)
+    state, finite = _steps(program, sweep.stack(states, program.mesh), seeds, config=config, console=console)
     reports = [
         jax.device_get(program.evaluate(state, batch, jax.random.fold_in(jax.random.key(EVALUATION_SEED), index)))
         for index, batch in enumerate(_held_out(config))
@@ -275,40 +275,25 @@ def _train(
             "nll_by_batch": None if diverged else losses,
         }
         _write(_file(folder, arm), json.dumps(result, indent=2) + "\n")
-    timing = {
-        "settings": [arm.setting for arm in arms if arm.config.seed == arms[0].config.seed],
-        "arms": len(arms),
-        "devices": program.mesh.size,
-        "step_seconds": seconds,
-    }
-    with (folder / "timings.jsonl").open("a") as file:
-        file.write(json.dumps(timing) + "\n")
     console.out(f"{len(arms)} arms in {time.perf_counter() - began:.0f} seconds, one program", highlight=False)
 
 
 def _steps(
     program: _Program, state: SweepState, seeds: Sequence[int], *, config: Config, console: Console
-) -> tuple[SweepState, np.ndarray, float]:
-    """All training steps.
-
-    Returns:
-      The state after them; for each arm, bool[devices, arms of each], whether all of its losses were finite; and the
-      median of the seconds that a step of all arms took.
-    """
+) -> tuple[SweepState, np.ndarray]:
+    """All training steps; and for each arm, bool[devices, arms of each], whether all of its losses were finite."""
     batches = [
         data.make_iterator(config, "train", seed=2 * seed + LENS_STREAM, batch_size=config.batch_size) for seed in seeds
     ]
     finite: list[Array] = []
-    times = [time.perf_counter()]
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         for _ in progress.track(range(config.steps), description=f"{state.draw.size} arms"):
             batch = {"tokens": np.stack([next(one)["tokens"] for one in batches])}
             state, report = program.step(state, place(batch, program.mesh, split=False))
             if finite:
                 finite[-1].block_until_ready()  # one step in flight: the bar tells the truth, no device waits
-            times.append(time.perf_counter())
             finite.append(jnp.isfinite(report["loss"] + report["grad_norm"]))
-    return state, np.all(jax.device_get(finite), axis=0), float(np.median(np.diff(times)))
+    return state, np.all(jax.device_get(finite), axis=0)
 
 
 def _strict(report: Mapping[str, float]) -> dict[str, float | None]:

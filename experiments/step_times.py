@@ -1,0 +1,99 @@
+"""What a training step takes with each objective, and on the policy's own edits, beside one with span targets.
+
+    python experiments/step_times.py                        the recall preset, into the terminal
+    python experiments/step_times.py --csv runs/times.csv
+
+All programs take turns in one process, so that a slow moment of the machine falls on all of them.
+"""
+
+import functools
+import sys
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+
+from experiments.bench import Program, turns
+from experiments.evaluate import write_csv
+from experiments.train import load_preset
+from lensjax import config as configs
+from lensjax import online, train
+from lensjax.config import Config, ObjectiveConfig
+from lensjax.models import build_models
+
+OBJECTIVES: tuple[str, ...] = typing.get_args(typing.get_type_hints(ObjectiveConfig)["name"])
+REFERENCE, OWN_EDITS = "spans", "own edits"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What to measure."""
+
+    preset: str = "recall"
+    """Name or path of the config that all steps have but for the objective."""
+    batch_size: int = 16
+    repetitions: int = 15
+    """Turns that every program takes after one to warm up."""
+    csv: Path | None = None
+    """Where to write the table."""
+
+    def __post_init__(self) -> None:
+        if self.repetitions < 1:
+            raise ValueError(f"repetitions must be at least 1, got {self.repetitions}")
+        if self.csv is not None and self.csv.exists():
+            raise FileExistsError(f"{self.csv} exists: name another file")
+
+
+def main(words: list[str] | None = None) -> None:
+    """Command line."""
+    try:
+        measure(tyro.cli(Arguments, args=words, description=__doc__))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def measure(arguments: Arguments) -> list[dict[str, Any]]:
+    """Medians of all programs, and of the ratios to span targets turn by turn, with quartiles."""
+    preset = configs.replace(load_preset(arguments.preset), batch_size=arguments.batch_size)
+    console = Console()
+    programs: dict[str, Program] = {}
+    for name in (*OBJECTIVES, OWN_EDITS):
+        changes = {"online.steps": preset.steps} if name == OWN_EDITS else {"objective.name": name}
+        programs[name] = _step(configs.replace(preset, **changes))
+        jax.block_until_ready(programs[name]())
+    times = turns(programs, arguments.repetitions, console)
+    rows: list[dict[str, Any]] = []
+    for name, values in times.items():
+        ratios = np.divide(values, times[REFERENCE])
+        low, middle, high = np.percentile(ratios, [25, 50, 75])
+        rows.append({"objective": name, "step_ms": float(np.median(values)), "ratio": middle, "q25": low, "q75": high})
+        console.out(
+            f"  {name:<16}{rows[-1]['step_ms']:9.1f} ms  {middle:.2f} ({low:.2f} to {high:.2f})", highlight=False
+        )
+    if arguments.csv is not None:
+        write_csv(rows, arguments.csv)
+    return rows
+
+
+def _step(config: Config) -> Program:
+    """A compiled step on random tokens; on own edits where the config has them."""
+    models, key = build_models(config), jax.random.key(0)
+    state: Any = train.init_train_state(key, config=config, models=models)
+    step: Callable[..., Any] = train.train_step
+    if config.online.steps:
+        state = online.init_online_state(key, config=config, params=state.params)
+        step = online.online_step
+    tokens = jax.random.randint(key, (config.batch_size, config.context.window), 0, config.base.vocab_size, jnp.int32)
+    compiled = jax.jit(functools.partial(step, config=config, models=models))
+    return lambda: compiled(state, {"tokens": tokens})
+
+
+if __name__ == "__main__":
+    main()
