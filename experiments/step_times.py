@@ -44,12 +44,6 @@ class Arguments:
     csv: Path | None = None
     """Where to write the table."""
 
-    def __post_init__(self) -> None:
-        if self.repetitions < 1:
-            raise ValueError(f"repetitions must be at least 1, got {self.repetitions}")
-        if self.csv is not None and self.csv.exists():
-            raise FileExistsError(f"{self.csv} exists: name another file")
-
 
 def main(words: list[str] | None = None) -> None:
     """Command line."""
@@ -61,6 +55,10 @@ def main(words: list[str] | None = None) -> None:
 
 def measure(arguments: Arguments) -> list[dict[str, Any]]:
     """Medians of all programs, and of the ratios to span targets turn by turn, with quartiles."""
+    if arguments.repetitions < 1:
+        raise ValueError(f"repetitions must be at least 1, got {arguments.repetitions}")
+    if arguments.csv is not None and arguments.csv.exists():
+        raise FileExistsError(f"{arguments.csv} exists: name another file")
     preset = configs.replace(load_preset(arguments.preset), batch_size=arguments.batch_size)
     console = Console()
     programs: dict[str, Program] = {}
