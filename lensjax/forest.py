@@ -113,7 +113,8 @@ def _draw_panel(ax: Axes, panel: _Panel, limits: tuple[float, float], *, is_last
         else:
             ax.annotate("no seed to compare", (0, row), (5, 0), color=MUTED, **_NOTE)
     dress(ax, "", "difference in NLL to the default, nats per token" if is_last else "", "")
-    ax.set_title(textwrap.fill(panel.title, 46), loc="left", pad=4, fontsize=9, fontweight="bold", parse_math=False)
+    # Long labels leave less than the width of a column for what stands above the axis.
+    ax.set_title(textwrap.fill(panel.title, 40), loc="left", pad=4, fontsize=9, fontweight="bold", parse_math=False)
     ax.grid(visible=False, axis="y")
     ax.grid(axis="x", color=FAINT, linewidth=0.6)
     ax.spines[:].set_visible(False)
