@@ -4,9 +4,9 @@
     python experiments/online.py --base-run runs/online/base --output-dir runs/online/arms
 
 Every seed trains a LensNet on preferences (`start`). From there it goes on with as many steps, on preferences or on its
-own edits; another one learns from its own edits alone, for as many steps in all. Differences of the loss at budget are
-paired, to `start` and to the one that went on with preferences. Leaves a run folder an arm and seed, `arms.csv`,
-`report.md`, `effects.csv` and `effects.png`.
+own edits with one of three kinds of advantages; another one learns from its own edits alone, for as many steps in all.
+Differences of the loss at budget are paired, to `start` and to the one that went on with preferences. Leaves a run
+folder an arm and seed, `arms.csv`, `report.md`, `effects.csv` and `effects.png`.
 """
 
 import functools
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -32,14 +32,16 @@ from lensjax.metrics import Metrics
 from lensjax.models import build_models
 
 RESAMPLES = 10_000
-START, ON = "preferences", "preferences, then preferences"
+START, ON = "start", "preferences"
 """The arm that the others go on from, and the one that goes on as it began."""
-FINE_TUNED: Mapping[str, Mapping[str, Any]] = {
-    "preferences, then own edits (GAE)": {},
-    "preferences, then own edits (one step)": {"online.discount": 0.0},
-    "preferences, then own edits (RLOO)": {"online.advantages": "leave_one_out"},
+OWN_EDITS: Mapping[str, Mapping[str, Any]] = {
+    "gae": {},
+    "one_step": {"online.discount": 0.0},
+    "rloo": {"online.advantages": "leave_one_out"},
 }
-ALONE = "own edits (GAE)"
+"""Arms that go on with own edits."""
+ALONE = "alone"
+"""The arm that learns from own edits (GAE) from the first step on, for as many steps in all."""
 COLUMNS = ("gap_closed_oracle", "hit_rate", "seconds_per_step")
 
 
@@ -53,6 +55,11 @@ class Arguments:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     steps: int = 150
     """Steps of each of the two halves."""
+    arms: tuple[Literal["preferences", "gae", "one_step", "rloo", "alone"], ...] = (
+        *("preferences", "gae", "one_step", "rloo"),
+        "alone",
+    )
+    """What to compare with each other and with `start`."""
     resume: bool = False
     """Go on in a folder that is there already."""
 
@@ -85,7 +92,7 @@ def compare(arguments: Arguments) -> list[dict[str, Any]]:
             nll = mean["nll_policy"]
             rows.append(
                 {
-                    "training": name,
+                    "arm": name,
                     "seed": seed,
                     "nll": nll,
                     "gap_closed_oracle": comparison.gap_closed(nll, mean["nll_baseline"], mean["nll_oracle"]),
@@ -101,10 +108,12 @@ def plan(arguments: Arguments) -> dict[str, list[Config]]:
     """The configuration of every arm, one a seed; all of them are checked here.
 
     Raises:
-      ValueError: seeds repeat or are fewer than two, or the base run is not one of recall.
+      ValueError: seeds repeat or are fewer than two, there are no arms, or the base run is not one of recall.
     """
     if len(set(arguments.seeds)) < max(2, len(arguments.seeds)):
         raise ValueError(f"seeds must name two or more different seeds, got {arguments.seeds}")
+    if not arguments.arms:
+        raise ValueError("arms must name one or more of those to compare with start, got none")
     stored = configs.load(run_folder.config_file(arguments.base_run))
     if stored.data.task != "recall":
         raise ValueError(f"base_run {arguments.base_run} is of task {stored.data.task}: expected one of recall")
@@ -117,23 +126,18 @@ def plan(arguments: Arguments) -> dict[str, list[Config]]:
         more = group if changes.get("online.advantages") else {}
         found = []
         for seed in arguments.seeds:
-            start = {"init": _folder(folder, START, seed)} if goes_on else {"base_run": str(arguments.base_run)}
-            own = {"base_run": None, "seed": seed, "output_dir": _folder(folder, name, seed)}
+            start = {"init": str(folder / f"{START}-{seed}")} if goes_on else {"base_run": str(arguments.base_run)}
+            own = {"base_run": None, "seed": seed, "output_dir": str(folder / f"{name}-{seed}")}
             found.append(configs.replace(stored, **{**own, **start, **more, **changes}))
         return found
 
-    return {
+    arms = {
         START: arm(START, {"steps": steps}, goes_on=False),
         ON: arm(ON, {"steps": steps}, goes_on=True),
-        **{name: arm(name, {**half, **changes}, goes_on=True) for name, changes in FINE_TUNED.items()},
+        **{name: arm(name, {**half, **changes}, goes_on=True) for name, changes in OWN_EDITS.items()},
         ALONE: arm(ALONE, {"steps": 0, "online.steps": 2 * steps}, goes_on=False),
     }
-
-
-def _folder(parent: Path, name: str, seed: int) -> str:
-    """Where an arm's run with a seed is."""
-    words = "".join(c if c.isalnum() else " " for c in name.lower()).split()
-    return str(parent / "-".join([*words, str(seed)]))
+    return {name: by_seed for name, by_seed in arms.items() if name in (START, *arguments.arms)}
 
 
 def _on_test(config: Config) -> Callable[[Path], list[Metrics]]:
@@ -159,20 +163,20 @@ def _report(arguments: Arguments, rows: list[dict[str, Any]], losses: dict[str, 
     folder, seeds = arguments.output_dir, len(arguments.seeds)
 
     def measured(name: str, setting: dict[str, Any]) -> Measured:
-        mine = [row for row in rows if row["training"] == name]
+        mine = [row for row in rows if row["arm"] == name]
         others = {column: np.asarray([row[column] for row in mine]) for column in COLUMNS}
         return Measured(setting, np.stack(losses[name]), others, np.zeros(seeds, bool))
 
     reports = []
-    for default in (START, ON):
+    for default in (START, ON) if ON in losses and len(losses) > 2 else (START,):
         found = effects.effects(
-            [measured(default, {}), *(measured(name, {"training": name}) for name in losses if name != default)],
+            [measured(default, {}), *(measured(name, {"arm": name}) for name in losses if name != default)],
             resamples=RESAMPLES,
             seed=runs.EVALUATION_SEED,
         )
         command = f"python experiments/online.py --base-run {arguments.base_run} --output-dir {folder}"
         title = f"recall, differences to: {default}"
-        settings = {"training": default}
+        settings = {"arm": default}
         reports.append(effects.markdown(found, default=settings, title=title, columns=COLUMNS, command=command))
         if default == START:
             forest.forest(found, folder / "effects.png", default=settings, title=title)

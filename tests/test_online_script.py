@@ -28,12 +28,17 @@ def test_every_arm_has_its_steps_and_its_start(tmp_path):
         assert (start[place].steps, start[place].online.steps) == (20, 0)
         assert (alone[place].steps, alone[place].online.steps) == (0, 40)
         assert start[place].base_run == alone[place].base_run == str(tmp_path / "base")
-        for name in online.FINE_TUNED:
+        for name in online.OWN_EDITS:
             assert (arms[name][place].steps, arms[name][place].online.steps) == (0, 20)
-        for by_seed in (on, *(arms[name] for name in online.FINE_TUNED)):
+        for by_seed in (on, *(arms[name] for name in online.OWN_EDITS)):
             assert by_seed[place].init == start[place].output_dir
     folders = [config.output_dir for by_seed in arms.values() for config in by_seed]
     assert len(set(folders)) == len(folders)
+
+
+def test_only_the_arms_that_are_named_are_made(tmp_path):
+    arguments = Arguments(base_run(tmp_path / "base"), tmp_path / "arms", arms=("one_step", "preferences"))
+    assert list(online.plan(arguments)) == [online.START, online.ON, "one_step"]
 
 
 def test_groups_see_as_many_episodes(tmp_path):
@@ -46,7 +51,11 @@ def test_groups_see_as_many_episodes(tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"seeds": (0,)}, r"two or more different seeds, got \(0,\)"), ({"seeds": (1, 1)}, "two or more different seeds")],
+    [
+        ({"seeds": (0,)}, r"two or more different seeds, got \(0,\)"),
+        ({"seeds": (1, 1)}, "two or more different seeds"),
+        ({"arms": ()}, "arms must name one or more of those to compare with start"),
+    ],
 )
 def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, changes, message):
     arguments = Arguments(base_run(tmp_path / "base"), tmp_path / "arms", **changes)
@@ -89,11 +98,11 @@ def test_the_tables_say_what_was_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(online, "_on_test", lambda config: measure)
     rows = online.compare(arguments)
     arms = list(online.plan(arguments))
-    assert [(row["training"], row["seed"]) for row in rows] == [(name, seed) for seed in (0, 1, 2) for name in arms]
+    assert [(row["arm"], row["seed"]) for row in rows] == [(name, seed) for seed in (0, 1, 2) for name in arms]
     second = rows[len(arms) + 1]
     assert second["nll"] == pytest.approx(1.0 - 0.1 + 0.01 * 1.5)
     assert second["gap_closed_oracle"] == pytest.approx((2.0 - second["nll"]) / 2.0)
-    assert {row["training"]: row["seconds_per_step"] for row in rows} == {
+    assert {row["arm"]: row["seconds_per_step"] for row in rows} == {
         name: 0.75 if name == online.ALONE else 0.6 for name in arms
     }
     with (tmp_path / "arms" / "arms.csv").open() as file:
