@@ -5,8 +5,8 @@
 
 Every seed trains a LensNet on preferences (`start`). From there it goes on with as many steps, on preferences or on its
 own edits with one of three kinds of advantages; another one learns from its own edits alone, for as many steps in all.
-Differences of the loss at budget are paired, to `start` and to the one that went on with preferences. Leaves a run
-folder an arm and seed, `arms.csv`, `report.md`, `effects.csv` and `effects.png`.
+Differences of the loss at budget are paired: to `start`, to going on with preferences, and to GAE. Leaves a run folder
+an arm and seed, `arms.csv`, `report.md`, `effects.csv` and `effects.png`.
 """
 
 import functools
@@ -32,10 +32,10 @@ from lensjax.metrics import Metrics
 from lensjax.models import build_models
 
 RESAMPLES = 10_000
-START, ON = "start", "preferences"
-"""The arm that the others go on from, and the one that goes on as it began."""
+START, ON, GAE = "start", "preferences", "gae"
+"""The arm that the others go on from, the one that goes on as it began, and the one on own edits with the defaults."""
 OWN_EDITS: Mapping[str, Mapping[str, Any]] = {
-    "gae": {},
+    GAE: {},
     "one_step": {"online.discount": 0.0},
     "rloo": {"online.advantages": "leave_one_out"},
 }
@@ -168,7 +168,8 @@ def _report(arguments: Arguments, rows: list[dict[str, Any]], losses: dict[str, 
         return Measured(setting, np.stack(losses[name]), others, np.zeros(seeds, bool))
 
     reports = []
-    for default in (START, ON) if ON in losses and len(losses) > 2 else (START,):
+    # The second and third say whether own edits beat more preferences, and other advantages those of GAE.
+    for default in (name for name in (START, ON, GAE) if name in losses):
         found = effects.effects(
             [measured(default, {}), *(measured(name, {"arm": name}) for name in losses if name != default)],
             resamples=RESAMPLES,
