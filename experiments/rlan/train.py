@@ -24,9 +24,10 @@ import tyro
 from jax.sharding import Mesh
 from rich.console import Console
 
-from experiments.rlan import grids, meta, rules
+from experiments.rlan import grids, meta, pictures, rules
 from experiments.rlan.config import RlanConfig
 from experiments.rlan.meta import Batch, MetaState, RlanModels
+from experiments.rlan.model import zeroed
 from lensjax import checkpoint, data, devices, evaluation, loop, run_folder
 from lensjax import config as configs
 from lensjax import logging as run_logging
@@ -37,6 +38,7 @@ PHASE = "meta"
 EVALUATION_SEED = 2026
 HEADLINE = ("nll", "exact", "exact_copy", "loo_accuracy", "lora_diversity")
 """Held-out metrics to show while it trains."""
+SHOWN_TASKS = 6
 TRIES = (1, 2, 3)
 """k of pass@k."""
 
@@ -102,7 +104,7 @@ def run(config: RlanConfig, *, resume: bool = False, console: Console | None = N
     summary = {"split": "test", "seed": config.seed, "steps": int(state.step), "training_seconds": round(seconds, 1)}
     summary |= report | votes(config, models, params, "test")
     summary["seconds"] = round(time.perf_counter() - started, 1)
-    devices.in_first(lambda: (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n"))
+    devices.in_first(lambda: _write_results(folder, summary, shown_tasks(config, models, params)))
     for name, value in summary.items():
         console.out(f"  {name:<32}{value:>9.3f}" if isinstance(value, float) else f"  {name:<32}{value:>9}")
     return summary
@@ -154,6 +156,38 @@ def votes(config: RlanConfig, models: RlanModels, params: dict[str, Params], spl
         "exact_mean_view": float(np.mean(singles)),
         **{f"pass@{tries}": float(share) for tries, share in zip(TRIES, passed, strict=True)},
     }
+
+
+def shown_tasks(config: RlanConfig, models: RlanModels, params: dict[str, Params]) -> list[dict[str, np.ndarray]]:
+    """A few test tasks, answered with their deltas, without any, and with those of the next task."""
+    tasks = rules.RuleSource(config.rules, "test", EVALUATION_SEED)
+    rows = [tasks[i] for i in range(SHOWN_TASKS)]
+
+    def answered(params: dict[str, Params], support: jax.Array, inputs: jax.Array) -> jax.Array:
+        deltas = jax.vmap(lambda task: meta.task_deltas(models, params, task))(support)
+        arms = (deltas, zeroed(deltas), jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=0), deltas))
+        solve = jax.vmap(lambda delta, grid: jnp.argmax(meta.answers(models, params, delta, grid), axis=-1))
+        return jnp.stack([solve(arm, inputs) for arm in arms], axis=1)
+
+    support, inputs = np.stack([row["support"] for row in rows]), np.stack([row["query"][0, 0] for row in rows])
+    found = np.asarray(jax.jit(answered)(params, support, inputs))
+    return [
+        {"support": row["support"], "query": row["query"][0]}
+        | {
+            name: np.where(_content(row["support"], row["query"][0, 0]), grid, grids.PADDING)
+            for name, grid in zip(("HyperLoRA", "no deltas", "foreign"), answers, strict=True)
+        }
+        for row, answers in zip(rows, found, strict=True)
+    ]
+
+
+def _content(support: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    return np.asarray(grids.inside(np.asarray(answer_size(support, grid), np.int32), len(grid)))
+
+
+def _write_results(folder: Path, summary: dict[str, Any], tasks: list[dict[str, np.ndarray]]) -> None:
+    pictures.predictions(tasks, folder / "predictions.png", title="Held-out rules, last step, one view")
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
 def answer_size(support: np.ndarray, grid: np.ndarray) -> grids.Size:
