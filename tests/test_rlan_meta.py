@@ -76,6 +76,16 @@ def test_padding_examples_change_nothing():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, expected)
 
 
+def test_the_loss_of_what_is_held_out_is_that_of_deltas_without_it():
+    support, query = tasks()["support"][0], tasks()["query"][0]
+    batch = {"support": support[None], "query": query[None]}
+    _, report = loss_of()(STATE.params, jax.tree.map(lambda x: jnp.concatenate([x, x]), batch), jnp.int32(0))
+    logits, _, _ = held_out_answers(support)
+    losses, pixels, _ = zip(*map(meta.grid_loss, logits, support[:, 1]), strict=True)
+    assert float(report["loo_loss"]) == pytest.approx(float(np.mean(losses)), rel=1e-4)
+    assert float(report["loo_accuracy"]) == pytest.approx(float(np.mean(pixels)), rel=1e-5)
+
+
 def test_padding_counts_for_nothing_in_the_loss():
     """Of two tasks the second has one example: none can be left out, and its loss of that part is 0."""
     batch = tasks()
