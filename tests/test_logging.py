@@ -246,3 +246,17 @@ def test_bad_starts_are_refused(tmp_path):
         RunLogger(tmp_path, resume=("lens", 3))
     with pytest.raises(ValueError, match="line 2 is not JSON"):
         read_rows(tmp_path)
+
+
+def test_a_run_of_another_kind_has_phases_of_its_own(tmp_path):
+    with RunLogger(tmp_path, phases=("meta",)) as logger:
+        logger.log("meta", 1, {"loss": 1.0})
+        logger.log("meta", 2, {"loss": 0.5})
+        with pytest.raises(ValueError, match="phase must be one of meta, got 'lens'"):
+            logger.log("lens", 1, {"loss": 1.0})
+    with RunLogger(tmp_path, phases=("meta",), resume=("meta", 1)) as logger:
+        logger.log("meta", 2, {"loss": 0.25})
+    assert [(row["phase"], row["step"], row["loss"]) for row in read_rows(tmp_path)] == [
+        ("meta", 1, 1.0),
+        ("meta", 2, 0.25),
+    ]
