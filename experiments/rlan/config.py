@@ -15,7 +15,7 @@ class RlanConfig:
 
     output_dir: str = "runs/rlan/default"
     seed: int = 0
-    steps: int = 1500
+    steps: int = 1000
     batch_size: int = 16
     """Tasks in a batch [B]."""
     learning_rate: float = 2e-3
@@ -24,7 +24,7 @@ class RlanConfig:
     """Split parameters and optimizer state over the devices as well as the batch (FSDP)."""
     logging_steps: int = 50
     eval_steps: int = 250
-    eval_batches: int = 16
+    eval_batches: int = 32
     save_steps: int = 500
     equivariance_views: int = 4
     """Dihedral elements, the first ones beside the identity, whose deltas the equivariance loss compares."""

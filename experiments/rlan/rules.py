@@ -19,7 +19,7 @@ from experiments.rlan.grids import COLOURS, PADDING
 from lensjax.sections import require, require_positive
 
 Split = Literal["train", "validation", "test"]
-Family = Literal["swap", "cycle", "double", "shift"]
+Family = Literal["swap", "recolour", "cycle", "double", "shift"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
@@ -28,10 +28,10 @@ FAMILIES: tuple[Family, ...] = get_args(Family)
 class RulesConfig:
     """What tasks there are."""
 
-    families: tuple[Family, ...] = ("swap", "cycle", "double")
-    """`swap` exchanges two of the colours 1 to 9 (36 rules), `cycle` moves three of them on (168), `double` exchanges
-    two and two others (378); `shift` swaps and then moves all cells by one in a direction (144), which changes with a
-    turn or mirror."""
+    families: tuple[Family, ...] = ("swap", "recolour")
+    """`swap` exchanges two of the colours 1 to 9 (36 rules), `recolour` makes two of them any others (2268), `cycle`
+    moves three of them on (168), `double` exchanges two and two others (378); `shift` swaps and then moves all cells by
+    one in a direction (144), which changes with a turn or mirror."""
     size: int = 5
     """Side of the square that holds a grid [S]; the grids fill it."""
     pairs: int = 3
@@ -63,6 +63,7 @@ def rules(families: tuple[Family, ...], split: Split) -> list[Rule]:
     """The rules of a split, in the order of their families and names."""
     makers: dict[Family, Callable[[], list[Rule]]] = {
         "swap": _swaps,
+        "recolour": _recolourings,
         "cycle": _cycles,
         "double": _doubles,
         "shift": _shifts,
@@ -127,6 +128,15 @@ def _split_of(rule: Rule) -> Split:
 def _swaps() -> list[Rule]:
     pairs = itertools.combinations(range(1, COLOURS), 2)
     return [Rule(f"swap {a} {b}", _mapped({a: b, b: a})) for a, b in pairs]
+
+
+def _recolourings() -> list[Rule]:
+    return [
+        Rule(f"recolour {a} {b} to {c} {d}", _mapped({a: c, b: d}))
+        for a, b in itertools.combinations(range(1, COLOURS), 2)
+        for c, d in itertools.product(range(1, COLOURS), repeat=2)
+        if c != a and d != b and (c, d) != (b, a)
+    ]
 
 
 def _cycles() -> list[Rule]:
