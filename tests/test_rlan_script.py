@@ -110,7 +110,7 @@ def test_an_answer_without_a_size_is_no_answer():
     assert train.answer_size(support, grid) == (4, 3)
 
 
-def test_wrong_cells_are_framed(tmp_path):
+def test_wrong_cells_are_dotted(tmp_path):
     answer = rules.padded(np.asarray([[1, 2], [3, 4]]), 3)
     row = {"support": answer[None, None].repeat(2, axis=1), "query": np.stack([answer, answer])}
     figure = pictures.predictions([row | {"A": answer, "B": np.where(answer == 4, 5, answer)}], tmp_path / "x.png")

@@ -15,7 +15,6 @@ COLORS = ListedColormap(
     ["#1d1d1d", "#0074d9", "#ff4136", "#2ecc40", "#ffdc00", "#aaaaaa", "#f012be", "#ff851b", "#7fdbff", "#870c25"]
 )
 """Colours 0 to 9, as they are usually drawn in this field."""
-_WRONG = "#ff00aa"
 
 
 def predictions(rows: Sequence[Mapping[str, np.ndarray]], path: str | Path, *, title: str = "") -> Figure:
@@ -23,7 +22,7 @@ def predictions(rows: Sequence[Mapping[str, np.ndarray]], path: str | Path, *, t
 
     Args:
       rows: for each task `support` int32[N, 2, S, S], `query` int32[2, S, S], and further grids int32[S, S] by the name
-        of who answered; cells of theirs that are wrong are framed.
+        of who answered; cells of theirs that are wrong are dotted.
       path: where to write; the ending sets the format.
       title: above all.
 
@@ -68,4 +67,4 @@ def _draw(ax: Axes, grid: np.ndarray, answer: np.ndarray | None) -> None:
     if answer is None:
         return
     wrong = np.argwhere(shown != answer[:rows, :columns])
-    ax.scatter(wrong[:, 1], wrong[:, 0], marker="s", s=16, facecolors="none", edgecolors=_WRONG, linewidths=1.2)
+    ax.scatter(wrong[:, 1], wrong[:, 0], s=14, facecolors="white", edgecolors="black", linewidths=0.8)
