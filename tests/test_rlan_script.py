@@ -48,6 +48,7 @@ def finished(tmp_path_factory):
     return folder, start(folder)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_everything_behind(finished):
     folder, summary = finished
     files = {"config.json", "environment.json", "metrics.jsonl", "summary.json", "predictions.png"}
@@ -65,6 +66,7 @@ def test_a_run_leaves_everything_behind(finished):
     assert checkpoint.steps(loop.checkpoint_dir(folder, "meta")) == [2, 4]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_bit(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "votes", lambda *arguments: {})  # slow to compile
     whole, summary = finished
@@ -81,6 +83,7 @@ def test_an_interrupted_run_goes_on_to_the_bit(finished, tmp_path, monkeypatch):
     assert "exact" in resumed
 
 
+@pytest.mark.slow
 def test_the_command_line(finished, tmp_path):
     folder, _ = finished
     config, resume = train.parse(["rlan_stable", "--seed", "3", "--hyperlora.rank", "4"])
