@@ -6,7 +6,7 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from lensjax.sections import (
     BaseConfig,
@@ -42,9 +42,12 @@ __all__ = [
     "StoppingConfig",
     "from_json",
     "load",
+    "load_as",
     "replace",
     "to_json",
 ]
+
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
@@ -128,13 +131,18 @@ class Config:
             self.context.geometry.length_of_fraction(getattr(self.hyper, name), name=name)
 
     @property
+    def example_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What a training step is given of each example of a batch, as of `loop.Settings`."""
+        return {"tokens": (self.context.window,)}
+
+    @property
     def context_capacity(self) -> int:
         """Entries that the longest working context of the curriculum holds: the static size W."""
         longest = max(self.hyper.context_start, self.hyper.context_end)
         return self.context.geometry.length_of_fraction(longest)
 
 
-def to_json(config: Config) -> str:
+def to_json(config: Any) -> str:
     """Writes a config as JSON text; `from_json` reads it back equal."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
@@ -145,16 +153,30 @@ def from_json(text: str, *, source: str = "config") -> Config:
     Raises:
       ValueError: the text is not a JSON object, a key is unknown, or a value has the wrong type or range.
     """
-    try:
-        raw = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{source} is not JSON: {error}") from error
-    return _build(Config, raw, where=source)
+    return _from_json(text, Config, source)
 
 
 def load(path: str | Path) -> Config:
     """Reads a config file; errors name it."""
-    return from_json(Path(path).read_text(encoding="utf-8", errors="replace"), source=str(path))
+    return load_as(path, Config)
+
+
+def load_as(path: str | Path, kind: type[Kind]) -> Kind:
+    """Reads a config file of another kind: any frozen dataclass whose sections are dataclasses; errors name the file.
+
+    Raises:
+      ValueError: as of `from_json`.
+    """
+    return _from_json(Path(path).read_text(encoding="utf-8", errors="replace"), kind, str(path))
+
+
+def _from_json(text: str, kind: type[Kind], source: str) -> Kind:
+    try:
+        raw = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{source} is not JSON: {error}") from error
+    config: Kind = _build(kind, raw, where=source)
+    return config
 
 
 def _build(cls: type, raw: Any, *, where: str) -> Any:

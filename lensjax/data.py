@@ -67,6 +67,20 @@ def make_iterator(
             dataset = dataset.shuffle(seed=_mixed(seed)).repeat()
         else:
             _require_windows(config, split, found=len(dataset), needed=batch_size)
+    return iterate(dataset, batch_size=batch_size, share=share)
+
+
+def iterate(dataset: grain.MapDataset, *, batch_size: int, share: tuple[int, int] = (0, 1)) -> grain.DatasetIterator:
+    """Iterates over the batches of any data set, as `make_iterator` does; arguments are those.
+
+    Args:
+      dataset: examples, dicts of arrays that are in memory or quick to compute.
+      batch_size: examples in a batch of all processes [B].
+      share: index of this process, and number of processes.
+
+    Returns:
+      Iterator over dicts of arrays [B / processes, ...].
+    """
     batches = _own_rows(dataset, batch_size, share)
     # Everything is in memory or computed in microseconds: threads would only wait for each other.
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))

@@ -25,7 +25,7 @@ from lensjax.metrics import MAY_BE_UNDEFINED
 Row = dict[str, Any]
 
 PHASES = ("pretrain", "lens", "online")
-"""The phases of a run, in their order."""
+"""The phases of a run that trains LensNet, in their order."""
 
 UNDEFINED = "n/a"
 """Stands in a row for a value that is not defined (see `MAY_BE_UNDEFINED`)."""
@@ -45,28 +45,36 @@ class RunLogger:
       run_dir: the run's folder; None to write nothing, as in all but the first of several processes.
       resume: phase and step of the restored checkpoint: later rows are dropped, and hidden in TensorBoard,
         since they will be written again. None for a new run.
+      phases: the phases that a run of this kind has, in their order.
 
     Raises:
       ValueError: a new run finds metrics in the folder, the phase is unknown, or the file is damaged before its
         last line (a torn last line is what a kill leaves: it is dropped).
     """
 
-    def __init__(self, run_dir: str | Path | None, *, resume: tuple[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: str | Path | None,
+        *,
+        resume: tuple[str, int] | None = None,
+        phases: tuple[str, ...] = PHASES,
+    ) -> None:
+        self._phases = phases
         self._pending: list[tuple[str, int, dict[str, ArrayLike]]] = []
-        self._files = None if run_dir is None else _Files(Path(run_dir), resume)
+        self._files = None if run_dir is None else _Files(Path(run_dir), resume, phases)
 
     def log(self, phase: str, step: int, metrics: Mapping[str, ArrayLike]) -> None:
         """Queues one row; nothing is fetched or written before `flush`.
 
         Args:
-          phase: one of `PHASES`.
+          phase: one of the run's phases.
           step: steps of that phase which the metrics describe.
           metrics: scalars by name, on the device or on the host.
 
         Raises:
           ValueError: the phase is unknown, or a metric is not a scalar or has the name of another column.
         """
-        _checked_phase(phase)
+        _checked_phase(phase, self._phases)
         for name, value in metrics.items():
             if name in ("phase", "step"):
                 raise ValueError(f"a metric cannot be named {name!r}: it is a column of its own")
@@ -106,13 +114,13 @@ class RunLogger:
 class _Files:
     """The files that a run's rows go to."""
 
-    def __init__(self, run_dir: Path, resume: tuple[str, int] | None) -> None:
-        self._run_dir = run_dir
+    def __init__(self, run_dir: Path, resume: tuple[str, int] | None, phases: tuple[str, ...]) -> None:
+        self._run_dir, self._phases = run_dir, phases
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / _FILE
         if resume is not None:
-            _checked_phase(resume[0])
-            _rewind(path, resume)
+            _checked_phase(resume[0], phases)
+            _rewind(path, resume, phases)
         elif path.exists() and path.stat().st_size:
             raise ValueError(f"{path} holds the metrics of another run; resume that one, or choose another folder")
         self._resume = resume
@@ -140,7 +148,7 @@ class _Files:
             # starts in one second would share a file.
             board = RecordWriter(str(folder / f"events.out.tfevents.{len(list(folder.iterdir())):06d}"))
             board.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
-            if self._resume is not None and phase in PHASES[PHASES.index(self._resume[0]) :]:
+            if self._resume is not None and phase in self._phases[self._phases.index(self._resume[0]) :]:
                 # Hides what earlier files say about this step and later ones.
                 first = self._resume[1] + 1 if phase == self._resume[0] else 0
                 start = SessionLog(status=SessionLog.START)
@@ -174,9 +182,9 @@ def check_finite(rows: Iterable[Row], *, advice: str) -> None:
             raise FloatingPointError(f"phase {row['phase']}, step {row['step']}: {', '.join(faults)}; {advice}")
 
 
-def _checked_phase(phase: str) -> None:
-    if phase not in PHASES:
-        raise ValueError(f"phase must be one of {', '.join(PHASES)}, got {phase!r}")
+def _checked_phase(phase: str, phases: tuple[str, ...]) -> None:
+    if phase not in phases:
+        raise ValueError(f"phase must be one of {', '.join(phases)}, got {phase!r}")
 
 
 def _to_number(name: str, value: Any) -> Any:
@@ -216,10 +224,10 @@ def _parsed_lines(path: Path) -> list[tuple[str, Row]]:
     return parsed
 
 
-def _rewind(path: Path, last: tuple[str, int]) -> None:
+def _rewind(path: Path, last: tuple[str, int], phases: tuple[str, ...]) -> None:
     """Drops the rows after a phase and step; a kill in the middle leaves the old file or the new one."""
-    end = (PHASES.index(last[0]), last[1])
-    kept = [line for line, row in _parsed_lines(path) if (PHASES.index(row["phase"]), row["step"]) <= end]
+    end = (phases.index(last[0]), last[1])
+    kept = [line for line, row in _parsed_lines(path) if (phases.index(row["phase"]), row["step"]) <= end]
     hidden = path.with_name(f".{path.name}.tmp")
     hidden.write_text("".join(kept), encoding="utf-8")
     os.replace(hidden, path)

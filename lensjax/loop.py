@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import grain
 import jax
@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lensjax import checkpoint, devices, stopping
 from lensjax import logging as run_logging
-from lensjax.config import Config, StoppingConfig
+from lensjax.config import StoppingConfig
 from lensjax.logging import RunLogger
 from lensjax.metrics import MAY_BE_UNDEFINED
 
@@ -37,12 +37,32 @@ class Interrupted(SystemExit):
     """The run was asked to stop (SIGTERM or Ctrl-C), and has saved what it needs to go on."""
 
 
+class Settings(Protocol):
+    """What the loop reads of a run's configuration, such as `lensjax.Config`."""
+
+    @property
+    def example_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of one example by the name of the array, int32 all of them: what the step is given of a batch."""
+        ...
+
+    @property
+    def shard_parameters(self) -> bool: ...  # noqa: D102
+    @property
+    def logging_steps(self) -> int: ...  # noqa: D102
+    @property
+    def eval_steps(self) -> int: ...  # noqa: D102
+    @property
+    def save_steps(self) -> int: ...  # noqa: D102
+    @property
+    def stopping(self) -> StoppingConfig: ...  # noqa: D102
+
+
 @dataclass(frozen=True)
 class Phase:
     """One stretch of training."""
 
     name: str
-    """One of `logging.PHASES`."""
+    """One of the logger's phases."""
     steps: int
     batch_size: int
     step: Callable[[Any, dict[str, Array]], tuple[Any, dict[str, Array]]]
@@ -61,7 +81,7 @@ def run_phase(
     batches: grain.DatasetIterator,
     *,
     run_dir: Path,
-    config: Config,
+    config: Settings,
     mesh: Mesh,
     logger: RunLogger,
     console: Console,
@@ -75,8 +95,8 @@ def run_phase(
       state: the state at step 0; its buffers are donated.
       batches: training data at its start; moved to the checkpoint's position.
       run_dir: the run's folder.
-      config: read are the window, whether to split the state, the logging, evaluation and saving steps, and when to
-        stop.
+      config: read are the shapes of an example, whether to split the state, the logging, evaluation and saving steps,
+        and when to stop.
       mesh: the devices that share each batch; a run may go on with another number of them.
       logger: takes the metrics.
       console: shows the progress.
@@ -104,17 +124,21 @@ def run_phase(
     started = time.perf_counter() - elapsed
 
     # Compiled ahead of time: a call with other shapes would be an error, never a second compile.
-    spec = {"tokens": devices.batch_spec((phase.batch_size, config.context.window), jnp.int32, mesh)}
+    spec = {
+        name: devices.batch_spec((phase.batch_size, *shape), jnp.int32, mesh)
+        for name, shape in config.example_shapes.items()
+    }
     placed = (jax.tree.map(lambda leaf: leaf.sharding, state), None)
     compiled = jax.jit(phase.step, donate_argnums=0, out_shardings=placed).lower(state, spec).compile()
     recorder = _Recorder(phase.name, logger, folder)
     with _stop_requests() as stop, _progress(console, phase, first) as advance:
         for done in range(first + 1, phase.steps + 1):
-            batch = {"tokens": devices.share_out(next(batches)["tokens"], mesh)}
+            rows = next(batches)
+            batch = {name: devices.share_out(rows[name], mesh) for name in spec}
             with jax.transfer_guard("disallow"):
                 state, metrics = compiled(state, batch)
             advance()
-            recorder.take(done, metrics, tokens=batch["tokens"].size)
+            recorder.take(done, metrics, tokens=sum(array.size for array in batch.values()))
             is_last = done == phase.steps
             is_logged = is_last or done % config.logging_steps == 0
             if is_logged:

@@ -8,19 +8,25 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
 from lensjax import __version__
 from lensjax import config as config_lib
-from lensjax.config import Config
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _CONFIG, _ENVIRONMENT = "config.json", "environment.json"
 
 
-def create_run(output_dir: str | Path, config: Config) -> Path:
+class RunConfig(Protocol):
+    """A frozen dataclass of settings, such as `lensjax.Config`."""
+
+    @property
+    def seed(self) -> int: ...  # noqa: D102
+
+
+def create_run(output_dir: str | Path, config: RunConfig) -> Path:
     """Makes the folder of a new run, with `config.json` and `environment.json`.
 
     Raises:
@@ -37,7 +43,7 @@ def create_run(output_dir: str | Path, config: Config) -> Path:
     return folder
 
 
-def open_run(output_dir: str | Path, config: Config) -> Path:
+def open_run(output_dir: str | Path, config: RunConfig) -> Path:
     """Opens the folder of a run to resume it with the configuration that it was started with.
 
     The folder itself may have moved: `output_dir` is not compared.
@@ -47,7 +53,7 @@ def open_run(output_dir: str | Path, config: Config) -> Path:
       ValueError: the configurations differ; names each key, with both values.
     """
     folder = Path(output_dir)
-    stored, given = _flat(config_lib.load(config_file(folder))), _flat(config)
+    stored, given = _flat(config_lib.load_as(config_file(folder), type(config))), _flat(config)
     differences = [
         f"{key} is {stored[key]!r} in the run and {given[key]!r} now"
         for key in given
@@ -73,7 +79,7 @@ def config_file(run_dir: str | Path) -> Path:
     return path
 
 
-def environment(config: Config) -> dict[str, Any]:
+def environment(config: RunConfig) -> dict[str, Any]:
     """Describes what a run depends on beside its configuration; all of it is JSON."""
     return {
         "command": sys.argv,

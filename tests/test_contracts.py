@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lensjax import advantages, losses, nll, preferences, rollouts, schedules, stability
+from lensjax import advantages, hyperlora, losses, nll, preferences, rollouts, schedules, stability
 from lensjax import context as contexts
 from lensjax import tree as trees
 from lensjax.context import WorkingContext
@@ -376,7 +376,32 @@ SCHEDULES = [
     ),
 ]
 
-SMALL, LARGE = LOSSES + ADVANTAGES + STABILITY + SCHEDULES, PREFERENCES + CUTS + TREES + NLL
+
+def delta(rng: np.random.Generator) -> hyperlora.Delta:
+    return hyperlora.Delta(*(rng.uniform(-1, 1, shape).astype(np.float32) for shape in ((5, 2), (2, 5))))
+
+
+def deltas(rng: np.random.Generator) -> hyperlora.Deltas:
+    return {"x": delta(rng), "y": delta(rng)}
+
+
+HYPERLORA = [
+    Case("mix", hyperlora.mix, (uniform(3, 5), delta), "f"),
+    Case("mean_context", hyperlora.mean_context, (uniform(VARIANTS, DIM), mask(VARIANTS)), "f"),
+    Case("leave_one_out_contexts", hyperlora.leave_one_out_contexts, (uniform(VARIANTS, DIM), mask(VARIANTS)), "fb"),
+    Case("leave_one_out_loss", hyperlora.leave_one_out_loss, (uniform(VARIANTS), mask(VARIANTS)), "f"),
+    Case("equivariance_loss", hyperlora.equivariance_loss, (deltas, deltas), "f"),
+    Case(
+        "output_equivariance_loss",
+        hyperlora.output_equivariance_loss,
+        (uniform(VARIANTS, 7), uniform(VARIANTS, 7), mask(VARIANTS)),
+        "f",
+    ),
+    Case("clamp", hyperlora.clamp, (delta, POSITIVE), "ff"),
+    Case("difference_norm", hyperlora.difference_norm, (deltas, deltas), "f"),
+]
+
+SMALL, LARGE = LOSSES + ADVANTAGES + STABILITY + SCHEDULES + HYPERLORA, PREFERENCES + CUTS + TREES + NLL
 TABLE = SMALL + LARGE
 every_case = pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)
 small_cases_fast = pytest.mark.parametrize(

@@ -171,7 +171,9 @@ def test_resumed_file_equals_the_uninterrupted_one(tmp_path):
     with (cut / "metrics.jsonl").open("a") as file:
         file.write('{"phase": "lens", "step": 7, "lo')  # a kill in the middle of a write
     write(cut, "lens", range(4, 9), resume=("lens", 3))
-    assert lines(cut) == lines(whole) and len(lines(cut)) == 12
+    for run in (whole, cut):
+        write(run, "online", range(1, 3), resume=("lens", 8))
+    assert lines(cut) == lines(whole) and len(lines(cut)) == 14
     for phase in PHASES:
         assert board(cut, phase) == board(whole, phase) == expected_board(whole, phase)
 
@@ -226,7 +228,7 @@ def test_a_rewind_cut_short_leaves_the_old_rows(tmp_path, monkeypatch):
 
 def test_bad_metrics_are_refused(tmp_path):
     with RunLogger(tmp_path) as logger:
-        with pytest.raises(ValueError, match="phase must be one of pretrain, lens, got 'train'"):
+        with pytest.raises(ValueError, match="phase must be one of pretrain, lens, online, got 'train'"):
             logger.log("train", 1, {})
         with pytest.raises(ValueError, match=r"metric mc/lod_loss must be a scalar, got shape \(3,\)"):
             logger.log("lens", 1, {"mc/lod_loss": jnp.ones(3)})
@@ -236,7 +238,7 @@ def test_bad_metrics_are_refused(tmp_path):
 
 
 def test_bad_starts_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="phase must be one of pretrain, lens, got 'x'"):
+    with pytest.raises(ValueError, match="phase must be one of pretrain, lens, online, got 'x'"):
         RunLogger(tmp_path, resume=("x", 1))
     write(tmp_path, "lens", range(1, 3))
     with pytest.raises(ValueError, match="holds the metrics of another run"):
@@ -246,3 +248,17 @@ def test_bad_starts_are_refused(tmp_path):
         RunLogger(tmp_path, resume=("lens", 3))
     with pytest.raises(ValueError, match="line 2 is not JSON"):
         read_rows(tmp_path)
+
+
+def test_a_run_of_another_kind_has_phases_of_its_own(tmp_path):
+    with RunLogger(tmp_path, phases=("meta",)) as logger:
+        logger.log("meta", 1, {"loss": 1.0})
+        logger.log("meta", 2, {"loss": 0.5})
+        with pytest.raises(ValueError, match="phase must be one of meta, got 'lens'"):
+            logger.log("lens", 1, {"loss": 1.0})
+    with RunLogger(tmp_path, phases=("meta",), resume=("meta", 1)) as logger:
+        logger.log("meta", 2, {"loss": 0.25})
+    assert [(row["phase"], row["step"], row["loss"]) for row in read_rows(tmp_path)] == [
+        ("meta", 1, 1.0),
+        ("meta", 2, 0.25),
+    ]

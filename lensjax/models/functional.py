@@ -15,9 +15,11 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from lensjax.config import BaseConfig, Config, GistConfig, LensConfig
+from lensjax.hyperlora import Deltas, HyperLoRAConfig
 from lensjax.models.base_lm import BaseLM
 from lensjax.models.cache import KVCache
 from lensjax.models.gistnet import GistNet
+from lensjax.models.hypernet import HyperNet
 from lensjax.models.lensnet import LensNet
 from lensjax.models.value import ValueNet
 
@@ -321,6 +323,36 @@ class ValueModel(_Functional[ValueNet]):
           ValueError: a shape does not fit.
         """
         return self._bind(params)(_checked("features", features, self.features))
+
+
+@dataclass(frozen=True)
+class HyperLoRAModel(_Functional[HyperNet]):
+    """The hypernetwork as pure functions."""
+
+    config: HyperLoRAConfig
+    dim: int
+    """Width of a context [D]."""
+    targets: tuple[tuple[str, int, int], ...]
+    """Name, inputs and outputs of each matrix that gets a delta."""
+
+    def _build(self, rngs: nnx.Rngs) -> HyperNet:
+        sizes = {name: (width, out) for name, width, out in self.targets}
+        return HyperNet(self.config, self.dim, sizes, rngs=rngs)
+
+    def apply(self, params: Params, context: ArrayLike) -> Deltas:
+        """The deltas for one task.
+
+        Args:
+          params: from `init`.
+          context: float32[D], of `hyperlora.mean_context` or one row of `hyperlora.leave_one_out_contexts`.
+
+        Returns:
+          A delta for each target.
+
+        Raises:
+          ValueError: a shape does not fit.
+        """
+        return self._bind(params)(_checked("context", context, self.dim))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,293 @@
+"""Meta-training of grid model and hypernetwork: the loss of a batch of tasks, one step, and what deltas are worth.
+
+    L = L_task + loo_weight L_loo + equivariance_weight L_equiv
+
+Letters beside those of the grid model: B tasks, N examples of a task, Q queries.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.typing import ArrayLike
+
+from experiments.rlan import grids
+from experiments.rlan.config import RlanConfig
+from experiments.rlan.grids import PADDING
+from experiments.rlan.model import GridModel, best_step, zeroed
+from lensjax import hyperlora, optimizer, schedules
+from lensjax.hyperlora import Deltas
+from lensjax.metrics import Metrics, masked_mean
+from lensjax.models import HyperLoRAModel, Params
+
+Batch = dict[str, Array]
+"""`support` int32[B, N, 2, S, S] and `query` int32[B, Q, 2, S, S]; an example of padding alone counts for nothing."""
+
+
+@dataclass(frozen=True)
+class RlanModels:
+    """The two models of a run. Hashable: pass it as a static argument of `jax.jit`."""
+
+    grid: GridModel
+    hyper: HyperLoRAModel
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class MetaState:
+    """Everything that moves during training."""
+
+    step: Array
+    """int32[]: updates done."""
+    params: dict[str, Params]
+    """Parameters of `grid` and `hyper`."""
+    opt_state: Any
+
+
+def build_models(config: RlanConfig) -> RlanModels:
+    """Builds the models of a configuration; call it once, outside `jax.jit`."""
+    grid = GridModel(config.grid, config.rules.size)
+    return RlanModels(grid, HyperLoRAModel(config.hyperlora, config.grid.dim, grid.targets))
+
+
+def init_state(key: Array, *, config: RlanConfig, models: RlanModels) -> MetaState:
+    """A state with fresh parameters. `key` is consumed."""
+    grid_key, hyper_key = jax.random.split(key)
+    params = {"grid": models.grid.init(grid_key), "hyper": models.hyper.init(hyper_key)}
+    return MetaState(jnp.zeros((), jnp.int32), params, optimizer.init(config.optimizer, params))
+
+
+def is_example(pairs: ArrayLike) -> Array:
+    """Which of int32[N, 2, S, S] are examples, not padding; bool[N]."""
+    return jnp.any(jnp.asarray(pairs)[:, 0] != PADDING, axis=(1, 2))
+
+
+def task_deltas(models: RlanModels, params: dict[str, Params], support: ArrayLike) -> Deltas:
+    """The deltas for a task, from all of its examples int32[N, 2, S, S]."""
+    features = jax.vmap(lambda pair: models.grid.encode(params["grid"], pair))(jnp.asarray(support))
+    return models.hyper.apply(params["hyper"], hyperlora.mean_context(features, is_example(support)))
+
+
+def leave_one_out_deltas(
+    models: RlanModels, params: dict[str, Params], support: ArrayLike
+) -> tuple[Deltas, Deltas, Array]:
+    """The deltas for a task, those for each of its examples from the others, and which of these can be solved so.
+
+    Args:
+      models: static.
+      params: of `grid` and `hyper`.
+      support: int32[N, 2, S, S], each encoded once.
+
+    Returns:
+      Deltas; N deltas; bool[N].
+    """
+    features = jax.vmap(lambda pair: models.grid.encode(params["grid"], pair))(jnp.asarray(support))
+    valid = is_example(support)
+    contexts, held_out = hyperlora.leave_one_out_contexts(features, valid)
+    contexts = jnp.concatenate([hyperlora.mean_context(features, valid)[None], contexts])
+    deltas = jax.vmap(lambda context: models.hyper.apply(params["hyper"], context))(contexts)
+    return jax.tree.map(lambda leaf: leaf[0], deltas), jax.tree.map(lambda leaf: leaf[1:], deltas), held_out
+
+
+def answers(models: RlanModels, params: dict[str, Params], deltas: Deltas, grid: ArrayLike) -> Array:
+    """Logits of the solver's last step for an input int32[S, S]; float32[S, S, 10]."""
+    hidden = models.grid.solve(params["grid"], deltas, grid)
+    return models.grid.logits(params["grid"], deltas, hidden[-1])
+
+
+def grid_loss(logits: ArrayLike, answer: ArrayLike) -> tuple[Array, Array, Array]:
+    """Cross-entropy of an answer, the share of cells that are right, and whether all are.
+
+    Args:
+      logits: float32[S, S, 10].
+      answer: int32[S, S]; its padding does not count.
+
+    Returns:
+      Three float32[].
+    """
+    answer, logits = jnp.asarray(answer), jnp.asarray(logits)
+    content = answer != PADDING
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(content, answer, 0))
+    right = jnp.argmax(logits, axis=-1) == answer
+    return (
+        masked_mean(losses, content),
+        masked_mean(right.astype(jnp.float32), content),
+        jnp.all(right | ~content).astype(jnp.float32),
+    )
+
+
+def copy_scores(pair: ArrayLike) -> tuple[Array, Array]:
+    """What copying the input scores: the share of cells that are right, and whether the answer is; two float32[]."""
+    source, answer = jnp.asarray(pair)
+    content = answer != PADDING
+    pixel = masked_mean((source == answer).astype(jnp.float32), content)
+    return pixel, jnp.all(source == answer).astype(jnp.float32)
+
+
+def meta_loss(
+    params: dict[str, Params], batch: Batch, step: Array, *, config: RlanConfig, models: RlanModels
+) -> tuple[Array, Metrics]:
+    """The loss of a batch of tasks at a step, and its parts. A term of weight 0 costs nothing."""
+    weights = config.hyperlora
+
+    def one(support: Array, query: Array) -> Metrics:
+        deltas, others, held_out = leave_one_out_deltas(models, params, support)
+        inputs, targets, queries = query[:, 0], query[:, 1], query.shape[0]
+        used = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (queries, *leaf.shape)), deltas)
+        if weights.loo_weight > 0:
+            used = jax.tree.map(lambda ours, theirs: jnp.concatenate([ours, theirs]), used, others)
+            inputs, targets = (jnp.concatenate([a, b]) for a, b in ((inputs, support[:, 0]), (targets, support[:, 1])))
+        logits = jax.vmap(lambda delta, grid: answers(models, params, delta, grid))(used, inputs)
+        losses, pixels, exacts = jax.vmap(grid_loss)(logits, targets)
+        asked = is_example(query)
+        report = {
+            "task_loss": masked_mean(losses[:queries], asked),
+            "accuracy": masked_mean(pixels[:queries], asked),
+            "exact": masked_mean(exacts[:queries], asked),
+        }
+        if weights.loo_weight > 0:
+            report["loo_loss"] = hyperlora.leave_one_out_loss(losses[queries:], held_out)
+            report["loo_accuracy"] = masked_mean(pixels[queries:], held_out)
+            report["loo_skipped_ratio"] = 1.0 - jnp.any(held_out).astype(jnp.float32)
+        if weights.equivariance_weight > 0:
+            report |= _equivariance(deltas, support)
+        return report
+
+    def _equivariance(deltas: Deltas, support: Array) -> Metrics:
+        seen = jnp.stack([_turned_task(support, index) for index in range(1, 1 + config.equivariance_views)])
+        turned = jax.vmap(lambda task: task_deltas(models, params, task))(seen)
+        losses = jax.vmap(lambda other: hyperlora.equivariance_loss(deltas, other))(turned)
+        norms = jax.vmap(lambda other: hyperlora.difference_norm(deltas, other))(jax.lax.stop_gradient(turned))
+        return {"equivariance_loss": jnp.mean(losses), "equiv_delta_norm": jnp.mean(norms)}
+
+    report = {name: jnp.mean(values) for name, values in jax.vmap(one)(batch["support"], batch["query"]).items()}
+    loss = report["task_loss"]
+    if weights.loo_weight > 0:
+        loss = loss + jnp.where(step >= weights.loo_start, weights.loo_weight, 0.0) * report["loo_loss"]
+    if weights.equivariance_weight > 0:
+        staged = jnp.where(step >= weights.equivariance_start, weights.equivariance_weight, 0.0)
+        loss = loss + staged * report["equivariance_loss"]
+    return loss, report
+
+
+def meta_step(state: MetaState, batch: Batch, *, config: RlanConfig, models: RlanModels) -> tuple[MetaState, Metrics]:
+    """One update on one batch; pure. The hypernetwork has a learning rate of its own."""
+    (loss, report), grads = jax.value_and_grad(meta_loss, has_aux=True)(
+        state.params, batch, state.step, config=config, models=models
+    )
+    rate = schedules.learning_rate(
+        state.step,
+        config.learning_rate,
+        schedule=config.optimizer.schedule,
+        warmup_steps=config.optimizer.warmup_steps,
+        steps=config.steps,
+    )
+    params: dict[str, Params] = {}
+    opt_state: dict[str, Any] = {}
+    for name, multiplier in (("grid", 1.0), ("hyper", config.hyperlora.learning_rate_multiplier)):
+        new_params, new_state = optimizer.update(
+            config.optimizer,
+            {name: grads[name]},
+            {name: state.opt_state[name]},
+            {name: state.params[name]},
+            learning_rate=rate * multiplier,
+            weight_decay=config.weight_decay,
+        )
+        params, opt_state = params | new_params, opt_state | new_state
+    report = report | {"loss": loss, "grad_norm": optax.tree.norm(grads), "lr": rate}
+    return MetaState(state.step + 1, params, opt_state), report
+
+
+def eval_step(params: dict[str, Params], batch: Batch, *, models: RlanModels) -> Metrics:
+    """Held-out metrics of a batch, with three controls: no deltas, those of the next task, and the copied input."""
+    support, query = batch["support"], batch["query"]
+    deltas, others, held_out = jax.vmap(lambda task: leave_one_out_deltas(models, params, task))(support)
+    asked = jax.vmap(is_example)(query)
+    foreign = jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=0), deltas)
+
+    def scores(used: Deltas) -> tuple[Array, ...]:
+        def one(delta: Deltas, pairs: Array) -> tuple[Array, ...]:
+            return jax.vmap(lambda pair: grid_loss(answers(models, params, delta, pair[0]), pair[1]))(pairs)
+
+        return tuple(masked_mean(values, asked) for values in jax.vmap(one)(used, query))
+
+    def left_out(delta: Deltas, pair: Array) -> tuple[Array, ...]:
+        return grid_loss(answers(models, params, delta, pair[0]), pair[1])
+
+    report: Metrics = {}
+    for name, used in (("", deltas), ("_zeroed", zeroed(deltas)), ("_foreign", foreign)):
+        report |= dict(zip((f"nll{name}", f"pixel{name}", f"exact{name}"), scores(used), strict=True))
+    copied = jax.vmap(jax.vmap(copy_scores))
+    report |= {f"{name}_copy": masked_mean(x, asked) for name, x in zip(("pixel", "exact"), copied(query), strict=True)}
+    loo = jax.vmap(jax.vmap(left_out))(others, support)[1]
+    report |= {
+        "loo_accuracy": masked_mean(loo, held_out),
+        "loo_accuracy_copy": masked_mean(copied(support)[0], held_out),
+        "loo_skipped_ratio": 1.0 - jnp.mean(jnp.any(held_out, axis=1), dtype=jnp.float32),
+        "lora_diversity": hyperlora.diversity(deltas),
+    }
+    report["loo_lift"] = report["loo_accuracy"] - report["loo_accuracy_copy"]
+    return report | hyperlora.magnitudes(deltas)
+
+
+def view_predictions(
+    models: RlanModels,
+    params: dict[str, Params],
+    support: Array,
+    grid: Array,
+    size: Array,
+    permutations: Array,
+    *,
+    take_best_step: bool = False,
+) -> Array:
+    """Answers to all views of a task, mapped back.
+
+    Args:
+      models: static.
+      params: of `grid` and `hyper`.
+      support: int32[N, 2, S, S].
+      grid: int32[S, S], the input to answer.
+      size: int32[2], rows and columns of the answer, of `grids.output_size`.
+      permutations: int32[k, 11], of `grids.colour_permutations`.
+      take_best_step: answer with the surest step of the solver, not its last.
+
+    Returns:
+      int32[8 k, S, S], views of one dihedral element in a row; padding outside of the answer.
+    """
+    pairs = jnp.concatenate([support.reshape(-1, *grid.shape), grid[None]])
+    seen, where = [], []
+    for index in range(grids.DIHEDRAL):
+        seen.append(_all_views(pairs, index, permutations, grids.forward))
+        turned = size[::-1] if grids.TRANSPOSES[index] else size
+        where.append(jnp.broadcast_to(grids.inside(turned, grid.shape[0]), (len(permutations), *grid.shape)))
+
+    def answer(view: Array, content: Array) -> Array:
+        deltas = task_deltas(models, params, view[:-1].reshape(support.shape))
+        logits = models.grid.logits(params["grid"], deltas, models.grid.solve(params["grid"], deltas, view[-1]))
+        chosen = best_step(logits, content) if take_best_step else -1
+        return jnp.where(content, jnp.argmax(logits[chosen], axis=-1), PADDING).astype(jnp.int32)
+
+    found = jax.vmap(answer)(jnp.concatenate(seen), jnp.concatenate(where))
+    found = found.reshape(grids.DIHEDRAL, len(permutations), *grid.shape)
+    back = [
+        jax.vmap(lambda view, row, index=index: grids.inverse(view, index, row))(found[index], permutations)
+        for index in range(grids.DIHEDRAL)
+    ]
+    return jnp.concatenate(back)
+
+
+def _turned_task(support: Array, index: int) -> Array:
+    """All grids of a task turned alike; colours stay."""
+    return _all_views(support.reshape(-1, *support.shape[2:]), index, _IDENTITY[None], grids.forward)[0].reshape(
+        support.shape
+    )
+
+
+def _all_views(pairs: Array, index: int, permutations: Array, view: Any) -> Array:
+    return jax.vmap(lambda row: jax.vmap(lambda one: view(one, index, row))(pairs))(permutations)
+
+
+_IDENTITY = grids.colour_permutations(0, 1)[0]

@@ -1,0 +1,249 @@
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.rlan import grids, meta, model, rules
+from experiments.rlan.config import RlanConfig
+from experiments.rlan.grids import PADDING
+from experiments.rlan.model import GridConfig, GridModel
+from experiments.rlan.rules import RulesConfig
+from lensjax import hyperlora
+from lensjax.config import OptimizerConfig
+from lensjax.hyperlora import Delta, HyperLoRAConfig
+from lensjax.models import HyperLoRAModel
+from tests.small import jit
+
+CONFIG = RlanConfig(
+    steps=4,
+    batch_size=2,
+    grid=GridConfig(dim=8, steps=2),
+    rules=RulesConfig(size=4),
+    # Deltas that matter from the start.
+    hyperlora=HyperLoRAConfig(rank=2, init_scale=4.0, max_norm=None, loo_weight=0.5, equivariance_weight=0.25),
+    optimizer=OptimizerConfig(warmup_steps=1),
+    equivariance_views=2,
+)
+MODELS = meta.build_models(CONFIG)
+STATE = meta.init_state(jax.random.key(0), config=CONFIG, models=MODELS)
+
+
+def tasks(count=2, split="train", config=CONFIG.rules):
+    rows = [rules.RuleSource(config, split, 5)[i] for i in range(count)]
+    return {name: jnp.asarray(np.stack([row[name] for row in rows])) for name in ("support", "query")}
+
+
+@jit
+def held_out_answers(support):
+    """Logits for each example from the others, and for the first input from all of them."""
+    deltas, others, held_out = meta.leave_one_out_deltas(MODELS, STATE.params, support)
+    answers = functools.partial(meta.answers, MODELS, STATE.params)
+    return jax.vmap(answers)(others, support[:, 0]), answers(deltas, support[0, 0]), held_out
+
+
+@functools.cache
+def loss_of(**changes):
+    config = replace(CONFIG, hyperlora=replace(CONFIG.hyperlora, **changes))
+    return jit(functools.partial(meta.meta_loss, config=config, models=MODELS))
+
+
+# Leaving one out
+
+
+def test_an_answer_that_is_held_out_does_not_leak():
+    """Whatever stands in output i, the prediction of i is the same to the bit; those of the others are not."""
+    support = tasks()["support"][0]
+    before, _, _ = held_out_answers(support)
+    for i in range(3):
+        after, _, _ = held_out_answers(support.at[i, 1].set((support[i, 1] + 3) % 10))
+        np.testing.assert_array_equal(after[i], before[i])
+        assert all((after[j] != before[j]).any() for j in range(3) if j != i)
+
+
+def test_padding_examples_change_nothing():
+    support = tasks()["support"][0].at[1].set(PADDING)
+    moved = support[jnp.asarray([0, 2, 1])]
+    (left_out, whole, held_out), (left_out_moved, whole_moved, _) = held_out_answers(support), held_out_answers(moved)
+    assert held_out.tolist() == [True, False, True]
+    np.testing.assert_allclose(whole, whole_moved, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(left_out[2], left_out_moved[1], rtol=1e-4, atol=1e-5)
+    # Two examples and no room for a third.
+    short = jit(lambda pairs: meta.task_deltas(MODELS, STATE.params, pairs))
+    expected, found = short(support[jnp.asarray([0, 2])]), short(support)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, expected)
+
+
+def test_the_loss_of_what_is_held_out_is_that_of_deltas_without_it():
+    support, query = tasks()["support"][0], tasks()["query"][0]
+    batch = {"support": support[None], "query": query[None]}
+    _, report = loss_of()(STATE.params, jax.tree.map(lambda x: jnp.concatenate([x, x]), batch), jnp.int32(0))
+    logits, _, _ = held_out_answers(support)
+    losses, pixels, _ = zip(*map(meta.grid_loss, logits, support[:, 1]), strict=True)
+    assert float(report["loo_loss"]) == pytest.approx(float(np.mean(losses)), rel=1e-4)
+    assert float(report["loo_accuracy"]) == pytest.approx(float(np.mean(pixels)), rel=1e-5)
+
+
+def test_padding_counts_for_nothing_in_the_loss():
+    """Of two tasks the second has one example: none can be left out, and its loss of that part is 0."""
+    batch = tasks()
+    single = batch["support"].at[1, 1:].set(PADDING)
+    _, report = loss_of()(STATE.params, {**batch, "support": single}, jnp.int32(0))
+    _, alone = loss_of()(STATE.params, jax.tree.map(lambda x: jnp.stack([x[0], x[0]]), batch), jnp.int32(0))
+    assert float(report["loo_skipped_ratio"]) == 0.5
+    assert float(report["loo_loss"]) == pytest.approx(float(alone["loo_loss"]) / 2, rel=1e-5)
+    assert float(alone["loo_skipped_ratio"]) == 0
+
+
+# Losses
+
+
+def test_the_score_of_an_answer_by_hand():
+    answer = rules.padded(np.asarray([[1, 2]]), 2)
+    logits = np.full((2, 2, 10), -np.inf, np.float32)
+    logits[0, 0, 1] = logits[0, 1, 1] = logits[0, 1, 2] = 0  # sure and right; one of two, the first of which is wrong
+    logits[1, :, 0] = 0
+    loss, pixel, exact = meta.grid_loss(jnp.maximum(logits, -1e9), answer)
+    assert [float(loss), float(pixel), float(exact)] == pytest.approx([np.log(2) / 2, 0.5, 0])
+    right = meta.grid_loss(100 * jax.nn.one_hot(answer, 10), answer)
+    assert [float(x) for x in right] == pytest.approx([0, 1, 1], abs=1e-6)
+    pairs = np.stack([rules.padded(np.asarray([[1, 3]]), 2), answer])
+    assert [float(x) for x in meta.copy_scores(pairs)] == [0.5, 0]
+    # Right colours in another shape are no right answer.
+    assert [float(x) for x in meta.copy_scores(np.stack([rules.padded(np.asarray([[1, 2], [1, 2]]), 2), answer]))] == [
+        1,
+        0,
+    ]
+
+
+def test_the_loss_is_the_weighted_sum_and_terms_start_at_their_step():
+    batch, step = tasks(), jnp.int32(3)
+    loss, report = loss_of()(STATE.params, batch, step)
+    parts = {name: float(report[name]) for name in ("task_loss", "loo_loss", "equivariance_loss")}
+    assert all(value > 0 for value in parts.values())
+    expected = parts["task_loss"] + 0.5 * parts["loo_loss"] + 0.25 * parts["equivariance_loss"]
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    staged = loss_of(loo_start=4, equivariance_start=3)
+    late = staged(STATE.params, batch, jnp.int32(4))[0]
+    assert float(staged(STATE.params, batch, step)[0]) == pytest.approx(
+        parts["task_loss"] + 0.25 * parts["equivariance_loss"], rel=1e-5
+    )
+    assert float(late) == pytest.approx(expected, rel=1e-5)
+    alone, plain = loss_of(loo_weight=0.0, equivariance_weight=0.0)(STATE.params, batch, step)
+    assert float(alone) == pytest.approx(parts["task_loss"], rel=1e-5) and "loo_loss" not in plain
+
+
+class Reader(GridModel):
+    """Reads from an example how far the cells have moved; turns and mirrors change that and nothing else."""
+
+    def encode(self, params, pair):
+        ways = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
+        same = [jnp.mean(jnp.roll(pair[0], way, axis=(0, 1)) == pair[1], dtype=jnp.float32) for way in ways]
+        return jax.nn.one_hot(jnp.argmax(jnp.stack(same)), self.config.dim)
+
+
+@pytest.mark.parametrize(("family", "keeps"), [("double", True), ("shift", False)])
+def test_the_equivariance_loss_tells_rules_that_break_the_symmetry_from_those_that_keep_it(family, keeps):
+    """Shifts by one cell turn with the grids. A shift upside down is another one, a mirrored colour map is not."""
+    grid = Reader(GridConfig(dim=9, steps=1), 5)
+    models = meta.RlanModels(grid, HyperLoRAModel(CONFIG.hyperlora, 9, grid.targets))
+    config = replace(CONFIG, rules=RulesConfig(families=(family,)))
+    params = meta.init_state(jax.random.key(0), config=config, models=models).params
+    _, report = jit(functools.partial(meta.meta_loss, config=config, models=models))(
+        params, tasks(config=config.rules), jnp.int32(0)
+    )
+    found = [float(report[name]) for name in ("equivariance_loss", "equiv_delta_norm")]
+    assert found == pytest.approx([0, 0], abs=1e-2) if keeps else min(found) > 0.3
+
+
+def test_one_step_moves_everything_and_the_hypernetwork_at_a_rate_of_its_own():
+    """Adam's first step moves every weight by the learning rate."""
+    config = replace(CONFIG, hyperlora=replace(CONFIG.hyperlora, learning_rate_multiplier=10.0))
+    after, report = jit(functools.partial(meta.meta_step, config=config, models=MODELS))(STATE, tasks())
+    moved = jax.tree.map(lambda new, old: float(jnp.abs(new - old).max()), after.params, STATE.params)
+    assert max(jax.tree.leaves(moved["grid"])) == pytest.approx(float(report["lr"]), rel=0.01)
+    assert max(jax.tree.leaves(moved["hyper"])) == pytest.approx(10 * float(report["lr"]), rel=0.01)
+    assert min(jax.tree.leaves(moved)) > 0 and int(after.step) == 1
+
+
+# The solver
+
+
+def test_the_convolution_is_one():
+    random = np.random.default_rng(0)
+    cells, kernel = random.normal(size=(5, 5, 3)), random.normal(size=(27, 2))
+    cells, kernel = jnp.asarray(cells, jnp.float32), jnp.asarray(kernel, jnp.float32)
+    expected = jax.lax.conv_general_dilated(
+        cells[None], kernel.reshape(3, 3, 3, 2), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )[0]
+    np.testing.assert_allclose(model._conv(cells, kernel), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_each_target_changes_the_answer_and_zeroed_ones_do_not():
+    grid, params = tasks()["query"][0, 0, 0], STATE.params
+    deltas = meta.task_deltas(MODELS, params, tasks()["support"][0])
+    answer = jit(functools.partial(meta.answers, MODELS, params))
+    nothing = answer(model.zeroed(deltas), grid)
+    for name in model.TARGETS:
+        found = answer({**model.zeroed(deltas), name: deltas[name]}, grid)
+        assert float(jnp.abs(found - nothing).max()) > 1e-3
+    tiny = {name: Delta(1e-6 * delta.a, delta.b) for name, delta in deltas.items()}
+    np.testing.assert_allclose(answer(tiny, grid), nothing, rtol=1e-3, atol=1e-3)
+
+
+def test_the_surest_step_is_that_of_the_lowest_entropy_where_it_counts():
+    logits = jnp.zeros((3, 2, 2, 10)).at[1, 0, 0, 4].set(9.0).at[2, 1, 1, 4].set(99.0)
+    assert int(model.best_step(logits, jnp.asarray([[True, True], [False, False]]))) == 1
+    assert int(model.best_step(logits, jnp.ones((2, 2), bool))) == 2
+
+
+# Held-out measures
+
+
+class Copier(GridModel):
+    """Answers with the input, and with nonsense in the padding; its last step is unsure."""
+
+    def solve(self, params, deltas, grid):
+        sure = 9 * jax.nn.one_hot(grid, 11)[..., :10]
+        return jnp.stack([sure, -sure])
+
+    def logits(self, params, deltas, hidden):
+        return hidden
+
+
+def test_views_map_back_to_the_frame_of_the_task():
+    grid = Copier(CONFIG.grid, 4)
+    models = replace(MODELS, grid=grid)
+    support = tasks()["support"][0]
+    asked = rules.padded(np.asarray([[1, 2, 3], [4, 5, 0]]), 4)
+    permutations = grids.colour_permutations(1, 2)
+    views = jit(functools.partial(meta.view_predictions, models, permutations=permutations, take_best_step=True))(
+        STATE.params, support, asked, np.asarray([2, 3], np.int32)
+    )
+    assert views.shape == (16, 4, 4) and views.dtype == np.int32
+    np.testing.assert_array_equal(views, np.broadcast_to(asked, views.shape))
+    last = jit(functools.partial(meta.view_predictions, models, permutations=permutations))(
+        STATE.params, support, asked, np.asarray([2, 3], np.int32)
+    )
+    assert (np.asarray(last) != asked).any(axis=(1, 2)).all()
+
+
+def test_held_out_metrics_and_their_controls():
+    batch = tasks(3)
+    found = jit(functools.partial(meta.eval_step, models=MODELS))(STATE.params, batch)
+    deltas_of = jit(functools.partial(meta.task_deltas, MODELS, STATE.params))
+    score = jit(lambda used, pair: meta.grid_loss(meta.answers(MODELS, STATE.params, used, pair[0]), pair[1]))
+    deltas = [deltas_of(support) for support in batch["support"]]
+    by_hand = {"": deltas, "_zeroed": [model.zeroed(x) for x in deltas], "_foreign": [deltas[-1], *deltas[:-1]]}
+    for name, used in by_hand.items():
+        scores = [score(delta, pair) for delta, pair in zip(used, batch["query"][:, 0], strict=True)]
+        for metric, values in zip(("nll", "pixel", "exact"), zip(*scores, strict=True), strict=True):
+            assert float(found[metric + name]) == pytest.approx(float(np.mean(values)), rel=1e-4), metric + name
+    copies = batch["support"][:, :, 0] == batch["support"][:, :, 1]
+    assert float(found["loo_accuracy_copy"]) == pytest.approx(float(jnp.mean(copies, dtype=jnp.float32)))
+    assert float(found["loo_lift"]) == pytest.approx(float(found["loo_accuracy"] - found["loo_accuracy_copy"]))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *deltas)
+    assert float(found["lora_diversity"]) == pytest.approx(float(hyperlora.diversity(stacked)), rel=1e-4)
+    assert {f"lora_magnitude_{name}" for name in model.TARGETS} <= found.keys()
