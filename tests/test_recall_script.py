@@ -5,9 +5,7 @@ import pytest
 
 from experiments import recall
 from lensjax import config as configs
-from lensjax import run_folder
-from lensjax.logging import read_rows
-from tests.runs import TINY, Killed, cheap_programs, contents, hook_run, outcome, request_stop, run_script
+from tests.runs import TINY, Killed, cheap_programs, contents, hook_run, outcome, request_stop
 
 PRESET = """
 from lensjax.config import replace
@@ -163,22 +161,3 @@ def test_help(capsys):
     with pytest.raises(SystemExit) as end:
         recall.main(["--help"])
     assert end.value.code == 0 and "--seeds" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_the_command_as_a_whole(preset, tmp_path, tmp_path_factory):
-    folder, cache = tmp_path / "run", tmp_path_factory.getbasetemp() / "compiled"
-    words = ["--output-dir", folder, "--preset", preset, "--seeds", "0"]
-    done = run_script(*words, script="recall", cache=cache, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
-    assert done.returncode == 0, done.stderr
-    assert [row["step"] for row in read_rows(folder / "both-0") if "loss" in row] == [1, 2, 3, 4]
-    summary = summary_of(folder)
-    for arm in ARMS:
-        assert len(summary[arm]["hit_rate"]) == 1 and 0 <= summary[arm]["hit_rate"][0] <= 1
-        assert 0 < summary[arm]["hit_rate_random"][0] < 1
-        assert (folder / f"{arm}-0" / "maps.png").is_file()
-        assert run_folder.config_file(folder / f"{arm}-0").is_file()
-    # The rollouts are the same, and so is the base model: only what is learnt from them differs.
-    for column in ("nll_recency", "nll_random", "nll_oracle"):
-        assert summary["both"][column] == summary["worse_only"][column]
-    assert "hit_rate" in done.stdout
