@@ -556,15 +556,16 @@ SIGNALS = [("in save", "pretrain", 4, signal.SIGKILL), ("step", "lens", 3, signa
 @pytest.mark.slow
 def test_a_run_that_gets_signals_ends_as_if_nothing_had_happened(cache, tmp_path):
     """Real programs, in processes that a signal ends."""
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     config = tiny_config(tmp_path / "whole")
     (tmp_path / "config.json").write_text(configs.to_json(config))
-    whole = run_script(tmp_path / "config.json", cache=cache)
+    whole = run_script(tmp_path / "config.json", cache=cache, **quick)
     assert whole.returncode == 0, whole.stderr
     folder = tmp_path / "run"
     words: list[str | Path] = [tmp_path / "config.json", "--output-dir", folder]
     for place, phase, step, number in SIGNALS:
         interrupt = (place, phase, step, int(number))
-        done = run_script(*words, cache=cache, interrupt=interrupt)
+        done = run_script(*words, cache=cache, interrupt=interrupt, **quick)
         if number == signal.SIGTERM:
             assert done.returncode == 143, done.stderr
             assert f"stopped at {phase} step {step}; go on with --resume {folder}\n" in done.stdout
@@ -572,6 +573,6 @@ def test_a_run_that_gets_signals_ends_as_if_nothing_had_happened(cache, tmp_path
         else:
             assert done.returncode == -signal.SIGKILL, done.stderr
         words = ["--resume", folder]
-    done = run_script(*words, cache=cache)
+    done = run_script(*words, cache=cache, **quick)
     assert done.returncode == 0, done.stderr
     assert outcome(folder) == outcome(tmp_path / "whole")
