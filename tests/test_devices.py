@@ -92,6 +92,7 @@ def train(tmp_path_factory):
             file.write_text(configs.to_json(configs.replace(EIGHT, output_dir=str(folder), **changes)))
             words = (file,)
         flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count // processes}"}
+        flags |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
         if processes > 1:
             flags |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": str(processes)}
 
