@@ -167,6 +167,10 @@ def _report(arguments: Arguments, rows: list[dict[str, Any]], losses: dict[str, 
         others = {column: np.asarray([row[column] for row in mine]) for column in COLUMNS}
         return Measured(setting, np.stack(losses[name]), others, np.zeros(seeds, bool))
 
+    command = (
+        f"python experiments/online.py --base-run {arguments.base_run} --output-dir {folder} --steps {arguments.steps} "
+        f"--seeds {' '.join(map(str, arguments.seeds))} --arms {' '.join(arguments.arms)}"
+    )
     reports = []
     # The second and third say whether own edits beat more preferences, and other advantages those of GAE.
     for default in (name for name in (START, ON, GAE) if name in losses):
@@ -175,7 +179,6 @@ def _report(arguments: Arguments, rows: list[dict[str, Any]], losses: dict[str, 
             resamples=RESAMPLES,
             seed=runs.EVALUATION_SEED,
         )
-        command = f"python experiments/online.py --base-run {arguments.base_run} --output-dir {folder}"
         title = f"recall, differences to: {default}"
         settings = {"arm": default}
         reports.append(effects.markdown(found, default=settings, title=title, columns=COLUMNS, command=command))

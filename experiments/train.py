@@ -126,7 +126,7 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
             params, seconds = _pretrain(config, models, inputs, pretrain_report, surroundings)
             summary |= pretrain_report(params, inputs.test)
         if config.steps or config.online.steps:
-            report = evaluator(config, models)
+            report = _evaluator(config, models)
             state = train.init_train_state(stream(config, LENS_STREAM), config=config, models=models, params=params)
             for steps, train_by in ((config.steps, _by_preferences), (config.online.steps, _by_episodes)):
                 if steps:
@@ -255,7 +255,7 @@ def _by_episodes(
     return with_lens(found), seconds
 
 
-def evaluator(config: Config, models: Models) -> Callable[[train.TrainState, Batches], dict[str, float]]:
+def _evaluator(config: Config, models: Models) -> Callable[[train.TrainState, Batches], dict[str, float]]:
     """Held-out metrics of a state, always on the same rollouts of a batch; compiled once for all splits."""
     step = jax.jit(functools.partial(evaluation.eval_step, config=config, models=models))
     keys = [jax.random.fold_in(jax.random.key(EVALUATION_SEED), i) for i in range(config.eval_batches)]

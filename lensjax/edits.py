@@ -170,7 +170,7 @@ def _legal(state: FocusState, geometry: CutGeometry) -> tuple[Array, Array]:
 def _expansion_logits(collapsed: Array, legal: tuple[Array, Array], logits: Array, geometry: CutGeometry) -> Array:
     """float32[N + 1]: of expanding each node, with all that may be collapsed for it, and of keeping the context."""
     up = legal[0] & nodes.shown(collapsed, geometry)
-    down = legal[1] & nodes.collapsible(collapsed, legal[1], geometry)
+    down = nodes.collapsible(collapsed, legal[1], geometry)
     # Once a node is expanded, its parent is no longer a block of whole children.
     parent = nodes.table(geometry).parent
     partners = jnp.sum(down, dtype=jnp.int32) - jnp.append(down, False)[parent].astype(jnp.int32)

@@ -329,7 +329,7 @@ class OptimizerConfig:
     b2: float = 0.99
     clip_norm: float = 1.0
     grokfast: float = 0.0
-    """What the slow part of the gradients is amplified by (lambda of Grokfast), such as 2; 0 leaves it out."""
+    """What the slow part of the gradients is amplified by (lambda of Grokfast); 0 leaves it out."""
     grokfast_decay: float = 0.98
     """Decay of the moving average that is the slow part (alpha of Grokfast)."""
 
