@@ -46,7 +46,14 @@ PRETRAIN_STREAM, LENS_STREAM, ONLINE_STREAM, EVALUATION_SEED = 0, 1, 2, 2026
 MAPPED_SEQUENCES = 4
 ONLINE_SEED = 2**32
 """Above all seeds of the other phases' data."""
-HEADLINE = ("nll_policy", "nll_baseline", "nll_rollout_mean", "mc/preference_agreement", "hit_rate")
+HEADLINE = (
+    "nll_policy",
+    "nll_policy_adapted",
+    "nll_baseline",
+    "nll_rollout_mean",
+    "mc/preference_agreement",
+    "hit_rate",
+)
 """Held-out metrics to show while LensNet is trained."""
 
 
@@ -298,7 +305,9 @@ def load_start(config: Config, models: Models) -> dict[str, Params] | None:
     return load_params(folder, models, ("base", "gist") if key == "base_run" else ("base", "gist", "lens"))
 
 
-def load_params(folder: Path, models: Models, parts: Sequence[Literal["base", "gist", "lens"]]) -> dict[str, Params]:
+def load_params(
+    folder: Path, models: Models, parts: Sequence[Literal["base", "gist", "lens", "hyper"]]
+) -> dict[str, Params]:
     """Parameters that a run has come to: of its newest checkpoint, or with patience of its best.
 
     Raises:

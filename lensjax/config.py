@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from lensjax.sections import (
+    AdaptationConfig,
     BaseConfig,
     ContextConfig,
     DataConfig,
@@ -27,6 +28,7 @@ from lensjax.sections import (
 )
 
 __all__ = [
+    "AdaptationConfig",
     "BaseConfig",
     "Config",
     "ContextConfig",
@@ -60,8 +62,8 @@ class Config:
     """LensNet training steps on preferences; 0 leaves them out."""
     batch_size: int = 16
     """Sequences in a batch [B]."""
-    trainable: tuple[Literal["base", "gist", "lens"], ...] = ("lens",)
-    """What the main phase trains."""
+    trainable: tuple[Literal["base", "gist", "lens", "hyper"], ...] = ("lens",)
+    """What the main phase trains; `hyper` adapts LensNet to each document."""
     base_run: str | None = None
     """Run folder whose base model and GistNet are taken instead of pretraining."""
     init: str | None = None
@@ -86,6 +88,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     online: OnlineConfig = field(default_factory=OnlineConfig)
+    adaptation: AdaptationConfig = field(default_factory=AdaptationConfig)
 
     def __post_init__(self) -> None:
         require_choice(self, "dtype")
@@ -109,8 +112,8 @@ class Config:
         require(0 <= self.seed < 2**31, f"seed must be in [0, 2**31), got {self.seed}")
         require(bool(self.output_dir), "output_dir must name a folder, got an empty string")
         require(
-            len(self.trainable) > 0 and set(self.trainable) <= {"base", "gist", "lens"},
-            f"trainable must name one or more of base, gist, lens, got {self.trainable}",
+            len(self.trainable) > 0 and set(self.trainable) <= {"base", "gist", "lens", "hyper"},
+            f"trainable must name one or more of base, gist, lens, hyper, got {self.trainable}",
         )
         require(len(set(self.trainable)) == len(self.trainable), f"trainable names a part twice: {self.trainable}")
         require(
@@ -127,8 +130,23 @@ class Config:
             f"objective.keep must be at most the {compared} variants that are compared (lower it, or raise "
             f"context.rollouts), got {self.objective.keep}",
         )
+        self._check_adaptation()
         for name in ("context_start", "context_end"):
             self.context.geometry.length_of_fraction(getattr(self.hyper, name), name=name)
+
+    def _check_adaptation(self) -> None:
+        if "hyper" not in self.trainable:
+            return
+        rollouts, held_out = self.context.rollouts, self.adaptation.held_out
+        require(
+            rollouts >= 3 and held_out <= rollouts,
+            f"to hold out {held_out} rollouts and learn from two or more others, context.rollouts must be at least "
+            f"{max(3, held_out)}, got {rollouts}",
+        )
+        require(
+            self.objective.name == "spans",
+            f"the hypernetwork learns from spans: set objective.name to spans, got {self.objective.name}",
+        )
 
     @property
     def example_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -10,11 +10,12 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from lensjax import adaptation, focus, nll, nodes, objective
 from lensjax import context as contexts
-from lensjax import focus, nll, nodes, objective
 from lensjax.config import Config
 from lensjax.context import WorkingContext
 from lensjax.focus import FocusState
+from lensjax.hyperlora import Deltas
 from lensjax.lengths import CutGeometry
 from lensjax.metrics import Metrics
 from lensjax.models import Models, Params
@@ -63,7 +64,12 @@ def eval_step(state: TrainState, batch: Batch, key: Array, *, config: Config, mo
         shown = jax.vmap(jax.vmap(lambda variant, answer: shows_in_full(variant, answer, config), (0, None)))
         hits = shown(scored.contexts, batch["answer"])[:, 1:]
         report["hit_rate_random"] = jnp.mean(hits, dtype=jnp.float32)
-    return report | _pick_metrics(state.params, batch, keys, length, config, models)
+    report |= _pick_metrics(state.params, batch, keys, length, config, models)
+    if "hyper" in state.params:
+        deltas = jax.vmap(lambda one: adaptation.document_deltas(models, state.params, one, config=config))(scored)
+        picked = _pick_metrics(state.params, batch, keys, length, config, models, deltas)
+        report |= {f"{name}_adapted": picked[name] for name in ("nll_policy", "hit_rate") if name in picked}
+    return report
 
 
 def policy_contexts(
@@ -122,15 +128,25 @@ def _lens_key(key: Array) -> Array:
 
 
 def _pick_metrics(
-    params: dict[str, Params], batch: Batch, keys: Array, length: Array, config: Config, models: Models
+    params: dict[str, Params],
+    batch: Batch,
+    keys: Array,
+    length: Array,
+    config: Config,
+    models: Models,
+    deltas: Deltas | None = None,
 ) -> Metrics:
+    """Of the contexts that LensNet picks, as it is or adapted to each sequence by the deltas given."""
     shape, geometry, capacity = config.context, config.context.geometry, config.context_capacity
     has_answer = "answer" in batch
     answers = batch["answer"] if has_answer else jnp.zeros(batch["tokens"].shape[0], jnp.int32)
 
-    def measure(tokens: Array, answer: Array, key: Array) -> tuple[Array, Array]:
+    def measure(tokens: Array, answer: Array, key: Array, delta: Deltas | None) -> tuple[Array, Array]:
         tree = build_tree(models, params, tokens, config)
-        made = policy_contexts(models, params, tree, length, config=config, capacity=capacity, key=_lens_key(key))
+        lens = params["lens"] if delta is None else adaptation.adapted(params["lens"], delta)
+        made = policy_contexts(
+            models, {"lens": lens}, tree, length, config=config, capacity=capacity, key=_lens_key(key)
+        )
         picked = [jax.tree.map(lambda leaf: leaf[-1], made)]
         if has_answer:
             picked.append(focus.to_context(oracle_state(answer, length, geometry), geometry, capacity=capacity))
@@ -138,7 +154,7 @@ def _pick_metrics(
         losses, _ = nll.variant_losses(models.base, params["base"], tree, variants, tokens, horizon=shape.horizon)
         return losses, shows_in_full(picked[0], answer, config)
 
-    losses, hits = jax.vmap(measure)(batch["tokens"], answers, keys)
+    losses, hits = jax.vmap(measure)(batch["tokens"], answers, keys, deltas)
     report = {"nll_policy": jnp.mean(losses[:, 0])}
     if has_answer:
         report |= {"nll_oracle": jnp.mean(losses[:, 1]), "hit_rate": jnp.mean(hits, dtype=jnp.float32)}

@@ -471,3 +471,22 @@ class OnlineConfig:
         for name in ("edit_cost", "value_weight", "entropy_weight", "entropy_floor", "kl_weight"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"online.{name} must be finite and at least 0, got {value}")
+
+
+@dataclass(frozen=True)
+class AdaptationConfig:
+    """Low-rank changes of LensNet for each document (`lensjax.adaptation`); trained where `trainable` names `hyper`."""
+
+    rank: int = 4
+    init_scale: float = 0.1
+    """Frobenius norm of a fresh change."""
+    max_norm: float = 1.0
+    """Its largest norm, in norms of an identity of its size."""
+    held_out: int = 2
+    """Rollouts of a sequence that are held out in a step, one at a time."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "rank", "held_out")
+        for name in ("init_scale", "max_norm"):
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"adaptation.{name} must be finite and above 0, got {value}")

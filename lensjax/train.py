@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from lensjax import metrics, objective, optimizer, preferences, schedules, stability
+from lensjax import adaptation, hyperlora, metrics, objective, optimizer, preferences, schedules, stability
 from lensjax.config import Config, Hyperparameters
 from lensjax.metrics import Metrics
 from lensjax.models import Models, Params
@@ -28,7 +28,7 @@ class TrainState:
     step: Array
     """int32[]: updates done."""
     params: dict[str, Params]
-    """Parameters of `base`, `gist` and `lens`."""
+    """Parameters of `base`, `gist` and `lens`, and of `hyper` where it is trained."""
     opt_state: Any
     """Optimizer state of the trainable parts."""
     normaliser: EmaMoments
@@ -52,7 +52,8 @@ def init_train_state(
       key: PRNG key, consumed.
       config: the run; its `hyper` becomes arrays.
       models: the models.
-      params: parameters of any of `base`, `gist`, `lens` to start from; the others are drawn.
+      params: parameters of any of `base`, `gist`, `lens`, `hyper` to start from; the others are drawn, `hyper` only
+        where it is trained.
 
     Returns:
       `TrainState` at step 0.
@@ -63,9 +64,13 @@ def init_train_state(
     given = params or {}
     parts: dict[str, Callable[[Array], Params]]
     parts = {"base": models.base.init, "gist": models.gist.init, "lens": models.lens.init}
-    if unknown := set(given) - set(parts):
-        raise ValueError(f"params may hold base, gist and lens, got {', '.join(sorted(unknown))}")
     run_key, *part_keys = jax.random.split(key, 1 + len(parts))
+    if models.hyper is not None:
+        parts["hyper"] = models.hyper.init
+        # A key of its own: with and without a hypernetwork, a run draws the same.
+        part_keys.append(jax.random.fold_in(key, len(part_keys)))
+    if unknown := set(given) - set(parts):
+        raise ValueError(f"params may hold {', '.join(parts)}, got {', '.join(sorted(unknown))}")
     full = {
         # Copied, since a donated state takes its buffers with it.
         name: jax.tree.map(jnp.copy, given[name]) if name in given else init(part_key)
@@ -217,9 +222,9 @@ def _total_loss(
     config: Config,
     models: Models,
 ) -> _Loss:
-    """L_lens, plus the token loss where the base model or GistNet is trained.
+    """L_lens, plus the token loss where the base model or GistNet is trained, and the hypernetwork's where that is.
 
-    No gradient of L_lens reaches base or gist (its inputs are constants), none of the token loss reaches LensNet.
+    No gradient of L_lens reaches base or gist (its inputs are constants), none of the other two reaches LensNet.
     """
     hyper = state.hyper
     scores = policy_scores(models, params["lens"], scored.entries)
@@ -243,7 +248,35 @@ def _total_loss(
         gist_delta = metrics.masked_mean(rises, scored.distinct)
         loss = loss + hyper.token_loss_weight * token_loss + hyper.gist_delta_weight * gist_delta
         report = report | {"token_loss": token_loss, "gist_delta_loss": gist_delta}
+    if "hyper" in config.trainable:
+        adapted_loss, adapted_report = _adapted_loss(params, state, scored, scores, config, models)
+        loss, report = loss + adapted_loss, report | adapted_report
     return loss, (jax.lax.stop_gradient(scored), output.balance, report)
+
+
+def _adapted_loss(
+    params: dict[str, Params], state: TrainState, scored: ScoredVariants, scores: Array, config: Config, models: Models
+) -> tuple[Array, Metrics]:
+    """What LensNet, adapted by all of a document's variants but one, makes of the preferences about that one."""
+    scored = jax.lax.stop_gradient(scored)
+    left_out, deltas = jax.vmap(lambda one: adaptation.leave_one_out_scores(models, params, one, config=config))(scored)
+    loss, report = objective.held_out_loss(
+        scored,
+        left_out,
+        scores,
+        normaliser=state.normaliser,
+        temperature=_temperature(state, config),
+        hyper=state.hyper,
+        config=config,
+    )
+    first = jax.lax.stop_gradient(jax.tree.map(lambda leaf: leaf[:, 0], deltas))
+    sizes = hyperlora.magnitudes(first).values()
+    report |= {
+        "adapted_loss": loss,
+        "lora_diversity": hyperlora.diversity(first),
+        "lora_magnitude": jnp.mean(jnp.stack(list(sizes))),
+    }
+    return loss, jax.lax.stop_gradient(report)
 
 
 def objective_key(key: Array) -> Array:

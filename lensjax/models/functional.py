@@ -9,6 +9,7 @@ import abc
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -254,6 +255,14 @@ class LensModel(_Functional[LensNet]):
     def _build(self, rngs: nnx.Rngs) -> LensNet:
         return LensNet(self.config, self.embedding_dim, self.max_lod, dtype=jnp.dtype(self.dtype), rngs=rngs)
 
+    @property
+    def targets(self) -> tuple[tuple[str, int, int], ...]:
+        """What a hypernetwork adapts: the last matrix of each MLP and of the head; their paths, inputs and outputs."""
+        shapes = jax.tree_util.tree_leaves_with_path(jax.eval_shape(self.init, jax.random.key(0)))
+        named = [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape) for path, leaf in shapes]
+        ends = ("mlp/down/kernel", "head/down/kernel", "head/kernel")
+        return tuple((name, *shape) for name, shape in named if name.endswith(ends))
+
     def apply(
         self,
         params: Params,
@@ -362,12 +371,19 @@ class Models:
     base: BaseModel
     gist: GistModel
     lens: LensModel
+    hyper: HyperLoRAModel | None = None
+    """What adapts LensNet to a document; None where it is not trained."""
 
 
 def build_models(config: Config) -> Models:
     """Builds the models of a configuration; call it once, outside `jax.jit`."""
+    lens = LensModel(config.lens, config.base.dim, config.context.max_lod, config.dtype)
+    settings = config.adaptation
+    net = HyperLoRAConfig(rank=settings.rank, init_scale=settings.init_scale, max_norm=settings.max_norm)
     return Models(
         base=BaseModel(config.base, config.dtype),
         gist=GistModel(config.gist, config.base.dim, config.context.block_size, config.dtype),
-        lens=LensModel(config.lens, config.base.dim, config.context.max_lod, config.dtype),
+        lens=lens,
+        # Two vectors of LensNet's width, of `adaptation.document_context`.
+        hyper=HyperLoRAModel(net, 2 * config.lens.dim, lens.targets) if "hyper" in config.trainable else None,
     )
