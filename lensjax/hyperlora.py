@@ -230,6 +230,11 @@ def norm(delta: Delta) -> Array:
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
 
 
+def zeroed(deltas: Deltas) -> Deltas:
+    """Deltas of the same shapes that change nothing."""
+    return {name: Delta(jnp.zeros_like(delta.a), delta.b) for name, delta in deltas.items()}
+
+
 def clamp(delta: Delta, max_norm: ArrayLike) -> Delta:
     """Shrinks a delta whose norm is above the limit down to it.
 

@@ -434,7 +434,7 @@ def test_given_parts_outlive_a_donated_state():
 
 
 def test_unknown_parts_are_refused():
-    with pytest.raises(ValueError, match="params may hold base, gist and lens, got head, tail"):
+    with pytest.raises(ValueError, match="params may hold base, gist, lens, got head, tail"):
         train.init_train_state(
             jax.random.key(0), config=LENS.config, models=LENS.models, params={"tail": {}, "head": {}, "base": {}}
         )
