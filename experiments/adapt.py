@@ -155,20 +155,25 @@ def pick(
             walk = evaluation.policy_contexts(models, {"lens": lens}, tree, length, config=config, capacity=length)
             return jax.tree.map(lambda leaf: leaf[-1], walk)
 
+        lenses = {
+            PLAIN: params["lens"],
+            ADAPTED: adaptation.adapted(params["lens"], deltas),
+            ZEROED: adaptation.adapted(params["lens"], hyperlora.zeroed(deltas)),
+            FOREIGN: adaptation.adapted(params["lens"], foreign),
+        }
         geometry = config.context.geometry
         credited = policies.by_scores(credit(scored, config=config), length, geometry)
-        made = {
-            PLAIN: by_lens(params["lens"]),
-            ADAPTED: by_lens(adaptation.adapted(params["lens"], deltas)),
-            ZEROED: by_lens(adaptation.adapted(params["lens"], hyperlora.zeroed(deltas))),
-            FOREIGN: by_lens(adaptation.adapted(params["lens"], foreign)),
-            CREDIT: focus.to_context(credited, geometry, capacity=length),
-        }
-        variants = jax.tree.map(lambda *leaves: jnp.stack(leaves), *made.values())
+        stack = functools.partial(jax.tree.map, lambda *leaves: jnp.stack(leaves))
+        picked = jax.vmap(by_lens)(stack(*lenses.values()))
+        variants = jax.tree.map(
+            lambda many, one: jnp.concatenate([many, one[None]]),
+            picked,
+            focus.to_context(credited, geometry, capacity=length),
+        )
         found, _ = nll.variant_losses(models.base, params["base"], tree, variants, row, horizon=config.context.horizon)
         shows = jax.vmap(lambda context: evaluation.shows_in_full(context, jnp.maximum(answer, 0), config))
         hits = shows(variants) & (answer >= 0)
-        report = {name: (found[place], hits[place]) for place, name in enumerate(made)}
+        report = {name: (found[place], hits[place]) for place, name in enumerate((*lenses, CREDIT))}
         ranked = jnp.where(known, scored.losses, jnp.inf)
         best = jnp.argmin(ranked)
         report[BEST] = (ranked[best], (shows(scored.contexts) & (answer >= 0))[best])

@@ -1,0 +1,141 @@
+"""`experiments/adapt.py`: which runs it makes, what its picks are, and what it writes."""
+
+import csv
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import adapt
+from experiments.adapt import Arguments
+from lensjax import config as configs
+from lensjax import train
+from lensjax.models import build_models
+from tests import reference
+from tests.small import SMALL, batch, jit
+
+
+def run_folders(folder, seeds=(3, 4), **changes):
+    """Folders that hold the configurations of runs."""
+    made = []
+    for place, seed in enumerate(seeds):
+        made.append(folder / f"run-{place}")
+        made[-1].mkdir()
+        config = configs.replace(SMALL, seed=seed, **{"context.rollouts": 3, **changes})
+        (made[-1] / "config.json").write_text(configs.to_json(config))
+    return tuple(made)
+
+
+def test_every_run_is_trained_on_with_a_hypernetwork(tmp_path):
+    given = run_folders(tmp_path, base_run="elsewhere", **{"online.steps": 7})
+    for budget, length in ((None, SMALL.hyper.context_end), (2, 0.5)):
+        found = adapt.plan(Arguments(given, tmp_path / "out", steps=20, budget=budget))
+        assert [config.seed for config in found] == [3, 4]
+        assert len({config.output_dir for config in found}) == 2
+        for config, run in zip(found, given, strict=True):
+            assert (config.init, config.base_run) == (str(run), None)
+            assert (config.steps, config.online.steps, config.trainable) == (20, 0, ("lens", "hyper"))
+            assert config.hyper.context_start == config.hyper.context_end == length
+
+
+@pytest.mark.parametrize(
+    ("seeds", "changes", "message"),
+    [
+        ((0,), {}, r"two or more runs of different seeds, got seeds \[0\]"),
+        ((1, 1), {}, "two or more runs of different seeds"),
+        ((0, 1), {"measured": ()}, "measured must name one or more"),
+        ((0, 1), {"measured": (2,)}, r"3 or more variants, got \(2,\)"),
+        ((0, 1), {"measured": (4, 4)}, "different counts"),
+        ((0, 1), {"budget": 60}, "hyper.context_start|context_start"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, seeds, changes, message):
+    arguments = Arguments(run_folders(tmp_path, seeds), tmp_path / "out", **changes)
+    with pytest.raises(ValueError, match=message):
+        adapt.compare(arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_use_is_not_written_to(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes").write_text("mine")
+    with pytest.raises(FileExistsError, match="is not empty: choose another --output-dir, or pass --resume"):
+        adapt.compare(Arguments(run_folders(tmp_path), tmp_path / "out"))
+
+
+def test_what_each_way_of_choosing_picks():
+    # The deltas are large, so that they change what is picked.
+    large = {"adaptation.init_scale": 30.0, "adaptation.max_norm": 30.0, "context.rollouts": 3, "focus.steps": 1}
+    config = configs.replace(SMALL, trainable=("lens", "hyper"), **large)
+    models = build_models(config)
+    params = train.init_train_state(jax.random.key(0), config=config, models=models).params
+    step = jit(functools.partial(adapt.pick, models, config=config))
+    rows = batch() | {"answer": jnp.asarray([0, 2, 4], jnp.int32)}
+    found = step(params, rows, jax.random.key(1))
+    losses = {name: np.asarray(one[0]) for name, one in found.items()}
+    hits = {name: np.asarray(one[1]) for name, one in found.items()}
+    np.testing.assert_array_equal(losses["zeroed"], losses["plain"])
+    assert (losses["adapted"] != losses["plain"]).any() and (losses["foreign"] != losses["adapted"]).any()
+    for name in ("plain", "adapted"):
+        np.testing.assert_array_equal(losses[f"best_or_{name}"], np.minimum(losses["best"], losses[name]))
+        chosen = np.where(losses[name] < losses["best"], hits[name], hits["best"])
+        np.testing.assert_array_equal(hits[f"best_or_{name}"], chosen)
+    assert {leaf.shape for leaf in (*losses.values(), *hits.values())} == {(3,)}
+    unknown = step(params, batch() | {"answer": jnp.full(3, -1)}, jax.random.key(1))
+    assert not any(np.asarray(hit).any() for _, hit in unknown.values())
+
+
+def test_credit_goes_to_what_the_better_variants_show():
+    config = configs.replace(SMALL, **{"context.window": 8, "context.horizon": 1, "context.recent_tokens": 2})
+    cuts = [
+        [(0, 1), (2, 0), (3, 0), (4, 1), (6, 0), (7, 0)],
+        [(0, 0), (1, 0), (2, 1), (4, 1), (6, 0), (7, 0)],
+        [(0, 1), (2, 1), (4, 0), (5, 0), (6, 0), (7, 0)],
+    ]
+    contexts = [reference.context_of(cut, window=8, capacity=6) for cut in (cuts[0], *cuts)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *contexts)
+    losses = jnp.asarray([9.0, 1.0, 2.0, 3.0])
+    scored = adapt.ScoredVariants(stacked, jnp.ones(4, bool), None, losses)
+    found = np.asarray(adapt.credit(scored, config=config))
+    # The first rollout is the best and opens tokens 2 and 3, the last one the worst and opens 4 and 5.
+    assert found[2] == found[3] > 0 and found[4] == found[5] < 0
+    np.testing.assert_allclose(found[[0, 1, 6, 7]], 0, atol=1e-6)
+
+
+def test_the_tables_say_what_was_measured(tmp_path, monkeypatch):
+    arguments = Arguments(run_folders(tmp_path, (0, 1, 2)), tmp_path / "out", measured=(4, 6))
+    names = ("plain", "adapted", "foreign", "best_or_plain")
+
+    def measurer(config, count, split):
+        def measure(folder):
+            seed = int(folder.name[-1])
+            return {
+                name: (1.0 - 0.1 * rank - count / 100 + 0.01 * seed + np.arange(4) / 50, np.arange(4) < rank)
+                for rank, name in enumerate(names)
+            }
+
+        return measure
+
+    monkeypatch.setattr(adapt, "run_once", lambda config, console: Path(config.output_dir).mkdir(parents=True))
+    monkeypatch.setattr(adapt, "_measurer", measurer)
+    rows = adapt.compare(arguments)
+    assert [(row["seed"], row["measured"], row["pick"]) for row in rows[:5]] == [
+        *((0, 4, name) for name in names),
+        (0, 6, "plain"),
+    ]
+    assert rows[1]["nll"] == pytest.approx(1.0 - 0.1 - 0.04 + 0.03) and rows[1]["hit_rate"] == 0.25
+    with (tmp_path / "out" / "picks.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 3 * 2 * 4
+    with (tmp_path / "out" / "effects.csv").open() as file:
+        found = {(row["measured"], row["to"], row["value"]): float(row["difference"]) for row in csv.DictReader(file)}
+    assert found["4", "plain", "adapted"] == pytest.approx(-0.1)
+    assert found["6", "foreign", "adapted"] == pytest.approx(0.1)
+    report = (tmp_path / "out" / "report.md").read_text()
+    for count in (4, 6):
+        for name in ("plain", "foreign", "best_or_plain"):
+            assert f"{count} variants measured, differences to: {name}\n" in report
+    assert "--measured 4 6 --split test" in report
+    assert (tmp_path / "out" / "effects.png").stat().st_size > 0
