@@ -15,7 +15,7 @@ STAMP := $(VENV)/$(TAG).stamp
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo recall evaluate-recall evaluate-stdlib stream ablate rlan test test-fast test-matrix lint format release constraints clean
+.PHONY: help venv demo recall evaluate-recall evaluate-stdlib stream ablate rlan adapt test test-fast test-matrix lint format release constraints clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' Makefile
@@ -65,6 +65,12 @@ ablate: $(STAMP) ## What each knob changes, on recall and on the standard librar
 rlan: $(STAMP) ## A grid model adapted per task, on held-out rules, three seeds and a control, into runs/rlan
 	for seed in 0 1 2; do $(RUN) -m experiments.rlan.train --seed $$seed --output-dir runs/rlan/$$seed || exit 1; done
 	$(RUN) -m experiments.rlan.train --hyperlora.loo-weight 0 --rules.queries 4 --output-dir runs/rlan/no-loo-0
+
+adapt: $(STAMP) ## LensNet adapted per document, on recall (of evaluate-recall) and on the standard library, into runs/adapt
+	$(RUN) -m experiments.adapt runs/recall-long/0 runs/recall-long/1 runs/recall-long/2 --steps 150 --output-dir runs/adapt/recall
+	$(RUN) -m experiments.train demo --steps 0 --output-dir runs/adapt/stdlib-base
+	for seed in 0 1 2; do $(RUN) -m experiments.train demo --base-run runs/adapt/stdlib-base --steps 100 --hyper.context-end 0.25 --seed $$seed --output-dir runs/adapt/stdlib-$$seed || exit 1; done
+	$(RUN) -m experiments.adapt runs/adapt/stdlib-0 runs/adapt/stdlib-1 runs/adapt/stdlib-2 --steps 150 --output-dir runs/adapt/stdlib
 
 test: $(STAMP) ## Run all tests
 	$(RUN) -m pytest $(PYTEST_FLAGS)

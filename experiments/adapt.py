@@ -11,6 +11,7 @@ run given, `picks.csv`, `report.md`, `effects.csv` and `effects.png`.
 
 import functools
 import itertools
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -87,7 +88,8 @@ def compare(arguments: Arguments) -> list[dict[str, Any]]:
         for count, measure in measurers.items():
             for name, (found, hits) in measure(Path(config.output_dir)).items():
                 losses[count].setdefault(name, []).append(found)
-                scores = {"nll": float(found.mean()), "hit_rate": float(hits.mean())}
+                hit_rate = float(hits.mean()) if config.data.task == "recall" else math.nan
+                scores = {"nll": float(found.mean()), "hit_rate": hit_rate}
                 rows.append({"measured": count, "pick": name, "seed": config.seed, **scores})
     _report(arguments, rows, losses)
     return rows
