@@ -3,6 +3,7 @@
 An entry is a pair (start, lod); a working context is a list of entries in time order.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -564,7 +565,8 @@ def info_nce(group, *, tau):
 # The check against theatre.
 
 
-def edit_distance(one: Sequence[int], other: Sequence[int]) -> int:
+@functools.cache
+def edit_distance(one: tuple[Any, ...], other: tuple[Any, ...]) -> int:
     """By the definition: what to do with the first symbols, and the rest."""
     if not one or not other:
         return len(one) + len(other)

@@ -56,7 +56,7 @@ SEQUENCES = st.lists(st.integers(0, 2), max_size=CAPACITY)
 @settings(max_examples=60)
 @given(one=SEQUENCES, other=SEQUENCES)
 def test_the_distance_is_the_slow_one(one, other):
-    assert distance(one, other) == reference.edit_distance(one, other)
+    assert distance(one, other) == reference.edit_distance(tuple(one), tuple(other))
 
 
 @settings(max_examples=60)
