@@ -5,6 +5,9 @@
 
 Leaves `evaluation.csv`, `evaluation.json` and `evaluation.png` in each run's folder: one row a policy and budget. With
 several runs, `--merged` also writes all of their rows into one table and one picture.
+
+The row of LensNet's last step also says whether its focus is theatre (`lensjax.theatre`): how far its entries are from
+those of recency, what is lost without it or with another sequence's, whether its scores tell good rollouts from bad.
 """
 
 import csv
@@ -14,11 +17,12 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax import Array
@@ -26,15 +30,22 @@ from rich.console import Console
 from rich.progress import Progress
 
 from experiments.train import EVALUATION_SEED, load_params
-from lensjax import comparison, data, plots, run_folder
+from lensjax import comparison, data, plots, run_folder, theatre
 from lensjax import config as configs
-from lensjax.comparison import FULL, Measured
+from lensjax.comparison import FOREIGN, FULL, FocusEvidence, Measured
 from lensjax.config import Config, FocusConfig
 from lensjax.models import Models, Params, build_models
+from lensjax.theatre import Evidence, TheatreConfig
 
+CHECK_COLUMNS = (
+    *(f"anti_theater_{one.name}" for one in fields(Evidence)),
+    *("anti_theater_all_passed", "changed_edits"),
+)
+"""Empty in all rows but that of LensNet's last step."""
 COLUMNS = (
     *("task", "policy", "budget_ratio", "entries", "seed", "nll", "nll_ci_low", "nll_ci_high"),
     *("gap_closed_oracle", "gap_closed_full", "hit_rate", "swap_rate"),
+    *CHECK_COLUMNS,
 )
 Row = dict[str, Any]
 
@@ -61,11 +72,14 @@ class Arguments:
     oracle_rounds: int = 2
     """Rounds of the greedy search for the oracle."""
     batch_size: int = 8
-    """Sequences measured at a time."""
+    """Sequences measured at a time; each is also shown as the focus on the one before it would have it."""
     resamples: int = 2000
     """Bootstrap samples of an interval."""
     focus: FocusConfig | None = None
     """How the allocator acts; None as the run's config says."""
+    theatre: TheatreConfig = field(default_factory=TheatreConfig)
+    """What LensNet's focus must be above, to be no theatre. Ablation and counterfactual are in nats per token: at 0.02,
+    2 % of perplexity, they ask for more than nothing, where focus has 0.1 nats (code) or several (recall) to give."""
 
 
 def main(words: list[str] | None = None) -> None:
@@ -84,6 +98,8 @@ def evaluate(arguments: Arguments) -> list[Row]:
     for number in ("sequences", "draws", "batch_size", "resamples"):
         if getattr(arguments, number) < 1:
             raise ValueError(f"{number} must be at least 1, got {getattr(arguments, number)}")
+    if arguments.batch_size < 2:
+        raise ValueError("batch_size must be at least 2, for the focus on another sequence of the batch, got 1")
     if arguments.sequences % arguments.batch_size:
         raise ValueError(
             f"sequences must be a multiple of batch_size {arguments.batch_size}, got {arguments.sequences}"
@@ -100,7 +116,7 @@ def evaluate(arguments: Arguments) -> list[Row]:
     if arguments.merged is not None:
         arguments.merged.parent.mkdir(parents=True, exist_ok=True)
         write_csv(rows, arguments.merged.with_suffix(".csv"))
-        plots.quality_at_budget(rows, arguments.merged.with_suffix(".png"))
+        _draw(rows, arguments.merged.with_suffix(".png"))
     return rows
 
 
@@ -139,11 +155,16 @@ def _evaluate_run(job: _Job, arguments: Arguments, console: Console) -> list[Row
     full = _measure_all(job, arguments, None, console)
     rows: list[Row] = []
     details: list[Row] = []
+    checks: list[Row] = []
     for ratio, length in job.lengths.items():
         found = _measure_all(job, arguments, length, console)
-        found_rows, found_details = _rows(job, arguments, ratio, length, found | full)
-        rows, details = rows + found_rows, details + found_details
+        evidence = _measure_focus(job, arguments, length, console)
+        found |= full | {FOREIGN: evidence.foreign}
+        check = _check(job, arguments, ratio, found, evidence)
+        found_rows, found_details = _rows(job, arguments, ratio, length, found, check)
+        rows, details, checks = rows + found_rows, details + found_details, [*checks, check]
         _print_table(console, job, ratio, length, found_details)
+        _print_check(console, check)
     report = {
         "run": str(job.folder),
         "split": arguments.split,
@@ -156,23 +177,37 @@ def _evaluate_run(job: _Job, arguments: Arguments, console: Console) -> list[Row
         "environment": run_folder.environment(job.config),
         "seconds": round(time.perf_counter() - started, 1),
         "rows": details,
+        "anti_theater": checks,
     }
     write_csv(rows, job.folder / f"{arguments.name}.csv")
     (job.folder / f"{arguments.name}.json").write_text(json.dumps(report, indent=2) + "\n")
-    plots.quality_at_budget(rows, job.folder / f"{arguments.name}.png", title=str(job.folder))
+    _draw(rows, job.folder / f"{arguments.name}.png", title=str(job.folder))
     console.out(f"table, intervals and picture are in {job.folder}/{arguments.name}.*", highlight=False)
     return rows
 
 
 def _measure_all(job: _Job, arguments: Arguments, length: int | None, console: Console) -> dict[str, Measured]:
     """All policies at one length, or the full context alone; arrays [sequences]."""
-    # Runs that differ in nothing that is compiled share one program.
-    static = replace(job.config, output_dir="-", seed=0, base_run=None, init=None)
-    measure = _compiled(static, job.models, length, arguments.draws, arguments.oracle_rounds)
+    measure = _compiled(_static(job.config), job.models, length, arguments.draws, arguments.oracle_rounds)
+    return _over_batches(job, measure, length, f"{length or 'full'} entries", console)
+
+
+def _measure_focus(job: _Job, arguments: Arguments, length: int, console: Console) -> FocusEvidence:
+    """LensNet's focus at one length beside another sequence's; arrays [sequences]."""
+    measure = _compiled_focus(_static(job.config), job.models, length, arguments.draws)
+    return _over_batches(job, measure, length, f"{length} entries, another's focus", console)
+
+
+def _static(config: Config) -> Config:
+    """Runs that differ in nothing that is compiled share one program."""
+    return replace(config, output_dir="-", seed=0, base_run=None, init=None)
+
+
+def _over_batches(job: _Job, measure: Callable[..., Any], length: int | None, title: str, console: Console) -> Any:
     key = jax.random.fold_in(jax.random.key(EVALUATION_SEED), length or 0)
     found = []
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        for index, batch in enumerate(progress.track(job.batches, description=f"{length or 'full'} entries")):
+        for index, batch in enumerate(progress.track(job.batches, description=title)):
             keys = jax.random.split(jax.random.fold_in(key, index), len(batch["tokens"]))
             found.append(jax.device_get(measure(job.params, batch["tokens"], batch.get("answer"), keys)))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
@@ -191,8 +226,53 @@ def _compiled(config: Config, models: Models, length: int | None, draws: int, ro
     return jax.jit(lambda params, *batch: jax.lax.map(lambda row: one(params, *row), batch))
 
 
+@functools.cache
+def _compiled_focus(config: Config, models: Models, length: int, draws: int) -> Callable[..., FocusEvidence]:
+    def all_rows(params: dict[str, Params], tokens: Array, answers: Array | None, keys: Array) -> FocusEvidence:
+        focused = functools.partial(comparison.focused, models, params, length=length, config=config)
+        measure = functools.partial(comparison.measure_focus, models, params, length=length, draws=draws, config=config)
+        own = jax.lax.map(lambda row: focused(*row), (tokens, keys))
+        foreign = jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=0), own)
+        return jax.lax.map(lambda row: measure(*row), (tokens, answers, keys, own, foreign))
+
+    return jax.jit(all_rows)
+
+
+def _check(job: _Job, arguments: Arguments, ratio: int, found: dict[str, Measured], evidence: FocusEvidence) -> Row:
+    """The check against theatre at one budget, with intervals and what passed."""
+    name = f"lensnet_{job.config.focus.steps}"
+    own, recency, foreign = (np.asarray(found[one].nll) for one in (name, "recency", FOREIGN))
+    divergences, correlations = np.asarray(evidence.divergence), np.asarray(evidence.correlation)
+    correlations = correlations[~np.isnan(correlations)]
+    measured = Evidence(
+        divergence=jnp.mean(divergences),
+        ablation=theatre.gain(-own, -recency),
+        # Undefined only where no sequence has one.
+        correlation=jnp.mean(correlations) if correlations.size else jnp.full((), jnp.nan),
+        counterfactual=theatre.gain(-own, -foreign),
+    )
+    interval = functools.partial(comparison.interval, resamples=arguments.resamples, seed=EVALUATION_SEED)
+    intervals = {
+        "divergence": interval(divergences),
+        "ablation": interval(recency - own),
+        "correlation": interval(correlations) if correlations.size else None,
+        "counterfactual": interval(foreign - own),
+    }
+    values = theatre.metrics(measured, arguments.theatre, prefix="")
+    return {
+        "policy": name,
+        "budget_ratio": ratio,
+        **{name: _number(float(value)) for name, value in values.items()},
+        "changed_edits": float(evidence.changed_edits.mean()),
+        "correlation_defined_share": correlations.size / own.size,
+        "intervals": intervals,
+        "thresholds": asdict(arguments.theatre),
+        "passed": {name: bool(value) for name, value in theatre.passed(measured, arguments.theatre).items()},
+    }
+
+
 def _rows(
-    job: _Job, arguments: Arguments, ratio: int, length: int, found: dict[str, Measured]
+    job: _Job, arguments: Arguments, ratio: int, length: int, found: dict[str, Measured], check: Row
 ) -> tuple[list[Row], list[Row]]:
     """Rows of the table at one budget, and the same with all intervals."""
     mean = {name: float(one.nll.mean()) for name, one in found.items()}
@@ -224,6 +304,7 @@ def _rows(
             "hit_rate": float(one.hit.mean()),
             "swap_rate": float(one.swap_rate.mean()),
         }
+        row |= {column: check[column] if name == check["policy"] else None for column in CHECK_COLUMNS}
         detail = {column: _number(value) for column, value in row.items()}
         detail |= {"against_budget": ratio, "residency": _number(float(one.residency.mean()))}
         for other in ("recency", "random", "recent_random", "oracle"):
@@ -235,6 +316,11 @@ def _rows(
     # The full context is one row of the whole table, however many budgets there are.
     keep_full = ratio == arguments.budgets[0]
     return [row for row in rows if row["policy"] != FULL or keep_full], details
+
+
+def _draw(rows: Sequence[Row], path: Path, title: str = "") -> None:
+    """Policies alone: another sequence's focus is a control."""
+    plots.quality_at_budget([row for row in rows if row["policy"] != FOREIGN], path, title=title)
 
 
 def _number(value: Any) -> Any:
@@ -257,7 +343,7 @@ def _print_table(console: Console, job: _Job, ratio: int, length: int, rows: Seq
     window, task = job.config.context.window, job.config.data.task
     console.out(f"\n{task} at {ratio}x, {length} of {window} entries, seed {job.config.seed}", highlight=False)
     heads = ("policy", "nll", "minus recency [95 %]", "minus random [95 %]", "gap", "full", "hit", "swaps", "stay")
-    widths = (14, 7, 26, 26, 7, 7, 7, 7, 7)
+    widths = (16, 7, 26, 26, 7, 7, 7, 7, 7)
     lines = [heads]
     for row in rows:
         differences = ("{:+.3f} [{:+.3f}, {:+.3f}]".format(*row[f"minus_{other}"]) for other in ("recency", "random"))
@@ -267,6 +353,22 @@ def _print_table(console: Console, job: _Job, ratio: int, length: int, rows: Seq
     for line in lines:
         cells = (cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))
         console.out(line[0].ljust(widths[0]) + "".join(cells), highlight=False)
+
+
+def _print_check(console: Console, check: Row) -> None:
+    """Each measurement, what it must be above, and whether it is."""
+    console.out(f"\nanti-theatre of {check['policy']}: {_verdict(check['passed']['all_passed'])}", highlight=False)
+    for name, threshold in check["thresholds"].items():
+        value, interval = check[f"anti_theater_{name}"], check["intervals"][name]
+        measured = "n/a" if value is None else "{:.3f} [{:.3f}, {:.3f}]".format(value, *interval)
+        verdict = _verdict(check["passed"][name])
+        console.out(f"{name:<16}{measured:>24}   above {threshold:g}: {verdict}", highlight=False)
+    changed = f"{check['changed_edits']:.2f} of the edits are changed by the focus on another sequence"
+    console.out(changed, highlight=False)
+
+
+def _verdict(passed: bool) -> str:
+    return "passed" if passed else "failed"
 
 
 if __name__ == "__main__":

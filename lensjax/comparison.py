@@ -11,15 +11,17 @@ import numpy as np
 from jax import Array
 
 from lensjax import context as contexts
-from lensjax import evaluation, focus, nll, policies, rollouts
+from lensjax import evaluation, focus, nll, policies, preferences, rollouts, theatre
 from lensjax.config import Config
 from lensjax.context import WorkingContext
 from lensjax.models import Models, Params
 from lensjax.tree import TreeState
-from lensjax.variants import build_tree
+from lensjax.variants import build_tree, policy_scores
 
 FULL = "full"
 """Name of the whole window in full, which is no policy and has no budget."""
+FOREIGN = "lensnet_foreign"
+"""Name of LensNet's focus on another sequence, applied to this one: no policy, but what one has to be better than."""
 
 
 @jax.tree_util.register_dataclass
@@ -37,6 +39,21 @@ class Measured:
     """float32[]: mean number of contexts in a row that hold an entry; NaN for policies without steps."""
     entries: Array
     """int32[2]: fewest and most entries of its contexts."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FocusEvidence:
+    """Whether LensNet's focus on one sequence is about that sequence (see `theatre`); a leading axis for many."""
+
+    foreign: Measured
+    """The sequence shown as another one's focus would have it."""
+    divergence: Array
+    """float32[]: edit distance to the entries of recency, as a share of their number."""
+    changed_edits: Array
+    """float32[]: of the nodes that either focus edits in the cold start, the share that only one of them does."""
+    correlation: Array
+    """float32[]: of LensNet's values of random rollouts and their advantages; NaN where one of these is constant."""
 
 
 def measure(
@@ -134,6 +151,96 @@ def measure_full(
     tree = build_tree(models, params, tokens, config)
     losses, _ = nll.variant_losses(models.base, params["base"], tree, in_full, tokens, horizon=shape.horizon)
     return _measured(in_full, losses, answer, config)
+
+
+def focused(
+    models: Models, params: dict[str, Params], tokens: Array, key: Array, *, length: int, config: Config
+) -> WorkingContext:
+    """LensNet's last context of one sequence, that of `measure`; arguments as there."""
+    *_, lens_key = jax.random.split(key, 3)
+    tree = build_tree(models, params, tokens, config)
+    last = _path(models, params, tree, lens_key, length=length, config=config)[-1]
+    return jax.tree.map(lambda leaf: leaf[0], last)
+
+
+def measure_focus(
+    models: Models,
+    params: dict[str, Params],
+    tokens: Array,
+    answer: Array | None,
+    key: Array,
+    own: WorkingContext,
+    foreign: WorkingContext,
+    *,
+    length: int,
+    draws: int,
+    config: Config,
+) -> FocusEvidence:
+    """LensNet's focus beside another sequence's, and beside recency.
+
+    LensNet acts on a context by its scores of the nodes alone, and all sequences have one cold start. So the scores of
+    another sequence, applied to this one step by step, show the spans that they showed of the other.
+
+    Args:
+      models: the models.
+      params: parameters of `base`, `gist` and `lens`.
+      tokens: int32[T].
+      answer: int32[], see `measure`.
+      key: PRNG key of the rollouts, consumed; of the same one `measure` draws the same.
+      own: what `focused` makes of the sequence.
+      foreign: what it makes of another one.
+      length: entries of every context, a reachable length.
+      draws: number of random rollouts.
+      config: shapes.
+
+    Returns:
+      `FocusEvidence`.
+    """
+    shape, geometry, share = config.context, config.context.geometry, config.hyper.lod2_share
+    tree = build_tree(models, params, tokens, config)
+    random_key, *_ = jax.random.split(key, 3)
+    drawn, distinct = rollouts.sample_rollouts(
+        random_key, length, share, rollouts=draws, geometry=geometry, capacity=length
+    )
+    variants = jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), foreign, drawn)
+    losses, entries = nll.variant_losses(models.base, params["base"], tree, variants, tokens, horizon=shape.horizon)
+
+    scores = policy_scores(models, params["lens"], jax.tree.map(lambda leaf: leaf[1:], entries))
+    values = preferences.variant_values(
+        scores,
+        drawn,
+        window=shape.window,
+        block_size=shape.block_size,
+        max_lod=shape.max_lod,
+        recent_tokens=shape.recent_tokens,
+    )
+    # What all rollouts share, the loss of the baseline, changes no correlation.
+    found, is_defined = preferences.correlation(values, -losses[1:], distinct)
+
+    def symbols(context: WorkingContext) -> Array:
+        return context.start * (shape.max_lod + 1) + context.lod
+
+    recency = contexts.baseline(length, window=shape.window, capacity=length)
+    return FocusEvidence(
+        foreign=_measured(_one(foreign), losses[:1], answer, config),
+        divergence=theatre.divergence(symbols(own), own.length, symbols(recency), recency.length),
+        changed_edits=_changed_edits(own, foreign, length=length, config=config),
+        correlation=jnp.where(is_defined, found, jnp.nan),
+    )
+
+
+def _changed_edits(own: WorkingContext, foreign: WorkingContext, *, length: int, config: Config) -> Array:
+    """Jaccard distance of two contexts' edits of the cold start, float32[]; 0 where there are none."""
+    shape, geometry = config.context, config.context.geometry
+    start = focus.uniform(length, geometry).collapsed
+
+    def edited(context: WorkingContext) -> Array:
+        cut = contexts.to_cut(context, window=shape.window)
+        return focus.from_cut(cut, geometry).collapsed != start
+
+    by_own, by_foreign = edited(own), edited(foreign)
+    changed, either = (jnp.sum(x, dtype=jnp.float32) for x in (by_own ^ by_foreign, by_own | by_foreign))
+    return changed / jnp.maximum(either, 1)
 
 
 def _rivals(

@@ -15,6 +15,7 @@ MAY_BE_UNDEFINED = (
     "mc/preference_corr_mean",
     "mc/preference_corr_max",
     "mc/preference_corr_min",
+    "rl/anti_theater_correlation",
 )
 
 

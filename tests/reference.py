@@ -3,6 +3,7 @@
 An entry is a pair (start, lod); a working context is a list of entries in time order.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -559,3 +560,17 @@ def info_nce(group, *, tau):
     better, _ = _split(group)
     total = sum(math.exp(s / tau) for s, _ in group)
     return _mean(-math.log(math.exp(s / tau) / total) for s in better)
+
+
+# The check against theatre.
+
+
+@functools.cache
+def edit_distance(one: tuple[Any, ...], other: tuple[Any, ...]) -> int:
+    """By the definition: what to do with the first symbols, and the rest."""
+    if not one or not other:
+        return len(one) + len(other)
+    if one[0] == other[0]:
+        return edit_distance(one[1:], other[1:])
+    shorter = ((one[1:], other), (one, other[1:]), (one[1:], other[1:]))
+    return 1 + min(edit_distance(*pair) for pair in shorter)

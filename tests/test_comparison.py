@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lensjax import comparison, focus, nll, policies, rollouts
+from lensjax import comparison, focus, nll, policies, preferences, rollouts
 from lensjax import context as contexts
-from lensjax.variants import build_tree
+from lensjax.variants import build_tree, policy_scores
+from tests import reference
 from tests.small import Run, batch, jit
 
 RUN = Run(**{"focus.steps": 2, "base.copy_heads": 1})
@@ -100,6 +101,95 @@ def test_the_full_context_is_the_ordinary_loss_of_the_tail():
     assert found.entries.tolist() == [SHAPE.window, SHAPE.window] and found.hit == 1
 
 
+@functools.cache
+def focused(row):
+    run = jit(functools.partial(comparison.focused, RUN.models, length=LENGTH, config=RUN.config))
+    return run(RUN.state().params, batch()["tokens"][row], KEY)
+
+
+@functools.cache
+def focus_program():
+    return jit(functools.partial(comparison.measure_focus, RUN.models, length=LENGTH, draws=DRAWS, config=RUN.config))
+
+
+def focus_evidence(own, foreign):
+    """Of the first sequence, with the focus on two of the batch."""
+    tokens = batch()["tokens"][0]
+    evidence = focus_program()(RUN.state().params, tokens, jnp.asarray(ANSWER), KEY, focused(own), focused(foreign))
+    return jax.device_get(evidence)
+
+
+def test_a_sequence_s_own_focus_is_that_of_the_table():
+    found, expected = focus_evidence(0, 0), measured(True)["lensnet_2"]
+    assert found.foreign.nll == pytest.approx(expected.nll, rel=1e-6) and found.foreign.hit == expected.hit
+    assert found.changed_edits == 0
+
+
+def test_another_sequence_s_focus_is_read_with_this_sequence_s_tokens():
+    @jit
+    def loss(params):
+        tree = build_tree(RUN.models, params, batch()["tokens"][0], RUN.config)
+        entries = contexts.materialise(tree, focused(1))
+        tail = batch()["tokens"][0][-SHAPE.horizon :]
+        return nll.token_losses(RUN.models.base, params["base"], entries, tail).mean()
+
+    found = focus_evidence(0, 1).foreign
+    assert found.nll == pytest.approx(float(loss(RUN.state().params)), rel=1e-5)
+    assert found.entries.tolist() == [LENGTH, LENGTH] and math.isnan(found.swap_rate)
+    assert found.nll != pytest.approx(measured(True)["lensnet_2"].nll, rel=1e-5)
+
+
+def collapsed(context):
+    """Every node that is hidden below an entry, or is one."""
+    entries = reference.entries_of(context)
+    return {
+        (start + step * SHAPE.block_size**level, level)
+        for start, lod in entries
+        for level in range(1, lod + 1)
+        for step in range(SHAPE.block_size ** (lod - level))
+    }
+
+
+def test_what_a_focus_changes_is_counted_by_entries_and_by_edits():
+    found = focus_evidence(0, 1)
+    own, recency = (
+        tuple(reference.entries_of(one))
+        for one in (focused(0), contexts.baseline(LENGTH, window=SHAPE.window, capacity=LENGTH))
+    )
+    assert found.divergence == pytest.approx(reference.edit_distance(own, recency) / LENGTH)
+    cold = collapsed(focus.to_context(focus.uniform(LENGTH, GEOMETRY), GEOMETRY, capacity=LENGTH))
+    edits, others = (collapsed(focused(row)) ^ cold for row in (0, 1))
+    assert edits and edits != others
+    assert found.changed_edits == pytest.approx(len(edits ^ others) / len(edits | others))
+    assert focus_evidence(1, 0).changed_edits == found.changed_edits
+
+
+def test_the_correlation_is_over_the_rollouts_of_the_table():
+    @jit
+    def values_and_losses(params):
+        tokens = batch()["tokens"][0]
+        tree = build_tree(RUN.models, params, tokens, RUN.config)
+        drawn, _ = rollouts.sample_rollouts(
+            jax.random.split(KEY, 3)[0],
+            LENGTH,
+            RUN.config.hyper.lod2_share,
+            rollouts=DRAWS,
+            geometry=GEOMETRY,
+            capacity=LENGTH,
+        )
+        losses, entries = nll.variant_losses(
+            RUN.models.base, params["base"], tree, drawn, tokens, horizon=SHAPE.horizon
+        )
+        shape = {name: getattr(SHAPE, name) for name in ("window", "block_size", "max_lod", "recent_tokens")}
+        scores = policy_scores(RUN.models, params["lens"], entries)
+        return preferences.variant_values(scores, drawn, **shape), losses
+
+    values, losses = values_and_losses(RUN.state().params)
+    assert float(losses.mean()) == pytest.approx(measured(True)["random"].nll, rel=1e-5)
+    expected = np.corrcoef(values, -losses)[0, 1]
+    assert focus_evidence(0, 1).correlation == pytest.approx(expected, abs=1e-3)
+
+
 def test_an_interval_is_that_of_the_resampled_mean():
     values = np.random.default_rng(1).normal(3.0, 2.0, 400)
     low, high = comparison.interval(values, resamples=4000, seed=0)
@@ -133,8 +223,8 @@ def test_without_a_gap_nothing_is_closed(reference):
 
 
 def test_the_table_goes_from_what_knows_nothing_to_what_sees_the_loss():
-    names = sorted([*NAMES, "full", "lensnet_10"], key=comparison.order)
+    names = sorted([*NAMES, "full", "lensnet_10", comparison.FOREIGN], key=comparison.order)
     assert names == [
         *("recency", "uniform", "random", "recent_random", "key_norm", "snapkv", "bm25"),
-        *("lensnet_1", "lensnet_10", "lensnet_2", "best_of_3", "oracle", "full"),
+        *("lensnet_1", "lensnet_10", "lensnet_2", "lensnet_foreign", "best_of_3", "oracle", "full"),
     ]

@@ -10,17 +10,22 @@ import pytest
 
 from experiments import evaluate, train
 from lensjax import comparison
-from lensjax.comparison import Measured
+from lensjax.comparison import FocusEvidence, Measured
+from lensjax.context import WorkingContext
 from tests.runs import cheap_programs, contents, tiny_config, write_corpus
 
 COLUMNS = (
     "task,policy,budget_ratio,entries,seed,nll,nll_ci_low,nll_ci_high,"
-    "gap_closed_oracle,gap_closed_full,hit_rate,swap_rate"
+    "gap_closed_oracle,gap_closed_full,hit_rate,swap_rate,"
+    "anti_theater_divergence,anti_theater_ablation,anti_theater_correlation,anti_theater_counterfactual,"
+    "anti_theater_all_passed,changed_edits"
 )
 POLICIES = [
     *("recency", "uniform", "random", "recent_random", "key_norm", "snapkv", "bm25"),
     *("lensnet_1", "lensnet_4", "best_of_2", "oracle"),
 ]
+NAMES = [*POLICIES[:9], "lensnet_foreign", *POLICIES[9:]]
+CHECKS = ("divergence", "ablation", "correlation", "counterfactual")
 QUICK = ("--sequences", "4", "--batch-size", "2", "--draws", "2", "--resamples", "20")
 
 
@@ -49,10 +54,25 @@ def known(monkeypatch):
 
         return {name: one(name, place) for place, name in enumerate(POLICIES)}
 
+    def focused(models, params, tokens, key, *, length, config):
+        return WorkingContext(tokens, tokens, tokens > 0)
+
+    def measure_focus(models, params, tokens, answer, key, own, foreign, *, length, draws, config):
+        """Three nats worse than the own focus, and as much changed as the two sequences are different ones."""
+        lost, nothing = 3.0 + tokens.mean(dtype=jnp.float32) / 256, jnp.full((), jnp.nan)
+        is_own = jnp.all(own.start == tokens)
+        changed = jnp.where(is_own & jnp.any(foreign.start != tokens), 1.0, 0.0)
+        found = Measured((20.0 - 8 + lost).astype(jnp.float32), nothing, nothing, nothing, jnp.full(2, length))
+        return FocusEvidence(found, jnp.full((), 0.5), changed, jnp.full((), jnp.nan if answer is None else 0.75))
+
     monkeypatch.setattr(comparison, "measure", measure)
-    evaluate._compiled.cache_clear()
+    monkeypatch.setattr(comparison, "focused", focused)
+    monkeypatch.setattr(comparison, "measure_focus", measure_focus)
+    for program in (evaluate._compiled, evaluate._compiled_focus):
+        program.cache_clear()
     yield
-    evaluate._compiled.cache_clear()
+    for program in (evaluate._compiled, evaluate._compiled_focus):
+        program.cache_clear()
 
 
 def rows_of(path):
@@ -70,21 +90,24 @@ def test_a_run_is_measured_from_its_checkpoint(runs, capsys):
         evaluate.Arguments((folder,), budgets=(2,), sequences=4, batch_size=2, draws=2, resamples=20)
     )
     found = rows_of(folder / "evaluation.csv")
-    assert [row["policy"] for row in found] == [*POLICIES, "full"]
+    assert [row["policy"] for row in found] == [*NAMES, "full"]
     assert {(row["entries"], row["budget_ratio"]) for row in found[:-1]} == {("14", "2")}
     assert all(math.isfinite(float(row["nll"])) for row in found) and len(rows) == len(found)
     assert {path.name for path in set(contents(folder)) - set(before)} == {
         f"evaluation.{x}" for x in ("csv", "json", "png")
     }
     printed = capsys.readouterr().out
-    assert all(name in printed for name in POLICIES)
+    assert all(name in printed for name in (*NAMES, *CHECKS, "anti-theatre of lensnet_4"))
+    (checked,) = [row for row in found if row["changed_edits"]]
+    assert checked["policy"] == "lensnet_4"
+    assert 0 <= float(checked["anti_theater_divergence"]) <= 1 and 0 <= float(checked["changed_edits"]) <= 1
 
 
 def test_the_table_says_what_was_measured(runs, known, capsys):
     evaluate.main([str(runs / "recall-1"), "--name", "known", "--budgets", "2", "1", *QUICK])
     found = rows_of(runs / "recall-1" / "known.csv")
-    assert [row["policy"] for row in found] == [*POLICIES, "full", *POLICIES]
-    first = {row["policy"]: row for row in found[: len(POLICIES) + 1]}
+    assert [row["policy"] for row in found] == [*NAMES, "full", *NAMES]
+    first = {row["policy"]: row for row in found[: len(NAMES) + 1]}
     recency, oracle, random = (float(first[name]["nll"]) for name in ("recency", "oracle", "random"))
     assert recency - oracle == pytest.approx(10, abs=1e-4)
     assert float(first["bm25"]["gap_closed_oracle"]) == pytest.approx(0.6, abs=1e-4)
@@ -102,7 +125,35 @@ def test_the_table_says_what_was_measured(runs, known, capsys):
     assert details["lensnet_1"]["residency"] == 1 and details["bm25"]["residency"] is None
     assert (report["split"], report["sequences"], report["window"]) == ("test", 4, 32)
     out = capsys.readouterr().out
-    assert all(name in out for name in POLICIES) and "recall at 2x, 14 of 32 entries, seed 1" in out
+    assert all(name in out for name in NAMES) and "recall at 2x, 14 of 32 entries, seed 1" in out
+
+
+def test_the_row_of_the_last_step_says_whether_its_focus_is_theatre(runs, known, capsys):
+    words = [str(runs / "recall-1"), "--name", "theatre", "--budgets", "2", *QUICK]
+    evaluate.main([*words, "--theatre.ablation", "8.5"])
+    columns = [name for name in COLUMNS.split(",") if name.startswith("anti_theater_") or name == "changed_edits"]
+    rows = {row["policy"]: [row[name] for name in columns] for row in rows_of(runs / "recall-1" / "theatre.csv")}
+    # Recency loses 8 nats more, another sequence's focus 3; in batches of two it is always that of the other.
+    numbers = [float(number) for number in rows.pop("lensnet_4")]
+    assert numbers == pytest.approx([0.5, 8, 0.75, 3, 0, 1], abs=1e-5)
+    assert all(row == [""] * len(columns) for row in rows.values())
+
+    (check,) = json.loads((runs / "recall-1" / "theatre.json").read_text())["anti_theater"]
+    assert check["passed"] == {**dict.fromkeys(CHECKS, True), "ablation": False, "all_passed": False}
+    assert check["thresholds"]["ablation"] == 8.5
+    assert check["intervals"]["counterfactual"] == pytest.approx([3, 3], abs=1e-5)
+    out = capsys.readouterr().out
+    assert "anti-theatre of lensnet_4: failed" in out and "above 8.5: failed" in out
+    assert "1.00 of the edits are changed" in out
+
+
+def test_without_a_correlation_nothing_passes(runs, known, capsys):
+    words = [str(runs / "text"), "--name", "theatre", "--budgets", "2", "--sequences", "2", "--batch-size", "2"]
+    evaluate.main([*words, "--resamples", "5"])
+    (check,) = json.loads((runs / "text" / "theatre.json").read_text(), parse_constant=pytest.fail)["anti_theater"]
+    assert check["anti_theater_correlation"] is check["intervals"]["correlation"] is None
+    assert check["passed"] == {**dict.fromkeys(CHECKS, True), "correlation": False, "all_passed": False}
+    assert "n/a" in capsys.readouterr().out
 
 
 def test_text_has_no_hits_and_runs_are_merged(runs, known, tmp_path):
@@ -111,7 +162,7 @@ def test_text_has_no_hits_and_runs_are_merged(runs, known, tmp_path):
     merged = rows_of(tmp_path / "new" / "both.csv")
     assert merged == rows_of(runs / "recall-0" / "m.csv") + rows_of(runs / "recall-1" / "m.csv")
     assert {row["seed"] for row in merged} == {"0", "1"} and (tmp_path / "new" / "both.png").is_file()
-    evaluate.main([str(runs / "text"), "--budgets", "2", "--sequences", "2", "--batch-size", "1", "--resamples", "5"])
+    evaluate.main([str(runs / "text"), "--budgets", "2", "--sequences", "2", "--batch-size", "2", "--resamples", "5"])
     assert {row["hit_rate"] for row in rows_of(runs / "text" / "evaluation.csv")} == {""}
 
 
@@ -167,6 +218,7 @@ def test_nan_is_an_error_that_names_the_policy(runs, known, monkeypatch):
             "sequences must be a multiple of batch_size 2, got 5",
         ),
         ("{runs}/recall-0 --budgets 2 --draws 0", "draws must be at least 1, got 0"),
+        ("{runs}/recall-0 --budgets 2 --sequences 4 --batch-size 1", "batch_size must be at least 2, for the focus"),
         ("{runs}/recall-0 --budgets 2 --window 6", "context.window must hold the recent tokens and at least one block"),
         ("{runs}/text --budgets 2 --sequences 4096", "windows of 32 tokens, and 4096 are needed"),
     ],
