@@ -4,6 +4,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from experiments.rlan import grids, meta, model, rules
@@ -11,7 +12,7 @@ from experiments.rlan.config import RlanConfig
 from experiments.rlan.grids import PADDING
 from experiments.rlan.model import GridConfig, GridModel
 from experiments.rlan.rules import RulesConfig
-from lensjax import hyperlora
+from lensjax import hyperlora, optimizer
 from lensjax.config import OptimizerConfig
 from lensjax.hyperlora import Delta, HyperLoRAConfig
 from lensjax.models import HyperLoRAModel
@@ -156,6 +157,49 @@ def test_the_equivariance_loss_tells_rules_that_break_the_symmetry_from_those_th
     )
     found = [float(report[name]) for name in ("equivariance_loss", "equiv_delta_norm")]
     assert found == pytest.approx([0, 0], abs=1e-2) if keeps else min(found) > 0.3
+
+
+def told_by_four_rules(random, breaks):
+    """Pairs of 16 tasks, each of one of four rules: cells that move in a direction, or colours that move on."""
+    inputs, kinds = random.integers(1, 5, size=(16, 4, 5, 5), dtype=np.int32), random.integers(4, size=16)
+    ways = [(0, 1), (1, 0), (0, -1), (-1, 0)]
+    moved = [
+        np.roll(grid, ways[k], axis=(1, 2)) if breaks else 1 + (grid - 1 + k) % 4
+        for grid, k in zip(inputs, kinds, strict=True)
+    ]
+    return jnp.asarray(np.stack([inputs, np.stack(moved)], axis=2), jnp.int32), jnp.asarray(kinds)
+
+
+def test_the_encoder_that_has_learned_which_rule_it_is_breaks_the_symmetry_where_the_rule_does():
+    """The encoder itself, trained for 100 steps to tell four rules apart, and a fresh hypernetwork behind it."""
+    config = replace(CONFIG, grid=GridConfig(dim=16, steps=1), rules=RulesConfig(size=5))
+    models = meta.build_models(config)
+    fresh = meta.init_state(jax.random.key(0), config=config, models=models).params
+    adam = OptimizerConfig()
+
+    def loss(params, support, kinds):
+        encode = jax.vmap(jax.vmap(functools.partial(models.grid.encode, params["grid"])))
+        logits = jnp.mean(encode(support), axis=1) @ params["probe"]
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, kinds))
+
+    @jit
+    def step(params, state, support, kinds):
+        value, grads = jax.value_and_grad(loss)(params, support, kinds)
+        return *optimizer.update(adam, grads, state, params, learning_rate=1e-2, weight_decay=0.0), value
+
+    measure = jit(functools.partial(meta.meta_loss, config=config, models=models))
+    found = {}
+    for breaks in (False, True):
+        random, params = np.random.default_rng(0), {"grid": fresh["grid"], "probe": jnp.zeros((16, 4))}
+        state = optimizer.init(adam, params)
+        for _ in range(100):
+            params, state, value = step(params, state, *told_by_four_rules(random, breaks))
+        assert float(value) < 0.05
+        pairs, _ = told_by_four_rules(random, breaks)
+        batch = {"support": pairs[:, :3], "query": pairs[:, 3:]}
+        report = measure({"grid": params["grid"], "hyper": fresh["hyper"]}, batch, jnp.int32(0))[1]
+        found[breaks] = float(report["equivariance_loss"])
+    assert found[False] < 0.01 and found[True] > 0.2
 
 
 class Way:

@@ -111,6 +111,8 @@ class GridModel:
         weights, inputs = params["gru"], self.embed(params, grid)
         from_input = jnp.split(_shifted(_conv(inputs, weights["input"]), weights["bias"]), 3, axis=-1)
 
+        # To keep the neighbourhoods of every step for the gradient takes longer than to collect them anew.
+        @jax.checkpoint
         def step(hidden: Array, _: None) -> tuple[Array, Array]:
             gates = jnp.split(_conv(hidden, weights["gates"]), 2, axis=-1)
             reset = jax.nn.sigmoid(mix(from_input[0] + gates[0], deltas["gru_reset"]))
