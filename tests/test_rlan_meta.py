@@ -342,16 +342,20 @@ def test_views_map_back_to_the_frame_of_the_task():
 
 
 def test_an_answer_counts_in_the_size_that_the_examples_say():
-    """Of two tasks the second has another input, whose answer is as wide as it is not; the first one's is padding."""
+    """The second answer of the second task is said to be 1 x 2, and lacks a row; what is padding does not count."""
     asked = rules.padded(np.asarray([[1, 2], [3, 4]]), 4)
     query = np.full((2, 2, 2, 4, 4), PADDING, np.int32)
     query[:, 0] = query[1, 1] = asked
     sizes = np.asarray([[[2, 2], [0, 0]], [[2, 2], [1, 2]]], np.int32)
     models = replace(MODELS, grid=LastCopier(CONFIG.grid, 4))
-    batch = {"support": tasks()["support"], "query": query, "size": sizes}
+    support = tasks()["support"].at[1, :, 1, 3].set(PADDING)  # the second task's answers lack a row
+    batch = {"support": support, "query": query, "size": sizes}
     found = jit(functools.partial(meta.eval_step, models=models))(STATE.params, batch)
     assert (float(found["exact"]), float(found["pixel"])) == ((1 + 0.5) / 2, (1 + 0.75) / 2)
     assert (float(found["exact_copy"]), float(found["pixel_copy"])) == (1, 1)
+    same_shape = float(jnp.mean(support[0, :, 0] == support[0, :, 1], dtype=jnp.float32))
+    assert float(found["loo_accuracy_same_shape"]) == pytest.approx(same_shape)
+    assert float(found["loo_accuracy"]) != pytest.approx(same_shape) and float(found["loo_lift_same_shape"]) == 0
 
 
 def test_held_out_metrics_and_their_controls():

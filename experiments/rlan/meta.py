@@ -270,13 +270,17 @@ def eval_step(params: dict[str, Params], batch: Batch, *, models: RlanModels) ->
         report[f"{name}_copy"] = jnp.mean(over_tasks(values, asked))
     can_hold_out = jnp.any(held_out, axis=1)
     loo, loo_copy = jax.vmap(jax.vmap(left_out))(others, support), copied(support)[0]
-    report |= {
-        "loo_accuracy": masked_mean(over_tasks(loo, held_out), can_hold_out),
-        "loo_accuracy_copy": masked_mean(over_tasks(loo_copy, held_out), can_hold_out),
-        "loo_skipped_ratio": 1.0 - jnp.mean(can_hold_out, dtype=jnp.float32),
-        "lora_diversity": hyperlora.diversity(deltas),
-    }
-    report["loo_lift"] = report["loo_accuracy"] - report["loo_accuracy_copy"]
+    # Copying is a baseline where answers have the shape of their inputs.
+    keeps_shape = jnp.all((support[:, :, 0] == PADDING) == (support[:, :, 1] == PADDING), axis=(1, 2, 3))
+    for name, where in (("", can_hold_out), ("_same_shape", can_hold_out & keeps_shape)):
+        accuracy, copy = (masked_mean(over_tasks(values, held_out), where) for values in (loo, loo_copy))
+        report |= {
+            f"loo_accuracy{name}": accuracy,
+            f"loo_accuracy_copy{name}": copy,
+            f"loo_lift{name}": accuracy - copy,
+        }
+    report["loo_skipped_ratio"] = jnp.mean(~can_hold_out, dtype=jnp.float32)
+    report["lora_diversity"] = hyperlora.diversity(deltas)
     return report | hyperlora.magnitudes(deltas)
 
 
