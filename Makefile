@@ -15,7 +15,7 @@ STAMP := $(VENV)/$(TAG).stamp
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo recall evaluate-recall evaluate-stdlib stream ablate rlan adapt test test-fast test-matrix lint format release constraints clean
+.PHONY: help venv demo recall evaluate-recall evaluate-stdlib stream ablate rlan arc adapt test test-fast test-matrix lint format release constraints clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' Makefile
@@ -65,6 +65,9 @@ ablate: $(STAMP) ## What each knob changes, on recall and on the standard librar
 rlan: $(STAMP) ## A grid model adapted per task, on held-out rules, three seeds and a control, into runs/rlan
 	for seed in 0 1 2; do $(RUN) -m experiments.rlan.train --seed $$seed --output-dir runs/rlan/$$seed || exit 1; done
 	$(RUN) -m experiments.rlan.train --hyperlora.loo-weight 0 --rules.queries 4 --output-dir runs/rlan/no-loo-0
+
+arc: $(STAMP) ## The same model on ARC-1, reported on its evaluation tasks, one seed, into runs/rlan/arc
+	$(RUN) -m experiments.rlan.train arc --output-dir runs/rlan/arc
 
 adapt: $(STAMP) ## LensNet adapted per document, on recall (of evaluate-recall) and on the standard library, into runs/adapt
 	$(RUN) -m experiments.adapt runs/recall-long/0 runs/recall-long/1 runs/recall-long/2 --steps 150 --output-dir runs/adapt/recall

@@ -73,6 +73,14 @@ def test_colours_are_permuted_before_the_turn_and_zero_and_padding_stay():
     np.testing.assert_array_equal(found, [[PERMUTATIONS[1][4], 0], [PADDING, PADDING]])
 
 
+@pytest.mark.parametrize("index", range(8))
+def test_a_view_on_the_host_is_that_of_the_program(index):
+    grid = np.asarray([[0, 1, 2], [7, 9, 1]])
+    found = grids.view(grid, index, PERMUTATIONS[2])
+    expected = grids.forward(rules.padded(grid, 4), index, PERMUTATIONS[2])
+    np.testing.assert_array_equal(rules.padded(found, 4), expected)
+
+
 def test_inside_is_the_rectangle_at_the_top_left():
     np.testing.assert_array_equal(grids.inside(np.asarray([1, 2]), 3), [[1, 1, 0], [0, 0, 0], [0, 0, 0]])
     assert not grids.inside(np.asarray([0, 0]), 3).any()
@@ -93,6 +101,19 @@ def test_inside_is_the_rectangle_at_the_top_left():
 )
 def test_the_size_of_an_answer_comes_from_the_examples(pairs, query, expected):
     assert grids.output_size(pairs, query) == expected
+
+
+def test_an_answer_without_a_size_is_no_answer():
+    support = np.stack(
+        [
+            [rules.padded(np.zeros((2, 3)), 4), rules.padded(np.zeros((4, 3)), 4)],
+            [rules.padded(np.zeros((2, 3)), 4), rules.padded(np.zeros((1, 2)), 4)],
+        ]
+    )
+    grid = rules.padded(np.zeros((2, 2)), 4)
+    assert grids.answer_size(support, grid) == (0, 0)
+    support[1] = grids.PADDING
+    assert grids.answer_size(support, grid) == (4, 3)
 
 
 def test_votes_go_to_distinct_grids_and_shape_is_part_of_them():

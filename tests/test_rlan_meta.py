@@ -4,6 +4,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from experiments.rlan import grids, meta, model, rules
@@ -11,7 +12,7 @@ from experiments.rlan.config import RlanConfig
 from experiments.rlan.grids import PADDING
 from experiments.rlan.model import GridConfig, GridModel
 from experiments.rlan.rules import RulesConfig
-from lensjax import hyperlora
+from lensjax import hyperlora, optimizer
 from lensjax.config import OptimizerConfig
 from lensjax.hyperlora import Delta, HyperLoRAConfig
 from lensjax.models import HyperLoRAModel
@@ -110,9 +111,9 @@ def test_the_score_of_an_answer_by_hand():
     right = meta.grid_loss(100 * jax.nn.one_hot(answer, 10), answer)
     assert [float(x) for x in right] == pytest.approx([0, 1, 1], abs=1e-6)
     pairs = np.stack([rules.padded(np.asarray([[1, 3]]), 2), answer])
-    assert [float(x) for x in meta.copy_scores(pairs)] == [0.5, 0]
+    assert [float(x) for x in meta.grid_scores(pairs)] == [0.5, 0]
     # Right colours in another shape are no right answer.
-    assert [float(x) for x in meta.copy_scores(np.stack([rules.padded(np.asarray([[1, 2], [1, 2]]), 2), answer]))] == [
+    assert [float(x) for x in meta.grid_scores(np.stack([rules.padded(np.asarray([[1, 2], [1, 2]]), 2), answer]))] == [
         1,
         0,
     ]
@@ -158,6 +159,97 @@ def test_the_equivariance_loss_tells_rules_that_break_the_symmetry_from_those_th
     assert found == pytest.approx([0, 0], abs=1e-2) if keeps else min(found) > 0.3
 
 
+def told_by_four_rules(random, breaks):
+    """Pairs of 16 tasks, each of one of four rules: cells that move in a direction, or colours that move on."""
+    inputs, kinds = random.integers(1, 5, size=(16, 4, 5, 5), dtype=np.int32), random.integers(4, size=16)
+    ways = [(0, 1), (1, 0), (0, -1), (-1, 0)]
+    moved = [
+        np.roll(grid, ways[k], axis=(1, 2)) if breaks else 1 + (grid - 1 + k) % 4
+        for grid, k in zip(inputs, kinds, strict=True)
+    ]
+    return jnp.asarray(np.stack([inputs, np.stack(moved)], axis=2), jnp.int32), jnp.asarray(kinds)
+
+
+def test_the_encoder_that_has_learned_which_rule_it_is_breaks_the_symmetry_where_the_rule_does():
+    """The encoder itself, trained for 100 steps to tell four rules apart, and a fresh hypernetwork behind it."""
+    config = replace(CONFIG, grid=GridConfig(dim=16, steps=1), rules=RulesConfig(size=5))
+    models = meta.build_models(config)
+    fresh = meta.init_state(jax.random.key(0), config=config, models=models).params
+    adam = OptimizerConfig()
+
+    def loss(params, support, kinds):
+        encode = jax.vmap(jax.vmap(functools.partial(models.grid.encode, params["grid"])))
+        logits = jnp.mean(encode(support), axis=1) @ params["probe"]
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, kinds))
+
+    @jit
+    def step(params, state, support, kinds):
+        value, grads = jax.value_and_grad(loss)(params, support, kinds)
+        return *optimizer.update(adam, grads, state, params, learning_rate=1e-2, weight_decay=0.0), value
+
+    measure = jit(functools.partial(meta.meta_loss, config=config, models=models))
+    found = {}
+    for breaks in (False, True):
+        random, params = np.random.default_rng(0), {"grid": fresh["grid"], "probe": jnp.zeros((16, 4))}
+        state = optimizer.init(adam, params)
+        for _ in range(100):
+            params, state, value = step(params, state, *told_by_four_rules(random, breaks))
+        assert float(value) < 0.05
+        pairs, _ = told_by_four_rules(random, breaks)
+        batch = {"support": pairs[:, :3], "query": pairs[:, 3:]}
+        report = measure({"grid": params["grid"], "hyper": fresh["hyper"]}, batch, jnp.int32(0))[1]
+        found[breaks] = float(report["equivariance_loss"])
+    assert found[False] < 0.01 and found[True] > 0.2
+
+
+class Way:
+    """A hypernetwork whose deltas are which way an example's cells have moved."""
+
+    def apply(self, params, context):
+        return {name: Delta(context[:, None], jnp.ones((1, 9))) for name in model.TARGETS}
+
+
+class Mover(Reader):
+    """Moves the cells as the deltas say: right for every shift."""
+
+    def solve(self, params, deltas, grid):
+        ways = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
+        moved = jnp.stack([jnp.roll(grid, way, axis=(0, 1)) for way in ways])
+        return 9 * jax.nn.one_hot(moved[jnp.argmax(deltas["gru_reset"].a)], 10)[None]
+
+    def logits(self, params, deltas, hidden):
+        return hidden
+
+
+@pytest.mark.parametrize(("equivariance", "asks_nothing"), [("deltas", False), ("outputs", True)])
+def test_output_equivariance_is_right_where_that_of_deltas_is_not(equivariance, asks_nothing):
+    """What moves cells to the right, turned, moves them down: other deltas, and the same answer."""
+    random = np.random.default_rng(0).integers(10, size=(2, 4, 5, 5), dtype=np.int32)
+    pairs = jnp.asarray(np.stack([random, np.roll(random, 1, axis=3)], axis=2))
+    models = meta.RlanModels(Mover(GridConfig(dim=9, steps=1), 5), Way())
+    config = replace(CONFIG, equivariance=equivariance, equivariance_views=7)
+    _, report = jit(functools.partial(meta.meta_loss, config=config, models=models))(
+        {"grid": {}, "hyper": {}}, {"support": pairs[:, :3], "query": pairs[:, 3:]}, jnp.int32(0)
+    )
+    assert float(report["exact"]) == 1 and float(report["equiv_delta_norm"]) > 1
+    loss = float(report["equivariance_loss"])
+    assert loss == pytest.approx(0, abs=1e-6) if asks_nothing else loss > 0.5
+
+
+def test_the_output_loss_moves_everything_that_answers_a_turned_task():
+    """All of it against an answer that is held fixed, and nothing where the turned answer is that answer."""
+    config = replace(CONFIG, equivariance="outputs", rules=replace(CONFIG.rules, families=("shift",)))
+
+    def part(params):
+        return meta.meta_loss(params, tasks(config=config.rules), jnp.int32(0), config=config, models=MODELS)[1][
+            "equivariance_loss"
+        ]
+
+    loss, gradient = jit(jax.value_and_grad(part))(STATE.params)
+    assert float(loss) > 0.1
+    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradient))
+
+
 def test_one_step_moves_everything_and_the_hypernetwork_at_a_rate_of_its_own():
     """Adam's first step moves every weight by the learning rate."""
     config = replace(CONFIG, hyperlora=replace(CONFIG.hyperlora, learning_rate_multiplier=10.0))
@@ -185,9 +277,9 @@ def test_each_target_changes_the_answer_and_zeroed_ones_do_not():
     grid, params = tasks()["query"][0, 0, 0], STATE.params
     deltas = meta.task_deltas(MODELS, params, tasks()["support"][0])
     answer = jit(functools.partial(meta.answers, MODELS, params))
-    nothing = answer(model.zeroed(deltas), grid)
+    nothing = answer(hyperlora.zeroed(deltas), grid)
     for name in model.TARGETS:
-        found = answer({**model.zeroed(deltas), name: deltas[name]}, grid)
+        found = answer({**hyperlora.zeroed(deltas), name: deltas[name]}, grid)
         assert float(jnp.abs(found - nothing).max()) > 1e-3
     tiny = {name: Delta(1e-6 * delta.a, delta.b) for name, delta in deltas.items()}
     np.testing.assert_allclose(answer(tiny, grid), nothing, rtol=1e-3, atol=1e-3)
@@ -213,6 +305,25 @@ class Copier(GridModel):
         return hidden
 
 
+class LastCopier(Copier):
+    """Its last step is sure."""
+
+    def solve(self, params, deltas, grid):
+        return super().solve(params, deltas, grid)[::-1]
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (4, 4), (1, 2)])
+def test_answers_to_turned_inputs_are_turned_back(shape):
+    models = replace(MODELS, grid=LastCopier(CONFIG.grid, 4))
+    asked = rules.padded(np.arange(np.prod(shape), dtype=np.int32).reshape(shape) % 10, 4)
+    query, views = jnp.asarray(np.stack([[asked, asked], [asked.T, asked.T]])), range(1, 8)
+    deltas = {name: Delta(jnp.zeros((7, 8, 2)), jnp.zeros((7, 2, 8))) for name in model.TARGETS}
+    found = jit(lambda query: meta.turned_answers(models, STATE.params, deltas, query, views))(query)
+    assert found.shape == (7, 2, 4, 4, 10)
+    for one in found:
+        np.testing.assert_array_equal(jnp.where(query[:, 0] == PADDING, PADDING, jnp.argmax(one, axis=-1)), query[:, 0])
+
+
 def test_views_map_back_to_the_frame_of_the_task():
     grid = Copier(CONFIG.grid, 4)
     models = replace(MODELS, grid=grid)
@@ -230,13 +341,31 @@ def test_views_map_back_to_the_frame_of_the_task():
     assert (np.asarray(last) != asked).any(axis=(1, 2)).all()
 
 
+def test_an_answer_counts_in_the_size_that_the_examples_say():
+    """The second answer of the second task is said to be 1 x 2, and lacks a row; what is padding does not count."""
+    asked = rules.padded(np.asarray([[1, 2], [3, 4]]), 4)
+    query = np.full((2, 2, 2, 4, 4), PADDING, np.int32)
+    query[:, 0] = query[1, 1] = asked
+    sizes = np.asarray([[[2, 2], [0, 0]], [[2, 2], [1, 2]]], np.int32)
+    models = replace(MODELS, grid=LastCopier(CONFIG.grid, 4))
+    support = tasks()["support"].at[1, :, 1, 3].set(PADDING)  # the second task's answers lack a row
+    batch = {"support": support, "query": query, "size": sizes}
+    found = jit(functools.partial(meta.eval_step, models=models))(STATE.params, batch)
+    assert (float(found["exact"]), float(found["pixel"])) == ((1 + 0.5) / 2, (1 + 0.75) / 2)
+    assert (float(found["exact_copy"]), float(found["pixel_copy"])) == (1, 1)
+    same_shape = float(jnp.mean(support[0, :, 0] == support[0, :, 1], dtype=jnp.float32))
+    assert float(found["loo_accuracy_same_shape"]) == pytest.approx(same_shape)
+    assert float(found["loo_accuracy"]) != pytest.approx(same_shape) and float(found["loo_lift_same_shape"]) == 0
+
+
 def test_held_out_metrics_and_their_controls():
     batch = tasks(3)
+    batch["size"] = jnp.full((3, 1, 2), 4)
     found = jit(functools.partial(meta.eval_step, models=MODELS))(STATE.params, batch)
     deltas_of = jit(functools.partial(meta.task_deltas, MODELS, STATE.params))
     score = jit(lambda used, pair: meta.grid_loss(meta.answers(MODELS, STATE.params, used, pair[0]), pair[1]))
     deltas = [deltas_of(support) for support in batch["support"]]
-    by_hand = {"": deltas, "_zeroed": [model.zeroed(x) for x in deltas], "_foreign": [deltas[-1], *deltas[:-1]]}
+    by_hand = {"": deltas, "_zeroed": [hyperlora.zeroed(x) for x in deltas], "_foreign": [deltas[-1], *deltas[:-1]]}
     for name, used in by_hand.items():
         scores = [score(delta, pair) for delta, pair in zip(used, batch["query"][:, 0], strict=True)]
         for metric, values in zip(("nll", "pixel", "exact"), zip(*scores, strict=True), strict=True):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments.rlan import grids, pictures, rules, train
+from experiments.rlan import pictures, rules, train
 from experiments.rlan.config import RlanConfig
 from experiments.rlan.model import GridConfig
 from experiments.rlan.rules import RulesConfig
@@ -98,19 +98,6 @@ def test_the_command_line(finished, tmp_path):
             train.main(words)
     with pytest.raises(ValueError, match=r"rules.pairs must be 2 or more, got 1"):
         replace(TINY, rules=RulesConfig(pairs=1))
-
-
-def test_an_answer_without_a_size_is_no_answer():
-    support = np.stack(
-        [
-            [rules.padded(np.zeros((2, 3)), 4), rules.padded(np.zeros((4, 3)), 4)],
-            [rules.padded(np.zeros((2, 3)), 4), rules.padded(np.zeros((1, 2)), 4)],
-        ]
-    )
-    grid = rules.padded(np.zeros((2, 2)), 4)
-    assert train.answer_size(support, grid) == (0, 0)
-    support[1] = grids.PADDING
-    assert train.answer_size(support, grid) == (4, 3)
 
 
 def test_wrong_cells_are_dotted(tmp_path):

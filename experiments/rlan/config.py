@@ -1,12 +1,15 @@
 """Configuration of a grid run: frozen sections, as in `lensjax.config`, which also reads and writes them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
+from experiments.rlan.arc import ArcConfig
 from experiments.rlan.model import GridConfig
 from experiments.rlan.rules import RulesConfig
+from lensjax import hyperlora
 from lensjax.config import OptimizerConfig, StoppingConfig
-from lensjax.hyperlora import PRESETS, HyperLoRAConfig
-from lensjax.sections import require, require_positive
+from lensjax.hyperlora import HyperLoRAConfig
+from lensjax.sections import require, require_choice, require_positive
 
 
 @dataclass(frozen=True)
@@ -25,22 +28,30 @@ class RlanConfig:
     logging_steps: int = 50
     eval_steps: int = 250
     eval_batches: int = 32
+    """Batches of held-out rules that are measured; of ARC all tasks are."""
     save_steps: int = 500
+    tasks: Literal["rules", "arc"] = "rules"
+    """What is learned: procedural rules, or ARC-1, which needs the extra `arc`."""
+    equivariance: Literal["deltas", "outputs"] = "deltas"
+    """What the equivariance loss compares: the deltas of the task and of the turned one, which is right for rules that
+    commute with turns and mirrors, or the answers, turned back, which is right for all and costs an answer a view."""
     equivariance_views: int = 4
-    """Dihedral elements, the first ones beside the identity, whose deltas the equivariance loss compares."""
+    """Dihedral elements, the first ones beside the identity, that the equivariance loss turns a task by."""
     vote_permutations: int = 4
     """Colour permutations k of the 8 k views that vote on a test task, the identity among them."""
     vote_batches: int = 16
-    """Batches of test tasks that are voted on."""
+    """Batches of held-out rules that are voted on; of ARC all tasks are."""
     best_step: bool = False
     """Answer with the solver's surest step instead of its last one; training always takes the last."""
     grid: GridConfig = field(default_factory=GridConfig)
-    hyperlora: HyperLoRAConfig = PRESETS["rlan_stable_safe"]
+    hyperlora: HyperLoRAConfig = hyperlora.PRESETS["rlan_stable_safe"]
     rules: RulesConfig = field(default_factory=RulesConfig)
+    arc: ArcConfig = field(default_factory=ArcConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     stopping: StoppingConfig = field(default_factory=StoppingConfig)
 
     def __post_init__(self) -> None:
+        require_choice(self, "tasks", "equivariance")
         require_positive(self, "steps", "batch_size", "logging_steps", "eval_steps", "eval_batches", "save_steps")
         require_positive(self, "vote_permutations", "vote_batches")
         require(0 <= self.seed < 2**31, f"seed must be in [0, 2**31), got {self.seed}")
@@ -54,12 +65,33 @@ class RlanConfig:
         )
         require(self.optimizer.name == "adamw", "optimizer.name must be adamw: the grid model has no transformer")
         require(
-            self.rules.pairs >= 2 or self.hyperlora.loo_weight == 0,
-            f"to leave one example out, rules.pairs must be 2 or more, got {self.rules.pairs}",
+            self.task_set.pairs >= 2 or self.hyperlora.loo_weight == 0,
+            f"to leave one example out, {self.tasks}.pairs must be 2 or more, got {self.task_set.pairs}",
         )
+
+    @property
+    def task_set(self) -> RulesConfig | ArcConfig:
+        """The section of the tasks that are learned."""
+        return self.arc if self.tasks == "arc" else self.rules
 
     @property
     def example_shapes(self) -> dict[str, tuple[int, ...]]:
         """What a training step is given of each task, as of `lensjax.loop.Settings`."""
-        grids = (2, self.rules.size, self.rules.size)
-        return {"support": (self.rules.pairs, *grids), "query": (self.rules.queries, *grids)}
+        tasks = self.task_set
+        grids = (2, tasks.size, tasks.size)
+        return {"support": (tasks.pairs, *grids), "query": (tasks.queries, *grids)}
+
+
+PRESETS = {name: RlanConfig(hyperlora=section) for name, section in hyperlora.PRESETS.items()} | {
+    # Training turns and mirrors whole tasks already, so equivariance has no weight.
+    "arc": RlanConfig(
+        output_dir="runs/rlan/arc",
+        tasks="arc",
+        steps=400,
+        batch_size=8,
+        eval_steps=100,
+        save_steps=200,
+        hyperlora=replace(hyperlora.PRESETS["rlan_stable_safe"], equivariance_weight=0.0),
+    )
+}
+"""By the name that a command line starts with."""

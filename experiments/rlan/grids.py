@@ -6,6 +6,7 @@ shape therefore differ, and an example without any colour is padding as a whole.
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +68,11 @@ def inverse(grid: ArrayLike, index: int, permutation: ArrayLike) -> Array:
     return jnp.argsort(jnp.asarray(permutation))[grid].astype(jnp.int32)
 
 
+def view(grid: np.ndarray, index: int, permutation: np.ndarray) -> np.ndarray:
+    """What `forward` does to a grid without padding, on the host: int32[rows, columns]."""
+    return np.asarray(_turned(permutation[grid], index), np.int32)
+
+
 def colour_permutations(seed: int, count: int) -> np.ndarray:
     """Permutations of the colours 1 to 9, the first one the identity; 0 and padding stay.
 
@@ -124,6 +130,17 @@ def output_size(pairs: Sequence[tuple[Size, Size]], query: Size) -> Size | None:
     return query[0] * target[0] // source[0], query[1] * target[1] // source[1]
 
 
+def answer_size(support: np.ndarray, grid: np.ndarray) -> Size:
+    """The size of an answer by `output_size`, or 0 x 0, which no answer has, where no rule fits.
+
+    Args:
+      support: int32[N, 2, S, S], examples and padding.
+      grid: int32[S, S], the input to answer.
+    """
+    pairs = [(size_of(source), size_of(target)) for source, target in support if (source != PADDING).any()]
+    return output_size(pairs, size_of(grid)) or (0, 0)
+
+
 def vote(grids: np.ndarray) -> list[np.ndarray]:
     """The distinct grids, the most frequent one first; of equally frequent ones, that of the earlier view.
 
@@ -142,11 +159,12 @@ def passes(ranked: Sequence[np.ndarray], truth: np.ndarray, tries: int) -> bool:
     return any(np.array_equal(grid, truth) for grid in ranked[:tries])
 
 
-def _turned(values: Array, index: int) -> Array:
+def _turned(values: Any, index: int) -> Any:
+    numbers = values.__array_namespace__()  # of the array that came: NumPy's on the host, JAX's in a program
     if index < 4:
-        return jnp.rot90(values, index)
+        return numbers.rot90(values, index)
     if index == 6:
-        return jnp.swapaxes(values, 0, 1)
+        return numbers.swapaxes(values, 0, 1)
     if index == 7:
-        return jnp.rot90(jnp.swapaxes(values, 0, 1), 2)
-    return jnp.flip(values, axis=5 - index)
+        return numbers.rot90(numbers.swapaxes(values, 0, 1), 2)
+    return numbers.flip(values, axis=5 - index)

@@ -5,6 +5,7 @@
 Letters beside those of the grid model: B tasks, N examples of a task, Q queries.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +18,15 @@ from jax.typing import ArrayLike
 from experiments.rlan import grids
 from experiments.rlan.config import RlanConfig
 from experiments.rlan.grids import PADDING
-from experiments.rlan.model import GridModel, best_step, zeroed
+from experiments.rlan.model import GridModel, best_step
 from lensjax import hyperlora, optimizer, schedules
 from lensjax.hyperlora import Deltas
 from lensjax.metrics import Metrics, masked_mean
 from lensjax.models import HyperLoRAModel, Params
 
 Batch = dict[str, Array]
-"""`support` int32[B, N, 2, S, S] and `query` int32[B, Q, 2, S, S]; an example of padding alone counts for nothing."""
+"""`support` int32[B, N, 2, S, S] and `query` int32[B, Q, 2, S, S]; an example of padding alone counts for nothing. To
+measure, also `size` int32[B, Q, 2] of the answers, by `grids.answer_size`."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class MetaState:
 
 def build_models(config: RlanConfig) -> RlanModels:
     """Builds the models of a configuration; call it once, outside `jax.jit`."""
-    grid = GridModel(config.grid, config.rules.size)
+    grid = GridModel(config.grid, config.task_set.size)
     return RlanModels(grid, HyperLoRAModel(config.hyperlora, config.grid.dim, grid.targets))
 
 
@@ -98,6 +100,31 @@ def answers(models: RlanModels, params: dict[str, Params], deltas: Deltas, grid:
     return models.grid.logits(params["grid"], deltas, hidden[-1])
 
 
+def turned_answers(
+    models: RlanModels, params: dict[str, Params], turned: Deltas, query: Array, views: Sequence[int]
+) -> Array:
+    """Logits for turned inputs, turned back to where the input's own answer is.
+
+    Args:
+      models: static.
+      params: of `grid` and `hyper`.
+      turned: the deltas of the task in each of the views.
+      query: int32[Q, 2, S, S], inputs and answers; of an answer only the size is read.
+      views: dihedral elements.
+
+    Returns:
+      float32[views, Q, S, S, 10]; what is outside of an answer means nothing.
+    """
+    seen = _turned(query, views)
+    solve = jax.vmap(lambda deltas, inputs: jax.vmap(lambda grid: answers(models, params, deltas, grid))(inputs))
+    logits = solve(turned, seen[:, :, 0])
+    back = [
+        jax.vmap(lambda values, answer, index=index: grids.dihedral(values, index, content=answer != PADDING))
+        for index in (grids.INVERSES[view] for view in views)
+    ]
+    return jnp.stack([turn(logits[i], seen[i, :, 1]) for i, turn in enumerate(back)])
+
+
 def grid_loss(logits: ArrayLike, answer: ArrayLike) -> tuple[Array, Array, Array]:
     """Cross-entropy of an answer, the share of cells that are right, and whether all are.
 
@@ -119,8 +146,15 @@ def grid_loss(logits: ArrayLike, answer: ArrayLike) -> tuple[Array, Array, Array
     )
 
 
-def copy_scores(pair: ArrayLike) -> tuple[Array, Array]:
-    """What copying the input scores: the share of cells that are right, and whether the answer is; two float32[]."""
+def grid_scores(pair: ArrayLike) -> tuple[Array, Array]:
+    """What a grid scores as an answer: a prediction, or the copied input.
+
+    Args:
+      pair: int32[2, S, S], the grid and the answer.
+
+    Returns:
+      The share of the answer's cells that are right, and whether all is, its shape too; two float32[].
+    """
     source, answer = jnp.asarray(pair)
     content = answer != PADDING
     pixel = masked_mean((source == answer).astype(jnp.float32), content)
@@ -153,15 +187,20 @@ def meta_loss(
             report["loo_accuracy"] = masked_mean(pixels[queries:], held_out)
             report["loo_skipped_ratio"] = 1.0 - jnp.any(held_out).astype(jnp.float32)
         if weights.equivariance_weight > 0:
-            report |= _equivariance(deltas, support)
+            report |= _equivariance(deltas, support, query, logits[:queries])
         return report
 
-    def _equivariance(deltas: Deltas, support: Array) -> Metrics:
-        seen = jnp.stack([_turned_task(support, index) for index in range(1, 1 + config.equivariance_views)])
-        turned = jax.vmap(lambda task: task_deltas(models, params, task))(seen)
-        losses = jax.vmap(lambda other: hyperlora.equivariance_loss(deltas, other))(turned)
+    def _equivariance(deltas: Deltas, support: Array, query: Array, logits: Array) -> Metrics:
+        views = range(1, 1 + config.equivariance_views)
+        turned = jax.vmap(lambda task: task_deltas(models, params, task))(_turned(support, views))
         norms = jax.vmap(lambda other: hyperlora.difference_norm(deltas, other))(jax.lax.stop_gradient(turned))
-        return {"equivariance_loss": jnp.mean(losses), "equiv_delta_norm": jnp.mean(norms)}
+        if config.equivariance == "outputs":
+            mapped = turned_answers(models, params, turned, query, views)
+            where = jnp.broadcast_to(query[:, 1] != PADDING, mapped.shape[:-1])
+            loss = hyperlora.output_equivariance_loss(jnp.broadcast_to(logits, mapped.shape), mapped, where)
+        else:
+            loss = jnp.mean(jax.vmap(lambda other: hyperlora.equivariance_loss(deltas, other))(turned))
+        return {"equivariance_loss": loss, "equiv_delta_norm": jnp.mean(norms)}
 
     report = {name: jnp.mean(values) for name, values in jax.vmap(one)(batch["support"], batch["query"]).items()}
     loss = report["task_loss"]
@@ -202,34 +241,46 @@ def meta_step(state: MetaState, batch: Batch, *, config: RlanConfig, models: Rla
 
 
 def eval_step(params: dict[str, Params], batch: Batch, *, models: RlanModels) -> Metrics:
-    """Held-out metrics of a batch, with three controls: no deltas, those of the next task, and the copied input."""
-    support, query = batch["support"], batch["query"]
+    """Held-out metrics of a batch, with three controls: no deltas, those of the next task, and the copied input.
+
+    An answer is scored in the size that the examples say: what it lacks of the true one is wrong. Each metric is the
+    mean over the tasks of that over their inputs.
+    """
+    support, query, sizes = batch["support"], batch["query"], batch["size"]
     deltas, others, held_out = jax.vmap(lambda task: leave_one_out_deltas(models, params, task))(support)
     asked = jax.vmap(is_example)(query)
     foreign = jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=0), deltas)
+    over_tasks = jax.vmap(masked_mean)
 
-    def scores(used: Deltas) -> tuple[Array, ...]:
-        def one(delta: Deltas, pairs: Array) -> tuple[Array, ...]:
-            return jax.vmap(lambda pair: grid_loss(answers(models, params, delta, pair[0]), pair[1]))(pairs)
+    def score(delta: Deltas, pair: Array, size: Array) -> tuple[Array, ...]:
+        logits = answers(models, params, delta, pair[0])
+        found = jnp.where(grids.inside(size, pair.shape[-1]), jnp.argmax(logits, axis=-1), PADDING)
+        return grid_loss(logits, pair[1])[0], *grid_scores(jnp.stack([found.astype(jnp.int32), pair[1]]))
 
-        return tuple(masked_mean(values, asked) for values in jax.vmap(one)(used, query))
-
-    def left_out(delta: Deltas, pair: Array) -> tuple[Array, ...]:
-        return grid_loss(answers(models, params, delta, pair[0]), pair[1])
+    def left_out(delta: Deltas, pair: Array) -> Array:
+        return grid_loss(answers(models, params, delta, pair[0]), pair[1])[1]
 
     report: Metrics = {}
-    for name, used in (("", deltas), ("_zeroed", zeroed(deltas)), ("_foreign", foreign)):
-        report |= dict(zip((f"nll{name}", f"pixel{name}", f"exact{name}"), scores(used), strict=True))
-    copied = jax.vmap(jax.vmap(copy_scores))
-    report |= {f"{name}_copy": masked_mean(x, asked) for name, x in zip(("pixel", "exact"), copied(query), strict=True)}
-    loo = jax.vmap(jax.vmap(left_out))(others, support)[1]
-    report |= {
-        "loo_accuracy": masked_mean(loo, held_out),
-        "loo_accuracy_copy": masked_mean(copied(support)[0], held_out),
-        "loo_skipped_ratio": 1.0 - jnp.mean(jnp.any(held_out, axis=1), dtype=jnp.float32),
-        "lora_diversity": hyperlora.diversity(deltas),
-    }
-    report["loo_lift"] = report["loo_accuracy"] - report["loo_accuracy_copy"]
+    for name, used in (("", deltas), ("_zeroed", hyperlora.zeroed(deltas)), ("_foreign", foreign)):
+        scores = jax.vmap(jax.vmap(score, in_axes=(None, 0, 0)))(used, query, sizes)
+        means = [jnp.mean(over_tasks(values, asked)) for values in scores]
+        report |= dict(zip((f"nll{name}", f"pixel{name}", f"exact{name}"), means, strict=True))
+    copied = jax.vmap(jax.vmap(grid_scores))
+    for name, values in zip(("pixel", "exact"), copied(query), strict=True):
+        report[f"{name}_copy"] = jnp.mean(over_tasks(values, asked))
+    can_hold_out = jnp.any(held_out, axis=1)
+    loo, loo_copy = jax.vmap(jax.vmap(left_out))(others, support), copied(support)[0]
+    # Copying is a baseline where answers have the shape of their inputs.
+    keeps_shape = jnp.all((support[:, :, 0] == PADDING) == (support[:, :, 1] == PADDING), axis=(1, 2, 3))
+    for name, where in (("", can_hold_out), ("_same_shape", can_hold_out & keeps_shape)):
+        accuracy, copy = (masked_mean(over_tasks(values, held_out), where) for values in (loo, loo_copy))
+        report |= {
+            f"loo_accuracy{name}": accuracy,
+            f"loo_accuracy_copy{name}": copy,
+            f"loo_lift{name}": accuracy - copy,
+        }
+    report["loo_skipped_ratio"] = jnp.mean(~can_hold_out, dtype=jnp.float32)
+    report["lora_diversity"] = hyperlora.diversity(deltas)
     return report | hyperlora.magnitudes(deltas)
 
 
@@ -279,10 +330,11 @@ def view_predictions(
     return jnp.concatenate(back)
 
 
-def _turned_task(support: Array, index: int) -> Array:
-    """All grids of a task turned alike; colours stay."""
-    return _all_views(support.reshape(-1, *support.shape[2:]), index, _IDENTITY[None], grids.forward)[0].reshape(
-        support.shape
+def _turned(pairs: Array, views: Sequence[int]) -> Array:
+    """All grids int32[N, 2, S, S] turned alike, once for each dihedral element; colours stay."""
+    flat = pairs.reshape(-1, *pairs.shape[2:])
+    return jnp.stack(
+        [_all_views(flat, index, _IDENTITY[None], grids.forward)[0].reshape(pairs.shape) for index in views]
     )
 
 

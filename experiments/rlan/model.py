@@ -12,7 +12,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from experiments.rlan.grids import COLOURS, PADDING
-from lensjax.hyperlora import Delta, Deltas, mix
+from lensjax.hyperlora import Deltas, mix
 from lensjax.metrics import masked_mean
 from lensjax.models import Params
 from lensjax.sections import require_positive
@@ -111,6 +111,8 @@ class GridModel:
         weights, inputs = params["gru"], self.embed(params, grid)
         from_input = jnp.split(_shifted(_conv(inputs, weights["input"]), weights["bias"]), 3, axis=-1)
 
+        # To keep the neighbourhoods of every step for the gradient takes longer than to collect them anew.
+        @jax.checkpoint
         def step(hidden: Array, _: None) -> tuple[Array, Array]:
             gates = jnp.split(_conv(hidden, weights["gates"]), 2, axis=-1)
             reset = jax.nn.sigmoid(mix(from_input[0] + gates[0], deltas["gru_reset"]))
@@ -142,11 +144,6 @@ def best_step(logits: ArrayLike, where: ArrayLike) -> Array:
     log_p = jax.nn.log_softmax(jnp.asarray(logits))
     entropies = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
     return jnp.argmin(jax.vmap(masked_mean, in_axes=(0, None))(entropies, where)).astype(jnp.int32)
-
-
-def zeroed(deltas: Deltas) -> Deltas:
-    """Deltas that change nothing."""
-    return {name: Delta(jnp.zeros_like(delta.a), delta.b) for name, delta in deltas.items()}
 
 
 def _shifted(values: Array, bias: Array) -> Array:

@@ -106,6 +106,11 @@ def dataset(config: RulesConfig, split: Split, *, seed: int) -> grain.MapDataset
     return grain.MapDataset.source(RuleSource(config, split, seed))
 
 
+def position(name: str) -> float:
+    """A number in [0, 1) that says which split a name belongs to, by its SHA-256."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+
+
 def padded(grid: np.ndarray, side: int) -> np.ndarray:
     """A grid of any shape in the top left of a square of padding, int32[S, S].
 
@@ -121,8 +126,8 @@ def padded(grid: np.ndarray, side: int) -> np.ndarray:
 
 def _split_of(rule: Rule) -> Split:
     """70 % train, 10 % validation, 20 % test, by the SHA-256 of the name."""
-    position = int.from_bytes(hashlib.sha256(rule.name.encode()).digest()[:8], "big") / 2**64
-    return "train" if position < 0.7 else "validation" if position < 0.8 else "test"
+    place = position(rule.name)
+    return "train" if place < 0.7 else "validation" if place < 0.8 else "test"
 
 
 def _swaps() -> list[Rule]:
