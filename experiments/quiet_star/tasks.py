@@ -1,0 +1,157 @@
+"""Questions whose answers take several steps: a chain of lookups, and a sum told in words.
+
+An instance is a prompt, and a table a step that says what follows what: the right thought is what comes after each step
+but the last one, the answer what comes after all. A hash of the instance decides its split, for good: what is measured
+on the test split was never trained on, under any seed.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import grain
+import numpy as np
+
+from lensjax import data
+from lensjax.data import Split
+from lensjax.sections import require, require_choice
+
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+TRAIN_SHARE, VALIDATION_SHARE = 0.7, 0.1
+
+_NAMES, _THINGS = ("ann", "ben", "eva", "tom", "mia", "leo"), ("figs", "nuts", "pens", "hats", "cups", "keys")
+_GAINS, _LOSSES = ("finds", "buys", "gets"), ("loses", "sells", "gives")
+WORDS = (*map(str, range(10)), *_NAMES, *_THINGS, *_GAINS, *_LOSSES, "has", "then", ".", "last", "digit", "?")
+"""The vocabulary of the arithmetic task; a digit's token is its value."""
+_NODES, _HOPS = 8, 3
+"""Of the pointers: entries of the permutation, and how often it is followed."""
+_SUMMANDS = 3
+"""Of the arithmetic: what is added or taken away after the start."""
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """What is asked, and how good the traces are that the model is first trained on."""
+
+    name: Literal["pointer", "arithmetic"] = "pointer"
+    """`pointer` follows a permutation of 8 three times from a start; `arithmetic` tells of a start and three gains or
+    losses in words, and asks for the last digit."""
+    right_share: float = 0.5
+    """Share of the steps of a trace that are right; the others are drawn at random."""
+
+    def __post_init__(self) -> None:
+        require_choice(self, "name")
+        require(0 <= self.right_share <= 1, f"task.right_share must be in [0, 1], got {self.right_share}")
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One question."""
+
+    name: str
+    """What its split is decided by."""
+    prompt: np.ndarray
+    """int32[P]."""
+    start: int
+    tables: np.ndarray
+    """int32[L + 1, symbols]: what each step makes of each symbol."""
+
+    @property
+    def answer(self) -> int:
+        """What all steps in a row make of the start."""
+        return int(functools.reduce(lambda symbol, table: table[symbol], self.tables, self.start))
+
+    def trace(self, random: np.random.Generator, right_share: float) -> np.ndarray:
+        """Thought tokens int32[L], of which each follows from the one before it, or is drawn at random."""
+        symbol, found = self.start, []
+        for table in self.tables[:-1]:
+            symbol = int(table[symbol] if random.random() < right_share else random.integers(len(table)))
+            found.append(symbol)
+        return np.asarray(found, np.int32)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of questions."""
+
+    vocab_size: int
+    symbols: int
+    """Tokens that traces and answers are made of: the first ones of the vocabulary."""
+    prompt_length: int
+    thought_length: int
+    draw: Callable[[np.random.Generator], Instance]
+
+
+def task_of(config: TaskConfig) -> Task:
+    """The task that a configuration names."""
+    return TASKS[config.name]
+
+
+@dataclass(frozen=True)
+class QuestionSource:
+    """Questions without end; question i is a pure function of (config, split, seed, i)."""
+
+    config: TaskConfig
+    split: Split
+    seed: int
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Returns `prompt` int32[P], `trace` int32[L] with wrong steps, and `answer` int32, the right one."""
+        random = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
+        instance = _drawn(task_of(self.config), self.split, random)
+        return {
+            "prompt": instance.prompt,
+            "trace": instance.trace(random, self.config.right_share),
+            "answer": np.asarray(instance.answer, np.int32),
+        }
+
+
+def dataset(config: TaskConfig, split: Split, *, seed: int) -> grain.MapDataset:
+    """The questions of a split as a grain data set."""
+    return grain.MapDataset.source(QuestionSource(config, split, seed))
+
+
+def split_of(instance: Instance) -> Split:
+    """70 % train, 10 % validation, 20 % test."""
+    return data.split_of(instance.name, train=TRAIN_SHARE, validation=VALIDATION_SHARE)
+
+
+def _drawn(task: Task, split: Split, random: np.random.Generator) -> Instance:
+    while True:
+        instance = task.draw(random)
+        if split_of(instance) == split:
+            return instance
+
+
+def _pointers(random: np.random.Generator) -> Instance:
+    """The values of all nodes, then the start. The permutation alone is the name: held out with all of its starts."""
+    permutation, start = random.permutation(_NODES).astype(np.int32), int(random.integers(_NODES))
+    name = "pointer " + " ".join(map(str, permutation))
+    return Instance(name, np.append(permutation, np.int32(start)), start, np.stack([permutation] * _HOPS))
+
+
+def _sums(random: np.random.Generator) -> Instance:
+    """A start, gains and losses. The numbers and signs are the name: held out in whatever words."""
+    start, summands = int(random.integers(10)), random.integers(1, 10, size=_SUMMANDS)
+    signs = random.choice((-1, 1), size=_SUMMANDS)
+    said = [random.choice(_NAMES), "has", str(start), random.choice(_THINGS), "."]
+    for sign, summand in zip(signs, summands, strict=True):
+        said += ["then", random.choice(_GAINS if sign > 0 else _LOSSES), str(summand), "."]
+    said += ["last", "digit", "?"]
+    tables = [(np.arange(10) + sign * summand) % 10 for sign, summand in zip(signs, summands, strict=True)]
+    name = " ".join(["arithmetic", str(start), *(f"{x:+d}" for x in signs * summands)])
+    prompt = np.asarray([WORDS.index(word) for word in said], np.int32)
+    return Instance(name, prompt, start, np.stack(tables).astype(np.int32))
+
+
+TASKS: dict[str, Task] = {
+    "pointer": Task(_NODES, _NODES, prompt_length=_NODES + 1, thought_length=_HOPS - 1, draw=_pointers),
+    "arithmetic": Task(
+        len(WORDS), 10, prompt_length=8 + 4 * _SUMMANDS, thought_length=_SUMMANDS - 1, draw=_sums
+    ),
+}
