@@ -17,7 +17,6 @@ import functools
 import importlib.util
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -25,11 +24,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import jax
-import tyro
 from jax import Array
 from jax.sharding import Mesh
 from rich.console import Console
 
+from experiments import command
 from lensjax import checkpoint, data, devices, evaluation, loop, online, plots, pretrain, run_folder, train
 from lensjax import config as configs
 from lensjax import logging as run_logging
@@ -52,26 +51,12 @@ HEADLINE = ("nll_policy", "nll_baseline", "nll_rollout_mean", "mc/preference_agr
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line; bad values end it with one message, before anything is written."""
-    words = sys.argv[1:] if arguments is None else list(arguments)
-    try:
-        config, resume = parse(words)
-        devices.join()
-        run(config, resume=resume)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    command.execute(arguments, parse, run)
 
 
 def parse(words: list[str]) -> tuple[Config, bool]:
     """Reads the command line: a config, and whether it is that of a run to go on with."""
-    if "--resume" in words:
-        if len(words) != 2 or words[0] != "--resume":
-            raise ValueError(f"--resume takes a run folder and nothing else, got: {' '.join(words)}")
-        stored = configs.load(run_folder.config_file(words[1]))
-        return configs.replace(stored, output_dir=words[1]), True
-    default = Config()
-    if words and not words[0].startswith("-"):
-        default = load_preset(words.pop(0))
-    return tyro.cli(Config, default=default, args=words, description=__doc__), False
+    return command.parse(words, Config(), load_preset=load_preset, description=__doc__)
 
 
 def load_preset(name: str) -> Config:
@@ -112,11 +97,7 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
     mesh = devices.make_mesh(batch_sizes)
     inputs = _Inputs(config, mesh)  # reads all data first: an empty corpus must not leave a folder behind
     taken = load_start(config, models)
-    folder = Path(config.output_dir)
-    devices.in_first(lambda: (run_folder.open_run if resume else run_folder.create_run)(folder, config))
-    console.out(f"run folder {folder}, {jax.default_backend()}, seed {config.seed}", highlight=False)
-    logged = folder if devices.is_first() else None
-    with run_logging.RunLogger(logged, resume=_restore_point(folder) if resume else None) as logger:
+    with command.open_run(config, run_logging.PHASES, resume=resume, console=console) as (folder, logger):
         surroundings = {"run_dir": folder, "config": config, "mesh": mesh, "logger": logger, "console": console}
         params, seconds = taken or {}, 0.0
         summary: dict[str, Any] = {}
@@ -175,15 +156,6 @@ class _Inputs:
 def stream(config: Config, number: int) -> Array:
     """The PRNG key of one of a run's streams of randomness."""
     return jax.random.fold_in(jax.random.key(config.seed), number)
-
-
-def _restore_point(folder: Path) -> tuple[str, int]:
-    """The newest checkpoint of the last phase that has one; a run without any starts from its first step."""
-    for phase in reversed(run_logging.PHASES):
-        step = checkpoint.latest_step(loop.checkpoint_dir(folder, phase))
-        if step is not None:
-            return phase, step
-    return run_logging.PHASES[0], 0
 
 
 def _pretrain(
@@ -304,7 +276,7 @@ def load_params(folder: Path, models: Models, parts: Sequence[Literal["base", "g
     Raises:
       ValueError: there is none, or LensNet is asked for and was not trained yet.
     """
-    phase, _ = _restore_point(folder)
+    phase, _ = command.restore_point(folder, run_logging.PHASES)
     directory = loop.checkpoint_dir(folder, phase)
     step = loop.kept_step(directory)
     if step is None:

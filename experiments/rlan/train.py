@@ -10,27 +10,23 @@ its own folder.
 
 import functools
 import json
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jax.sharding import Mesh
 from rich.console import Console
 
+from experiments import command
 from experiments.rlan import grids, meta, pictures, rules
 from experiments.rlan.config import RlanConfig
 from experiments.rlan.meta import Batch, MetaState, RlanModels
 from experiments.rlan.model import zeroed
-from lensjax import checkpoint, data, devices, evaluation, loop, run_folder
-from lensjax import config as configs
-from lensjax import logging as run_logging
+from lensjax import data, devices, evaluation, loop
 from lensjax.hyperlora import PRESETS
 from lensjax.models import Params
 
@@ -45,29 +41,19 @@ TRIES = (1, 2, 3)
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line; bad values end it with one message, before anything is written."""
-    words = sys.argv[1:] if arguments is None else list(arguments)
-    try:
-        config, resume = parse(words)
-        devices.join()
-        run(config, resume=resume)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    command.execute(arguments, parse, run)
 
 
 def parse(words: list[str]) -> tuple[RlanConfig, bool]:
     """Reads the command line: a config, and whether it is that of a run to go on with."""
-    if "--resume" in words:
-        if len(words) != 2 or words[0] != "--resume":
-            raise ValueError(f"--resume takes a run folder and nothing else, got: {' '.join(words)}")
-        stored = configs.load_as(run_folder.config_file(words[1]), RlanConfig)
-        return replace(stored, output_dir=words[1]), True
-    default = RlanConfig()
-    if words and not words[0].startswith("-"):
-        name = words.pop(0)
-        if name not in PRESETS:
-            raise ValueError(f"no preset {name}; there are: {', '.join(PRESETS)}")
-        default = replace(default, hyperlora=PRESETS[name])
-    return tyro.cli(RlanConfig, default=default, args=words, description=__doc__), False
+    return command.parse(words, RlanConfig(), load_preset=load_preset, description=__doc__)
+
+
+def load_preset(name: str) -> RlanConfig:
+    """The config of a name."""
+    if name not in PRESETS:
+        raise ValueError(f"no preset {name}; there are: {', '.join(PRESETS)}")
+    return RlanConfig(hyperlora=PRESETS[name])
 
 
 def run(config: RlanConfig, *, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
@@ -80,12 +66,7 @@ def run(config: RlanConfig, *, resume: bool = False, console: Console | None = N
         rules.dataset(config.rules, "train", seed=config.seed), batch_size=config.batch_size, share=share
     )
     measure = evaluator(config, models, mesh)
-    folder = Path(config.output_dir)
-    devices.in_first(lambda: (run_folder.open_run if resume else run_folder.create_run)(folder, config))
-    console.out(f"run folder {folder}, {jax.default_backend()}, seed {config.seed}", highlight=False)
-    newest = checkpoint.latest_step(loop.checkpoint_dir(folder, PHASE))
-    logged, restored = folder if devices.is_first() else None, (PHASE, newest or 0) if resume else None
-    with run_logging.RunLogger(logged, resume=restored, phases=(PHASE,)) as logger:
+    with command.open_run(config, (PHASE,), resume=resume, console=console) as (folder, logger):
         phase = loop.Phase(
             name=PHASE,
             steps=config.steps,

@@ -1,0 +1,115 @@
+"""What the command lines of all training scripts share: a preset with flags, `--resume`, errors, and the run's folder.
+
+python experiments/<script>.py [preset] [--flag value ...]
+python experiments/<script>.py --resume runs/folder
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import jax
+import tyro
+from rich.console import Console
+
+from lensjax import checkpoint, devices, loop, run_folder
+from lensjax import config as configs
+from lensjax.logging import RunLogger
+
+
+class RunConfig(Protocol):
+    """A frozen dataclass of settings, such as `lensjax.Config`."""
+
+    @property
+    def output_dir(self) -> str: ...  # noqa: D102
+    @property
+    def seed(self) -> int: ...  # noqa: D102
+
+
+Settings = TypeVar("Settings", bound=RunConfig)
+
+
+def execute(
+    arguments: list[str] | None, parse: Callable[[list[str]], tuple[Settings, bool]], run: Callable[..., object]
+) -> None:
+    """Parses and runs; bad values end the process with one message.
+
+    Args:
+      arguments: the command line; None for that of the process.
+      parse: to a config, and whether it is that of a run to go on with.
+      run: called with the config, and `resume` by name.
+    """
+    try:
+        config, resume = parse(sys.argv[1:] if arguments is None else list(arguments))
+        devices.join()
+        run(config, resume=resume)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+
+
+def parse(
+    words: list[str], default: Settings, *, load_preset: Callable[[str], Settings], description: str | None
+) -> tuple[Settings, bool]:
+    """Reads a command line.
+
+    Args:
+      words: a preset's name, if anything, and flags; or `--resume` and a run folder.
+      default: the config without a preset.
+      load_preset: the config of a name.
+      description: shown by `--help`.
+
+    Returns:
+      A config, and whether it is that of a run to go on with.
+
+    Raises:
+      ValueError: `--resume` has not one folder, or the preset or a stored value is not valid.
+      FileNotFoundError: there is no run in that folder.
+    """
+    kind = type(default)
+    if "--resume" in words:
+        if len(words) != 2 or words[0] != "--resume":
+            raise ValueError(f"--resume takes a run folder and nothing else, got: {' '.join(words)}")
+        change: Callable[..., Settings] = dataclasses.replace
+        return change(configs.load_as(run_folder.config_file(words[1]), kind), output_dir=words[1]), True
+    if words and not words[0].startswith("-"):
+        default, words = load_preset(words[0]), words[1:]
+    return tyro.cli(kind, default=default, args=words, description=description), False
+
+
+@contextmanager
+def open_run(
+    config: RunConfig, phases: tuple[str, ...], *, resume: bool, console: Console
+) -> Iterator[tuple[Path, RunLogger]]:
+    """Makes or opens the folder of a run, in the first process, and the log in it.
+
+    Args:
+      config: the run's.
+      phases: all that a run of this kind has, in their order.
+      resume: go on with a run: rows after its newest checkpoint are dropped.
+      console: is told the folder.
+
+    Yields:
+      The folder, and the log.
+
+    Raises:
+      ValueError: as of `lensjax.run_folder`.
+      OSError: likewise.
+    """
+    folder = Path(config.output_dir)
+    devices.in_first(lambda: (run_folder.open_run if resume else run_folder.create_run)(folder, config))
+    console.out(f"run folder {folder}, {jax.default_backend()}, seed {config.seed}", highlight=False)
+    restored = restore_point(folder, phases) if resume else None
+    with RunLogger(folder if devices.is_first() else None, resume=restored, phases=phases) as logger:
+        yield folder, logger
+
+
+def restore_point(folder: Path, phases: tuple[str, ...]) -> tuple[str, int]:
+    """The newest checkpoint of the last phase that has one; a run without any starts from its first step."""
+    for phase in reversed(phases):
+        step = checkpoint.latest_step(loop.checkpoint_dir(folder, phase))
+        if step is not None:
+            return phase, step
+    return phases[0], 0
