@@ -101,13 +101,15 @@ class QuestionSource:
         return sys.maxsize
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Returns `prompt` int32[P], `trace` int32[L] with wrong steps, and `answer` int32, the right one."""
+        """Returns `prompt` int32[P], its `answer` int32, a `trace` int32[L], and what that leads to: `conclusion` int32."""
         random = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
         instance = _drawn(task_of(self.config), self.split, random)
+        trace = instance.trace(random, self.config.right_share)
         return {
             "prompt": instance.prompt,
-            "trace": instance.trace(random, self.config.right_share),
             "answer": np.asarray(instance.answer, np.int32),
+            "trace": trace,
+            "conclusion": instance.tables[-1][trace[-1]],
         }
 
 
