@@ -56,7 +56,9 @@ def bake_loss(params: Params, batch: Batch, *, model: ThoughtModel) -> tuple[Arr
             "gate": judged.share[0],
         }
 
-    report = jax.tree.map(jnp.mean, jax.vmap(one)(*(batch[name] for name in ("prompt", "answer", "trace", "conclusion"))))
+    report = jax.tree.map(
+        jnp.mean, jax.vmap(one)(*(batch[name] for name in ("prompt", "answer", "trace", "conclusion")))
+    )
     return report["trace_loss"] + report["answer_loss_without"] + report["answer_loss"], report
 
 

@@ -37,7 +37,7 @@ class RLConfig:
     """log p(answer | thought) - log p(answer | none), or whether it is right minus whether it was without."""
     shuffle_rewards: bool = False
     """A control: every thought gets the reward of a random one of the batch."""
-    threshold: float = 0.1
+    threshold: float = 0.0
     """Prompts whose difficulty, in [0, 1], is above it get thoughts; the others are answered without."""
     whiten: bool = True
     """Whether the advantages of a batch are brought to mean 0 and standard deviation 1."""
@@ -60,7 +60,7 @@ class RLConfig:
         require_positive(self, "thoughts", "value_hidden")
         require_choice(self, "reward")
         require(
-            0 <= self.warmup_episodes and (self.warmup_episodes < self.episodes or self.episodes == 0),
+            self.warmup_episodes >= 0 and (self.warmup_episodes < self.episodes or self.episodes == 0),
             f"rl.warmup_episodes must be at least 0 and below rl.episodes {self.episodes}, got {self.warmup_episodes}",
         )
         # At 1, the highest difficulty there is, no prompt would ever get a thought.

@@ -1,4 +1,4 @@
-"""What thoughts are worth on held-out questions: with the model's own, without, with random ones, with another prompt's.
+"""What thoughts are worth on held-out questions: the model's own, none, random ones, and another prompt's.
 
 An answer is right where its most probable token is. Prompts that are easier than the threshold are answered without a
 thought in all arms; the answer itself has no part in that decision here.
@@ -28,9 +28,7 @@ Answers = dict[str, Any]
 """Arrays by name, the prompts in front."""
 
 
-def answer_batch(
-    params: Params, batch: Batch, key: Array, *, config: QuietStarConfig, model: ThoughtModel
-) -> Answers:
+def answer_batch(params: Params, batch: Batch, key: Array, *, config: QuietStarConfig, model: ThoughtModel) -> Answers:
     """How a batch is answered, with each kind of thoughts and without.
 
     Args:
@@ -101,7 +99,11 @@ def report(batches: Sequence[Answers], config: QuietStarConfig) -> dict[str, flo
 
 
 def _evidence(found: Answers, right: dict[str, np.ndarray], right_without: np.ndarray) -> Evidence:
-    """The four measurements. Coherence must tell thoughts that help from those that do not: its own and foreign ones."""
+    """The four measurements.
+
+    What coherence must tell from each other are the own and the foreign thoughts of a prompt: where all of its own are
+    right, there is nothing else to tell.
+    """
     own, without = found["sampled"], np.broadcast_to(found["without"][:, None], found["sampled"].shape)
     one = jnp.ones((), jnp.int32)
     paths = jax.vmap(lambda a, b: theatre.divergence(a[None], one, b[None], one))(own.reshape(-1), without.reshape(-1))

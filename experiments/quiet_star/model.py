@@ -35,9 +35,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "dim", "layers", "heads", "mlp_dim")
-        require(
-            self.dim % self.heads == 0, f"model.dim must be a multiple of model.heads {self.heads}, got {self.dim}"
-        )
+        require(self.dim % self.heads == 0, f"model.dim must be a multiple of model.heads {self.heads}, got {self.dim}")
 
 
 @jax.tree_util.register_dataclass
@@ -116,7 +114,9 @@ class ThoughtModel(Functional[ThoughtLM]):
         """The policy: log-probabilities of the next thought token, float32[D] to float32[vocabulary]."""
         return jax.nn.log_softmax(self._bind(params).thought(jnp.asarray(hidden)))
 
-    def answer_log_probs(self, params: Params, before: ArrayLike, after: ArrayLike | None = None) -> tuple[Array, Array]:
+    def answer_log_probs(
+        self, params: Params, before: ArrayLike, after: ArrayLike | None = None
+    ) -> tuple[Array, Array]:
         """The answer, from the prompt alone or mixed with what was thought.
 
         Args:

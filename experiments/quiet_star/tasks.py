@@ -23,8 +23,10 @@ TRAIN_SHARE, VALIDATION_SHARE = 0.7, 0.1
 
 _NAMES, _THINGS = ("ann", "ben", "eva", "tom", "mia", "leo"), ("figs", "nuts", "pens", "hats", "cups", "keys")
 _GAINS, _LOSSES = ("finds", "buys", "gets"), ("loses", "sells", "gives")
-WORDS = (*map(str, range(10)), *_NAMES, *_THINGS, *_GAINS, *_LOSSES, "has", "then", ".", "last", "digit", "?")
+_VERBS = (*_GAINS, *_LOSSES)
+WORDS = (*map(str, range(10)), *_NAMES, *_THINGS, *_VERBS, "has", "then", ".", "last", "digit", "?")
 """The vocabulary of the arithmetic task; a digit's token is its value."""
+_TOKENS = {word: token for token, word in enumerate(WORDS)}
 _NODES, _HOPS = 8, 3
 """Of the pointers: entries of the permutation, and how often it is followed."""
 _SUMMANDS = 3
@@ -101,7 +103,7 @@ class QuestionSource:
         return sys.maxsize
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Returns `prompt` int32[P], its `answer` int32, a `trace` int32[L], and what that leads to: `conclusion` int32."""
+        """Returns `prompt` int32[P], its `answer` int32, `trace` int32[L], and `conclusion` int32, what that leads to."""
         random = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
         instance = _drawn(task_of(self.config), self.split, random)
         trace = instance.trace(random, self.config.right_share)
@@ -139,21 +141,19 @@ def _pointers(random: np.random.Generator) -> Instance:
 
 def _sums(random: np.random.Generator) -> Instance:
     """A start, gains and losses. The numbers and signs are the name: held out in whatever words."""
-    start, summands = int(random.integers(10)), random.integers(1, 10, size=_SUMMANDS)
-    signs = random.choice((-1, 1), size=_SUMMANDS)
-    said = [random.choice(_NAMES), "has", str(start), random.choice(_THINGS), "."]
-    for sign, summand in zip(signs, summands, strict=True):
-        said += ["then", random.choice(_GAINS if sign > 0 else _LOSSES), str(summand), "."]
-    said += ["last", "digit", "?"]
-    tables = [(np.arange(10) + sign * summand) % 10 for sign, summand in zip(signs, summands, strict=True)]
-    name = " ".join(["arithmetic", str(start), *(f"{x:+d}" for x in signs * summands)])
-    prompt = np.asarray([WORDS.index(word) for word in said], np.int32)
-    return Instance(name, prompt, start, np.stack(tables).astype(np.int32))
+    # One call: each takes longer than all the rest.
+    start, name, thing, *rest = random.integers([10, len(_NAMES), len(_THINGS), *[len(_VERBS), 9] * _SUMMANDS]).tolist()
+    said = [_NAMES[name], "has", str(start), _THINGS[thing], "."]
+    changes = []
+    for verb, number in zip(rest[::2], rest[1::2], strict=True):
+        said += ["then", _VERBS[verb], str(number + 1), "."]
+        changes.append((number + 1) * (1 if verb < len(_GAINS) else -1))
+    tokens = [_TOKENS[word] for word in (*said, "last", "digit", "?")]
+    tables = (np.arange(10, dtype=np.int32)[None, :] + np.asarray(changes, np.int32)[:, None]) % 10
+    return Instance(f"arithmetic {start} {changes}", np.asarray(tokens, np.int32), start, tables)
 
 
 TASKS: dict[str, Task] = {
     "pointer": Task(_NODES, _NODES, prompt_length=_NODES + 1, thought_length=_HOPS - 1, draw=_pointers),
-    "arithmetic": Task(
-        len(WORDS), 10, prompt_length=8 + 4 * _SUMMANDS, thought_length=_SUMMANDS - 1, draw=_sums
-    ),
+    "arithmetic": Task(len(WORDS), 10, prompt_length=8 + 4 * _SUMMANDS, thought_length=_SUMMANDS - 1, draw=_sums),
 }

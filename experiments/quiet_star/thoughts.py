@@ -49,9 +49,9 @@ def sample(model: ThoughtModel, params: Params, prompt: Array, key: Array, *, co
       int32[n, L].
     """
     keys = jax.random.split(key, (count, model.thought_length))
-    return jax.vmap(lambda row: _drawn(model, params, prompt, lambda logits, i: jax.random.categorical(row[i], logits)))(
-        keys
-    )
+    return jax.vmap(
+        lambda row: _drawn(model, params, prompt, lambda logits, i: jax.random.categorical(row[i], logits))
+    )(keys)
 
 
 def greedy(model: ThoughtModel, params: Params, prompt: Array) -> Array:

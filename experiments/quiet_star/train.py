@@ -3,7 +3,9 @@
     python experiments/quiet_star/train.py --output-dir runs/quiet_star/0
     python experiments/quiet_star/train.py arithmetic --seed 1 --output-dir runs/quiet_star/arithmetic-1
     python experiments/quiet_star/train.py --resume runs/quiet_star/0
-    python experiments/quiet_star/train.py --init runs/quiet_star/0 --rl.shuffle-rewards --output-dir runs/quiet_star/shuffled-0
+    python experiments/quiet_star/train.py --init runs/quiet_star/0 --rl.shuffle-rewards --output-dir runs/shuffled
+
+The last one is the control: rewards go to the wrong thoughts.
 
 The first argument names a task; flags change single fields. Everything that a run makes is in its own folder.
 """
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax import Array
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -24,7 +27,7 @@ from experiments.quiet_star import bake, measure, pictures, reinforce, tasks
 from experiments.quiet_star.bake import Batch
 from experiments.quiet_star.config import QuietStarConfig
 from experiments.quiet_star.model import ThoughtModel
-from lensjax import checkpoint, data, devices, loop, run_folder, stability
+from lensjax import checkpoint, data, devices, evaluation, loop, run_folder, stability
 from lensjax import config as configs
 from lensjax import logging as run_logging
 from lensjax.data import Split
@@ -73,51 +76,24 @@ def run(config: QuietStarConfig, *, resume: bool = False, console: Console | Non
     console = console or Console(quiet=not devices.is_first())
     model, mesh = build_model(config), devices.make_mesh({"batch_size": config.batch_size})
     taken = load_baked(config, model)
-    bake_key, rl_key = (jax.random.fold_in(jax.random.key(config.seed), i) for i in range(2))
-    measured = evaluator(config, model, mesh)
+    batches = held_out(config, mesh)
+    measured = evaluator(config, model, batches)
     with command.open_run(config, PHASES, resume=resume, console=console) as (folder, logger):
         surroundings = {"run_dir": folder, "config": config, "mesh": mesh, "logger": logger, "console": console}
-        if taken is None:
-            phase = loop.Phase(
-                name=BAKE,
-                steps=config.bake.steps,
-                batch_size=config.batch_size,
-                step=functools.partial(bake.bake_step, config=config, model=model),
-                evaluate=lambda state: measured(state.params["lm"], "validation"),
-                headline=HEADLINE,
-                monitor="nll_sampled",
-            )
-            baking = bake.init_state(bake_key, config=config, model=model)
-            baking, bake_seconds = loop.run_phase(phase, baking, questions(config, 2 * config.seed), **surroundings)
-            taken = baking.params["lm"]
-        else:
-            bake_seconds = 0.0
-        summary = {f"baked_{name}": value for name, value in measured(taken, "test").items()}
-        seconds = bake_seconds
+        baked, bake_seconds = (taken, 0.0) if taken else _bake(config, model, batches, measured, surroundings)
+        summary: dict[str, Any] = {f"baked_{name}": value for name, value in measured(baked, "test").items()}
+        rl_seconds = 0.0
         if config.rl.episodes:
-            phase = loop.Phase(
-                name=RL,
-                steps=config.rl.episodes,
-                batch_size=config.batch_size,
-                step=functools.partial(reinforce.rl_step, config=config, model=model),
-                evaluate=lambda state: _judged(state, measured(state.params["lm"], "validation")),
-                headline=HEADLINE,
-                monitor="rl/missed_reward_100",
-            )
-            learning = reinforce.init_state(rl_key, config=config, baked=taken)
-            learning, rl_seconds = loop.run_phase(
-                phase, learning, questions(config, 2 * config.seed + 1), **surroundings
-            )
-            seconds += rl_seconds
-            summary |= measured(learning.params["lm"], "test")
-    settings = {
+            learned, rl_seconds = _reinforce(config, model, baked, measured, surroundings)
+            summary |= measured(learned, "test")
+    settings: dict[str, Any] = {
         "task": config.task.name,
         "split": "test",
         "questions": config.batch_size * config.eval_batches,
         "seed": config.seed,
         "shuffle_rewards": config.rl.shuffle_rewards,
         "bake_seconds": round(bake_seconds, 1),
-        "training_seconds": round(seconds, 1),
+        "rl_seconds": round(rl_seconds, 1),
     }
     summary = settings | summary | {"seconds": round(time.perf_counter() - started, 1)}
     devices.in_first(lambda: _write_results(folder, summary))
@@ -126,27 +102,87 @@ def run(config: QuietStarConfig, *, resume: bool = False, console: Console | Non
     return summary
 
 
+def _bake(
+    config: QuietStarConfig,
+    model: ThoughtModel,
+    batches: Callable[[Split], list[Batch]],
+    measured: Report,
+    surroundings: dict[str, Any],
+) -> tuple[Params, float]:
+    loss = jax.jit(lambda params, batch: bake.bake_loss(params, batch, model=model)[0])
+
+    def evaluate(state: bake.BakeState) -> dict[str, float]:
+        params = state.params["lm"]
+        losses = evaluation.mean_over_batches({"loss": loss(params, batch)} for batch in batches("validation"))
+        return losses | measured(params, "validation")
+
+    phase = loop.Phase(
+        name=BAKE,
+        steps=config.bake.steps,
+        batch_size=config.batch_size,
+        step=functools.partial(bake.bake_step, config=config, model=model),
+        evaluate=evaluate,
+        headline=HEADLINE,
+        monitor="loss",
+    )
+    state = bake.init_state(stream(config, 0), config=config, model=model)
+    state, seconds = loop.run_phase(phase, state, questions(config, 2 * config.seed), **surroundings)
+    return state.params["lm"], seconds
+
+
+def _reinforce(
+    config: QuietStarConfig, model: ThoughtModel, baked: Params, measured: Report, surroundings: dict[str, Any]
+) -> tuple[Params, float]:
+    def evaluate(state: reinforce.RLState) -> dict[str, float]:
+        # Stopping looks for the lowest value.
+        missed = -float(stability.window_mean(state.recent))
+        return measured(state.params["lm"], "validation") | {"rl/missed_reward_100": missed}
+
+    phase = loop.Phase(
+        name=RL,
+        steps=config.rl.episodes,
+        batch_size=config.batch_size,
+        step=functools.partial(reinforce.rl_step, config=config, model=model),
+        evaluate=evaluate,
+        headline=HEADLINE,
+        monitor="rl/missed_reward_100",
+    )
+    state = reinforce.init_state(stream(config, 1), config=config, baked=baked)
+    state, seconds = loop.run_phase(phase, state, questions(config, 2 * config.seed + 1), **surroundings)
+    return state.params["lm"], seconds
+
+
+def stream(config: QuietStarConfig, number: int) -> Array:
+    """The PRNG key of one of a run's phases."""
+    return jax.random.fold_in(jax.random.key(config.seed), number)
+
+
 def questions(config: QuietStarConfig, seed: int) -> Any:
     """The training questions of a seed, batch after batch."""
     share = (jax.process_index(), jax.process_count())
     return data.iterate(tasks.dataset(config.task, "train", seed=seed), batch_size=config.batch_size, share=share)
 
 
-def evaluator(config: QuietStarConfig, model: ThoughtModel, mesh: Mesh) -> Report:
-    """Held-out measurements of a model, always on the same questions of a split; compiled once for all splits."""
-    step = jax.jit(functools.partial(measure.answer_batch, config=config, model=model))
+def held_out(config: QuietStarConfig, mesh: Mesh) -> Callable[[Split], list[Batch]]:
+    """The questions of a split, the same ones for all seeds."""
     share = (jax.process_index(), jax.process_count())
-    keys = [jax.random.fold_in(jax.random.key(EVALUATION_SEED), i) for i in range(config.eval_batches)]
 
     @functools.cache
     def batches(split: Split) -> list[Batch]:
-        rows = data.iterate(
-            tasks.dataset(config.task, split, seed=EVALUATION_SEED), batch_size=config.batch_size, share=share
-        )
+        asked = tasks.dataset(config.task, split, seed=EVALUATION_SEED)
+        rows = data.iterate(asked, batch_size=config.batch_size, share=share)
         return [
             {name: devices.share_out(array, mesh) for name, array in next(rows).items()}
             for _ in range(config.eval_batches)
         ]
+
+    return batches
+
+
+def evaluator(config: QuietStarConfig, model: ThoughtModel, batches: Callable[[Split], list[Batch]]) -> Report:
+    """Held-out measurements of a model, always with the same randomness; compiled once for all splits."""
+    step = jax.jit(functools.partial(measure.answer_batch, config=config, model=model))
+    keys = [jax.random.fold_in(jax.random.key(EVALUATION_SEED), i) for i in range(config.eval_batches)]
 
     def measured(params: Params, split: Split) -> dict[str, float]:
         found = [devices.to_host(step(params, batch, key)) for batch, key in zip(batches(split), keys, strict=True)]
@@ -178,13 +214,10 @@ def load_baked(config: QuietStarConfig, model: ThoughtModel) -> Params | None:
     return checkpoint.restore_subtree(directory, step, like, path=("params", "lm"))
 
 
-def _judged(state: reinforce.RLState, report: dict[str, float]) -> dict[str, float]:
-    """Held-out measurements, and what stopping looks at: as a loss, for lower is better."""
-    return report | {"rl/missed_reward_100": -float(stability.window_mean(state.recent))}
-
-
 def _write_results(folder: Path, summary: dict[str, Any]) -> None:
-    pictures.training(run_logging.read_rows(folder), folder / "training.png")
+    rows = run_logging.read_rows(folder)
+    if any(row["phase"] == RL for row in rows):
+        pictures.training({"held out": [rows]}, folder / "training.png", title=f"{summary['task']}, validation split")
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
