@@ -27,7 +27,7 @@ class BakeConfig:
 class RLConfig:
     """REINFORCE on the model's own thoughts; an episode is one update on the thoughts of a batch of prompts."""
 
-    episodes: int = 2000
+    episodes: int = 1500
     """0 measures the baked model."""
     learning_rate: float = 3e-4
     warmup_episodes: int = 500

@@ -53,25 +53,31 @@ def answer_batch(params: Params, batch: Batch, key: Array, *, config: QuietStarC
         "foreign": jnp.roll(own, 1, axis=0),
     }
 
-    def one(prompt: Array, answer: Array, drawn: dict[str, Array]) -> Answers:
-        found: Answers = {"answer": answer}
-        for name, tokens in drawn.items():
-            judged = thoughts.judge(model, params, prompt, tokens)
-            hardness = thoughts.difficulty(judged.without, model.attention(params, prompt))
-            injected = hardness > config.rl.threshold
-            used = jnp.where(injected, judged.informed, judged.without[None])
-            found[name] = jnp.argmax(used, axis=-1).astype(jnp.int32)
-            found[f"nll_{name}"] = -thoughts.answer_log_prob(used, answer)
-            found[f"coherence_{name}"] = thoughts.coherence(judged.log_probs)
-        without = judged.without
-        return found | {
+    # All of a prompt's thoughts are judged at once, and parted by arm afterwards.
+    ends = np.cumsum([tokens.shape[1] for tokens in drawn.values()])
+    whole = jnp.concatenate([drawn[name] for name in ARMS], axis=1)
+
+    def one(prompt: Array, answer: Array, tokens: Array) -> Answers:
+        judged = thoughts.judge(model, params, prompt, tokens)
+        hardness = thoughts.difficulty(judged.without, model.attention(params, prompt))
+        injected = hardness > config.rl.threshold
+        used = jnp.where(injected, judged.informed, judged.without[None])
+        of_thoughts = {
+            "": jnp.argmax(used, axis=-1).astype(jnp.int32),
+            "nll_": -thoughts.answer_log_prob(used, answer),
+            "coherence_": thoughts.coherence(judged.log_probs),
+        }
+        parted = {prefix: jnp.split(values, ends[:-1]) for prefix, values in of_thoughts.items()}
+        return {
+            "answer": answer,
             "injected": injected,
             "difficulty": hardness,
-            "without": jnp.argmax(without).astype(jnp.int32),
-            "nll_without": -thoughts.answer_log_prob(without, answer),
+            "without": jnp.argmax(judged.without).astype(jnp.int32),
+            "nll_without": -thoughts.answer_log_prob(judged.without, answer),
+            **{f"{prefix}{name}": values[i] for prefix, values in parted.items() for i, name in enumerate(ARMS)},
         }
 
-    return jax.vmap(one)(prompts, answers, drawn)
+    return jax.vmap(one)(prompts, answers, whole)
 
 
 def report(batches: Sequence[Answers], config: QuietStarConfig) -> dict[str, float]:

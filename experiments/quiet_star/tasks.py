@@ -103,7 +103,7 @@ class QuestionSource:
         return sys.maxsize
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Returns `prompt` int32[P], its `answer` int32, `trace` int32[L], and `conclusion` int32, what that leads to."""
+        """Returns `prompt` int32[P], its `answer` int32, a `trace` int32[L], and the `conclusion` int32 of that."""
         random = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
         instance = _drawn(task_of(self.config), self.split, random)
         trace = instance.trace(random, self.config.right_share)

@@ -217,7 +217,7 @@ def load_baked(config: QuietStarConfig, model: ThoughtModel) -> Params | None:
 def _write_results(folder: Path, summary: dict[str, Any]) -> None:
     rows = run_logging.read_rows(folder)
     if any(row["phase"] == RL for row in rows):
-        pictures.training({"held out": [rows]}, folder / "training.png", title=f"{summary['task']}, validation split")
+        pictures.training({"this run": [rows]}, folder / "training.png", title=summary["task"])
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
