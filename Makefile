@@ -15,7 +15,7 @@ STAMP := $(VENV)/$(TAG).stamp
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo recall evaluate-recall evaluate-stdlib stream ablate rlan test test-fast test-matrix lint format release constraints clean
+.PHONY: help venv demo recall evaluate-recall evaluate-stdlib stream ablate rlan quiet-star test test-fast test-matrix lint format release constraints clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' Makefile
@@ -65,6 +65,13 @@ ablate: $(STAMP) ## What each knob changes, on recall and on the standard librar
 rlan: $(STAMP) ## A grid model adapted per task, on held-out rules, three seeds and a control, into runs/rlan
 	for seed in 0 1 2; do $(RUN) -m experiments.rlan.train --seed $$seed --output-dir runs/rlan/$$seed || exit 1; done
 	$(RUN) -m experiments.rlan.train --hyperlora.loo-weight 0 --rules.queries 4 --output-dir runs/rlan/no-loo-0
+
+quiet-star: $(STAMP) ## Thoughts by REINFORCE on two tasks, with the reward shuffled as a control, into runs/quiet_star
+	for task in pointer arithmetic; do folder=runs/quiet_star/$$task; for seed in 0 1 2 3 4; do \
+	    $(RUN) -m experiments.quiet_star.train $$task --seed $$seed --output-dir $$folder/$$seed || exit 1; \
+	    $(RUN) -m experiments.quiet_star.train $$task --seed $$seed --init $$folder/$$seed --rl.shuffle-rewards \
+	        --output-dir $$folder/shuffled-$$seed || exit 1; done; \
+	  $(RUN) -m experiments.quiet_star.compare $$folder || exit 1; done
 
 test: $(STAMP) ## Run all tests
 	$(RUN) -m pytest $(PYTEST_FLAGS)

@@ -29,8 +29,8 @@ WORDS = (*map(str, range(10)), *_NAMES, *_THINGS, *_VERBS, "has", "then", ".", "
 _TOKENS = {word: token for token, word in enumerate(WORDS)}
 _NODES, _HOPS = 8, 3
 """Of the pointers: entries of the permutation, and how often it is followed."""
-_SUMMANDS = 3
-"""Of the arithmetic: what is added or taken away after the start."""
+_SUMMANDS, _LARGEST = 3, 5
+"""Of the arithmetic: how often something is added or taken away after the start, and how much at most."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Instance:
     prompt: np.ndarray
     """int32[P]."""
     start: int
+    """What the first step begins with."""
     tables: np.ndarray
     """int32[L + 1, symbols]: what each step makes of each symbol."""
 
@@ -142,18 +143,22 @@ def _pointers(random: np.random.Generator) -> Instance:
 def _sums(random: np.random.Generator) -> Instance:
     """A start, gains and losses. The numbers and signs are the name: held out in whatever words."""
     # One call: each takes longer than all the rest.
-    start, name, thing, *rest = random.integers([10, len(_NAMES), len(_THINGS), *[len(_VERBS), 9] * _SUMMANDS]).tolist()
+    start, name, thing, *rest = random.integers(
+        [10, len(_NAMES), len(_THINGS), *[len(_VERBS), _LARGEST] * _SUMMANDS]
+    ).tolist()
     said = [_NAMES[name], "has", str(start), _THINGS[thing], "."]
     changes = []
     for verb, number in zip(rest[::2], rest[1::2], strict=True):
         said += ["then", _VERBS[verb], str(number + 1), "."]
         changes.append((number + 1) * (1 if verb < len(_GAINS) else -1))
     tokens = [_TOKENS[word] for word in (*said, "last", "digit", "?")]
-    tables = (np.arange(10, dtype=np.int32)[None, :] + np.asarray(changes, np.int32)[:, None]) % 10
-    return Instance(f"arithmetic {start} {changes}", np.asarray(tokens, np.int32), start, tables)
+    sums = (np.arange(10, dtype=np.int32)[None, :] + np.asarray(changes, np.int32)[:, None]) % 10
+    # The thought begins with the start itself: each later step then has what it begins with in the token before it.
+    tables = np.concatenate([np.full((1, 10), start, np.int32), sums])
+    return Instance(f"arithmetic {start} {changes}", np.asarray(tokens, np.int32), 0, tables)
 
 
 TASKS: dict[str, Task] = {
     "pointer": Task(_NODES, _NODES, prompt_length=_NODES + 1, thought_length=_HOPS - 1, draw=_pointers),
-    "arithmetic": Task(len(WORDS), 10, prompt_length=8 + 4 * _SUMMANDS, thought_length=_SUMMANDS - 1, draw=_sums),
+    "arithmetic": Task(len(WORDS), 10, prompt_length=8 + 4 * _SUMMANDS, thought_length=_SUMMANDS, draw=_sums),
 }
