@@ -67,11 +67,16 @@ rlan: $(STAMP) ## A grid model adapted per task, on held-out rules, three seeds 
 	$(RUN) -m experiments.rlan.train --hyperlora.loo-weight 0 --rules.queries 4 --output-dir runs/rlan/no-loo-0
 
 quiet-star: $(STAMP) ## Thoughts by REINFORCE on two tasks, with the reward shuffled as a control, into runs/quiet_star
-	for task in pointer arithmetic; do folder=runs/quiet_star/$$task; for seed in 0 1 2 3 4; do \
-	    $(RUN) -m experiments.quiet_star.train $$task --seed $$seed --output-dir $$folder/$$seed || exit 1; \
-	    $(RUN) -m experiments.quiet_star.train $$task --seed $$seed --init $$folder/$$seed --rl.shuffle-rewards \
-	        --output-dir $$folder/shuffled-$$seed || exit 1; done; \
-	  $(RUN) -m experiments.quiet_star.compare $$folder || exit 1; done
+	for run in pointer/0 pointer/1 pointer/2 pointer/3 pointer/4 arithmetic/0 arithmetic/1 arithmetic/2; do \
+	  task=$${run%/*}; seed=$${run#*/}; folder=runs/quiet_star/$$task; \
+	  $(RUN) -m experiments.quiet_star.train $$task --seed $$seed --output-dir $$folder/$$seed || exit 1; \
+	  $(RUN) -m experiments.quiet_star.train $$task --seed $$seed --init $$folder/$$seed --rl.shuffle-rewards \
+	      --output-dir $$folder/shuffled-$$seed || exit 1; done
+	for folder in 0 shuffled-0; do \
+	  $(RUN) -m experiments.quiet_star.train pointer --init runs/quiet_star/pointer/0 --rl.threshold 0.1 \
+	      $$([ $$folder = 0 ] || echo --rl.shuffle-rewards) --output-dir runs/quiet_star/hard/$$folder || exit 1; done
+	for task in pointer arithmetic hard; do \
+	  $(RUN) -m experiments.quiet_star.compare runs/quiet_star/$$task || exit 1; done
 
 test: $(STAMP) ## Run all tests
 	$(RUN) -m pytest $(PYTEST_FLAGS)

@@ -8,7 +8,7 @@ import pytest
 
 from experiments.quiet_star import bake, measure, reinforce, tasks, thoughts
 from experiments.quiet_star.config import BakeConfig, QuietStarConfig, RLConfig
-from experiments.quiet_star.model import ModelConfig
+from experiments.quiet_star.model import ModelConfig, Reading
 from experiments.quiet_star.tasks import TASKS, WORDS, QuestionSource, TaskConfig
 from experiments.quiet_star.train import build_model
 from lensjax import theatre
@@ -17,7 +17,7 @@ from tests.small import jit
 
 CONFIG = QuietStarConfig(
     batch_size=4,
-    model=ModelConfig(dim=8, layers=2, heads=2, mlp_dim=8),
+    model=ModelConfig(dim=8, layers=1, heads=2, mlp_dim=8),
     bake=BakeConfig(steps=4, learning_rate=1e-2),
     rl=RLConfig(episodes=8, warmup_episodes=3, thoughts=3, value_hidden=8, learning_rate=1e-2, whiten=False),
     optimizer=OptimizerConfig(warmup_steps=1, schedule="constant"),
@@ -93,21 +93,31 @@ def largest(tree):
 
 
 def test_a_thought_token_sees_the_prompt_and_the_earlier_tokens_of_its_own_thought_alone():
-    params, prompt = baked(), batch()["prompt"][0]
-    embed, read = jit(MODEL.embed), jit(MODEL.read)
+    """In two layers, through which more could leak than through one."""
+    model = build_model(replace(CONFIG, model=replace(CONFIG.model, layers=2)))
+    params, prompt = model.init(jax.random.key(0)), batch()["prompt"][0]
+    embed = jit(model.embed)
     embeddings = jnp.stack([embed(params, tokens, PROMPT_LENGTH) for tokens in drawn()])
-    branches = jit(jax.jacrev(lambda x, reading: jnp.sum(MODEL.branches(params, reading, x), axis=-1)))
-    reached = np.abs(np.asarray(branches(embeddings, read(params, prompt)))).max(axis=-1)
-    for i, a, j, b in np.ndindex(reached.shape):  # thought i after token a, by token b of thought j
-        assert (reached[i, a, j, b] > 0) == (i == j and b <= a)
-    of_prompt = jit(jax.jacrev(lambda x: jnp.sum(MODEL._extend(params, _empty(), x, 0)[0], axis=-1)))
-    seen = np.abs(np.asarray(of_prompt(embed(params, prompt, 0)))).max(axis=-1) > 0
-    np.testing.assert_array_equal(seen, np.tril(np.ones_like(seen)))
 
+    @jit
+    def derivatives(of_prompt, of_thoughts):
+        def read(of_prompt):
+            memory = jnp.zeros((2, PROMPT_LENGTH + LENGTH, 2, 4))
+            return Reading(*model._extend(params, (memory, memory), of_prompt, 0))
 
-def _empty():
-    shape = (CONFIG.model.layers, PROMPT_LENGTH + LENGTH, CONFIG.model.heads, CONFIG.model.dim // CONFIG.model.heads)
-    return jnp.zeros(shape), jnp.zeros(shape)
+        reading = read(of_prompt)
+        return (
+            jax.jacrev(lambda x: jnp.sum(read(x).hidden, axis=-1))(of_prompt),
+            jax.jacrev(lambda x: jnp.sum(model.branches(params, reading, x), axis=-1))(of_thoughts),
+            jax.jacrev(lambda x: jnp.sum(model.branches(params, read(x), of_thoughts), axis=-1))(of_prompt),
+        )
+
+    found = derivatives(embed(params, prompt, 0), embeddings)
+    in_prompt, in_thoughts, across = (np.abs(np.asarray(x)).max(axis=-1) > 0 for x in found)
+    np.testing.assert_array_equal(in_prompt, np.tril(np.ones_like(in_prompt)))
+    assert across.all()
+    for i, a, j, b in np.ndindex(in_thoughts.shape):  # thought i after token a, by token b of thought j
+        assert in_thoughts[i, a, j, b] == (i == j and b <= a)
 
 
 def test_thoughts_side_by_side_are_those_read_one_by_one_and_token_by_token():
@@ -174,14 +184,18 @@ def test_difficulty_reaches_both_ends_and_every_threshold_is_below_its_highest()
         RLConfig(threshold=1.0)
 
 
-@pytest.mark.parametrize(("threshold", "count"), [(0.1, 3), (0.99, 0)])
-def test_thoughts_occur_where_prompts_are_hard(threshold, count):
+def test_thoughts_occur_where_prompts_are_hard():
     """A fresh model finds everything hard; where no prompt is, nothing is learned and nothing breaks."""
-    start = reinforce.init_state(jax.random.key(1), config=CONFIG, baked=MODEL.init(jax.random.key(0)))
-    after, report = compiled(reinforce.rl_step, threshold=threshold)(start, batch())
-    assert float(report["rl/num_thoughts"]) == count
-    assert (largest(jax.tree.map(jnp.subtract, after.params["lm"], start.params["lm"])) > 0) == (count > 0)
-    assert (float(report["rl/coherence"]) > 0) == (count > 0)
+    fresh = MODEL.init(jax.random.key(0))
+    start = reinforce.init_state(jax.random.key(1), config=CONFIG, baked=fresh)
+    for threshold, count in ((0.0, 3), (0.99, 0)):
+        after, report = compiled(reinforce.rl_step, threshold=threshold)(start, batch())
+        assert float(report["rl/num_thoughts"]) == count
+        moved = jax.tree.map(jnp.subtract, after.params["lm"], start.params["lm"])
+        assert (largest(moved) > 0) == (float(report["rl/coherence"]) > 0) == (count > 0)
+    hardness = jit(lambda prompt, without: thoughts.difficulty(without, MODEL.attention(fresh, prompt)))
+    for prompt in batch()["prompt"]:
+        assert 0.3 < float(hardness(prompt, judge(fresh, prompt, drawn()).without)) <= 1
 
 
 def test_coherence_by_hand():
@@ -299,7 +313,7 @@ def test_the_value_network_learns_and_the_model_does_not_learn_from_it():
     episode = replace(played(), rewards=jnp.zeros_like(played().rewards))
     (_, report), grads = loss_and_grads(state(), batch(), episode, **only(value_weight=0.5))
     (_, _), without = loss_and_grads(state(), batch(), episode, **only())
-    jax.tree.map(np.testing.assert_array_equal, grads["lm"], without["lm"])
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6), grads["lm"], without["lm"])
     assert largest(grads["value"]) > 0 == largest(without["value"]) and float(report["rl/value_loss"]) > 0
 
 
@@ -313,9 +327,8 @@ def test_a_shuffled_reward_goes_to_another_thought():
     assert (found.rewards != found.gains).any()
 
 
-@pytest.mark.parametrize("optimizer", [{"name": "muon"}, {"grokfast": 0.1}])
-def test_other_optimizers_move_everything_that_is_trained(optimizer):
-    config = replace(CONFIG, optimizer=replace(CONFIG.optimizer, **optimizer))
+def test_muon_and_grokfast_move_everything_that_is_trained():
+    config = replace(CONFIG, optimizer=replace(CONFIG.optimizer, name="muon", grokfast=0.1))
     start = bake.init_state(jax.random.key(0), config=config, model=MODEL)
     after, _ = jit(functools.partial(bake.bake_step, config=config, model=MODEL))(start, batch())
     moved = jax.tree.map(lambda new, old: float(jnp.abs(new - old).max()), after.params, start.params)

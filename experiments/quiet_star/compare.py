@@ -115,7 +115,9 @@ def _baked(summary: Summary) -> Summary:
 
 
 def _cell(rows: Sequence[Summary], name: str) -> str:
-    values = np.asarray([row[name] for row in rows], float)
+    values = np.asarray([row[name] for row in rows if row[name] != run_logging.UNDEFINED], float)
+    if not values.size:
+        return run_logging.UNDEFINED
     return f"{values.mean():.3f} ({values.min():.3f} to {values.max():.3f})"
 
 

@@ -12,6 +12,7 @@ The first argument names a task; flags change single fields. Everything that a r
 
 import functools
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,10 @@ BAKE, RL = PHASES = ("bake", "rl")
 EVALUATION_SEED = 2026
 HEADLINE = ("accuracy_without", "accuracy_sampled", "accuracy_greedy", "accuracy_foreign", "rl/anti_theater_all_passed")
 """Held-out metrics to show while it trains."""
+PRESETS = {
+    "pointer": QuietStarConfig(),
+    "arithmetic": QuietStarConfig(task=tasks.TaskConfig("arithmetic")),
+}
 
 Report = Callable[[Params, Split], dict[str, float]]
 
@@ -56,12 +61,6 @@ def load_preset(name: str) -> QuietStarConfig:
     if name not in PRESETS:
         raise ValueError(f"no task {name}; there are: {', '.join(PRESETS)}")
     return PRESETS[name]
-
-
-PRESETS = {
-    "pointer": QuietStarConfig(),
-    "arithmetic": QuietStarConfig(task=tasks.TaskConfig("arithmetic")),
-}
 
 
 def build_model(config: QuietStarConfig) -> ThoughtModel:
@@ -95,7 +94,8 @@ def run(config: QuietStarConfig, *, resume: bool = False, console: Console | Non
         "bake_seconds": round(bake_seconds, 1),
         "rl_seconds": round(rl_seconds, 1),
     }
-    summary = settings | summary | {"seconds": round(time.perf_counter() - started, 1)}
+    undefined = {name: run_logging.UNDEFINED for name, value in summary.items() if math.isnan(value)}
+    summary = settings | summary | undefined | {"seconds": round(time.perf_counter() - started, 1)}
     devices.in_first(lambda: _write_results(folder, summary))
     for name, value in summary.items():
         console.out(f"  {name:<40}{value:>9.3f}" if isinstance(value, float) else f"  {name:<40}{value!s:>9}")
