@@ -18,7 +18,6 @@ import tyro
 
 from experiments.evaluate import write_csv
 from experiments.quiet_star import measure, pictures
-from experiments.quiet_star.train import RL
 from lensjax import logging as run_logging
 from lensjax import theatre
 
@@ -80,10 +79,7 @@ def compare(folder: Path) -> dict[str, list[Summary]]:
         [{"arm": arm, **summary} for arm, of_seeds in arms.items() for summary in of_seeds], folder / "results.csv"
     )
     (folder / "report.md").write_text(table(arms))
-    curves = {
-        arm: [[row for row in run_logging.read_rows(path) if row["phase"] == RL] for path in paths]
-        for arm, paths in runs.items()
-    }
+    curves = {arm: [run_logging.read_rows(path) for path in paths] for arm, paths in runs.items()}
     pictures.training(curves, folder / "training.png", title=f"{arms[MAIN][0]['task']}, validation split")
     return arms
 

@@ -23,7 +23,7 @@ def training(runs: Mapping[str, Sequence[Sequence[Row]]], path: str | Path, *, t
 
     Args:
       runs: by the name of an arm, the rows (`logging.read_rows`) of each of its runs; thin lines are runs, bold ones
-        their means.
+        their means, as far as the shortest run goes.
       path: where to write; the ending sets the format.
       title: above all.
 
@@ -55,15 +55,19 @@ def training(runs: Mapping[str, Sequence[Sequence[Row]]], path: str | Path, *, t
 
 
 def _points(rows: Sequence[Row], name: str) -> list[tuple[float, float]]:
-    return [(row["step"], row[name]) for row in rows if row["phase"] == "rl" and name in row]
+    """A metric by episode; what was measured of the baked model, where the run baked it, stands at 0."""
+    baked = [row for row in rows if row["phase"] == "bake" and name in row]
+    start: list[tuple[float, float]] = [(0.0, min(baked, key=lambda row: row["eval/loss"])[name])] if baked else []
+    return start + [(row["step"], row[name]) for row in rows if row["phase"] == "rl" and name in row]
 
 
 def _draw(ax: Axes, runs: Sequence[Sequence[tuple[float, float]]], color: str, label: str, *, is_noisy: bool) -> None:
-    curves = [np.asarray(points, float).T for points in runs if points]
-    values = np.stack([y[: min(len(y) for _, y in curves)] for _, y in curves])
+    # Early stopping may have ended some before others.
+    shortest = min(len(points) for points in runs)
+    curves = np.asarray([points[:shortest] for points in runs], float)
+    steps, values = curves[0, :, 0], curves[:, :, 1]
     if is_noisy:
         values = np.stack([running_mean(row, width=noise_width(values.shape[1])) for row in values])
-    steps = curves[0][0][: values.shape[1]]
     for row in values:
         ax.plot(steps, row, color=color, linewidth=0.7, alpha=0.35)
     ax.plot(steps, values.mean(axis=0), color=color, linewidth=1.8, label=label, marker="" if is_noisy else "o", ms=3.5)
