@@ -85,7 +85,7 @@ def compare(folder: Path) -> dict[str, list[Summary]]:
 
 
 def table(arms: Mapping[str, Sequence[Summary]]) -> str:
-    """A Markdown table: mean and range over the seeds, as baked and after REINFORCE in each arm."""
+    """A Markdown table: mean and, of several seeds, range, as baked and after REINFORCE in each arm."""
     limits = theatre.TheatreConfig()
     columns = {BAKED: [_baked(summary) for summary in arms[MAIN]], **arms}
     lines = [
@@ -114,7 +114,8 @@ def _cell(rows: Sequence[Summary], name: str) -> str:
     values = np.asarray([row[name] for row in rows if row[name] != run_logging.UNDEFINED], float)
     if not values.size:
         return run_logging.UNDEFINED
-    return f"{values.mean():.3f} ({values.min():.3f} to {values.max():.3f})"
+    spread = f" ({values.min():.3f} to {values.max():.3f})" if len(rows) > 1 else ""
+    return f"{values.mean():.3f}{spread}"
 
 
 if __name__ == "__main__":
