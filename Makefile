@@ -15,7 +15,8 @@ STAMP := $(VENV)/$(TAG).stamp
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo recall evaluate-recall evaluate-stdlib stream ablate rlan arc adapt test test-fast test-matrix lint format release constraints clean
+.PHONY: help venv demo recall evaluate-recall evaluate-stdlib stream ablate rlan arc adapt quiet-star \
+    test test-fast test-matrix lint format release constraints clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' Makefile
@@ -70,10 +71,25 @@ arc: $(STAMP) ## The same model on ARC-1, reported on its evaluation tasks, one 
 	$(RUN) -m experiments.rlan.train arc --output-dir runs/rlan/arc
 
 adapt: $(STAMP) ## LensNet adapted per document, on recall (of evaluate-recall) and on the standard library, into runs/adapt
-	$(RUN) -m experiments.adapt runs/recall-long/0 runs/recall-long/1 runs/recall-long/2 --steps 150 --output-dir runs/adapt/recall
+	$(RUN) -m experiments.adapt runs/recall-long/0 runs/recall-long/1 runs/recall-long/2 \
+	    --steps 150 --output-dir runs/adapt/recall
 	$(RUN) -m experiments.train demo --steps 0 --output-dir runs/adapt/stdlib-base
-	for seed in 0 1 2; do $(RUN) -m experiments.train demo --base-run runs/adapt/stdlib-base --steps 100 --hyper.context-end 0.25 --seed $$seed --output-dir runs/adapt/stdlib-$$seed || exit 1; done
-	$(RUN) -m experiments.adapt runs/adapt/stdlib-0 runs/adapt/stdlib-1 runs/adapt/stdlib-2 --steps 150 --output-dir runs/adapt/stdlib
+	for seed in 0 1 2; do $(RUN) -m experiments.train demo --base-run runs/adapt/stdlib-base --seed $$seed --steps 100 \
+	    --hyper.context-end 0.25 --output-dir runs/adapt/stdlib-$$seed || exit 1; done
+	$(RUN) -m experiments.adapt runs/adapt/stdlib-0 runs/adapt/stdlib-1 runs/adapt/stdlib-2 \
+	    --steps 150 --output-dir runs/adapt/stdlib
+
+quiet-star: $(STAMP) ## Thoughts by REINFORCE on two tasks, with the reward shuffled as a control, into runs/quiet_star
+	for run in pointer/0 pointer/1 pointer/2 pointer/3 pointer/4 arithmetic/0 arithmetic/1 arithmetic/2; do \
+	  task=$${run%/*}; seed=$${run#*/}; folder=runs/quiet_star/$$task; \
+	  $(RUN) -m experiments.quiet_star.train $$task --seed $$seed --output-dir $$folder/$$seed || exit 1; \
+	  $(RUN) -m experiments.quiet_star.train $$task --seed $$seed --init $$folder/$$seed --rl.shuffle-rewards \
+	      --output-dir $$folder/shuffled-$$seed || exit 1; done
+	for folder in 0 shuffled-0; do \
+	  $(RUN) -m experiments.quiet_star.train pointer --init runs/quiet_star/pointer/0 --rl.threshold 0.1 \
+	      $$([ $$folder = 0 ] || echo --rl.shuffle-rewards) --output-dir runs/quiet_star/hard/$$folder || exit 1; done
+	for task in pointer arithmetic hard; do \
+	  $(RUN) -m experiments.quiet_star.compare runs/quiet_star/$$task || exit 1; done
 
 test: $(STAMP) ## Run all tests
 	$(RUN) -m pytest $(PYTEST_FLAGS)

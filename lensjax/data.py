@@ -119,14 +119,16 @@ def fixed_batches(
     return [batches[i] for i in range(count)]
 
 
-def split_of(name: str) -> Split:
-    """Returns the split of a file: 90 % train, 5 % validation, 5 % test, by the SHA-256 of its name.
+def split_of(name: str, *, train: float = 0.9, validation: float = 0.05) -> Split:
+    """Returns the split of a file, or of anything else that has a name, by the SHA-256 of that name.
 
     Args:
-      name: path from the corpus root, with forward slashes.
+      name: of a file, its path from the corpus root, with forward slashes.
+      train: share of the names that are trained on.
+      validation: share that settings are chosen on; the rest is for tests.
     """
     position = int.from_bytes(_digest(name)[:8], "big") / 2**64
-    return "train" if position < 0.9 else "validation" if position < 0.95 else "test"
+    return "train" if position < train else "validation" if position < train + validation else "test"
 
 
 def corpus_files(data: DataConfig, split: Split) -> list[Path]:

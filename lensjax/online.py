@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from lensjax import advantages, episodes, losses, optimizer, schedules, stability
+from lensjax import actor_critic, advantages, episodes, optimizer, schedules, stability
 from lensjax.config import Config
 from lensjax.episodes import Episode
-from lensjax.metrics import Metrics, masked_mean, masked_std
+from lensjax.metrics import Metrics, masked_mean
 from lensjax.models import Models, Params, ValueModel
 from lensjax.stability import Window
 from lensjax.variants import Batch
@@ -117,7 +117,6 @@ def online_step(state: OnlineState, batch: Batch, *, config: Config, models: Mod
     )
     report |= {
         "loss": loss,
-        "rl/total_loss": loss,
         "rl/avg_reward_100": stability.window_mean(recent),
         "grad_norm": optax.tree.norm(grads["lens"]),
         "lr": rate,
@@ -162,46 +161,38 @@ def episode_loss(
     rewards = played.rewards(edit_cost=settings.edit_cost)
     raw, returns = _advantages(rewards, values, config)
     where = jnp.ones(rewards.shape, bool)
-    used = (raw - jnp.mean(raw)) / (masked_std(raw, where) + 1e-8) if settings.whiten else raw
-    policy_loss = losses.policy_gradient(judged.log_prob, used, where)
-    value_loss = losses.value_loss(values, returns, where)
-    weight = schedules.exponential(
-        state.step, start=settings.entropy_weight, decay=settings.entropy_decay, floor=settings.entropy_floor
+    loss, report = actor_critic.loss(
+        state.step,
+        log_probs=judged.log_prob,
+        entropies=judged.entropy,
+        divergences=judged.divergence,
+        values=values,
+        advantages=raw,
+        returns=returns,
+        where=where,
+        settings=settings,
     )
-    entropy, divergence = jnp.mean(judged.entropy), jnp.mean(judged.divergence)
-    loss = policy_loss + settings.value_weight * value_loss - weight * entropy + settings.kl_weight * divergence
-    report = {
+    more = {
         "rl/reward": jnp.mean(jnp.sum(rewards, axis=-1)),
-        "rl/policy_loss": policy_loss,
-        "rl/value_loss": value_loss,
-        "rl/entropy": entropy,
-        "rl/entropy_coefficient": weight,
-        "rl/advantages": jnp.mean(raw),
-        "rl/kl_divergence": divergence,
         "rl/swaps": masked_mean(played.swaps.count.astype(jnp.float32), where),
         "rl/nll_start": jnp.mean(played.losses[..., 0]),
         "rl/nll_end": jnp.mean(played.losses[..., -1]),
     }
-    return loss, jax.lax.stop_gradient(report)
+    return loss, report | jax.lax.stop_gradient(more)
 
 
 def _advantages(rewards: Array, values: Array, config: Config) -> tuple[Array, Array]:
     """Advantages of each step, and what the value baseline should have said; float32[B, G, S] each."""
     settings = config.online
-    # The last step ends the episode: nothing is to come after it.
-    continues = jnp.arange(rewards.shape[-1]) < rewards.shape[-1] - 1
-    whole = jnp.concatenate([values, jnp.zeros_like(values[..., :1])], axis=-1)
 
     def gae(rewards: Array, values: Array, trace_decay: float) -> Array:
-        return advantages.generalised_advantages(
-            rewards, values, continues, discount=settings.discount, trace_decay=trace_decay
-        )
+        return actor_critic.episode_advantages(rewards, values, discount=settings.discount, trace_decay=trace_decay)
 
     if settings.advantages == "gae":
-        found = jax.vmap(jax.vmap(lambda r, v: gae(r, v, settings.trace_decay)))(rewards, whole)
+        found = jax.vmap(jax.vmap(lambda r, v: gae(r, v, settings.trace_decay)))(rewards, values)
         return found, found + jax.lax.stop_gradient(values)
     # Rewards to come, compared with those of the other episodes at the same step.
-    returns = jax.vmap(jax.vmap(lambda r, v: gae(r, v, 1.0)))(rewards, jnp.zeros_like(whole))
+    returns = jax.vmap(jax.vmap(lambda r, v: gae(r, v, 1.0)))(rewards, jnp.zeros_like(values))
     among = functools.partial(advantages.group_advantages, baseline=settings.advantages)
     over_group = jax.vmap(jax.vmap(among, 1, 1))
     return over_group(returns, jnp.ones(returns.shape, bool)), returns

@@ -3,6 +3,7 @@
 from lensjax.models.cache import KVCache
 from lensjax.models.functional import (
     BaseModel,
+    Functional,
     GistModel,
     HyperLoRAModel,
     LensModel,
@@ -14,6 +15,7 @@ from lensjax.models.functional import (
 
 __all__ = [
     "BaseModel",
+    "Functional",
     "GistModel",
     "HyperLoRAModel",
     "KVCache",

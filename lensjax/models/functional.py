@@ -30,8 +30,11 @@ Params = dict[str, Any]
 Module = TypeVar("Module", bound=nnx.Module)
 
 
-class _Functional(abc.ABC, Generic[Module]):
-    """Splits an NNX module once into a static graph and parameters; subclasses say how the module is built."""
+class Functional(abc.ABC, Generic[Module]):
+    """Splits an NNX module once into a static graph and parameters; subclasses say how the module is built.
+
+    They are frozen dataclasses, hashable: pass them as static arguments of `jax.jit`.
+    """
 
     _graph: nnx.GraphDef[Module]
 
@@ -63,7 +66,7 @@ def _checked(name: str, values: ArrayLike, *shape: int | None) -> Array:
 
 
 @dataclass(frozen=True)
-class BaseModel(_Functional[BaseLM]):
+class BaseModel(Functional[BaseLM]):
     """Base language model as pure functions."""
 
     config: BaseConfig
@@ -211,7 +214,7 @@ class BaseModel(_Functional[BaseLM]):
 
 
 @dataclass(frozen=True)
-class GistModel(_Functional[GistNet]):
+class GistModel(Functional[GistNet]):
     """GistNet as pure functions."""
 
     config: GistConfig
@@ -242,7 +245,7 @@ class GistModel(_Functional[GistNet]):
 
 
 @dataclass(frozen=True)
-class LensModel(_Functional[LensNet]):
+class LensModel(Functional[LensNet]):
     """LensNet as pure functions."""
 
     config: LensConfig
@@ -308,7 +311,7 @@ class LensModel(_Functional[LensNet]):
 
 
 @dataclass(frozen=True)
-class ValueModel(_Functional[ValueNet]):
+class ValueModel(Functional[ValueNet]):
     """A value baseline as pure functions."""
 
     features: int
@@ -335,7 +338,7 @@ class ValueModel(_Functional[ValueNet]):
 
 
 @dataclass(frozen=True)
-class HyperLoRAModel(_Functional[HyperNet]):
+class HyperLoRAModel(Functional[HyperNet]):
     """The hypernetwork as pure functions."""
 
     config: HyperLoRAConfig

@@ -156,14 +156,14 @@ class Attention(nnx.Module):
         earlier = _up_to(rows, x.shape[0])
         return self._attend(query, key, value, earlier if mask is None else earlier & mask)
 
-    def extend(self, x: Array, memory: Memory, *, rotary: Rotary, slots: Array) -> tuple[Array, Memory]:
+    def extend(self, x: Array, memory: Memory, *, rotary: Rotary | None, slots: Array) -> tuple[Array, Memory]:
         """Writes x [R, D] to `slots` int32[R] of the memory and attends to all slots up to each: [R, D], memory."""
         query = self._heads(self.query(x), rotary)
         key = memory[0].at[slots].set(self._heads(self.key(x), rotary), mode="drop")
         value = memory[1].at[slots].set(self._heads(self.value(x)), mode="drop")
         return self._attend(query, key, value, _up_to(slots, key.shape[0])), (key, value)
 
-    def weights(self, x: Array, *, rotary: Rotary, rows: Array) -> tuple[Array, Array]:
+    def weights(self, x: Array, *, rotary: Rotary | None, rows: Array) -> tuple[Array, Array]:
         """What `rows` of x [S, D] attend to, causally, and the norms of unturned keys: [heads, R, S], [kv_heads, S]."""
         config = self.config
         source, own_rotary = _take((x, rotary), rows)
@@ -243,7 +243,7 @@ class Block(nnx.Module):
         mixed = self.attention(self.attention_norm(x), rotary=rotary, key_mask=key_mask, rows=rows)
         return self._add(x if rows is None else x[rows], mixed)
 
-    def extend(self, x: Array, memory: Memory, *, rotary: Rotary, slots: Array) -> tuple[Array, Memory]:
+    def extend(self, x: Array, memory: Memory, *, rotary: Rotary | None, slots: Array) -> tuple[Array, Memory]:
         """Maps new entries x [R, D] to [R, D] and the memory of this layer to a longer one."""
         mixed, memory = self.attention.extend(self.attention_norm(x), memory, rotary=rotary, slots=slots)
         return self._add(x, mixed), memory
@@ -289,13 +289,13 @@ class Transformer(nnx.Module):
             x = block(x, rotary=rotary, key_mask=key_mask)
         return blocks[-1](x, rotary=rotary, key_mask=key_mask, rows=rows)
 
-    def extend(self, x: Array, memory: Memory, *, rotary: Rotary, slots: Array) -> tuple[Array, Memory]:
+    def extend(self, x: Array, memory: Memory, *, rotary: Rotary | None, slots: Array) -> tuple[Array, Memory]:
         """Runs the blocks of a causal stack on new entries after those that it remembers.
 
         Args:
           x: [R, D].
           memory: keys and values of all layers, each [layers, S, kv_heads, head_dim].
-          rotary: cos and sin of the new entries, each [R, head_dim / 2].
+          rotary: cos and sin of the new entries, each [R, head_dim / 2]; None for no positions.
           slots: int32[R], rising, where the new entries go; S for padding, which is not written. An entry attends to
             all slots up to its own.
 
@@ -308,7 +308,7 @@ class Transformer(nnx.Module):
             keys, values = keys.at[layer].set(key), values.at[layer].set(value)
         return x, (keys, values)
 
-    def attention(self, x: Array, *, rotary: Rotary, rows: Array) -> tuple[Array, Array]:
+    def attention(self, x: Array, *, rotary: Rotary | None, rows: Array) -> tuple[Array, Array]:
         """Attention weights of `rows` [layers, heads, R, S] and norms of the keys [layers, kv_heads, S]."""
         weights, key_norms = [], []
         for block in self._blocks():

@@ -1,0 +1,225 @@
+"""Bakes a small language model on traces, trains its thoughts by REINFORCE, and measures them on held-out questions.
+
+    python experiments/quiet_star/train.py --output-dir runs/quiet_star/0
+    python experiments/quiet_star/train.py arithmetic --seed 1 --output-dir runs/quiet_star/arithmetic-1
+    python experiments/quiet_star/train.py --resume runs/quiet_star/0
+    python experiments/quiet_star/train.py --init runs/quiet_star/0 --rl.shuffle-rewards --output-dir runs/shuffled
+
+The last one is the control: rewards go to the wrong thoughts.
+
+The first argument names a task; flags change single fields. Everything that a run makes is in its own folder.
+"""
+
+import functools
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax import Array
+from jax.sharding import Mesh
+from rich.console import Console
+
+from experiments import command
+from experiments.quiet_star import bake, measure, pictures, reinforce, tasks
+from experiments.quiet_star.bake import Batch
+from experiments.quiet_star.config import QuietStarConfig
+from experiments.quiet_star.model import ThoughtModel
+from lensjax import checkpoint, data, devices, evaluation, loop, run_folder, stability
+from lensjax import config as configs
+from lensjax import logging as run_logging
+from lensjax.data import Split
+from lensjax.models import Params
+
+BAKE, RL = PHASES = ("bake", "rl")
+EVALUATION_SEED = 2026
+HEADLINE = ("accuracy_without", "accuracy_sampled", "accuracy_greedy", "accuracy_foreign", "rl/anti_theater_all_passed")
+"""Held-out metrics to show while it trains."""
+PRESETS = {
+    "pointer": QuietStarConfig(),
+    "arithmetic": QuietStarConfig(task=tasks.TaskConfig("arithmetic")),
+}
+
+Report = Callable[[Params, Split], dict[str, float]]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line; bad values end it with one message, before anything is written."""
+    command.execute(arguments, parse, run)
+
+
+def parse(words: list[str]) -> tuple[QuietStarConfig, bool]:
+    """Reads the command line: a config, and whether it is that of a run to go on with."""
+    return command.parse(words, QuietStarConfig(), load_preset=load_preset, description=__doc__)
+
+
+def load_preset(name: str) -> QuietStarConfig:
+    """The config of a task."""
+    if name not in PRESETS:
+        raise ValueError(f"no task {name}; there are: {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def build_model(config: QuietStarConfig) -> ThoughtModel:
+    """Builds the model of a configuration; call it once, outside `jax.jit`."""
+    task = tasks.task_of(config.task)
+    return ThoughtModel(config.model, task.vocab_size, task.prompt_length, task.thought_length)
+
+
+def run(config: QuietStarConfig, *, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
+    """One whole run; returns what `summary.json` holds."""
+    started = time.perf_counter()
+    console = console or Console(quiet=not devices.is_first())
+    model, mesh = build_model(config), devices.make_mesh({"batch_size": config.batch_size})
+    taken = load_baked(config, model)
+    batches = held_out(config, mesh)
+    measured = evaluator(config, model, batches)
+    with command.open_run(config, PHASES, resume=resume, console=console) as (folder, logger):
+        surroundings = {"run_dir": folder, "config": config, "mesh": mesh, "logger": logger, "console": console}
+        baked, bake_seconds = (taken, 0.0) if taken else _bake(config, model, batches, measured, surroundings)
+        summary: dict[str, Any] = {f"baked_{name}": value for name, value in measured(baked, "test").items()}
+        rl_seconds = 0.0
+        if config.rl.episodes:
+            learned, rl_seconds = _reinforce(config, model, baked, measured, surroundings)
+            summary |= measured(learned, "test")
+    settings: dict[str, Any] = {
+        "task": config.task.name,
+        "split": "test",
+        "questions": config.batch_size * config.eval_batches,
+        "seed": config.seed,
+        "shuffle_rewards": config.rl.shuffle_rewards,
+        "bake_seconds": round(bake_seconds, 1),
+        "rl_seconds": round(rl_seconds, 1),
+    }
+    undefined = {name: run_logging.UNDEFINED for name, value in summary.items() if math.isnan(value)}
+    summary = settings | summary | undefined | {"seconds": round(time.perf_counter() - started, 1)}
+    devices.in_first(lambda: _write_results(folder, summary))
+    for name, value in summary.items():
+        console.out(f"  {name:<40}{value:>9.3f}" if isinstance(value, float) else f"  {name:<40}{value!s:>9}")
+    return summary
+
+
+def _bake(
+    config: QuietStarConfig,
+    model: ThoughtModel,
+    batches: Callable[[Split], list[Batch]],
+    measured: Report,
+    surroundings: dict[str, Any],
+) -> tuple[Params, float]:
+    loss = jax.jit(lambda params, batch: bake.bake_loss(params, batch, model=model)[0])
+
+    def evaluate(state: bake.BakeState) -> dict[str, float]:
+        params = state.params["lm"]
+        losses = evaluation.mean_over_batches({"loss": loss(params, batch)} for batch in batches("validation"))
+        return losses | measured(params, "validation")
+
+    phase = loop.Phase(
+        name=BAKE,
+        steps=config.bake.steps,
+        batch_size=config.batch_size,
+        step=functools.partial(bake.bake_step, config=config, model=model),
+        evaluate=evaluate,
+        headline=HEADLINE,
+        monitor="loss",
+    )
+    state = bake.init_state(stream(config, 0), config=config, model=model)
+    state, seconds = loop.run_phase(phase, state, questions(config, 2 * config.seed), **surroundings)
+    return state.params["lm"], seconds
+
+
+def _reinforce(
+    config: QuietStarConfig, model: ThoughtModel, baked: Params, measured: Report, surroundings: dict[str, Any]
+) -> tuple[Params, float]:
+    def evaluate(state: reinforce.RLState) -> dict[str, float]:
+        # Stopping looks for the lowest value.
+        missed = -float(stability.window_mean(state.recent))
+        return measured(state.params["lm"], "validation") | {"rl/missed_reward_100": missed}
+
+    phase = loop.Phase(
+        name=RL,
+        steps=config.rl.episodes,
+        batch_size=config.batch_size,
+        step=functools.partial(reinforce.rl_step, config=config, model=model),
+        evaluate=evaluate,
+        headline=HEADLINE,
+        monitor="rl/missed_reward_100",
+    )
+    state = reinforce.init_state(stream(config, 1), config=config, baked=baked)
+    state, seconds = loop.run_phase(phase, state, questions(config, 2 * config.seed + 1), **surroundings)
+    return state.params["lm"], seconds
+
+
+def stream(config: QuietStarConfig, number: int) -> Array:
+    """The PRNG key of one of a run's phases."""
+    return jax.random.fold_in(jax.random.key(config.seed), number)
+
+
+def questions(config: QuietStarConfig, seed: int) -> Any:
+    """The training questions of a seed, batch after batch."""
+    share = (jax.process_index(), jax.process_count())
+    return data.iterate(tasks.dataset(config.task, "train", seed=seed), batch_size=config.batch_size, share=share)
+
+
+def held_out(config: QuietStarConfig, mesh: Mesh) -> Callable[[Split], list[Batch]]:
+    """The questions of a split, the same ones for all seeds."""
+    share = (jax.process_index(), jax.process_count())
+
+    @functools.cache
+    def batches(split: Split) -> list[Batch]:
+        asked = tasks.dataset(config.task, split, seed=EVALUATION_SEED)
+        rows = data.iterate(asked, batch_size=config.batch_size, share=share)
+        return [
+            {name: devices.share_out(array, mesh) for name, array in next(rows).items()}
+            for _ in range(config.eval_batches)
+        ]
+
+    return batches
+
+
+def evaluator(config: QuietStarConfig, model: ThoughtModel, batches: Callable[[Split], list[Batch]]) -> Report:
+    """Held-out measurements of a model, always with the same randomness; compiled once for all splits."""
+    step = jax.jit(functools.partial(measure.answer_batch, config=config, model=model))
+    keys = [jax.random.fold_in(jax.random.key(EVALUATION_SEED), i) for i in range(config.eval_batches)]
+
+    def measured(params: Params, split: Split) -> dict[str, float]:
+        found = [devices.to_host(step(params, batch, key)) for batch, key in zip(batches(split), keys, strict=True)]
+        return measure.report(found, config)
+
+    return measured
+
+
+def load_baked(config: QuietStarConfig, model: ThoughtModel) -> Params | None:
+    """The baked model of the run that `config.init` names; None without one.
+
+    Raises:
+      FileNotFoundError: there is no run in that folder.
+      ValueError: it is of another task or model, or has not baked one yet.
+    """
+    if config.init is None:
+        return None
+    folder = Path(config.init)
+    stored = configs.load_as(run_folder.config_file(folder), QuietStarConfig)
+    for name in ("task", "model"):
+        theirs, ours = getattr(stored, name), getattr(config, name)
+        if theirs != ours:
+            raise ValueError(f"{name} of init {folder} is {theirs}, this run has {ours}: use the same")
+    directory = loop.checkpoint_dir(folder, BAKE)
+    step = loop.kept_step(directory)
+    if step is None:
+        raise ValueError(f"{folder} has no checkpoint of a baked model: let it finish its baking first")
+    like = jax.eval_shape(model.init, jax.random.key(0))
+    return checkpoint.restore_subtree(directory, step, like, path=("params", "lm"))
+
+
+def _write_results(folder: Path, summary: dict[str, Any]) -> None:
+    rows = run_logging.read_rows(folder)
+    if any(row["phase"] == RL for row in rows):
+        pictures.training({"this run": [rows]}, folder / "training.png", title=summary["task"])
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
