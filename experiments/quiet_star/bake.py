@@ -1,9 +1,9 @@
 """Baking: supervised training on traces, so that there are thoughts to reward.
 
-    L = -mean log pi(trace) - log p(answer | prompt) - log p(answer | prompt, trace)
+    L = -mean log pi(trace) - log p(answer | prompt) - log p(conclusion | prompt, trace)
 
-Half of the steps of a trace are wrong, its answer never: the model learns how thoughts look and how they are read, and
-that they are not always to be trusted.
+Half of the steps of a trace are wrong, and its conclusion is what follows from the last of them: the model learns how
+thoughts look, and to answer by them. The answer without a thought is the right one.
 """
 
 import functools
@@ -23,7 +23,7 @@ from lensjax.metrics import Metrics
 from lensjax.models import Params
 
 Batch = dict[str, Array]
-"""`prompt` int32[B, P], `trace` int32[B, L] and `answer` int32[B]."""
+"""`prompt` int32[B, P], `trace` int32[B, L], `answer` and `conclusion` int32[B]."""
 
 
 @jax.tree_util.register_dataclass
