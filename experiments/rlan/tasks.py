@@ -5,7 +5,7 @@ import numpy as np
 
 from experiments.rlan import arc, grids, rules
 from experiments.rlan.config import RlanConfig
-from experiments.rlan.rules import Split
+from lensjax.data import Split
 
 EVALUATION_SEED = 2026
 """Of held-out rules' grids."""

@@ -26,9 +26,9 @@ from experiments import command
 from experiments.rlan import arc, grids, meta, pictures, tasks
 from experiments.rlan.config import PRESETS, RlanConfig
 from experiments.rlan.meta import Batch, MetaState, RlanModels
-from experiments.rlan.rules import Split
 from experiments.rlan.tasks import Task
 from lensjax import data, devices, evaluation, hyperlora, loop
+from lensjax.data import Split
 from lensjax.models import Params
 
 PHASE = "meta"
