@@ -149,12 +149,16 @@ def pick(
     deltas = jax.vmap(lambda one: adaptation.document_deltas(models, params, one, config=config))(scored)
     foreign = jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=0), deltas)
 
-    def one(row: Array, answer: Array, scored: ScoredVariants, deltas: Deltas, foreign: Deltas) -> dict[str, Any]:
+    def one(
+        row: Array, answer: Array, own: Array, scored: ScoredVariants, deltas: Deltas, foreign: Deltas
+    ) -> dict[str, Any]:
         tree = build_tree(models, params, row, config)
         known = adaptation.known_variants(scored)
 
         def by_lens(lens: Params) -> WorkingContext:
-            walk = evaluation.policy_contexts(models, {"lens": lens}, tree, length, config=config, capacity=length)
+            walk = evaluation.policy_contexts(
+                models, {"lens": lens}, tree, length, config=config, capacity=length, key=jax.random.fold_in(own, 1)
+            )
             return jax.tree.map(lambda leaf: leaf[-1], walk)
 
         lenses = {
@@ -184,7 +188,7 @@ def pick(
             report[name] = jax.tree.map(lambda a, b, c=is_better: jnp.where(c, a, b), report[other], report[BEST])
         return report
 
-    return jax.vmap(one)(tokens, answers, scored, deltas, foreign)
+    return jax.vmap(one)(tokens, answers, keys, scored, deltas, foreign)
 
 
 def credit(scored: ScoredVariants, *, config: Config) -> Array:

@@ -2,8 +2,8 @@
 
 A hypernetwork reads what those variants show and what they cost, and changes LensNet's layers by low-rank deltas
 (`lensjax.hyperlora`). It learns by holding out: from all variants of a document but one it must change LensNet so that
-preferences about that one come out right. LensNet itself learns from L_lens alone; without deltas it is the LensNet of
-a run that has no hypernetwork, to the bit.
+preferences about that one come out right. LensNet itself learns from L_lens alone: without deltas it is the LensNet of
+a run that has no hypernetwork.
 
 Letters: V variants (the baseline first), W entries, F width of LensNet's features, H variants held out.
 """

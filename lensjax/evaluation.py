@@ -38,7 +38,8 @@ def eval_step(state: TrainState, batch: Batch, key: Array, *, config: Config, mo
       The names of `train_step` that concern the objective, and at the length of the curriculum's end `nll_policy` (the
       context that the policy makes of a cold start), and for recall `hit_rate` (that context shows the answer in
       full), `hit_rate_random` (the share of the rollouts that do) and `nll_oracle` (the answer in full, then the most
-      recent blocks).
+      recent blocks). Where a hypernetwork is trained, `nll_policy_adapted` and `hit_rate_adapted` are of the contexts
+      that LensNet picks when it is adapted to each sequence by these rollouts.
     """
     length = current_length(jnp.asarray(config.steps, jnp.int32), state.hyper, config)
     keys = jax.random.split(key, batch["tokens"].shape[0])
