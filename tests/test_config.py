@@ -166,7 +166,7 @@ def test_local_edits_need_rollouts_to_compare():
     [
         ("{", "config is not JSON"),
         ("[1]", "config: expected an object with keys of Config, got [1]"),
-        ('{"sede": 1}', "config: unknown key sede; known keys: base, base_run, batch_size"),
+        ('{"sede": 1}', "config: unknown key sede; known keys: adaptation, base, base_run"),
         ('{"sede": 1, "stepps": 2}', "config: unknown keys sede, stepps"),
         ('{"hyper": {"temprature": 1}}', "config.hyper: unknown key temprature"),
         ('{"hyper": 3}', "config.hyper: expected an object with keys of Hyperparameters, got 3"),

@@ -300,7 +300,8 @@ def test_equal_losses_are_reported_and_train_nothing_by_preference():
     zero += [f"mc/lod_loss/{lod}" for lod in range(SHAPE.max_lod + 1)]
     zero += [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")]
     assert [float(report[name]) for name in zero] == [0] * len(zero)
-    assert {name for name, value in report.items() if np.isnan(value)} == set(MAY_BE_UNDEFINED)
+    undefined = {name for name, value in report.items() if np.isnan(value)}
+    assert undefined == {name for name in MAY_BE_UNDEFINED if name.startswith("mc/")}
 
 
 @pytest.mark.parametrize("content", [np.nan, np.inf])

@@ -107,7 +107,10 @@ BAD_COMMANDS = [
         "--data.task web",
         "invalid choice 'web' for argument '--data.task'. Expected one of ('stdlib', 'text', 'recall')",
     ),
-    ("--trainable head", "invalid choice 'head' for argument '--trainable'. Expected one of ('base', 'gist', 'lens')"),
+    (
+        "--trainable head",
+        "invalid choice 'head' for argument '--trainable'. Expected one of ('base', 'gist', 'lens', 'hyper')",
+    ),
     ("--trainable lens lens", "trainable names a part twice: ('lens', 'lens')"),
     ("--steps 10", "steps must be above optimizer.warmup_steps 20, got 10"),
     ("--batch-size 0", "batch_size must be at least 1, got 0"),
@@ -153,7 +156,7 @@ BAD_COMMANDS = [
     ("nosuch", "no config .*nosuch.py; name a file, or one of: demo, recall"),
     ("{tmp}/none.json", "no config {tmp}/none.json; name a file, or one of: demo, recall"),
     ("{tmp}/torn.json", "{tmp}/torn.json is not JSON"),
-    ("{tmp}/typo.json", "{tmp}/typo.json: unknown key stepps; known keys: base, base_run"),
+    ("{tmp}/typo.json", "{tmp}/typo.json: unknown key stepps; known keys: adaptation, base, base_run"),
     ("{tmp}/empty.py", "{tmp}/empty.py must define CONFIG, a lensjax.config.Config; got None"),
     ("{tmp}/dict.py", "{tmp}/dict.py must define CONFIG, a lensjax.config.Config; got {'steps': 3}"),
     (
