@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -32,6 +31,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import Progress
 
+from experiments import command
 from experiments.evaluate import write_csv
 from experiments.train import EVALUATION_SEED, LENS_STREAM, load_object, load_preset, load_start, stream
 from lensjax import comparison, data, effects, evaluation, run_folder, sweep
@@ -101,10 +101,8 @@ class Arm:
 def main(words: list[str] | None = None) -> None:
     """Command line; bad values end it with one message, before anything is written."""
     arguments = tyro.cli(Arguments, args=words, description=__doc__)
-    try:
+    with command.errors_end():
         ablate(arguments)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
 
 
 def ablate(arguments: Arguments) -> list[Row]:

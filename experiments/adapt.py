@@ -12,7 +12,6 @@ run given, `picks.csv`, `report.md`, `effects.csv` and `effects.png`.
 import functools
 import itertools
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ import tyro
 from jax import Array
 from rich.console import Console
 
+from experiments import command
 from experiments import train as runs
 from experiments.evaluate import write_csv
 from experiments.recall import run_once
@@ -68,17 +68,14 @@ class Arguments:
 def main(words: list[str] | None = None) -> None:
     """Command line; bad values end it with one message, before anything is written."""
     arguments = tyro.cli(Arguments, args=words, description=__doc__)
-    try:
+    with command.errors_end():
         compare(arguments)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
 
 
 def compare(arguments: Arguments) -> list[dict[str, Any]]:
     """Trains on from every run, and returns the rows of `picks.csv`."""
     folder, console = arguments.output_dir, Console()
-    if folder.exists() and any(folder.iterdir()) and not arguments.resume:
-        raise FileExistsError(f"{folder} is not empty: choose another --output-dir, or pass --resume to finish it")
+    command.check_free(folder, resume=arguments.resume)
     trained = plan(arguments)
     measurers = {count: _measurer(trained[0], count, arguments.split) for count in arguments.measured}
     rows: list[dict[str, Any]] = []

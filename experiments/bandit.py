@@ -15,7 +15,6 @@ References:
 import csv
 import functools
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ import tyro
 from jax import Array
 from rich.console import Console
 
+from experiments import command
 from lensjax import advantages, losses, plots
 from lensjax.comparison import interval
 
@@ -145,10 +145,8 @@ OBJECTIVES: dict[str, Objective] = {
 
 def main(words: list[str] | None = None) -> None:
     """Command line."""
-    try:
+    with command.errors_end():
         bandit(tyro.cli(Arguments, args=words, description=__doc__))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 def bandit(arguments: Arguments) -> dict[str, np.ndarray]:

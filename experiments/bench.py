@@ -15,7 +15,6 @@ and memory traffic allow, by that product and by one large array read and writte
 
 import functools
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from experiments import command
 from lensjax import context as contexts
 from lensjax import nll, objective, optimizer, train
 from lensjax.config import BaseConfig, Config, ContextConfig, Hyperparameters, OptimizerConfig
@@ -99,10 +99,8 @@ class Arguments:
 def main(words: list[str] | None = None) -> None:
     """Command line."""
     arguments = tyro.cli(Arguments, args=words, description=__doc__)
-    try:
+    with command.errors_end():
         bench(arguments)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 def bench(arguments: Arguments) -> list[dict[str, Any]]:

@@ -32,6 +32,15 @@ class RunConfig(Protocol):
 Settings = TypeVar("Settings", bound=RunConfig)
 
 
+@contextmanager
+def errors_end() -> Iterator[None]:
+    """Inside it, a bad value or file ends the process with one message."""
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+
+
 def execute(
     arguments: list[str] | None, parse: Callable[[list[str]], tuple[Settings, bool]], run: Callable[..., object]
 ) -> None:
@@ -42,12 +51,10 @@ def execute(
       parse: to a config, and whether it is that of a run to go on with.
       run: called with the config, and `resume` by name.
     """
-    try:
+    with errors_end():
         config, resume = parse(sys.argv[1:] if arguments is None else list(arguments))
         devices.join()
         run(config, resume=resume)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
 
 
 def parse(
@@ -104,6 +111,16 @@ def open_run(
     restored = restore_point(folder, phases) if resume else None
     with RunLogger(folder if devices.is_first() else None, resume=restored, phases=phases) as logger:
         yield folder, logger
+
+
+def check_free(folder: Path, *, resume: bool) -> None:
+    """Checks that a folder for several runs may be written to.
+
+    Raises:
+      FileExistsError: something is in it, and it is not to be gone on with.
+    """
+    if folder.exists() and any(folder.iterdir()) and not resume:
+        raise FileExistsError(f"{folder} is not empty: choose another --output-dir, or pass --resume to finish it")
 
 
 def restore_point(folder: Path, phases: tuple[str, ...]) -> tuple[str, int]:

@@ -14,7 +14,6 @@ import csv
 import functools
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -29,6 +28,7 @@ from jax import Array
 from rich.console import Console
 from rich.progress import Progress
 
+from experiments import command
 from experiments.train import EVALUATION_SEED, load_params
 from lensjax import comparison, data, plots, run_folder, theatre
 from lensjax import config as configs
@@ -85,10 +85,8 @@ class Arguments:
 def main(words: list[str] | None = None) -> None:
     """Command line."""
     arguments = tyro.cli(Arguments, args=words, description=__doc__)
-    try:
+    with command.errors_end():
         evaluate(arguments)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
 
 
 def evaluate(arguments: Arguments) -> list[Row]:

@@ -10,7 +10,6 @@ an arm and seed, `arms.csv`, `report.md`, `effects.csv` and `effects.png`.
 """
 
 import functools
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
+from experiments import command
 from experiments import train as runs
 from experiments.evaluate import write_csv
 from experiments.recall import run_once
@@ -67,17 +67,14 @@ class Arguments:
 def main(words: list[str] | None = None) -> None:
     """Command line; bad values end it with one message, before anything is written."""
     arguments = tyro.cli(Arguments, args=words, description=__doc__)
-    try:
+    with command.errors_end():
         compare(arguments)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
 
 
 def compare(arguments: Arguments) -> list[dict[str, Any]]:
     """Trains every arm with every seed, and returns the rows of `arms.csv`."""
     folder, console = arguments.output_dir, Console()
-    if folder.exists() and any(folder.iterdir()) and not arguments.resume:
-        raise FileExistsError(f"{folder} is not empty: choose another --output-dir, or pass --resume to finish it")
+    command.check_free(folder, resume=arguments.resume)
     arms = plan(arguments)
     measure = _on_test(arms[START][0])
     rows: list[dict[str, Any]] = []

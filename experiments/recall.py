@@ -9,7 +9,6 @@ and on the worse one alone (`worse_only`), everything else equal, for each seed.
 """
 
 import json
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from experiments import command
 from experiments.train import load_preset, run
 from lensjax import config as configs
 from lensjax import run_folder
@@ -55,18 +55,15 @@ class Arguments:
 def main(words: list[str] | None = None) -> None:
     """Command line."""
     arguments = tyro.cli(Arguments, args=words, description=__doc__)
-    try:
+    with command.errors_end():
         compare(arguments)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
 
 
 def compare(arguments: Arguments) -> dict[str, Any]:
     """Runs every arm for every seed, and returns what `summary.json` holds."""
     started = time.perf_counter()
     folder, console = arguments.output_dir, Console()
-    if folder.exists() and any(folder.iterdir()) and not arguments.resume:
-        raise FileExistsError(f"{folder} is not empty: choose another --output-dir, or pass --resume to finish it")
+    command.check_free(folder, resume=arguments.resume)
     base, lens = _configs(arguments)
     base_summary = run_once(base, console)
     results = {run: run_once(config, console) for run, config in lens.items()}

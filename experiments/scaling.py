@@ -11,7 +11,6 @@ paper (`lensjax.cost`) make of the middle one. Leaves `scaling.csv` and `scaling
 
 import csv
 import functools
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 from rich.console import Console
 
-from experiments import bench
+from experiments import bench, command
 from lensjax import config as configs
 from lensjax import plots, run_folder
 from lensjax.config import BaseConfig, Config, ContextConfig, Hyperparameters, OptimizerConfig
@@ -101,10 +100,8 @@ class Arguments:
 def main(words: list[str] | None = None) -> None:
     """Command line."""
     arguments = tyro.cli(Arguments, args=words, description=__doc__)
-    try:
+    with command.errors_end():
         scaling(arguments)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 def scaling(arguments: Arguments) -> list[dict[str, Any]]:

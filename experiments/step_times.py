@@ -7,7 +7,6 @@ All programs take turns in one process, so that a slow moment of the machine fal
 """
 
 import functools
-import sys
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
+from experiments import command
 from experiments.bench import Program, turns
 from experiments.evaluate import write_csv
 from experiments.train import load_preset
@@ -47,10 +47,8 @@ class Arguments:
 
 def main(words: list[str] | None = None) -> None:
     """Command line."""
-    try:
+    with command.errors_end():
         measure(tyro.cli(Arguments, args=words, description=__doc__))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 def measure(arguments: Arguments) -> list[dict[str, Any]]:

@@ -12,7 +12,6 @@ import functools
 import itertools
 import json
 import mmap
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from jax.typing import ArrayLike
 from rich.console import Console
 from rich.progress import Progress
 
+from experiments import command
 from experiments.train import load_params
 from lensjax import config as configs
 from lensjax import context as contexts
@@ -69,10 +69,8 @@ class Arguments:
 def main(words: list[str] | None = None) -> None:
     """Command line."""
     arguments = tyro.cli(Arguments, args=words, description=__doc__)
-    try:
+    with command.errors_end():
         stream(arguments)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
 
 
 def stream(arguments: Arguments) -> dict[str, Any]:

@@ -7,7 +7,6 @@ Runs are the folders `<seed>` and `<arm>-<seed>` in the one that is named. Leave
 """
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from experiments import command
 from experiments.evaluate import write_csv
 from experiments.quiet_star import measure, pictures
 from lensjax import logging as run_logging
@@ -55,10 +55,8 @@ class Arguments:
 
 def main(words: list[str] | None = None) -> None:
     """Command line; bad values end it with one message, before anything is written."""
-    try:
+    with command.errors_end():
         compare(tyro.cli(Arguments, args=words, description=__doc__).folder)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 def compare(folder: Path) -> dict[str, list[Summary]]:
