@@ -106,6 +106,8 @@ def plan(arguments: Arguments) -> list[Config]:
     counts = arguments.measured
     if not counts or min(counts) < 3 or len(set(counts)) < len(counts):
         raise ValueError(f"measured must name one or more different counts of 3 or more variants, got {counts}")
+    if stored[0].batch_size < 2:
+        raise ValueError(f"{arguments.runs[0]} has batch_size 1: another document's deltas need batches of 2 or more")
     own: dict[str, Any] = {"steps": arguments.steps, "base_run": None, "trainable": ("lens", "hyper")}
     own["online.steps"] = 0
     found = []

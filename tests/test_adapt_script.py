@@ -59,6 +59,11 @@ def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, seeds, c
     assert not (tmp_path / "out").exists()
 
 
+def test_foreign_deltas_need_another_document(tmp_path):
+    with pytest.raises(ValueError, match="has batch_size 1: another document's deltas need batches of 2 or more"):
+        adapt.plan(Arguments(run_folders(tmp_path, batch_size=1), tmp_path / "out"))
+
+
 def test_a_folder_in_use_is_not_written_to(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes").write_text("mine")
