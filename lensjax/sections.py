@@ -112,15 +112,15 @@ class ContextConfig:
     """The tree, the working context and the rollouts (letters of the README in brackets)."""
 
     window: int = 256
-    """Tokens in a training window [T]."""
+    """Tokens in a training window [T]: a history, and the horizon behind it."""
     block_size: int = 8
     """Children per gist [K]."""
     max_lod: int = 2
     """Highest level of detail [L]."""
     horizon: int = 32
-    """Tail tokens on which every variant is scored [H]."""
-    recent_tokens: int = 40
-    """Tail tokens that stay at LOD 0 in every variant; at least horizon + 1."""
+    """Tokens behind the cursor, on which every variant is scored and which no policy sees [H]."""
+    recent_tokens: int = 8
+    """Last tokens of the history, which stay at LOD 0 in every variant: the query."""
     rollouts: int = 4
     """Random variants per sequence [N]."""
     local_edits: int = 0
@@ -128,28 +128,29 @@ class ContextConfig:
     preference concerns few spans. The baseline, which differs from them everywhere, is in no pair."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "window", "max_lod", "horizon", "rollouts")
+        require_positive(self, "window", "max_lod", "horizon", "recent_tokens", "rollouts")
         require(self.local_edits >= 0, f"context.local_edits must be 0 (none) or more, got {self.local_edits}")
         require(
             self.local_edits == 0 or self.rollouts >= 2,
             f"context.local_edits compares rollouts with each other: expected 2 or more of them, got {self.rollouts}",
         )
         require(self.block_size >= 2, f"context.block_size must be at least 2, got {self.block_size}")
+        shortest = self.block_size + self.recent_tokens + self.horizon
         require(
-            self.recent_tokens >= self.horizon + 1,
-            "context.recent_tokens must be at least horizon + 1 (the entry of the token before the horizon "
-            f"predicts its first token), got recent_tokens {self.recent_tokens} and horizon {self.horizon}",
-        )
-        require(
-            self.window >= self.recent_tokens + self.block_size,
-            "context.window must hold the recent tokens and at least one block: expected at least "
-            f"{self.recent_tokens + self.block_size}, got {self.window}",
+            self.window >= shortest,
+            "context.window must hold at least one block, the recent tokens and the horizon: expected at least "
+            f"{shortest}, got {self.window}",
         )
 
     @property
+    def history(self) -> int:
+        """Tokens before the cursor [C]: all that a policy may look at."""
+        return self.window - self.horizon
+
+    @property
     def geometry(self) -> CutGeometry:
-        """The window as the arithmetic of lengths sees it."""
-        return CutGeometry(self.window, self.block_size, self.max_lod, self.recent_tokens)
+        """The history as the arithmetic of lengths sees it."""
+        return CutGeometry(self.history, self.block_size, self.max_lod, self.recent_tokens)
 
 
 @dataclass(frozen=True)
@@ -221,10 +222,10 @@ class Hyperparameters:
     lod2_share: float = 0.1
     """Probability of each block of LOD 2 or above that the target length leaves open."""
     context_start: float = 0.8
-    """Length of a working context at step 0, as a fraction of the window. The larger of the two lengths in the `Config`
+    """Length of a working context at step 0, as a fraction of the history. The larger of the two lengths in the `Config`
     is the compiled capacity, which bounds them in a state."""
     context_end: float = 0.75
-    """Length of a working context at the end of the curriculum, as a fraction of the window."""
+    """Length of a working context at the end of the curriculum, as a fraction of the history."""
     token_loss_weight: float = 1.0
     """Weight of mean_v nll(v) when the base model or GistNet is trained."""
     gist_delta_weight: float = 0.0
@@ -246,7 +247,7 @@ class Hyperparameters:
             require(0 <= value <= 1, f"{name} must be in [0, 1], got {value}")
         for name in ("context_start", "context_end"):
             value = getattr(self, name)
-            require(0 < value <= 1, f"{name} is a fraction of the window in (0, 1], got {value}")
+            require(0 < value <= 1, f"{name} is a fraction of the history in (0, 1], got {value}")
         for name in (
             "weight_decay",
             "rpo_weight",
