@@ -16,10 +16,11 @@ from jax.typing import ArrayLike
 from lensjax import hyperlora
 from lensjax.config import Config
 from lensjax.context import Entries
+from lensjax.decision import policy_scores
 from lensjax.hyperlora import Deltas
 from lensjax.metrics import masked_mean, masked_std
 from lensjax.models import Models, Params
-from lensjax.variants import ScoredVariants, policy_scores
+from lensjax.variants import ScoredVariants
 
 NOISE_NATS = 0.02
 """Differences of the loss far below this are not worth adapting to."""
@@ -84,7 +85,7 @@ def document_edits(models: Models, lens_params: Params, scored: ScoredVariants, 
         )
         return edit_features(features, part, max_lod=shape.max_lod, free=free)
 
-    free = entries.valid & (scored.contexts.start < shape.window - shape.recent_tokens)
+    free = entries.valid & (scored.contexts.start < shape.history - shape.recent_tokens)
     return jax.lax.stop_gradient(jax.vmap(one)(entries, free))
 
 

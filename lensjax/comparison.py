@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -11,15 +10,15 @@ import numpy as np
 from jax import Array
 
 from lensjax import context as contexts
-from lensjax import evaluation, focus, nll, policies, preferences, rollouts, theatre
+from lensjax import evaluation, focus, nll, preferences, rivals, rollouts, theatre
 from lensjax.config import Config
 from lensjax.context import WorkingContext
+from lensjax.decision import build_tree, policy_contexts, policy_scores, split
 from lensjax.models import Models, Params
 from lensjax.tree import TreeState
-from lensjax.variants import build_tree, policy_scores
 
 FULL = "full"
-"""Name of the whole window in full, which is no policy and has no budget."""
+"""Name of the whole history in full, which is no policy and has no budget."""
 FOREIGN = "lensnet_foreign"
 """Name of LensNet's focus on another sequence, applied to this one: no policy, but what one has to be better than."""
 
@@ -60,7 +59,7 @@ def measure(
     models: Models,
     params: dict[str, Params],
     tokens: Array,
-    answer: Array | None,
+    answers: Array | None,
     key: Array,
     *,
     length: int,
@@ -74,40 +73,34 @@ def measure(
       models: the models.
       params: parameters of `base`, `gist` and `lens`.
       tokens: int32[T].
-      answer: int32[], first token of the block that the tail repeats; None where there is none.
+      answers: int32[A], first tokens of the blocks to be shown; None where they are not known.
       key: PRNG key of the random policies, consumed.
       length: entries of every context, a reachable length.
       draws: contexts of each random policy.
-      oracle_rounds: see `policies.greedy_oracle`; a known answer is one of its starts.
+      oracle_rounds: see `policies.greedy_oracle`; known answers are one of its starts.
       config: shapes, and how the allocator acts.
 
     Returns:
-      `Measured` by the name of the policy. `best_of_N` and `oracle` choose by the loss itself: no policy could.
+      `Measured` by the name of the policy; `rivals.information` says what each may know.
     """
     shape = config.context
-    tree = build_tree(models, params, tokens, config)
-    *random_keys, lens_key = jax.random.split(key, 3)
-    made = _rivals(models, params, tokens, tree, random_keys, length=length, draws=draws, config=config)
+    window = split(tokens, horizon=shape.horizon)
+    tree = build_tree(models, params, window.history, config)
+    rival_key, lens_key = _keys(key)
+    made = rivals.causal(models, params, window.history, rival_key, length=length, draws=draws, config=config)
     path = _path(models, params, tree, lens_key, length=length, config=config)
     made |= {"lensnet_1": path[1], f"lensnet_{config.focus.steps}": path[-1]}
-
-    def losses_of(variants: WorkingContext) -> Array:
-        return nll.variant_losses(models.base, params["base"], tree, variants, tokens, horizon=shape.horizon)[0]
-
-    losses = {name: losses_of(variants) for name, variants in made.items()}
-    best, name = jnp.argmin(losses["random"]), f"best_of_{draws}"
-    made[name] = jax.tree.map(lambda leaf: leaf[best][None], made["random"])
-    losses[name] = losses["random"][best][None]
-    starts = _starts(made, answer, length, config)
-    found = policies.greedy_oracle(
-        models, params, tree, tokens, starts, length=length, rounds=oracle_rounds, config=config
+    made |= rivals.hindsight(
+        models, params, window, made, answers, length=length, draws=draws, oracle_rounds=oracle_rounds, config=config
     )
-    made["oracle"] = _one(focus.to_context(found, shape.geometry, capacity=length))
-    losses["oracle"] = losses_of(made["oracle"])
 
-    report = {name: _measured(made[name], losses[name], answer, config) for name in made}
+    def measured(variants: WorkingContext) -> Measured:
+        losses, _ = nll.variant_losses(models.base, params["base"], tree, variants, window.horizon)
+        return _measured(variants, losses, answers, config)
+
+    report = {name: measured(variants) for name, variants in made.items()}
     for name, steps in (("lensnet_1", path[:2]), (f"lensnet_{config.focus.steps}", path)):
-        report[name] = replace(report[name], **_movement(steps, window=shape.window))
+        report[name] = replace(report[name], **_movement(steps, window=shape.history))
     return report
 
 
@@ -115,7 +108,7 @@ def bounds(
     models: Models,
     params: dict[str, Params],
     tokens: Array,
-    answer: Array | None,
+    answers: Array | None,
     key: Array,
     *,
     length: int,
@@ -123,43 +116,41 @@ def bounds(
     oracle_rounds: int,
     config: Config,
 ) -> tuple[Array, Array]:
-    """What no LensNet is needed for to say how much of the gap one closes; arguments as of `measure`.
+    """What no LensNet is needed for to say how much of the gap one closes; arguments as for `measure`.
 
     Returns:
       float32[], the loss of recency, and float32[], that of the best context that the greedy search finds from the
       contexts of all policies but LensNet.
     """
-    tree = build_tree(models, params, tokens, config)
-    *random_keys, _ = jax.random.split(key, 3)
-    made = _rivals(models, params, tokens, tree, random_keys, length=length, draws=draws, config=config)
-    starts = _starts(made, answer, length, config)
-    found = policies.greedy_oracle(
-        models, params, tree, tokens, starts, length=length, rounds=oracle_rounds, config=config
+    window = split(tokens, horizon=config.context.horizon)
+    tree = build_tree(models, params, window.history, config)
+    made = rivals.causal(models, params, window.history, _keys(key)[0], length=length, draws=draws, config=config)
+    known = rivals.hindsight(
+        models, params, window, made, answers, length=length, draws=draws, oracle_rounds=oracle_rounds, config=config
     )
-    oracle = focus.to_context(found, config.context.geometry, capacity=length)
-    both = jax.tree.map(lambda one, other: jnp.concatenate([one, other[None]]), made["recency"], oracle)
-    losses, _ = nll.variant_losses(models.base, params["base"], tree, both, tokens, horizon=config.context.horizon)
+    both = jax.tree.map(lambda one, other: jnp.concatenate([one, other]), made["recency"], known["oracle"])
+    losses, _ = nll.variant_losses(models.base, params["base"], tree, both, window.horizon)
     return losses[0], losses[1]
 
 
 def measure_full(
-    models: Models, params: dict[str, Params], tokens: Array, answer: Array | None, *, config: Config
+    models: Models, params: dict[str, Params], tokens: Array, answers: Array | None, *, config: Config
 ) -> Measured:
-    """The whole window in full, without a budget; arguments as of `measure`."""
+    """The whole history in full, without a budget; arguments as for `measure`."""
     shape = config.context
-    in_full = _one(contexts.baseline(shape.window, window=shape.window, capacity=shape.window))
-    tree = build_tree(models, params, tokens, config)
-    losses, _ = nll.variant_losses(models.base, params["base"], tree, in_full, tokens, horizon=shape.horizon)
-    return _measured(in_full, losses, answer, config)
+    window = split(tokens, horizon=shape.horizon)
+    in_full = _one(contexts.baseline(shape.history, window=shape.history, capacity=shape.history))
+    tree = build_tree(models, params, window.history, config)
+    losses, _ = nll.variant_losses(models.base, params["base"], tree, in_full, window.horizon)
+    return _measured(in_full, losses, answers, config)
 
 
 def focused(
-    models: Models, params: dict[str, Params], tokens: Array, key: Array, *, length: int, config: Config
+    models: Models, params: dict[str, Params], history: Array, key: Array, *, length: int, config: Config
 ) -> WorkingContext:
-    """LensNet's last context of one sequence, that of `measure`; arguments as there."""
-    *_, lens_key = jax.random.split(key, 3)
-    tree = build_tree(models, params, tokens, config)
-    last = _path(models, params, tree, lens_key, length=length, config=config)[-1]
+    """LensNet's last context of one history int32[C], that of `measure`; other arguments as there."""
+    tree = build_tree(models, params, history, config)
+    last = _path(models, params, tree, _keys(key)[1], length=length, config=config)[-1]
     return jax.tree.map(lambda leaf: leaf[0], last)
 
 
@@ -167,7 +158,7 @@ def measure_focus(
     models: Models,
     params: dict[str, Params],
     tokens: Array,
-    answer: Array | None,
+    answers: Array | None,
     key: Array,
     own: WorkingContext,
     foreign: WorkingContext,
@@ -185,7 +176,7 @@ def measure_focus(
       models: the models.
       params: parameters of `base`, `gist` and `lens`.
       tokens: int32[T].
-      answer: int32[], see `measure`.
+      answers: int32[A], see `measure`.
       key: PRNG key of the rollouts, consumed; of the same one `measure` draws the same.
       own: what `focused` makes of the sequence.
       foreign: what it makes of another one.
@@ -197,19 +188,20 @@ def measure_focus(
       `FocusEvidence`.
     """
     shape, geometry, share = config.context, config.context.geometry, config.hyper.lod2_share
-    tree = build_tree(models, params, tokens, config)
-    random_key, *_ = jax.random.split(key, 3)
+    window = split(tokens, horizon=shape.horizon)
+    tree = build_tree(models, params, window.history, config)
+    random_key, _ = jax.random.split(_keys(key)[0])
     drawn, distinct = rollouts.sample_rollouts(
         random_key, length, share, rollouts=draws, geometry=geometry, capacity=length
     )
     variants = jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), foreign, drawn)
-    losses, entries = nll.variant_losses(models.base, params["base"], tree, variants, tokens, horizon=shape.horizon)
+    losses, entries = nll.variant_losses(models.base, params["base"], tree, variants, window.horizon)
 
     scores = policy_scores(models, params["lens"], jax.tree.map(lambda leaf: leaf[1:], entries))
     values = preferences.variant_values(
         scores,
         drawn,
-        window=shape.window,
+        window=shape.history,
         block_size=shape.block_size,
         max_lod=shape.max_lod,
         recent_tokens=shape.recent_tokens,
@@ -220,9 +212,9 @@ def measure_focus(
     def symbols(context: WorkingContext) -> Array:
         return context.start * (shape.max_lod + 1) + context.lod
 
-    recency = contexts.baseline(length, window=shape.window, capacity=length)
+    recency = contexts.baseline(length, window=shape.history, capacity=length)
     return FocusEvidence(
-        foreign=_measured(_one(foreign), losses[:1], answer, config),
+        foreign=_measured(_one(foreign), losses[:1], answers, config),
         divergence=theatre.divergence(symbols(own), own.length, symbols(recency), recency.length),
         changed_edits=_changed_edits(own, foreign, length=length, config=config),
         correlation=jnp.where(is_defined, found, jnp.nan),
@@ -231,11 +223,11 @@ def measure_focus(
 
 def _changed_edits(own: WorkingContext, foreign: WorkingContext, *, length: int, config: Config) -> Array:
     """Jaccard distance of two contexts' edits of the cold start, float32[]; 0 where there are none."""
-    shape, geometry = config.context, config.context.geometry
+    geometry = config.context.geometry
     start = focus.uniform(length, geometry).collapsed
 
     def edited(context: WorkingContext) -> Array:
-        cut = contexts.to_cut(context, window=shape.window)
+        cut = contexts.to_cut(context, window=geometry.window)
         return focus.from_cut(cut, geometry).collapsed != start
 
     by_own, by_foreign = edited(own), edited(foreign)
@@ -243,67 +235,29 @@ def _changed_edits(own: WorkingContext, foreign: WorkingContext, *, length: int,
     return changed / jnp.maximum(either, 1)
 
 
-def _rivals(
-    models: Models,
-    params: dict[str, Params],
-    tokens: Array,
-    tree: TreeState,
-    keys: Sequence[Array],
-    *,
-    length: int,
-    draws: int,
-    config: Config,
-) -> dict[str, WorkingContext]:
-    """The contexts of each policy but LensNet; leading axis: its draws. Two keys, for the two random policies."""
-    shape, geometry, share = config.context, config.context.geometry, config.hyper.lod2_share
-    random_key, recent_key = keys
-
-    def of_scores(scores: Array) -> WorkingContext:
-        return _one(focus.to_context(policies.by_scores(scores, length, geometry), geometry, capacity=length))
-
-    drawn, _ = rollouts.sample_rollouts(random_key, length, share, rollouts=draws, geometry=geometry, capacity=length)
-    attention, key_norm = policies.tail_attention(models.base, params["base"], tree, geometry)
-    return {
-        "recency": _one(contexts.baseline(length, window=shape.window, capacity=length)),
-        "uniform": _one(focus.to_context(focus.uniform(length, geometry), geometry, capacity=length)),
-        "random": drawn,
-        "recent_random": policies.recent_random(recent_key, length, share, draws=draws, geometry=geometry),
-        "key_norm": of_scores(key_norm),
-        "snapkv": of_scores(attention),
-        "bm25": of_scores(policies.bm25(tokens, geometry)),
-    }
+def _keys(key: Array) -> tuple[Array, Array]:
+    """Randomness of the rivals, and of LensNet's allocator."""
+    rival_key, lens_key = jax.random.split(key)
+    return rival_key, lens_key
 
 
 def _path(
     models: Models, params: dict[str, Params], tree: TreeState, key: Array, *, length: int, config: Config
 ) -> list[WorkingContext]:
     """The steps of LensNet's way from the cold start."""
-    walk = evaluation.policy_contexts(models, params, tree, length, config=config, capacity=length, key=key)
+    walk = policy_contexts(models, params["lens"], tree, length, config=config, capacity=length, key=key)
     return [_one(jax.tree.map(lambda leaf, i=i: leaf[i], walk)) for i in range(config.focus.steps + 1)]
-
-
-def _starts(made: dict[str, WorkingContext], answer: Array | None, length: int, config: Config) -> focus.FocusState:
-    """Where the search for the oracle may start: every cut of the whole window (recency leaves its beginning out)."""
-    shape, geometry = config.context, config.context.geometry
-    covering = [context for name, context in made.items() if name != "recency"]
-    variants = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *covering)
-    cuts = jax.vmap(lambda one: contexts.to_cut(one, window=shape.window))(variants)
-    starts = jax.vmap(lambda cut: focus.from_cut(cut, geometry))(cuts)
-    if answer is None:
-        return starts
-    known = evaluation.oracle_state(answer, length, geometry)
-    return jax.tree.map(lambda many, one: jnp.concatenate([many, one[None]]), starts, known)
 
 
 def _one(context: WorkingContext) -> WorkingContext:
     return jax.tree.map(lambda leaf: leaf[None], context)
 
 
-def _measured(variants: WorkingContext, losses: Array, answer: Array | None, config: Config) -> Measured:
+def _measured(variants: WorkingContext, losses: Array, answers: Array | None, config: Config) -> Measured:
     nothing = jnp.full((), jnp.nan)
     hit = nothing
-    if answer is not None:
-        shown = jax.vmap(lambda one: evaluation.shows_in_full(one, answer, config))(variants)
+    if answers is not None:
+        shown = jax.vmap(lambda one: evaluation.shows_in_full(one, answers, config))(variants)
         hit = jnp.mean(shown, dtype=jnp.float32)
     entries = jnp.stack([variants.length.min(), variants.length.max()])
     return Measured(losses.mean(), hit, nothing, nothing, entries)
@@ -318,24 +272,6 @@ def _movement(path: list[WorkingContext], *, window: int) -> dict[str, Array]:
     # Of n contexts of W entries, W + new entries stays begin; together they last n W steps.
     residency = len(path) / (1 + sum(rates, jnp.zeros(())))
     return {"swap_rate": jnp.mean(jnp.stack(rates)), "residency": residency}
-
-
-def order(name: str) -> tuple[int, str]:
-    """Key to sort the names of policies by: what knows nothing first, what sees the loss itself last."""
-    kinds = (
-        "recency",
-        "uniform",
-        "random",
-        "recent_random",
-        "key_norm",
-        "snapkv",
-        "bm25",
-        "lensnet",
-        "best_of",
-        "oracle",
-    )
-    places = [place for place, kind in enumerate(kinds) if name == kind or name.startswith(f"{kind}_")]
-    return (max(places, default=len(kinds)), name)
 
 
 def interval(values: np.ndarray, *, resamples: int, seed: int) -> tuple[float, float]:

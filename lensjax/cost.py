@@ -34,7 +34,7 @@ class StepCost:
     """One training step with a frozen base model, by part."""
 
     base: Cost
-    """Forward passes over the entries of all variants, logits at the horizon."""
+    """Forward passes over the entries of all variants and the horizon behind each, logits at the horizon."""
     lens: Cost
     """LensNet forward and backward on the same entries; the backward pass takes twice the forward one."""
     anchor: Cost
@@ -83,12 +83,13 @@ def step_cost(config: Config, *, fused_attention: bool = False) -> StepCost:
     dim = config.base.dim
     lens = _lens_forward(config.lens, dim, entries, variants, size, weights)
     return StepCost(
-        base=_base_forward(config.base, entries, variants, shape.horizon, size, weights),
+        # The last token of the horizon is not read: nothing is predicted from it.
+        base=_base_forward(config.base, entries + shape.horizon - 1, variants, shape.horizon, size, weights),
         lens=3.0 * lens,
         anchor=lens if config.hyper.kl_weight > 0 else Cost(0.0, 0.0),
         gist=Cost(
             float(config.batch_size * blocks * 2 * dim**2),
-            float(config.batch_size * (shape.window + blocks) * dim * size + 4 * dim**2),
+            float(config.batch_size * (shape.history + blocks) * dim * size + 4 * dim**2),
         ),
     )
 

@@ -17,11 +17,11 @@ from lensjax import context as contexts
 from lensjax import edits, focus, nll, nodes
 from lensjax.config import Config
 from lensjax.context import Entries, WorkingContext
+from lensjax.decision import build_tree, split
 from lensjax.edits import Judgement, Swaps
 from lensjax.focus import FocusState
 from lensjax.metrics import masked_mean
 from lensjax.models import Models, Params
-from lensjax.variants import build_tree
 
 
 @jax.tree_util.register_dataclass
@@ -64,14 +64,14 @@ def run(
     Returns:
       `Episode`.
     """
-    shape, geometry, settings = config.context, config.context.geometry, config.online
-    params = jax.lax.stop_gradient(params)
-    tree = build_tree(models, params, tokens, config)
+    geometry, settings = config.context.geometry, config.online
+    params, window = jax.lax.stop_gradient(params), split(tokens, horizon=config.context.horizon)
+    tree = build_tree(models, params, window.history, config)
 
     def see(state: FocusState) -> tuple[WorkingContext, Entries, Array]:
         context = focus.to_context(state, geometry, capacity=length)
         entries = contexts.materialise(tree, context)
-        losses = nll.token_losses(models.base, params["base"], entries, tokens[-shape.horizon :])
+        losses = nll.token_losses(models.base, params["base"], entries, window.horizon)
         return context, entries, jnp.mean(losses)
 
     Seen = tuple[FocusState, WorkingContext, Entries]
@@ -154,7 +154,7 @@ def feature_count(config: Config) -> int:
 
 
 def _pooled(hidden: Array, context: WorkingContext, config: Config) -> Array:
-    """LensNet's features of a context, mean of its protected tail and mean of the rest: float32[2 * dim]."""
-    is_tail = context.valid & (context.start >= config.context.window - config.context.recent_tokens)
+    """LensNet's features of a context, mean of the query and mean of the rest: float32[2 * dim]."""
+    is_tail = context.valid & (context.start >= config.context.history - config.context.recent_tokens)
     is_rest = context.valid & ~is_tail
     return jnp.concatenate([jax.vmap(masked_mean, (1, None))(hidden, where) for where in (is_tail, is_rest)])

@@ -14,14 +14,14 @@ from lensjax import adaptation, focus, nll, nodes, objective
 from lensjax import context as contexts
 from lensjax.config import Config
 from lensjax.context import WorkingContext
+from lensjax.decision import build_tree, policy_contexts, policy_scores, split
 from lensjax.focus import FocusState
 from lensjax.hyperlora import Deltas
 from lensjax.lengths import CutGeometry
 from lensjax.metrics import Metrics
 from lensjax.models import Models, Params
 from lensjax.train import TrainState, current_length, objective_key
-from lensjax.tree import TreeState
-from lensjax.variants import Batch, build_tree, policy_scores, score_variants
+from lensjax.variants import Batch, score_variants
 
 
 def eval_step(state: TrainState, batch: Batch, key: Array, *, config: Config, models: Models) -> Metrics:
@@ -29,17 +29,18 @@ def eval_step(state: TrainState, batch: Batch, key: Array, *, config: Config, mo
 
     Args:
       state: the state to measure.
-      batch: `tokens` int32[B, T]; for recall also `answer` int32[B], first token of the block that the tail repeats.
+      batch: `tokens` int32[B, T]; for tasks with known answers also `answers` int32[B, A], the first
+        tokens of the blocks to be shown.
       key: PRNG key of the rollouts, consumed; fixed per batch, so that runs are compared on the same rollouts.
       config: static.
       models: static.
 
     Returns:
       The names of `train_step` that concern the objective, and at the length of the curriculum's end `nll_policy` (the
-      context that the policy makes of a cold start), and for recall `hit_rate` (that context shows the answer in
-      full), `hit_rate_random` (the share of the rollouts that do) and `nll_oracle` (the answer in full, then the most
-      recent blocks). Where a hypernetwork is trained, `nll_policy_adapted` and `hit_rate_adapted` are of the contexts
-      that LensNet picks when it is adapted to each sequence by these rollouts.
+      context that the policy makes of a cold start), and where answers are known `hit_rate` (that context shows them
+      all in full), `hit_rate_random` (the share of the rollouts that do) and `nll_oracle` (the answers in full, then
+      the most recent blocks). Where a hypernetwork is trained, `nll_policy_adapted` and `hit_rate_adapted` are of the
+      contexts that LensNet picks when it is adapted to each sequence by these rollouts.
     """
     length = current_length(jnp.asarray(config.steps, jnp.int32), state.hyper, config)
     keys = jax.random.split(key, batch["tokens"].shape[0])
@@ -61,9 +62,9 @@ def eval_step(state: TrainState, batch: Batch, key: Array, *, config: Config, mo
         hyper=state.hyper,
         config=config,
     ).metrics
-    if "answer" in batch:
-        shown = jax.vmap(jax.vmap(lambda variant, answer: shows_in_full(variant, answer, config), (0, None)))
-        hits = shown(scored.contexts, batch["answer"])[:, 1:]
+    if "answers" in batch:
+        shown = jax.vmap(jax.vmap(lambda variant, answers: shows_in_full(variant, answers, config), (0, None)))
+        hits = shown(scored.contexts, batch["answers"])[:, 1:]
         report["hit_rate_random"] = jnp.mean(hits, dtype=jnp.float32)
     report |= _pick_metrics(state.params, batch, keys, length, config, models)
     if "hyper" in state.params:
@@ -73,54 +74,20 @@ def eval_step(state: TrainState, batch: Batch, key: Array, *, config: Config, mo
     return report
 
 
-def policy_contexts(
-    models: Models,
-    params: dict[str, Params],
-    tree: TreeState,
-    length: ArrayLike,
-    *,
-    config: Config,
-    capacity: int,
-    key: Array | None = None,
-) -> WorkingContext:
-    """What the policy makes of a cold start: `focus.uniform`, and the contexts after each refocus step.
-
-    Args:
-      models: the models.
-      params: parameters of `lens`.
-      tree: one window.
-      length: int32[], entries of every context; may be traced.
-      config: shapes, and how the allocator acts.
-      capacity: static number of entries W, at least the length.
-      key: PRNG key, consumed; needed where `config.focus.temperature` is above 0.
-
-    Returns:
-      `WorkingContext` with leading axis `config.focus.steps` + 1.
-    """
-
-    def score(context: WorkingContext) -> Array:
-        return policy_scores(models, params["lens"], contexts.materialise(tree, context))
-
-    geometry, settings = config.context.geometry, config.focus
-    start = focus.uniform(length, geometry)
-    _, made = focus.iterate(
-        start, score, length, geometry, steps=settings.steps, capacity=capacity, settings=settings, key=key
-    )
-    return made
-
-
-def oracle_state(answer: ArrayLike, length: ArrayLike, geometry: CutGeometry) -> FocusState:
-    """The context of one length that shows the block at token `answer` in full, and else the most recent blocks."""
-    tokens = jnp.arange(geometry.window)
-    is_answer = (tokens >= answer) & (tokens < answer + geometry.block_size)
+def oracle_state(answers: ArrayLike, length: ArrayLike, geometry: CutGeometry) -> FocusState:
+    """The context of one length that shows the blocks at tokens int32[A] in full, and else the most recent blocks."""
+    tokens, answers = jnp.arange(geometry.window), jnp.asarray(answers)
+    is_answer = jnp.any(tokens // geometry.block_size == answers[:, None] // geometry.block_size, axis=0)
     wish = jnp.where(is_answer, 1.0, tokens / geometry.window - 1)
     return focus.fit(focus.uniform(geometry.window, geometry), nodes.pool_tokens(wish, geometry), length, geometry)
 
 
-def shows_in_full(context: WorkingContext, answer: ArrayLike, config: Config) -> Array:
-    """Whether a context shows the block that begins at token `answer` in full; bool[]."""
-    cut = contexts.to_cut(context, window=config.context.window)
-    return jnp.all(jax.lax.dynamic_slice(cut, (jnp.asarray(answer),), (config.context.block_size,)) == 0)
+def shows_in_full(context: WorkingContext, answers: ArrayLike, config: Config) -> Array:
+    """Whether a context shows all of the blocks that begin at tokens int32[A] in full; bool[]."""
+    shape = config.context
+    cut = contexts.to_cut(context, window=shape.history)
+    tokens = jnp.asarray(answers)[:, None] + jnp.arange(shape.block_size)
+    return jnp.all(cut[tokens] == 0)
 
 
 def _lens_key(key: Array) -> Array:
@@ -139,21 +106,20 @@ def _pick_metrics(
 ) -> Metrics:
     """Of the contexts that LensNet picks, as it is or adapted to each sequence by the deltas given."""
     shape, geometry, capacity = config.context, config.context.geometry, config.context_capacity
-    has_answer = "answer" in batch
-    answers = batch["answer"] if has_answer else jnp.zeros(batch["tokens"].shape[0], jnp.int32)
+    has_answer = "answers" in batch
+    answers = batch["answers"] if has_answer else jnp.zeros((batch["tokens"].shape[0], 1), jnp.int32)
 
-    def measure(tokens: Array, answer: Array, key: Array, delta: Deltas | None) -> tuple[Array, Array]:
-        tree = build_tree(models, params, tokens, config)
+    def measure(tokens: Array, answers: Array, key: Array, delta: Deltas | None) -> tuple[Array, Array]:
+        window = split(tokens, horizon=shape.horizon)
+        tree = build_tree(models, params, window.history, config)
         lens = params["lens"] if delta is None else adaptation.adapted(params["lens"], delta)
-        made = policy_contexts(
-            models, {"lens": lens}, tree, length, config=config, capacity=capacity, key=_lens_key(key)
-        )
+        made = policy_contexts(models, lens, tree, length, config=config, capacity=capacity, key=_lens_key(key))
         picked = [jax.tree.map(lambda leaf: leaf[-1], made)]
         if has_answer:
-            picked.append(focus.to_context(oracle_state(answer, length, geometry), geometry, capacity=capacity))
+            picked.append(focus.to_context(oracle_state(answers, length, geometry), geometry, capacity=capacity))
         variants = jax.tree.map(lambda *leaves: jnp.stack(leaves), *picked)
-        losses, _ = nll.variant_losses(models.base, params["base"], tree, variants, tokens, horizon=shape.horizon)
-        return losses, shows_in_full(picked[0], answer, config)
+        losses, _ = nll.variant_losses(models.base, params["base"], tree, variants, window.horizon)
+        return losses, shows_in_full(picked[0], answers, config)
 
     losses, hits = jax.vmap(measure)(batch["tokens"], answers, keys, deltas)
     report = {"nll_policy": jnp.mean(losses[:, 0])}
@@ -216,7 +182,7 @@ def variant_maps(state: TrainState, tokens: Array, key: Array, *, config: Config
       models: static.
 
     Returns:
-      With R = V + 1 rows, the pick last: `cuts` int32[B, R, T], `scores` float32[B, R, T] (the score of the entry that
+      With R = V + 1 rows, the pick last: `cuts` int32[B, R, C], `scores` float32[B, R, C] (the score of the entry that
       shows each token; NaN where it is not shown), `nll` float32[B, R].
     """
     shape = config.context
@@ -224,21 +190,20 @@ def variant_maps(state: TrainState, tokens: Array, key: Array, *, config: Config
 
     def one(row: Array, row_key: Array) -> dict[str, Array]:
         scored = score_variants(models, state.params, row, row_key, length, state.hyper.lod2_share, config=config)
-        tree = build_tree(models, state.params, row, config)
-        capacity = config.context_capacity
-        made = policy_contexts(
-            models, state.params, tree, length, config=config, capacity=capacity, key=_lens_key(row_key)
-        )
+        window = split(row, horizon=shape.horizon)
+        tree = build_tree(models, state.params, window.history, config)
+        lens, capacity = state.params["lens"], config.context_capacity
+        made = policy_contexts(models, lens, tree, length, config=config, capacity=capacity, key=_lens_key(row_key))
         picked = jax.tree.map(lambda leaf: leaf[-1:], made)
-        loss, entries = nll.variant_losses(models.base, state.params["base"], tree, picked, row, horizon=shape.horizon)
+        loss, entries = nll.variant_losses(models.base, state.params["base"], tree, picked, window.horizon)
         variants, all_entries, losses = jax.tree.map(
             lambda many, last: jnp.concatenate([many, last]),
             (scored.contexts, scored.entries, scored.losses),
             (picked, entries, loss),
         )
         scores = policy_scores(models, state.params["lens"], all_entries)
-        cuts = jax.vmap(lambda variant: contexts.to_cut(variant, window=shape.window))(variants)
-        per_token = jax.vmap(functools.partial(_score_of_tokens, window=shape.window))(variants, scores)
+        cuts = jax.vmap(lambda variant: contexts.to_cut(variant, window=shape.history))(variants)
+        per_token = jax.vmap(functools.partial(_score_of_tokens, window=shape.history))(variants, scores)
         return {"cuts": cuts, "scores": per_token, "nll": losses}
 
     return jax.vmap(one)(tokens, jax.random.split(key, tokens.shape[0]))

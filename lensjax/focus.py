@@ -248,9 +248,41 @@ def refocus(
     return swap(state, pooled, geometry, settings=settings, tokens=tokens, key=key)
 
 
+def step(
+    state: FocusState,
+    policy: Callable[[WorkingContext], Array],
+    context: WorkingContext,
+    length: ArrayLike,
+    geometry: CutGeometry,
+    *,
+    capacity: int,
+    settings: FocusConfig,
+    tokens: ArrayLike | None = None,
+    key: Array | None = None,
+) -> tuple[FocusState, WorkingContext, FocusInfo]:
+    """A policy's decision: it looks at a context, and gets another one.
+
+    Args:
+      state: what is collapsed.
+      policy: float32[W] in [-1, 1] for the W entries of a context.
+      context: the working context of `state`.
+      length: int32[], entries that the next context must have.
+      geometry: the history.
+      capacity: static number of entries of the next context.
+      settings: see `swap`.
+      tokens: int32[], tokens that the history holds so far; None for all of it.
+      key: PRNG key, consumed; needed where `settings.temperature` is above 0.
+
+    Returns:
+      The next state, its context, and what the swaps did.
+    """
+    state, info = refocus(state, policy(context), context, length, geometry, settings=settings, tokens=tokens, key=key)
+    return state, to_context(state, geometry, capacity=capacity, tokens=tokens), info
+
+
 def iterate(
     state: FocusState,
-    score: Callable[[WorkingContext], Array],
+    policy: Callable[[WorkingContext], Array],
     length: ArrayLike,
     geometry: CutGeometry,
     *,
@@ -259,11 +291,11 @@ def iterate(
     settings: FocusConfig,
     key: Array | None = None,
 ) -> tuple[FocusState, WorkingContext]:
-    """Several steps of `refocus` on one window: look, edit, look again.
+    """Several steps of one decision after the other: look, edit, look again.
 
     Args:
       state: where to start, at any length.
-      score: the policy: float32[W] in [-1, 1] for the W entries of a context.
+      policy: float32[W] in [-1, 1] for the W entries of a context.
       length: int32[], entries of every context but the first.
       geometry: the window.
       steps: static number of steps.
@@ -276,14 +308,14 @@ def iterate(
     """
     first = to_context(state, geometry, capacity=capacity)
 
-    def step(carry: tuple[FocusState, WorkingContext], index: Array) -> tuple[Any, WorkingContext]:
-        state, context = carry
+    def one(carry: tuple[FocusState, WorkingContext], index: Array) -> tuple[Any, WorkingContext]:
         step_key = None if key is None else jax.random.fold_in(key, index)
-        state, _ = refocus(state, score(context), context, length, geometry, settings=settings, key=step_key)
-        context = to_context(state, geometry, capacity=capacity)
+        state, context, _ = step(
+            carry[0], policy, carry[1], length, geometry, capacity=capacity, settings=settings, key=step_key
+        )
         return (state, context), context
 
-    (state, _), later = jax.lax.scan(step, (state, first), jnp.arange(steps))
+    (state, _), later = jax.lax.scan(one, (state, first), jnp.arange(steps))
     return state, jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), first, later)
 
 

@@ -1,10 +1,13 @@
-"""The reward: next-token loss of a base model that reads a working context.
+"""The reward: next-token loss behind the cursor, of a base model that reads a working context of what is before it.
 
-    nll(v) = mean over t in [T - H, T) of -log p(token_t | entries of v that end at or before t)
+    nll(v) = mean over t in [C, C + H) of -log p(token_t | entries of v, tokens C .. t - 1)
 
-The entry that predicts token t is the LOD-0 entry of token t - 1, which every variant holds because the recent tail
-stays in full. Training, evaluation and pretraining all use the functions of this file.
+The base model reads the W entries of v and then the horizon in full, at its true positions. Token C is predicted by the
+last entry, that of token C - 1, which every variant holds in full. Training, evaluation and pretraining all use the
+functions of this file.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,73 +21,95 @@ from lensjax.models import BaseModel, Params
 from lensjax.tree import TreeState
 
 
-def horizon_rows(length: ArrayLike, *, horizon: int) -> Array:
-    """The entries that predict the horizon's tokens.
+class Reading(NamedTuple):
+    """What the base model reads, S = W + H - 1 rows: the entries, the horizon but for its last token, then padding."""
 
-    Args:
-      length: int32[], valid entries of a context whose last horizon + 1 entries are LOD-0 tokens.
-      horizon: tokens scored H.
+    embeddings: Array
+    """float[S, D]."""
+    positions: Array
+    """float32[S]."""
+    spans: Array
+    """float32[S]: tokens covered; 0 at padding."""
+    rows: Array
+    """int32[H]: the row that predicts each token of the horizon."""
 
-    Returns:
-      int32[H]: indices of the entries of tokens T - H - 1 .. T - 2, in time order.
-    """
-    return jnp.asarray(length, jnp.int32) - 1 - horizon + jnp.arange(horizon, dtype=jnp.int32)
 
-
-def token_losses(base: BaseModel, params: Params, entries: Entries, targets: ArrayLike) -> Array:
-    """Loss of each horizon token under one working context.
+def reading(base: BaseModel, params: Params, entries: Entries, horizon: ArrayLike) -> Reading:
+    """A working context followed by the horizon.
 
     Args:
       base: the base model.
       params: its parameters.
-      entries: W entries, the last valid H + 1 of them LOD-0 tokens.
-      targets: int32[H], the last H tokens of the window.
+      entries: W entries of the history, the last valid one its last token.
+      horizon: int32[H], the tokens behind the cursor.
+
+    Returns:
+      `Reading`.
+    """
+    horizon = jnp.asarray(horizon)
+    length = entries.valid.sum(dtype=jnp.int32)
+    steps = jnp.arange(horizon.shape[0], dtype=jnp.int32)
+    # Nothing is predicted from the last token of the horizon. The others come right behind the entries: padding, which
+    # must be last, moves to the end.
+    slots, cursor = length + steps[:-1], entries.positions[length - 1] + 1
+
+    def followed_by(rows: Array, later: Array) -> Array:
+        room = [(0, steps.shape[0] - 1)] + [(0, 0)] * (rows.ndim - 1)
+        return jnp.pad(rows, room).at[slots].set(later.astype(rows.dtype))
+
+    return Reading(
+        embeddings=followed_by(entries.embeddings, base.embed(params, horizon[:-1])),
+        positions=followed_by(entries.positions, cursor + steps[:-1].astype(jnp.float32)),
+        spans=followed_by(entries.spans, jnp.ones(steps.shape[0] - 1, jnp.float32)),
+        rows=length - 1 + steps,
+    )
+
+
+def token_losses(base: BaseModel, params: Params, entries: Entries, horizon: ArrayLike) -> Array:
+    """Loss of each token of the horizon under one working context.
+
+    Args:
+      base: the base model.
+      params: its parameters.
+      entries: W entries of the history, the last valid one its last token.
+      horizon: int32[H], the tokens behind the cursor.
 
     Returns:
       float32[H], in nats.
     """
-    targets = jnp.asarray(targets)
-    rows = horizon_rows(entries.valid.sum(dtype=jnp.int32), horizon=targets.shape[0])
-    logits = base.apply(params, entries.embeddings, entries.positions, entries.spans, rows)
-    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets)
+    read = reading(base, params, entries, horizon)
+    logits = base.apply(params, read.embeddings, read.positions, read.spans, read.rows)
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(horizon))
 
 
 def variant_losses(
-    base: BaseModel, params: Params, tree: TreeState, variants: WorkingContext, tokens: ArrayLike, *, horizon: int
+    base: BaseModel, params: Params, tree: TreeState, variants: WorkingContext, horizon: ArrayLike
 ) -> tuple[Array, Entries]:
     """Loss of every variant of one sequence, in one pass over all of them.
 
     Args:
       base: the base model.
       params: its parameters.
-      tree: the sequence's tree, at full length T.
-      variants: V working contexts (leading axis V) that share the last H + 1 tokens at LOD 0.
-      tokens: int32[T].
-      horizon: tokens scored H.
+      tree: the history.
+      variants: V working contexts of it (leading axis V) that show its last token in full.
+      horizon: int32[H], the tokens behind it.
 
     Returns:
       float32[V], mean loss in nats per token, and the materialised `Entries` with leading axis V.
 
     Raises:
-      ValueError: the horizon does not fit the tokens or the contexts.
+      ValueError: the horizon is empty, or no sequence.
     """
-    tokens = jnp.asarray(tokens)
-    capacity = variants.start.shape[-1]
-    if not 1 <= horizon < min(tokens.shape[0], capacity):
-        raise ValueError(
-            f"horizon must be at least 1 and below both the window ({tokens.shape[0]} tokens) and the context "
-            f"({capacity} entries): the first scored token needs an entry before it; got {horizon}"
-        )
-    targets = tokens[-horizon:]
+    horizon = jnp.asarray(horizon)
+    if horizon.ndim != 1 or horizon.shape[0] < 1:
+        raise ValueError(f"horizon must hold one sequence of at least 1 token to score, got shape {horizon.shape}")
     entries = jax.vmap(lambda variant: contexts.materialise(tree, variant))(variants)
-    losses = jax.vmap(lambda row: token_losses(base, params, row, targets))(entries)
+    losses = jax.vmap(lambda row: token_losses(base, params, row, horizon))(entries)
     return losses.mean(axis=-1), entries
 
 
-def entry_losses(
-    base: BaseModel, params: Params, entries: Entries, context: WorkingContext, tokens: ArrayLike
-) -> tuple[Array, Array]:
-    """Loss of the token after each LOD-0 entry, wherever in the context it stands, shown or inside a gist.
+def entry_losses(base: BaseModel, params: Params, entries: Entries, tokens: ArrayLike, *, horizon: int) -> Array:
+    """Mean loss of the token after each one that a reading holds in full, in the context or behind it.
 
     The horizon's losses are the last ones of these. Pretraining uses them all: a context of W entries then teaches as
     many times how to read gists as it holds tokens.
@@ -92,20 +117,21 @@ def entry_losses(
     Args:
       base: the base model.
       params: its parameters.
-      entries: W entries.
-      context: the working context they were gathered for.
-      tokens: int32[T].
+      entries: W entries of the history.
+      tokens: int32[T], the whole window.
+      horizon: tokens behind the cursor H.
 
     Returns:
-      float32[W], in nats, 0 where not defined, and bool[W]: valid LOD-0 entries with a token after them.
+      float32[], in nats.
     """
     tokens = jnp.asarray(tokens)
-    where = context.valid & (context.lod == 0) & (context.start < tokens.shape[0] - 1)
-    rows = jnp.arange(context.start.shape[0], dtype=jnp.int32)
-    logits = base.apply(params, entries.embeddings, entries.positions, entries.spans, rows)
-    targets = jnp.take(tokens, context.start + 1, mode="clip")
+    read = reading(base, params, entries, tokens[-horizon:])
+    rows = jnp.arange(read.spans.shape[0], dtype=jnp.int32)
+    logits = base.apply(params, read.embeddings, read.positions, read.spans, rows)
+    targets = jnp.take(tokens, read.positions.astype(jnp.int32) + 1, mode="clip")
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets)
-    return jnp.where(where, losses, 0.0), where
+    in_full = read.spans == 1
+    return jnp.sum(jnp.where(in_full, losses, 0.0)) / jnp.sum(in_full, dtype=jnp.float32)
 
 
 def sequence_losses(base: BaseModel, params: Params, tokens: ArrayLike) -> Array:

@@ -70,7 +70,7 @@ def lens_objective(
     variants, distinct = scored.contexts, scored.distinct
     advantages = stability.normalise(normaliser, preferences.advantage_deltas(scored.losses))
     pairs, targets = jax.vmap(lambda one: _supervision(one, hyper, config))(scored)
-    is_free = variants.valid & (variants.start < shape.window - shape.recent_tokens) & distinct[..., None]
+    is_free = variants.valid & (variants.start < shape.history - shape.recent_tokens) & distinct[..., None]
 
     terms, entry_losses = _pair_terms(scores, advantages, pairs, targets, temperature, hyper, config)
     values = _variant_values(scores, variants, config)
@@ -167,7 +167,7 @@ def _supervision(
     targets = preferences.span_targets(
         scored.contexts,
         pairs,
-        window=config.context.window,
+        window=config.context.history,
         block_size=config.context.block_size,
         recent_tokens=config.context.recent_tokens,
         worse_only=config.objective.targets == "worse_only",
@@ -189,7 +189,7 @@ def _variant_values(scores: Array, variants: WorkingContext, config: Config) -> 
     shape = config.context
     value = functools.partial(
         preferences.variant_values,
-        window=shape.window,
+        window=shape.history,
         block_size=shape.block_size,
         max_lod=shape.max_lod,
         recent_tokens=shape.recent_tokens,

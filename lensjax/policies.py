@@ -1,7 +1,8 @@
 """Who else could choose a context: the policies that LensNet is measured against, and the best that a search finds.
 
-All make working contexts of one exact length over the same window, from the same information: the window's tokens, the
-recent tail among them. Scorers that rate tokens (`tail_attention`, `bm25`) share one allocator, `by_scores`.
+All make working contexts of one exact length over the same history, and see what LensNet may see: its tokens, the last
+of which are the query. Given the horizon as the query, or its loss, they choose in hindsight: a bound, and no policy.
+Scorers that rate tokens (`attention`, `bm25`, `lookup`) share one allocator, `by_scores`.
 """
 
 from dataclasses import replace
@@ -63,30 +64,30 @@ def recent_random(
     return drawn
 
 
-def bm25(tokens: ArrayLike, geometry: CutGeometry) -> Array:
-    """Lexical relevance of each block of K tokens to the protected tail, as scores of its tokens.
+def bm25(tokens: ArrayLike, query: ArrayLike, geometry: CutGeometry) -> Array:
+    """Lexical relevance of each block of K tokens to a query, as scores of its tokens.
 
-        score(b) = sum over terms q of the tail  ln(1 + (n - n_q + 1/2) / (n_q + 1/2)) f (k1 + 1) / (f + k1)
+        score(b) = sum over terms q of the query  ln(1 + (n - n_q + 1/2) / (n_q + 1/2)) f (k1 + 1) / (f + k1)
 
     where f counts q in block b and n_q of the n blocks hold q. All blocks are of one length, so the normalisation by
     length drops out. Terms are tokens.
 
     Args:
-      tokens: int32[T].
-      geometry: the window.
+      tokens: int32[C], the history.
+      query: int32[Q].
+      geometry: the history.
 
     Returns:
-      float32[T], 0 outside of the blocks.
+      float32[C], 0 outside of the blocks.
 
     References:
       Robertson and Zaragoza, The Probabilistic Relevance Framework: BM25 and Beyond, 2009, section 3.
     """
-    tokens = jnp.asarray(tokens)
+    tokens, query = jnp.asarray(tokens), jnp.asarray(query)
     count, size = geometry.blocks(1), geometry.block_size
-    tail = tokens[-geometry.recent_tokens :]
-    is_first = jnp.argmax(tail[:, None] == tail[None, :], axis=1) == jnp.arange(tail.shape[0])
+    is_first = jnp.argmax(query[:, None] == query[None, :], axis=1) == jnp.arange(query.shape[0])
     blocks = tokens[: count * size].reshape(count, size)
-    frequency = jnp.sum(blocks[:, None, :] == tail[None, :, None], axis=-1, dtype=jnp.float32)
+    frequency = jnp.sum(blocks[:, None, :] == query[None, :, None], axis=-1, dtype=jnp.float32)
     holding = jnp.sum(frequency > 0, axis=0, dtype=jnp.float32)
     idf = jnp.log1p((count - holding + 0.5) / (holding + 0.5))
     weight = jnp.where(is_first, idf, 0.0)[None, :]
@@ -94,35 +95,64 @@ def bm25(tokens: ArrayLike, geometry: CutGeometry) -> Array:
     return _of_tokens(scores, geometry)
 
 
-def tail_attention(base: BaseModel, params: Params, tree: TreeState, geometry: CutGeometry) -> tuple[Array, Array]:
-    """What the base model itself looks at when it reads the whole window in full.
+def lookup(tokens: ArrayLike, geometry: CutGeometry) -> Array:
+    """Exact matches of the end of the history further back: the rule that solves single-span recall without learning.
+
+    A token's score is the number of tokens, as far back as the query reaches, in which what comes before it is what
+    comes before the cursor. Of two blocks, the one that goes on from the longer match is the better.
+
+    Args:
+      tokens: int32[C], the history, whose last `recent_tokens` are the query.
+      geometry: the history.
+
+    Returns:
+      float32[C], at most the length of the query.
+
+    References:
+      Saxena, Prompt Lookup Decoding, 2023 (the same rule, for drafting tokens).
+    """
+    tokens = jnp.asarray(tokens)
+    count, running = jnp.zeros(tokens.shape, jnp.float32), jnp.ones(tokens.shape, bool)
+    place = jnp.arange(tokens.shape[0])
+    for back in range(1, geometry.recent_tokens + 1):
+        running &= (place >= back) & (jnp.roll(tokens, back) == tokens[-back])
+        count += running
+    return count
+
+
+def attention(
+    base: BaseModel, params: Params, tokens: ArrayLike, query: slice, geometry: CutGeometry
+) -> tuple[Array, Array]:
+    """What the base model itself looks at when it reads in full.
 
     Args:
       base: the base model.
       params: its parameters.
-      tree: the window's tree.
-      geometry: the window.
+      tokens: int32[S], the history, or more than that.
+      query: the tokens whose attention counts.
+      geometry: the history, the first C of the tokens.
 
     Returns:
-      float32[T] attention from the protected tail to each token, mean over layers, heads and the tail (as SnapKV scores
-      the prompt's keys); float32[T] minus the L2 norm of each token's key, mean over layers and heads.
+      float32[C] attention from the query to each token, mean over layers, heads and the query (as SnapKV scores the
+      prompt's keys); float32[C] minus the L2 norm of each token's key, mean over layers and heads.
 
     References:
       Li et al., SnapKV, arXiv:2404.14469, section 4; Devoto et al., A Simple and Effective L2 Norm-Based Strategy for
       KV Cache Compression, arXiv:2406.11430 (keys of low norm are attended to most).
     """
-    in_full = contexts.baseline(geometry.window, window=geometry.window, capacity=geometry.window)
-    entries = contexts.materialise(tree, in_full)
-    rows = jnp.arange(geometry.window - geometry.recent_tokens, geometry.window, dtype=jnp.int32)
-    weights, norms = base.attention(params, entries.embeddings, entries.positions, entries.spans, rows)
-    return weights.mean(axis=(0, 1, 2)), -norms.mean(axis=(0, 1))
+    tokens = jnp.asarray(tokens)
+    places = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+    spans = jnp.ones(tokens.shape, jnp.float32)
+    embeddings = base.embed(params, tokens)
+    weights, norms = base.attention(params, embeddings, places.astype(jnp.float32), spans, places[query])
+    return weights.mean(axis=(0, 1, 2))[: geometry.window], -norms.mean(axis=(0, 1))[: geometry.window]
 
 
 def greedy_oracle(
     models: Models,
     params: dict[str, Params],
     tree: TreeState,
-    tokens: Array,
+    horizon: Array,
     starts: FocusState,
     *,
     length: int,
@@ -138,8 +168,8 @@ def greedy_oracle(
     Args:
       models: the models.
       params: parameters of `base`.
-      tree: the window's tree.
-      tokens: int32[T].
+      tree: the history.
+      horizon: int32[H], the tokens behind it, whose loss is searched.
       starts: states of exactly `length` entries, leading axis.
       length: entries of the context.
       rounds: static number of rounds; 0 takes the best of the starts.
@@ -148,14 +178,14 @@ def greedy_oracle(
     Returns:
       `FocusState`.
     """
-    geometry, horizon = config.context.geometry, config.context.horizon
+    geometry = config.context.geometry
     step = geometry.block_size - 1
 
     def loss(collapsed: Array, capacity: int) -> Array:
         state = FocusState(collapsed, jnp.zeros(collapsed.shape, jnp.int32))
         context = focus.to_context(state, geometry, capacity=capacity)
         entries = contexts.materialise(tree, context)
-        return nll.token_losses(models.base, params["base"], entries, tokens[-horizon:]).mean()
+        return nll.token_losses(models.base, params["base"], entries, horizon).mean()
 
     def one_round(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
         collapsed, best = carry

@@ -11,9 +11,10 @@ from jax import Array
 from lensjax import context as contexts
 from lensjax import nll, optimizer, rollouts, schedules
 from lensjax.config import Config
-from lensjax.metrics import Metrics, masked_mean
+from lensjax.decision import build_tree, split
+from lensjax.metrics import Metrics
 from lensjax.models import Models, Params
-from lensjax.variants import Batch, build_tree
+from lensjax.variants import Batch
 
 ROLLOUTS_FROM = 0.5
 """Share of the steps after which rollouts are read too. Read from the start, their noisier gradient keeps a small model
@@ -106,7 +107,7 @@ def _pretrain_loss(
 
 
 def _rollout_loss(models: Models, params: dict[str, Params], tokens: Array, key: Array, config: Config) -> Array:
-    """Mean loss of the token after every token that one rollout shows.
+    """Mean loss of the token after every token that one rollout of the history, and the horizon behind it, show.
 
     Its length is log-uniform from the shortest cut to the capacity: all ratios of compression are read equally often.
     """
@@ -118,6 +119,7 @@ def _rollout_loss(models: Models, params: dict[str, Params], tokens: Array, key:
         rollout_key, length, config.hyper.lod2_share, rollouts=1, geometry=geometry, capacity=capacity
     )
     context = jax.tree.map(lambda leaf: leaf[0], drawn)
-    entries = contexts.materialise(build_tree(models, params, tokens, config), context)
-    losses, where = nll.entry_losses(models.base, params["base"], entries, context, tokens)
-    return masked_mean(losses, where)
+    horizon = config.context.horizon
+    history = split(tokens, horizon=horizon).history
+    entries = contexts.materialise(build_tree(models, params, history, config), context)
+    return nll.entry_losses(models.base, params["base"], entries, tokens, horizon=horizon)

@@ -6,13 +6,15 @@
     logits = session.predict(state)
 
 Every `interval` tokens, counted from the start of the stream and not of an append, LensNet looks at the working context
-and the allocator makes room for the next `interval` tokens, which then come in full. What is read is the same however
-it is split into appends. Between two refocus steps the context only grows at its end, and so does the base model's
-cache; a refocus step keeps the cache up to the first entry that it changes, and reads the rest anew.
+and the allocator brings it back to the budget: the decision of a training window whose cursor is there. The next
+`interval` tokens, the horizon, then come in full. What is read is the same however it is split into appends. Between
+two refocus steps the context only grows at its end, and so does the base model's cache; a refocus step keeps the cache
+up to the first entry that it changes, and reads the rest anew.
 
-The tree on the device covers the last `config.context.window` tokens at most. When it is full the oldest block of the
-highest level is forgotten, tokens, gists and all: a working context of W entries reaches W K**L tokens at most, so some
-end there must be, and memory and time a token do not grow with the stream.
+The tree on the device covers the last `config.context.window` tokens at most. When a decision would look further back
+than a history of training, the oldest block of the highest level is forgotten, tokens, gists and all: a working context
+of W entries reaches W K**L tokens at most, so some end there must be, and memory and time a token do not grow with the
+stream.
 """
 
 from collections.abc import Callable
@@ -26,14 +28,13 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from lensjax import context as contexts
-from lensjax import focus
+from lensjax import decision, focus
 from lensjax import tree as trees
 from lensjax.config import Config
 from lensjax.context import WorkingContext
 from lensjax.focus import FocusState
 from lensjax.models import KVCache, Models, Params
 from lensjax.tree import TreeState
-from lensjax.variants import policy_scores
 
 
 @jax.tree_util.register_dataclass
@@ -48,7 +49,7 @@ class SessionState:
     focus: FocusState
     """What is collapsed."""
     context: WorkingContext
-    """W entries."""
+    """W entries, and room for an interval's tokens behind them."""
     cache: KVCache
     """What the base model computed of the context's entries."""
     logits: Array
@@ -81,8 +82,8 @@ class Session:
     Args:
       models: the models.
       params: parameters of `base`, `gist` and `lens`.
-      config: `context.window` is how far back the session reaches; `hyper.context_end` of it is the budget W, never
-        exceeded and, once the stream is longer, missed by less than K - 1 entries just before a refocus step;
+      config: `context.history` is how far back a decision reaches; `hyper.context_end` of it is the budget W, which a
+        refocus step never exceeds and, once the stream is longer, misses by less than K - 1 entries;
         `context.horizon` is the interval; `context.recent_tokens` stay in full; `focus` is how the allocator acts. A
         longer window than in training is fine.
 
@@ -93,10 +94,9 @@ class Session:
     def __init__(self, models: Models, params: dict[str, Params], config: Config) -> None:
         shape = config.context
         self.models, self.params, self.config = models, params, config
-        self.interval = shape.horizon
+        self.geometry, self.interval = shape.geometry, shape.horizon
         self.budget = shape.geometry.length_of_fraction(config.hyper.context_end, name="context_end")
-        # At a refocus step the tail is shorter by the tokens that are still to come.
-        self.geometry = replace(shape.geometry, recent_tokens=shape.recent_tokens - self.interval)
+        self._capacity = self.budget + self.interval
         self._check_room()
         # In place: a tree of a long history is not copied for every few tokens.
         self._read = jax.jit(self._read_chunk, donate_argnums=1)
@@ -107,14 +107,13 @@ class Session:
     def init(self, seed: int = 0) -> SessionState:
         """A session that has read nothing; `seed` matters only where the allocator samples."""
         base, geometry = self.config.base, self.geometry
-        capacity, start = self.budget, jnp.zeros(geometry.window, jnp.int32)
+        window, capacity = self.config.context.window, self._capacity
+        start = jnp.zeros(geometry.window, jnp.int32)
         return SessionState(
-            tree=trees.init(
-                capacity=geometry.window, dim=base.dim, block_size=geometry.block_size, max_lod=geometry.max_lod
-            ),
+            tree=trees.init(capacity=window, dim=base.dim, block_size=geometry.block_size, max_lod=geometry.max_lod),
             forgotten=jnp.zeros((), jnp.int32),
             focus=focus.from_cut(start, geometry),
-            context=contexts.baseline(0, window=geometry.window, capacity=capacity),
+            context=contexts.baseline(0, window=window, capacity=capacity),
             cache=self.models.base.init_cache(capacity),
             logits=jnp.zeros(base.vocab_size, jnp.float32),
             key=jax.random.key(seed),
@@ -153,7 +152,7 @@ class Session:
             losses.append(np.asarray(chunk_losses)[:count])
             done, position, held = done + count, position + count, held + count
             if position % self.interval == 0:
-                if held + self.interval > self.geometry.window:
+                if held > self.geometry.window:
                     state, held = self._forget(state), held - self._forget_size
                 state, report = self._refocus(self.params, state)
                 if on_refocus is not None:
@@ -163,7 +162,7 @@ class Session:
     def refocus(self, state: SessionState) -> tuple[SessionState, Refocus]:
         """A refocus step now, besides those that reading makes; nothing to do before the first token."""
         state, held = self._copy(state), int(state.tree.length)
-        if held + self.interval > self.geometry.window:
+        if held > self.geometry.window:
             state = self._forget(state)
         return self._refocus(self.params, state)
 
@@ -206,23 +205,22 @@ class Session:
 
     def _check_room(self) -> None:
         """Refuses a budget that some length of the stream does not fit in."""
-        geometry, room = self.geometry, self.budget - self.interval
+        geometry = self.geometry
         held = np.arange(geometry.window + 1)
         free = np.maximum(held - geometry.recent_tokens, 0)
         collapses = sum(free // geometry.block_size**lod for lod in range(1, geometry.max_lod + 1))
         shortest = int(np.max(held - collapses * (geometry.block_size - 1)))
-        if shortest > room:
+        if shortest > self.budget:
             raise ValueError(
-                f"context_end gives a budget of {self.budget} entries, {self.interval} of which are kept free for the "
-                f"tokens to come; what is left must hold the shortest context of any part of a window of "
-                f"{geometry.window} tokens, which takes {shortest}: raise hyper.context_end or context.max_lod, or "
-                "lower context.window, context.recent_tokens or context.horizon"
+                f"hyper.context_end gives a budget of {self.budget} entries, which must hold the shortest context of "
+                f"any part of a history of {geometry.window} tokens, and that takes {shortest}: raise "
+                "hyper.context_end or context.max_lod, or lower context.window or context.recent_tokens"
             )
-        recent = self.config.context.recent_tokens
-        if geometry.window < self._forget_size + recent:
+        if geometry.window < self._forget_size + geometry.recent_tokens:
             raise ValueError(
-                f"context.window must hold the {self._forget_size} tokens that are forgotten at once and {recent} "
-                f"recent tokens, got {geometry.window}: raise it, or lower context.max_lod"
+                f"context.window must hold the {self._forget_size} tokens that are forgotten at once, "
+                f"{geometry.recent_tokens} recent tokens and a horizon of {self.interval}, got "
+                f"{self.config.context.window}: raise it, or lower context.max_lod"
             )
 
     @property
@@ -256,12 +254,11 @@ class Session:
         )
         before = jnp.concatenate([state.logits[None], logits[:-1]])
         losses = optax.losses.softmax_cross_entropy_with_integer_labels(before, tokens)
-        slots = jnp.where(is_new, state.context.length + new, self.budget)
-        context = replace(
-            state.context,
-            start=state.context.start.at[slots].set(place, mode="drop"),
-            valid=state.context.valid.at[slots].set(True, mode="drop"),
-        )
+        slots = jnp.where(is_new, state.context.length + new, self._capacity)
+        valid = state.context.valid.at[slots].set(True, mode="drop")
+        start = state.context.start.at[slots].set(place, mode="drop")
+        # Padding starts where nothing else does: starts stay sorted.
+        context = replace(state.context, start=jnp.where(valid, start, tree.capacity), valid=valid)
         return replace(
             state,
             tree=trees.append(tree, embeddings, self._gists(params), count=count),
@@ -274,19 +271,18 @@ class Session:
         return lambda children: self.models.gist.apply(params["gist"], children)
 
     def _refocus_now(self, params: dict[str, Params], state: SessionState) -> tuple[SessionState, Refocus]:
-        held, settings = state.tree.length, self.config.focus
-        scores = policy_scores(self.models, params["lens"], contexts.materialise(state.tree, state.context))
-        focused, info = focus.refocus(
+        settings = self.config.focus
+        focused, context, info = focus.step(
             state.focus,
-            scores,
+            decision.policy(self.models, params["lens"], state.tree),
             state.context,
-            self.budget - self.interval,
+            self.budget,
             self.geometry,
+            capacity=self._capacity,
             settings=settings,
-            tokens=held,
+            tokens=state.tree.length,
             key=jax.random.fold_in(state.key, state.read) if settings.temperature > 0 else None,
         )
-        context = focus.to_context(focused, self.geometry, capacity=self.budget, tokens=held)
         same = (context.start == state.context.start) & (context.lod == state.context.lod) & context.valid
         kept = jnp.minimum(jnp.argmin(jnp.append(same, False)).astype(jnp.int32), state.cache.length)
         rate = focus.swap_rate(state.context, context, window=self.geometry.window)
@@ -326,7 +322,7 @@ class Session:
         levels = tuple(drop(level, lod) for lod, level in enumerate(state.tree.levels))
         tree = replace(state.tree, levels=levels, length=state.tree.length - size)
         focused = focus.drop_oldest(state.focus, size, geometry)
-        context = focus.to_context(focused, geometry, capacity=self.budget, tokens=tree.length)
+        context = focus.to_context(focused, geometry, capacity=self._capacity, tokens=tree.length)
         # The entries that are left stand elsewhere in the context now, and elsewhere in the window.
         cache = replace(state.cache, length=jnp.zeros((), jnp.int32))
         return replace(state, tree=tree, forgotten=state.forgotten + size, focus=focused, context=context, cache=cache)

@@ -11,10 +11,11 @@ from jax import Array
 
 from lensjax import adaptation, hyperlora, metrics, objective, optimizer, preferences, schedules, stability
 from lensjax.config import Config, Hyperparameters
+from lensjax.decision import policy_scores
 from lensjax.metrics import Metrics
 from lensjax.models import Models, Params
 from lensjax.stability import EmaMoments
-from lensjax.variants import Batch, ScoredVariants, policy_scores, score_variants
+from lensjax.variants import Batch, ScoredVariants, score_variants
 
 _Loss = tuple[Array, tuple[ScoredVariants, Array, Metrics]]
 """The loss; beside it the scored variants, the net demand of each, and scalars by name."""

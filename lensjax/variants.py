@@ -1,4 +1,4 @@
-"""One sequence to its scored variants: tree, baseline and rollouts, and their losses under the base model."""
+"""One window to its scored variants: baseline and rollouts of the history, and their losses on the horizon."""
 
 from dataclasses import dataclass
 
@@ -9,16 +9,15 @@ from jax.typing import ArrayLike
 
 from lensjax import context as contexts
 from lensjax import focus, nll
-from lensjax import tree as trees
 from lensjax.config import Config, FocusConfig
 from lensjax.context import Entries, WorkingContext
+from lensjax.decision import build_tree, split
 from lensjax.lengths import CutGeometry
 from lensjax.models import Models, Params
 from lensjax.rollouts import collapses_for_length, is_distinct, sample_cut, sample_rollouts
-from lensjax.tree import TreeState
 
 Batch = dict[str, Array]
-"""`tokens` int32[B, T]; for recall also `answer` int32[B], first token of the block that the tail repeats."""
+"""`tokens` int32[B, T]; where answers are known also `answers` int32[B, A], first tokens of the blocks to be shown."""
 
 
 @jax.tree_util.register_dataclass
@@ -36,16 +35,6 @@ class ScoredVariants:
     """float32[V]: nats per token on the horizon."""
 
 
-def build_tree(models: Models, params: dict[str, Params], tokens: Array, config: Config) -> TreeState:
-    """The tree over one window int32[T], with gists of the models given."""
-    return trees.build(
-        models.base.embed(params["base"], tokens),
-        lambda children: models.gist.apply(params["gist"], children),
-        block_size=config.context.block_size,
-        max_lod=config.context.max_lod,
-    )
-
-
 def score_variants(
     models: Models,
     params: dict[str, Params],
@@ -56,7 +45,7 @@ def score_variants(
     *,
     config: Config,
 ) -> ScoredVariants:
-    """Draws the variants of one sequence and measures each on the shared tail.
+    """Draws the variants of one history and measures each on the horizon behind it.
 
     Args:
       models: the models.
@@ -71,8 +60,9 @@ def score_variants(
       `ScoredVariants` with V = N + 1.
     """
     shape, capacity = config.context, config.context_capacity
-    tree = build_tree(models, params, tokens, config)
-    base_line = contexts.baseline(length, window=shape.window, capacity=capacity)
+    window = split(tokens, horizon=shape.horizon)
+    tree = build_tree(models, params, window.history, config)
+    base_line = contexts.baseline(length, window=shape.history, capacity=capacity)
     if shape.local_edits:
         drawn, distinct = local_rollouts(
             key,
@@ -88,7 +78,7 @@ def score_variants(
             key, length, lod2_share, rollouts=shape.rollouts, geometry=shape.geometry, capacity=capacity
         )
     variants = jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), base_line, drawn)
-    losses, entries = nll.variant_losses(models.base, params["base"], tree, variants, tokens, horizon=shape.horizon)
+    losses, entries = nll.variant_losses(models.base, params["base"], tree, variants, window.horizon)
     return ScoredVariants(variants, jnp.concatenate([jnp.ones(1, bool), distinct]), entries, losses)
 
 
@@ -136,23 +126,3 @@ def local_rollouts(
     cuts = jnp.concatenate([first[None], others])
     to_context = jax.vmap(lambda cut: contexts.from_cut(cut, block_size=geometry.block_size, capacity=capacity))
     return to_context(cuts), is_distinct(cuts)
-
-
-def policy_scores(models: Models, lens_params: Params, entries: Entries) -> Array:
-    """LensNet's scores of a batch of working contexts; no gradient reaches the entries.
-
-    Args:
-      models: the models.
-      lens_params: parameters of LensNet.
-      entries: leading axes [...], then W.
-
-    Returns:
-      float32[..., W] in (-1, 1), 0 at padding.
-    """
-
-    def score(one: Entries) -> Array:
-        return models.lens.apply(lens_params, one.embeddings, one.lods, one.spans, one.distances, one.valid)
-
-    for _ in range(entries.valid.ndim - 1):
-        score = jax.vmap(score)
-    return score(jax.lax.stop_gradient(entries))
