@@ -328,9 +328,9 @@ def _bounds(config: Config, params: dict[str, Params]) -> tuple[float, float]:
     models, length = build_models(config), config.context.geometry.length_of_fraction(config.hyper.context_end)
 
     def one(row: tuple[Array, Array | None, Array]) -> tuple[Array, Array]:
-        tokens, answer, key = row
+        tokens, answers, key = row
         return comparison.bounds(
-            models, params, tokens, answer, key, length=length, draws=DRAWS, oracle_rounds=ROUNDS, config=config
+            models, params, tokens, answers, key, length=length, draws=DRAWS, oracle_rounds=ROUNDS, config=config
         )
 
     measure = jax.jit(lambda *rows: jax.lax.map(one, rows))
@@ -338,7 +338,7 @@ def _bounds(config: Config, params: dict[str, Params]) -> tuple[float, float]:
     for index, batch in enumerate(_held_out(config)):
         key = jax.random.fold_in(jax.random.key(EVALUATION_SEED), index)
         keys = jax.random.split(key, len(batch["tokens"]))
-        found.append(jax.device_get(measure(batch["tokens"], batch.get("answer"), keys)))
+        found.append(jax.device_get(measure(batch["tokens"], batch.get("answers"), keys)))
     recency, oracle = (float(np.mean([pair[i] for pair in found])) for i in (0, 1))
     return recency, oracle
 

@@ -33,10 +33,11 @@ from lensjax import config as configs
 from lensjax import context as contexts
 from lensjax.config import Config
 from lensjax.context import WorkingContext
+from lensjax.decision import build_tree
 from lensjax.effects import Measured
 from lensjax.hyperlora import Deltas
 from lensjax.models import Models, Params, build_models
-from lensjax.variants import Batch, ScoredVariants, build_tree, score_variants
+from lensjax.variants import Batch, ScoredVariants, score_variants
 
 RESAMPLES = 10_000
 PLAIN, ADAPTED, ZEROED, FOREIGN, CREDIT = "plain", "adapted", "zeroed", "foreign", "credit"

@@ -35,10 +35,11 @@ from lensjax import context as contexts
 from lensjax import nll, objective, optimizer, train
 from lensjax.config import BaseConfig, Config, ContextConfig, Hyperparameters, OptimizerConfig
 from lensjax.cost import step_cost
+from lensjax.decision import Window, build_tree, policy_scores, split
 from lensjax.models import Models, Params, build_models
 from lensjax.rollouts import sample_rollouts
 from lensjax.train import TrainState
-from lensjax.variants import ScoredVariants, build_tree, policy_scores
+from lensjax.variants import Batch, ScoredVariants
 
 Program = Callable[[], Any]
 """Runs what it measures once, on the arguments that it holds, and returns arrays to wait for."""
@@ -61,21 +62,21 @@ def _shape(
 SHAPES = {
     "small": _shape(
         BaseConfig(dim=128, layers=4, heads=4, kv_heads=2, mlp_dim=384),
-        ContextConfig(window=512, block_size=8, horizon=32, recent_tokens=40, rollouts=8),
+        ContextConfig(window=512, block_size=8, horizon=32, recent_tokens=8, rollouts=8),
         batch_size=4,
         share=0.5,
         dtype="float32",
     ),
     "medium": _shape(
         BaseConfig(dim=256, layers=6, heads=8, kv_heads=4, mlp_dim=768),
-        ContextConfig(window=1024, block_size=32, horizon=32, recent_tokens=40, rollouts=4),
+        ContextConfig(window=1024, block_size=32, horizon=32, recent_tokens=8, rollouts=4),
         batch_size=2,
         share=0.75,
         dtype="float32",
     ),
     "large": _shape(
         BaseConfig(vocab_size=32_768, dim=768, layers=12, heads=12, kv_heads=12, mlp_dim=2048),
-        ContextConfig(window=2048, block_size=32, horizon=64, recent_tokens=72, rollouts=4),
+        ContextConfig(window=2048, block_size=32, horizon=64, recent_tokens=8, rollouts=4),
         batch_size=8,
         share=0.5,
         dtype="bfloat16",
@@ -249,19 +250,23 @@ def copy() -> Program:
 def floor(step: Step) -> Program:
     """The model passes alone, in one program."""
     config, models, entries = step.config, step.models, step.scored.entries
-    leaves = jnp.ones((config.batch_size, config.context.window, config.base.dim), entries.embeddings.dtype)
+    leaves = jnp.ones((config.batch_size, config.context.history, config.base.dim), entries.embeddings.dtype)
 
     @jax.jit
-    def run(params: dict[str, Params], entries: contexts.Entries, leaves: Array, signs: Array) -> Any:
+    def run(params: dict[str, Params], entries: contexts.Entries, leaves: Array, signs: Array, horizons: Array) -> Any:
         gists = _gists(models, params["gist"], leaves, config)
-        logits = _logits(models, params["base"], entries, config)
+        logits = _logits(models, params["base"], entries, horizons)
         loss, grads = _lens_gradient(models, params["lens"], entries, signs)
         anchor = policy_scores(models, params["anchor"], entries)
         return gists, logits, loss, grads, anchor
 
     params = {**step.params, "anchor": jax.tree.map(jnp.copy, step.params["lens"])}
     signs = jnp.sign(jax.random.normal(jax.random.key(1), entries.valid.shape))
-    return functools.partial(run, params, entries, leaves, signs)
+    return functools.partial(run, params, entries, leaves, signs, _windows(step.batch, config).horizon)
+
+
+def _windows(batch: Batch, config: Config) -> Window:
+    return split(batch["tokens"], horizon=config.context.horizon)
 
 
 def _gists(models: Models, params: Params, leaves: Array, config: Config) -> list[Array]:
@@ -274,14 +279,14 @@ def _gists(models: Models, params: Params, leaves: Array, config: Config) -> lis
     return levels[1:]
 
 
-def _logits(models: Models, params: Params, entries: contexts.Entries, config: Config) -> Array:
-    """Logits [B, V, H, vocabulary] at the entries that predict the horizon."""
+def _logits(models: Models, params: Params, entries: contexts.Entries, horizons: Array) -> Array:
+    """Logits [B, V, H, vocabulary] at the rows that predict the horizons [B, H]."""
 
-    def one(entry: contexts.Entries) -> Array:
-        rows = nll.horizon_rows(entry.valid.sum(dtype=jnp.int32), horizon=config.context.horizon)
-        return models.base.apply(params, entry.embeddings, entry.positions, entry.spans, rows)
+    def one(entry: contexts.Entries, horizon: Array) -> Array:
+        read = nll.reading(models.base, params, entry, horizon)
+        return models.base.apply(params, read.embeddings, read.positions, read.spans, read.rows)
 
-    return jax.vmap(jax.vmap(one))(entries)
+    return jax.vmap(jax.vmap(one, (0, None)))(entries, horizons)
 
 
 def _lens_gradient(models: Models, params: Params, entries: contexts.Entries, signs: Array) -> tuple[Array, Params]:
@@ -292,8 +297,9 @@ def parts(step: Step) -> dict[str, Program]:
     """The parts of a step, each a program of its own."""
     config, models, params, state = step.config, step.models, step.params, jax.tree.map(jnp.copy, step.state)
     scored, shape, geometry = step.scored, step.config.context, step.config.context.geometry
-    capacity, tokens = config.context_capacity, step.batch["tokens"]
-    trees = jax.jit(jax.vmap(lambda row: build_tree(models, params, row, config)))(tokens)
+    capacity = config.context_capacity
+    window = _windows(step.batch, config)
+    trees = jax.jit(jax.vmap(lambda row: build_tree(models, params, row, config)))(window.history)
     scores = jax.jit(lambda: policy_scores(models, params["lens"], scored.entries))()
     keys = jax.random.split(jax.random.key(2), config.batch_size)
 
@@ -326,13 +332,11 @@ def parts(step: Step) -> dict[str, Program]:
 
     def base(base: Params, entries: contexts.Entries) -> Any:
         losses = functools.partial(nll.token_losses, models.base, base)
-        return jax.vmap(lambda rows, tail: jax.vmap(lambda row: losses(row, tail))(rows))(
-            entries, tokens[:, -shape.horizon :]
-        )
+        return jax.vmap(lambda rows, tail: jax.vmap(lambda row: losses(row, tail))(rows))(entries, window.horizon)
 
     gather = jax.vmap(lambda tree, variants: jax.vmap(lambda one: contexts.materialise(tree, one))(variants))
     made: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
-        "tree": (jax.vmap(lambda row: build_tree(models, params, row, config)), (tokens,)),
+        "tree": (jax.vmap(lambda row: build_tree(models, params, row, config)), (window.history,)),
         "rollouts": (jax.vmap(rollouts), (keys,)),
         "materialise": (gather, (trees, scored.contexts)),
         "nll": (base, (params["base"], scored.entries)),

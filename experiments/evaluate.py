@@ -30,10 +30,11 @@ from rich.progress import Progress
 
 from experiments import command
 from experiments.train import EVALUATION_SEED, load_params
-from lensjax import comparison, data, plots, run_folder, theatre
+from lensjax import comparison, data, plots, rivals, run_folder, theatre
 from lensjax import config as configs
 from lensjax.comparison import FOREIGN, FULL, FocusEvidence, Measured
 from lensjax.config import Config, FocusConfig
+from lensjax.decision import split
 from lensjax.models import Models, Params, build_models
 from lensjax.theatre import Evidence, TheatreConfig
 
@@ -43,7 +44,7 @@ CHECK_COLUMNS = (
 )
 """Empty in all rows but that of LensNet's last step."""
 COLUMNS = (
-    *("task", "policy", "budget_ratio", "entries", "seed", "nll", "nll_ci_low", "nll_ci_high"),
+    *("task", "policy", "information", "budget_ratio", "entries", "seed", "nll", "nll_ci_low", "nll_ci_high"),
     *("gap_closed_oracle", "gap_closed_full", "hit_rate", "swap_rate"),
     *CHECK_COLUMNS,
 )
@@ -61,7 +62,7 @@ class Arguments:
     name: str = "evaluation"
     """Of the files in the run's folder; those that are there already are not overwritten."""
     budgets: tuple[int, ...] = (2, 4, 8, 16)
-    """Window over entries: 4 means a quarter of the window, rounded down to a length that some cut has."""
+    """History over entries: 4 means a quarter of the history, rounded down to a length that some cut has."""
     window: int | None = None
     """Tokens in the windows to measure on; None as in training. They may be longer than those trained on."""
     split: Literal["test", "validation"] = "test"
@@ -207,17 +208,17 @@ def _over_batches(job: _Job, measure: Callable[..., Any], length: int | None, ti
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         for index, batch in enumerate(progress.track(job.batches, description=title)):
             keys = jax.random.split(jax.random.fold_in(key, index), len(batch["tokens"]))
-            found.append(jax.device_get(measure(job.params, batch["tokens"], batch.get("answer"), keys)))
+            found.append(jax.device_get(measure(job.params, batch["tokens"], batch.get("answers"), keys)))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
 
 
 @functools.cache
 def _compiled(config: Config, models: Models, length: int | None, draws: int, rounds: int) -> Callable[..., Any]:
-    def one(params: dict[str, Params], tokens: Array, answer: Array | None, key: Array) -> dict[str, Measured]:
+    def one(params: dict[str, Params], tokens: Array, answers: Array | None, key: Array) -> dict[str, Measured]:
         if length is None:
-            return {FULL: comparison.measure_full(models, params, tokens, answer, config=config)}
+            return {FULL: comparison.measure_full(models, params, tokens, answers, config=config)}
         return comparison.measure(
-            models, params, tokens, answer, key, length=length, draws=draws, oracle_rounds=rounds, config=config
+            models, params, tokens, answers, key, length=length, draws=draws, oracle_rounds=rounds, config=config
         )
 
     # One sequence after the other: each has its dozens of contexts to fill the machine with.
@@ -228,8 +229,9 @@ def _compiled(config: Config, models: Models, length: int | None, draws: int, ro
 def _compiled_focus(config: Config, models: Models, length: int, draws: int) -> Callable[..., FocusEvidence]:
     def all_rows(params: dict[str, Params], tokens: Array, answers: Array | None, keys: Array) -> FocusEvidence:
         focused = functools.partial(comparison.focused, models, params, length=length, config=config)
+        histories = split(tokens, horizon=config.context.horizon).history
         measure = functools.partial(comparison.measure_focus, models, params, length=length, draws=draws, config=config)
-        own = jax.lax.map(lambda row: focused(*row), (tokens, keys))
+        own = jax.lax.map(lambda row: focused(*row), (histories, keys))
         foreign = jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=0), own)
         return jax.lax.map(lambda row: measure(*row), (tokens, answers, keys, own, foreign))
 
@@ -277,9 +279,9 @@ def _rows(
     interval = functools.partial(comparison.interval, resamples=arguments.resamples, seed=EVALUATION_SEED)
     rows: list[Row] = []
     details: list[Row] = []
-    for name in sorted(found, key=comparison.order):
+    for name in sorted(found, key=rivals.order):
         one = found[name]
-        entries = job.config.context.window if name == FULL else length
+        entries = job.config.context.history if name == FULL else length
         if not (one.entries == entries).all():
             raise ValueError(
                 f"{name} made contexts of {one.entries.min()} to {one.entries.max()} entries, not {entries}"
@@ -291,6 +293,7 @@ def _rows(
         row = {
             "task": job.config.data.task,
             "policy": name,
+            "information": rivals.information(name),
             "budget_ratio": 1 if name == FULL else ratio,
             "entries": entries,
             "seed": job.config.seed,
@@ -338,8 +341,8 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 
 def _print_table(console: Console, job: _Job, ratio: int, length: int, rows: Sequence[Row]) -> None:
     """Plain lines, so that a log of any width holds them."""
-    window, task = job.config.context.window, job.config.data.task
-    console.out(f"\n{task} at {ratio}x, {length} of {window} entries, seed {job.config.seed}", highlight=False)
+    history, task = job.config.context.history, job.config.data.task
+    console.out(f"\n{task} at {ratio}x, {length} of {history} entries, seed {job.config.seed}", highlight=False)
     heads = ("policy", "nll", "minus recency [95 %]", "minus random [95 %]", "gap", "full", "hit", "swaps", "stay")
     widths = (16, 7, 26, 26, 7, 7, 7, 7, 7)
     lines = [heads]

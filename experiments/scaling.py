@@ -34,12 +34,12 @@ from lensjax.session import Session
 SHAPE = Config(
     batch_size=2,
     base=BaseConfig(dim=128, layers=4, heads=4, kv_heads=2, mlp_dim=384),
-    context=ContextConfig(window=512, block_size=8, max_lod=2, horizon=32, recent_tokens=40, rollouts=4),
+    context=ContextConfig(window=512, block_size=8, max_lod=2, horizon=32, recent_tokens=8, rollouts=4),
     hyper=Hyperparameters(context_start=0.5, context_end=0.5, kl_weight=0.1),
     optimizer=OptimizerConfig(warmup_steps=0),
 )
-"""What each series changes in one place: 256 entries of 512 tokens."""
-HISTORY = configs.replace(SHAPE, **{"context.max_lod": 3, "context.recent_tokens": 72})
+"""What each series changes in one place: 256 entries of a window of 512 tokens."""
+HISTORY = configs.replace(SHAPE, **{"context.max_lod": 3, "context.recent_tokens": 40})
 SESSION_TOKENS = 512
 
 
@@ -55,7 +55,8 @@ class Series:
 
 
 def _entries(value: int, window: int = SHAPE.context.window) -> dict[str, Any]:
-    return {"hyper.context_start": value / window, "hyper.context_end": value / window}
+    fraction = value / (window - SHAPE.context.horizon)
+    return {"hyper.context_start": fraction, "hyper.context_end": fraction}
 
 
 def _history(window: int) -> Config:
@@ -64,7 +65,7 @@ def _history(window: int) -> Config:
 
 SERIES = {
     "rollouts": Series("rollouts N", (1, 2, 4, 8, 16), lambda n: configs.replace(SHAPE, **{"context.rollouts": n})),
-    "entries": Series("entries W", (128, 192, 256, 384, 512), lambda w: configs.replace(SHAPE, **_entries(w))),
+    "entries": Series("entries W", (128, 192, 256, 384, 480), lambda w: configs.replace(SHAPE, **_entries(w))),
     "window": Series(
         "window T",
         (512, 1024, 2048, 4096),

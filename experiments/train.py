@@ -304,7 +304,7 @@ def _variant_maps(state: train.TrainState, config: Config, models: Models, input
     batch = {name: value[:MAPPED_SEQUENCES] for name, value in devices.to_host(inputs.test[0]).items()}
     arrays = devices.to_host(compute(state, batch["tokens"], jax.random.key(EVALUATION_SEED)))
     labels = ["recency", *(f"rollout {i + 1}" for i in range(config.context.rollouts)), "LensNet's pick"]
-    answers = batch["answer"].tolist() if "answer" in batch else []
+    answers = batch["answers"].tolist() if "answers" in batch else []
     return [
         VariantMap(
             title=f"held-out sequence {i + 1}",
@@ -314,7 +314,7 @@ def _variant_maps(state: train.TrainState, config: Config, models: Models, input
             labels=labels,
             recent_tokens=config.context.recent_tokens,
             block_size=config.context.block_size,
-            answer=(answers[i], answers[i] + config.context.block_size) if answers else None,
+            answers=tuple((first, first + config.context.block_size) for first in answers[i]) if answers else (),
         )
         for i in range(len(batch["tokens"]))
     ]
@@ -340,7 +340,7 @@ def _summary(config: Config, report: Mapping[str, float], *, training_seconds: f
         "steps": config.steps,
         "seed": config.seed,
         "context_length": end,
-        "compression": config.context.window / end,
+        "compression": config.context.history / end,
         "seconds": round(seconds, 1),
         "training_seconds": round(training_seconds, 1),
         **short,

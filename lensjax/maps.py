@@ -27,15 +27,15 @@ class VariantMap:
     scores: np.ndarray
     """float[V, T]: policy score of the entry that shows each token, NaN where it is not shown."""
     nll: np.ndarray
-    """float[V]: nats per token on the tail."""
+    """float[V]: nats per token on the horizon."""
     labels: Sequence[str]
     """Names of the V rows."""
     recent_tokens: int
-    """Tail tokens that every variant holds in full."""
+    """Last tokens of the history, which every variant holds in full."""
     block_size: int
     """Children per gist K."""
-    answer: tuple[int, int] | None = None
-    """First token, and the one after the last, of a span known to be worth detail."""
+    answer: Sequence[tuple[int, int]] = ()
+    """First token, and the one after the last, of each span known to be worth detail."""
 
     def __post_init__(self) -> None:
         shapes = {name: np.shape(getattr(self, name)) for name in ("cuts", "scores", "nll", "labels")}
@@ -63,7 +63,7 @@ def lod_maps(maps: Sequence[VariantMap], path: str | Path) -> Figure:
     """Draws for each sequence, one row a variant, what is shown in full and what as gists along the timeline.
 
     Taller and darker means more detail. Under it runs the policy's score of the same entry, left out on the
-    protected tail, which no edit may touch. The lowest loss is in bold.
+    query, which no edit may touch. The lowest loss is in bold.
 
     Args:
       maps: one per sequence, of one block size; rows are drawn in the order given.
@@ -117,9 +117,8 @@ def _draw_timeline(ax: Axes, one: VariantMap, colors: np.ndarray) -> None:
         edges = np.arange(tail + 1), np.array([row + _SCORE_TOP, row + _SCORE_BOTTOM])
         ax.pcolormesh(*edges, strip, cmap=_SCORE_COLORS, vmin=-1, vmax=1)
     ax.axvspan(tail, window, color=_TAIL, zorder=0)
-    _note_above(ax, (tail + window) / 2, "protected tail", "#8a6d1f")
-    if one.answer is not None:
-        first, end = one.answer
+    _note_above(ax, (tail + window) / 2, "query", "#8a6d1f")
+    for first, end in one.answer:
         frame = Rectangle((first, -0.12), end - first, rows + 0.06, fill=False, color=_ANSWER, linewidth=1.4)
         frame.set_clip_on(False)
         ax.add_patch(frame)
@@ -154,7 +153,7 @@ def _draw_losses(ax: Axes, one: VariantMap) -> None:
         ax.plot(value, y, "o", color=COLORS[0] if bold else MUTED, markersize=6)
         ax.text(1.05, y, f"{value:.3f}", transform=ax.get_yaxis_transform(), va="center", fontsize=9, weight=weight)
     ax.margins(x=0.12)
-    ax.set_title("loss on the tail", loc="left", fontsize=8, color=MUTED)
+    ax.set_title("loss on the horizon", loc="left", fontsize=8, color=MUTED)
     ax.tick_params(left=False, labelleft=False)
     ax.set_xlabel("nats per token", fontsize=8, color=MUTED)
     soften(ax, "top", "right", "left")

@@ -14,7 +14,7 @@ CONFIG = Config(
     eval_batches=8,
     save_steps=100,
     base=BaseConfig(dim=96, layers=2, heads=4, kv_heads=2, mlp_dim=256, copy_heads=1, conv_width=4),
-    context=ContextConfig(window=256, block_size=8, max_lod=2, horizon=32, recent_tokens=40, rollouts=4),
+    context=ContextConfig(window=256, block_size=8, max_lod=2, horizon=32, recent_tokens=8, rollouts=4),
     hyper=Hyperparameters(context_start=0.8, context_end=0.5),
     data=DataConfig(task="stdlib"),
     pretrain=PretrainConfig(steps=600, batch_size=16, rollout_weight=1.0),

@@ -16,7 +16,7 @@ CONFIG = Config(
     eval_batches=16,
     save_steps=100,
     base=BaseConfig(dim=128, layers=2, heads=4, kv_heads=2, mlp_dim=320, copy_heads=1, conv_width=4),
-    context=ContextConfig(window=512, block_size=4, max_lod=3, horizon=8, recent_tokens=12, rollouts=6),
+    context=ContextConfig(window=512, block_size=4, max_lod=3, horizon=32, recent_tokens=16, rollouts=6),
     hyper=Hyperparameters(context_start=0.25, context_end=0.25, lod2_share=0.2),
     data=DataConfig(task="stdlib"),
     pretrain=PretrainConfig(steps=1200, batch_size=8, rollout_weight=1.0),

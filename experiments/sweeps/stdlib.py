@@ -14,8 +14,7 @@ SWEEP = Sweep(
     changes={
         "steps": 100,
         "eval_batches": 32,
-        "context.horizon": 8,
-        "context.recent_tokens": 12,
+        "context.horizon": 32,
         "hyper.context_start": 0.25,
         "hyper.context_end": 0.25,
         "hyper.learning_rate": 3e-3,
