@@ -135,13 +135,16 @@ def _prepare(arguments: Arguments) -> tuple[Session, Iterator[int]]:
 
 
 def token_pieces(config: Config) -> Iterator[Any]:
-    """An endless stream in pieces: files of the test split for text, blocks for recall.
+    """An endless stream in pieces: files of the test split for text, blocks for recall, or sequences of another task.
 
     Raises:
       ValueError: there is no text.
     """
     if config.data.task == "recall":
         return _recall_blocks(config)
+    if not config.data.is_text:
+        sequences = data.make_iterator(config, "test", seed=config.seed, batch_size=1)
+        return (sequence["tokens"][0] for sequence in sequences)
     files = data.corpus_files(config.data, "test")
     if not files:
         raise ValueError("the test split holds no file: add files, or raise data.max_files of the run")

@@ -121,7 +121,7 @@ class Config:
             f"base.dim must be a multiple of gist.heads, got {self.base.dim} and {self.gist.heads}",
         )
         require(
-            self.data.task == "recall" or self.base.vocab_size >= 256,
+            not self.data.is_text or self.base.vocab_size >= 256,
             f"text is read as bytes: base.vocab_size must be at least 256, got {self.base.vocab_size}",
         )
         compared = self.context.rollouts + (self.context.local_edits == 0)

@@ -1,31 +1,28 @@
-"""Token windows from text files or from the recall task, as deterministic grain iterators.
+"""Token windows from text files or from a synthetic task, as deterministic grain iterators.
 
 Text is read as bytes. Each FILE belongs to one split for good: a hash of its name decides, so the split depends
 neither on the machine nor on what other files there are, and no window of a held-out file is ever trained on.
 """
 
 import glob
-import hashlib
 import os
-import sys
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
 import grain
 import numpy as np
 
-from lensjax.config import Config, ContextConfig, DataConfig
+from lensjax.config import Config, DataConfig
+from lensjax.recall import RecallSource
+from lensjax.splits import SPLITS, Split, digest, split_of
+from lensjax.tracking import TrackingSource
 
-Split = Literal["train", "validation", "test"]
 Batch = dict[str, np.ndarray]
 
 SEPARATOR = b"\0"
 """Stands between two files of a split."""
 
-_SPLITS: tuple[Split, ...] = get_args(Split)
 _NOT_STDLIB = ("site-packages", "dist-packages", "__pycache__")
 
 
@@ -44,25 +41,27 @@ def make_iterator(
     of them is that of all, in any number of processes.
 
     Text: `train` shuffles anew each epoch and never ends; the other splits pass once, in file order, and leave
-    out a last partial batch. Recall never ends; its example i is a pure function of (seed, split, i).
+    out a last partial batch. Synthetic tasks never end; example i of one is a pure function of (seed, split, i).
 
     Args:
       config: the run; read are `data`, `context` and `base.vocab_size`.
-      split: which files, or which stream of recall examples.
-      seed: fixes the order of the text and the content of the recall examples.
+      split: which files, or which stream of examples.
+      seed: fixes the order of the text and the content of synthetic examples.
       batch_size: sequences in a batch of all processes [B]; a multiple of their number.
-      pretraining: recall only: sequences full of repetitions, without an answer (see `RecallSource`).
+      pretraining: synthetic tasks only: sequences dense in what the task asks for (see `RecallSource` and
+        `TrackingSource`).
       share: index of this process, and number of processes.
 
     Returns:
-      Iterator over dicts of `tokens` int32[B / processes, T] and, for recall outside of pretraining, `answer`
-      int32[B / processes], the position of the first token of the block which the tail repeats.
+      Iterator over dicts of `tokens` int32[B / processes, T] and, outside of pretraining, where the tokens are that
+      have to be shown: for recall `answer` int32[B / processes], the first token of the block which the tail repeats;
+      for tracking `answers` int32[B / processes, hops], those of the statements, in the order in which they are needed.
 
     Raises:
-      ValueError: there are too few files or bytes, or the recall task does not fit the context.
+      ValueError: there are too few files or bytes, or the task does not fit the context.
     """
     dataset = _examples(config, split, seed=seed, pretraining=pretraining)
-    if config.data.task != "recall":
+    if config.data.is_text:
         if split == "train":
             dataset = dataset.shuffle(seed=_mixed(seed)).repeat()
         else:
@@ -99,10 +98,10 @@ def fixed_batches(
 
     Args:
       config: the run; read are `data`, `context` and `base.vocab_size`.
-      split: which files, or which stream of recall examples.
+      split: which files, or which stream of examples.
       batch_size: sequences in a batch of all processes [B]; a multiple of their number.
       count: number of batches.
-      seed: chooses the windows, or the recall examples.
+      seed: chooses the windows, or the synthetic examples.
       share: index of this process, and number of processes.
 
     Returns:
@@ -112,28 +111,11 @@ def fixed_batches(
       ValueError: the split holds fewer than `count * batch_size` windows.
     """
     dataset = _examples(config, split, seed=seed)
-    if config.data.task != "recall":
+    if config.data.is_text:
         _require_windows(config, split, found=len(dataset), needed=count * batch_size)
         dataset = dataset.shuffle(seed=_mixed(seed))
     batches = _own_rows(dataset, batch_size, share)
     return [batches[i] for i in range(count)]
-
-
-def split_of(name: str, *, train: float = 0.9, validation: float = 0.05) -> Split:
-    """Returns the split of a file, or of anything else that has a name, by the SHA-256 of that name.
-
-    Args:
-      name: of a file, its path from the corpus root, with forward slashes.
-      train: share of the names that are trained on.
-      validation: share that settings are chosen on; the rest is for tests.
-    """
-    position = position_of(name)
-    return "train" if position < train else "validation" if position < train + validation else "test"
-
-
-def position_of(name: str) -> float:
-    """Where a name stands between 0 and 1, by its SHA-256: below a share for so large a share of all names."""
-    return int.from_bytes(_digest(name)[:8], "big") / 2**64
 
 
 def corpus_files(data: DataConfig, split: Split) -> list[Path]:
@@ -142,104 +124,23 @@ def corpus_files(data: DataConfig, split: Split) -> list[Path]:
     Raises:
       ValueError: `split` is unknown, the path does not exist, or there is no file at all.
     """
-    if split not in _SPLITS:
-        raise ValueError(f"split must be one of {', '.join(_SPLITS)}, got {split!r}")
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     root, paths = _stdlib_files() if data.task == "stdlib" else _text_files(str(data.path))
     names = {path.relative_to(root).as_posix(): path for path in paths if path.is_file() and path.stat().st_size}
     if not names:
         raise ValueError(f"no file with text in it under {root} (data.path {data.path!r}); expected at least one")
-    members = sorted((name for name in names if split_of(name) == split), key=_digest)
+    members = sorted((name for name in names if split_of(name) == split), key=digest)
     return [names[name] for name in members[: data.max_files]]
 
 
-@dataclass(frozen=True)
-class RecallSource:
-    """Single-span recall: the last K tokens of a sequence repeat one earlier block; which one is known.
-
-    Blocks are all different. Where the vocabulary suffices (at least T - K tokens) no token comes twice before
-    the tail, so that the first token of the tail block names its source and the K - 1 tokens after it are
-    predictable. The source is uniform over the candidates, the blocks wholly before the recent tokens.
-
-    For pretraining, every block comes from a pool of `pool` different blocks, drawn anew for each sequence:
-    most positions repeat something, and there is no single answer.
-
-    Args:
-      context: window [T], block size [K], recent tokens and horizon.
-      vocab_size: tokens are drawn from 0 to vocab_size - 1.
-      split: stream of the examples.
-      seed: seed of the examples.
-      pool: number of blocks in a pretraining sequence's pool; None for the task itself.
-
-    Raises:
-      ValueError: the task does not fit the context.
-    """
-
-    context: ContextConfig
-    vocab_size: int
-    split: Split
-    seed: int
-    pool: int | None = None
-
-    def __post_init__(self) -> None:
-        size, window = self.context.block_size, self.context.window
-        if self.split not in _SPLITS:
-            raise ValueError(f"split must be one of {', '.join(_SPLITS)}, got {self.split!r}")
-        if window % size:
-            raise ValueError(f"recall needs context.window as a multiple of block_size {size}, got {window}")
-        if self.context.recent_tokens < size:
-            raise ValueError(
-                "recall needs context.recent_tokens of at least block_size (the tail block must stay in full): "
-                f"expected {size} or more, got {self.context.recent_tokens}"
-            )
-        if self.context.horizon > size - 1:
-            raise ValueError(
-                "recall needs context.horizon of at most block_size - 1 (nothing foretells the first token of "
-                f"the tail block): expected {size - 1} or less, got {self.context.horizon}; the preset "
-                "`experiments/train.py recall` has sizes that fit"
-            )
-        if self.vocab_size**size < self._distinct:
-            raise ValueError(
-                f"recall needs {self._distinct} different blocks of {size} tokens, more than a vocabulary of "
-                f"{self.vocab_size} gives; raise base.vocab_size or context.block_size"
-            )
-
-    @property
-    def _distinct(self) -> int:
-        return self.context.window // self.context.block_size - 1 if self.pool is None else self.pool
-
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Returns `tokens` int32[T] and, for the task itself, `answer` int32."""
-        is_pretraining = self.pool is not None
-        rng = np.random.default_rng([self.seed, _SPLITS.index(self.split), int(is_pretraining), index])
-        size = self.context.block_size
-        blocks = _distinct_blocks(rng, self._distinct, size, self.vocab_size)
-        if is_pretraining:
-            return {"tokens": blocks[rng.integers(len(blocks), size=self.context.window // size)].reshape(-1)}
-        source = rng.integers(self.context.geometry.blocks(1))
-        tokens = np.concatenate([blocks, blocks[source : source + 1]]).reshape(-1)
-        return {"tokens": tokens, "answer": np.asarray(source * size, np.int32)}
-
-
-def _distinct_blocks(rng: np.random.Generator, count: int, size: int, vocab_size: int) -> np.ndarray:
-    """Draws int32[count, size] with no row twice, and no token twice where the vocabulary allows."""
-    if vocab_size >= count * size:
-        return rng.permutation(vocab_size)[: count * size].reshape(count, size).astype(np.int32)
-    blocks = rng.integers(vocab_size, size=(count, size), dtype=np.int32)
-    while True:
-        _, first = np.unique(blocks, axis=0, return_index=True)
-        repeats = np.setdiff1d(np.arange(count), first)
-        if not len(repeats):
-            return blocks
-        blocks[repeats] = rng.integers(vocab_size, size=(len(repeats), size), dtype=np.int32)
-
-
 def _examples(config: Config, split: Split, *, seed: int, pretraining: bool = False) -> grain.MapDataset:
-    if config.data.task == "recall":
-        pool = config.data.recall_pool if pretraining else None
-        return grain.MapDataset.source(RecallSource(config.context, config.base.vocab_size, split, seed, pool))
+    data, context, vocab_size = config.data, config.context, config.base.vocab_size
+    if data.task == "recall":
+        pool = data.recall_pool if pretraining else None
+        return grain.MapDataset.source(RecallSource(context, vocab_size, split, seed, data.query, pool))
+    if data.task == "tracking":
+        return grain.MapDataset.source(TrackingSource(context, vocab_size, split, seed, data.hops, pretraining))
     return grain.MapDataset.source(_windows(config, split)).map(_as_tokens)
 
 
@@ -280,10 +181,6 @@ def _require_windows(config: Config, split: Split, *, found: int, needed: int) -
 def _mixed(seed: int) -> int:
     # grain shuffles epoch e with seed + e: unmixed, run 1 would repeat run 0 with a delay of one epoch.
     return int(np.random.SeedSequence(seed).generate_state(1)[0])
-
-
-def _digest(name: str) -> bytes:
-    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
 
 
 def _stdlib_files() -> tuple[Path, Iterator[Path]]:

@@ -376,14 +376,18 @@ class StoppingConfig:
 class DataConfig:
     """Where tokens come from."""
 
-    task: Literal["stdlib", "text", "recall"] = "stdlib"
-    """The running Python's standard library, the user's own text files, or single-span recall."""
+    task: Literal["stdlib", "text", "recall", "tracking"] = "stdlib"
+    """The running Python's standard library, the user's own text files, single-span recall, or variable tracking."""
     path: str | None = None
     """Folder or glob of text files; for task text."""
     max_files: int | None = None
     """Read at most this many files a split, in hash order; None reads all."""
     recall_pool: int = 4
     """Distinct blocks in a recall pretraining sequence; few, so that most positions repeat something."""
+    query: int = 2
+    """First tokens of the block to recall that stand before the cursor; the rest of it is scored."""
+    hops: int = 2
+    """Statements in a chain of variables to track, each of which takes a look-up."""
 
     def __post_init__(self) -> None:
         require_choice(self, "task")
@@ -396,7 +400,12 @@ class DataConfig:
             f"data.path is read only when data.task is text: set --data.task text, got {self.task!r}",
         )
         require(self.max_files is None or self.max_files >= 1, f"max_files must be 1 or more, got {self.max_files}")
-        require_positive(self, "recall_pool")
+        require_positive(self, "recall_pool", "query", "hops")
+
+    @property
+    def is_text(self) -> bool:
+        """Whether tokens are bytes of files; otherwise they are of a synthetic task."""
+        return self.task in ("stdlib", "text")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from experiments import train as train_script
-from lensjax import checkpoint, data, evaluation, loop, online, plots, pretrain, train
+from lensjax import checkpoint, evaluation, loop, online, plots, pretrain, splits, train
 from lensjax.config import (
     BaseConfig,
     Config,
@@ -64,7 +64,7 @@ def write_corpus(folder: Path) -> Path:
     folder.mkdir()
     missing = {"train": 6, "validation": 2, "test": 2}
     for name in (f"{i}.txt" for i in range(1000)):
-        split = data.split_of(name)
+        split = splits.split_of(name)
         if missing[split]:
             missing[split] -= 1
             (folder / name).write_text(f"{name} is in {split}. " * 6)

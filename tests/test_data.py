@@ -2,6 +2,7 @@ import functools
 import hashlib
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lensjax import data
+from lensjax import data, recall, splits
 from lensjax.config import Config, ContextConfig, DataConfig
 
 SPLITS = ("train", "validation", "test")
-RECALL = ContextConfig(window=64, block_size=8, horizon=7, recent_tokens=8)
+RECALL = ContextConfig(window=64, block_size=8, horizon=6, recent_tokens=2)
 
 
 def text_config(path, *, window=32, max_files=None) -> Config:
-    context = ContextConfig(window=window, block_size=4, horizon=3, recent_tokens=4)
+    context = ContextConfig(window=window, block_size=4, horizon=3, recent_tokens=1)
     return Config(context=context, data=DataConfig(task="text", path=str(path), max_files=max_files))
 
 
@@ -43,13 +44,13 @@ def test_split_is_a_fixed_function_of_the_name():
     ends = {"train": 0.9, "validation": 0.95, "test": 1.0}
     for name in names:
         position = int(hashlib.sha256(name.encode()).hexdigest(), 16) / 2**256
-        assert data.split_of(name) == next(split for split, end in ends.items() if position < end)
+        assert splits.split_of(name) == next(split for split, end in ends.items() if position < end)
     golden = {"os.py": "train", "82.txt": "validation", "14.txt": "test"}
-    assert {name: data.split_of(name) for name in golden} == golden
+    assert {name: splits.split_of(name) for name in golden} == golden
 
 
 def test_split_shares():
-    counts = Counter(data.split_of(f"{i}.txt") for i in range(20_000))
+    counts = Counter(splits.split_of(f"{i}.txt") for i in range(20_000))
     for split, share in zip(SPLITS, (0.9, 0.05, 0.05), strict=True):
         assert abs(counts[split] / 20_000 - share) < 5 * (share * (1 - share) / 20_000) ** 0.5
 
@@ -92,7 +93,7 @@ def test_a_moved_corpus_has_the_same_splits(corpus, tmp_path_factory):
     corpus.rename(moved)
     for split in SPLITS:
         names = [path.relative_to(moved).as_posix() for path in data.corpus_files(text_config(moved).data, split)]
-        assert names and all(data.split_of(name) == split for name in names)
+        assert names and all(splits.split_of(name) == split for name in names)
 
 
 # Files
@@ -112,7 +113,7 @@ def test_folder_glob_and_single_file(corpus):
         assert all(path.parent.name == "1" for path in ones)
     single = corpus / "1" / "1.txt"
     found = {split: data.corpus_files(text_config(single).data, split) for split in SPLITS}
-    assert found == {split: [single] if data.split_of("1.txt") == split else [] for split in SPLITS}
+    assert found == {split: [single] if splits.split_of("1.txt") == split else [] for split in SPLITS}
 
 
 def test_any_bytes_are_text(tmp_path):
@@ -137,7 +138,7 @@ def test_standard_library():
 
 
 def test_windows_pack_files_with_a_separator(tmp_path):
-    names = sorted((f"{i}.py" for i in range(12) if data.split_of(f"{i}.py") == "train"), key=data._digest)[:3]
+    names = sorted((f"{i}.py" for i in range(12) if splits.split_of(f"{i}.py") == "train"), key=splits.digest)[:3]
     for name, byte in zip(names, b"abc", strict=True):
         (tmp_path / name).write_bytes(bytes([byte]) * 5)
     config = text_config(tmp_path, window=8)
@@ -247,42 +248,51 @@ def test_fixed_batches_are_fixed_and_hold_no_window_twice(config):
 @given(
     size=st.integers(2, 8),
     blocks=st.integers(3, 12),
-    recent_blocks=st.floats(1.0, 2.0),
-    vocab=st.sampled_from([4, 16, 300]),
+    recent_blocks=st.floats(0.0, 1.0),
+    vocab=st.sampled_from([16, 300]),
     index=st.integers(0, 2**40),
     split=st.sampled_from(SPLITS),
+    draw=st.data(),
 )
-def test_recall_invariants(size, blocks, recent_blocks, vocab, index, split):
-    window, recent = size * blocks, int(size * recent_blocks)
-    context = ContextConfig(window=window, block_size=size, horizon=size - 1, recent_tokens=recent)
-    example = data.RecallSource(context, vocab, split, seed=1)[index]
+def test_recall_invariants(size, blocks, recent_blocks, vocab, index, split, draw):
+    query, window = draw.draw(st.integers(1, size - 1)), size * blocks
+    recent = max(query, int(size * recent_blocks))
+    context = ContextConfig(window=window, block_size=size, horizon=size - query, recent_tokens=recent)
+    example = recall.RecallSource(context, vocab, split, seed=1, query=query)[index]
     tokens, answer = example["tokens"], example["answer"]
     assert tokens.shape == (window,) and tokens.dtype == np.int32
     assert answer.shape == () and answer.dtype == np.int32
     assert tokens.min() >= 0 and tokens.max() < vocab
     np.testing.assert_array_equal(tokens[answer : answer + size], tokens[-size:])
-    assert answer % size == 0 and answer + size <= window - recent
+    assert answer % size == 0 and answer + size <= context.history - recent
     earlier = tokens[:-size].reshape(-1, size)
-    assert len(np.unique(earlier, axis=0)) == blocks - 1
+    # The query, which is what stands of the tail block before the cursor, names one block.
+    shown = tokens[: context.history][-query:]
+    assert [size * i for i, block in enumerate(earlier) if (block[:query] == shown).all()] == [answer]
     if vocab >= window - size:
         assert len(np.unique(earlier)) == earlier.size
 
 
 def test_answers_are_uniform_over_the_candidates():
-    context = ContextConfig(window=64, block_size=8, horizon=7, recent_tokens=17)
+    context = ContextConfig(window=64, block_size=8, horizon=6, recent_tokens=17)
     candidates, count = context.geometry.blocks(1), 3000
-    assert candidates == 5  # blocks 0 to 4 end at or before token 64 - 17 = 47
-    source = data.RecallSource(context, 256, "train", seed=0)
+    assert candidates == 5  # the cursor is at 58: blocks 0 to 4 end at or before token 58 - 17 = 41
+    source = recall.RecallSource(context, 256, "train", seed=0, query=2)
     found = Counter(int(source[i]["answer"]) for i in range(count))
     assert sorted(found) == [0, 8, 16, 24, 32]
     assert all(abs(n - count / 5) < 5 * (count * 0.2 * 0.8) ** 0.5 for n in found.values())
 
 
+def test_every_block_before_the_tail_is_a_candidate_when_only_the_query_stays_in_full():
+    source = recall.RecallSource(RECALL, 256, "train", seed=0, query=2)
+    assert {int(source[i]["answer"]) for i in range(200)} == set(range(0, 56, 8))
+
+
 def test_recall_example_depends_on_seed_split_and_index_alone():
     def tokens(*, seed=0, split="train", index=0, pool=None):
-        return data.RecallSource(RECALL, 256, split, seed, pool)[index]["tokens"]
+        return recall.RecallSource(RECALL, 256, split, seed, 2, pool)[index]["tokens"]
 
-    source = data.RecallSource(RECALL, 256, "train", seed=0)
+    source = recall.RecallSource(RECALL, 256, "train", seed=0, query=2)
     backwards = [source[i]["tokens"] for i in (2, 1, 0)]
     np.testing.assert_array_equal(backwards[::-1], [tokens(index=i) for i in range(3)])
     batch = next(data.make_iterator(recall_config(), "train", seed=0, batch_size=3))
@@ -305,21 +315,16 @@ def test_recall_pretraining_repeats_a_small_pool():
     assert len(orders) > 40
 
 
-def test_more_distinct_blocks_than_a_vocabulary_gives():
-    blocks = data._distinct_blocks(np.random.default_rng(0), 16, 2, 4)  # all of the 4**2 there are
-    assert len(np.unique(blocks, axis=0)) == 16
+def test_blocks_differ_in_their_first_tokens_even_where_tokens_must_come_twice():
+    blocks = recall._distinct_blocks(np.random.default_rng(0), 16, 3, 2, 4)  # all of the 4**2 prefixes there are
+    assert len(np.unique(blocks[:, :2], axis=0)) == 16
 
 
 # Bad input
 
 
-def recall_source(vocab=256, split="train", **kwargs):
-    return lambda tmp_path: data.RecallSource(
-        ContextConfig(**{"window": 64, "block_size": 8, "horizon": 7, "recent_tokens": 8} | kwargs),
-        vocab,
-        split,
-        0,
-    )
+def recall_source(vocab=256, split="train", query=2, **kwargs):
+    return lambda tmp_path: recall.RecallSource(replace(RECALL, **kwargs), vocab, split, 0, query)
 
 
 def iterator_over(path, split="train", **kwargs):
@@ -342,12 +347,11 @@ BAD_INPUT = {
     "text split": (iterator_over("some", split="dev"), "train, validation, test, got 'dev'"),
     "recall split": (recall_source(split="dev"), "train, validation, test, got 'dev'"),
     "window": (recall_source(window=60), "multiple of block_size 8, got 60"),
-    "recent tokens": (recall_source(recent_tokens=7, horizon=6), "recent_tokens.*expected 8 or more, got 7"),
-    "horizon": (recall_source(recent_tokens=16, horizon=8), "horizon.*expected 7 or less, got 8"),
-    "vocabulary": (
-        recall_source(vocab=2, block_size=2, horizon=1),
-        "31 different blocks of 2 tokens.*vocabulary of 2",
-    ),
+    "query": (recall_source(query=8), "data.query must be between 1 and context.block_size - 1 = 7, got 8"),
+    "no query": (recall_source(query=0), "data.query must be between 1 and .* = 7, got 0"),
+    "horizon": (recall_source(horizon=7), "data.query 2 .*: context.horizon must be block_size - query = 6, got 7"),
+    "recent tokens": (recall_source(recent_tokens=1), "context.recent_tokens must be at least 2, got 1"),
+    "vocabulary": (recall_source(vocab=2), "7 blocks that differ in their first 2 tokens.*vocabulary of 2"),
 }
 
 

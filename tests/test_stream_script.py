@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import stream as script
-from lensjax import checkpoint, data, loop, plots, run_folder
+from lensjax import checkpoint, data, loop, plots, run_folder, splits
 from lensjax import config as configs
 from lensjax import context as contexts
 from lensjax.context import MISSING
@@ -158,7 +158,7 @@ def test_text_is_read_file_by_file_and_again(done, tmp_path):
     texts = [path.read_bytes() for path in data.corpus_files(config.data, "test")]
     assert bytes(tokens_of(session)) == b"".join(text + b"\0" for text in texts * 9)[:TOKENS]
     (tmp_path / "a.txt").write_text("The only file.")
-    assert data.split_of("a.txt") == "train"
+    assert splits.split_of("a.txt") == "train"
     with pytest.raises(ValueError, match="the test split holds no file: add files"):
         script.token_pieces(configs.replace(config, **{"data.path": str(tmp_path)}))
 

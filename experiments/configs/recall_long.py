@@ -24,6 +24,6 @@ CONFIG = Config(
     base=BaseConfig(vocab_size=512, dim=64, layers=2, heads=4, kv_heads=2, mlp_dim=192, copy_heads=1, conv_width=4),
     context=ContextConfig(window=256, block_size=4, max_lod=3, horizon=2, recent_tokens=2, rollouts=8, local_edits=4),
     hyper=Hyperparameters(context_start=0.25, context_end=0.25, lod2_share=0.3),
-    data=DataConfig(task="recall", recall_pool=16),
+    data=DataConfig(task="recall", query=2, recall_pool=16),
     pretrain=PretrainConfig(steps=1200, batch_size=8, rollout_weight=1.0, train_gist=False),
 )

@@ -14,9 +14,9 @@ from typing import Literal
 import grain
 import numpy as np
 
-from lensjax import data
-from lensjax.data import Split
+from lensjax import splits
 from lensjax.sections import require, require_choice
+from lensjax.splits import Split
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 TRAIN_SHARE, VALIDATION_SHARE = 0.7, 0.1
@@ -123,7 +123,7 @@ def dataset(config: TaskConfig, split: Split, *, seed: int) -> grain.MapDataset:
 
 def split_of(instance: Instance) -> Split:
     """70 % train, 10 % validation, 20 % test."""
-    return data.split_of(instance.name, train=TRAIN_SHARE, validation=VALIDATION_SHARE)
+    return splits.split_of(instance.name, train=TRAIN_SHARE, validation=VALIDATION_SHARE)
 
 
 def _drawn(task: Task, split: Split, random: np.random.Generator) -> Instance:

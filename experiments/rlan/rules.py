@@ -15,9 +15,9 @@ import grain
 import numpy as np
 
 from experiments.rlan.grids import COLOURS, PADDING
-from lensjax import data
-from lensjax.data import Split
+from lensjax import splits
 from lensjax.sections import require, require_positive
+from lensjax.splits import Split
 
 Family = Literal["swap", "recolour", "cycle", "double", "shift"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -120,7 +120,7 @@ def padded(grid: np.ndarray, side: int) -> np.ndarray:
 
 
 def _is_of(rule: Rule, split: Split) -> bool:
-    return data.split_of(rule.name, train=0.7, validation=0.1) == split
+    return splits.split_of(rule.name, train=0.7, validation=0.1) == split
 
 
 def _swaps() -> list[Rule]:

@@ -28,8 +28,8 @@ from experiments.rlan.config import PRESETS, RlanConfig
 from experiments.rlan.meta import Batch, MetaState, RlanModels
 from experiments.rlan.tasks import Task
 from lensjax import data, devices, evaluation, hyperlora, loop
-from lensjax.data import Split
 from lensjax.models import Params
+from lensjax.splits import Split
 
 PHASE = "meta"
 HEADLINE = ("nll", "exact", "exact_copy", "loo_accuracy", "lora_diversity")
