@@ -314,7 +314,7 @@ def _variant_maps(state: train.TrainState, config: Config, models: Models, input
             labels=labels,
             recent_tokens=config.context.recent_tokens,
             block_size=config.context.block_size,
-            answers=tuple((first, first + config.context.block_size) for first in answers[i]) if answers else (),
+            answer=tuple((first, first + config.context.block_size) for first in answers[i]) if answers else (),
         )
         for i in range(len(batch["tokens"]))
     ]

@@ -54,8 +54,8 @@ def make_iterator(
 
     Returns:
       Iterator over dicts of `tokens` int32[B / processes, T] and, outside of pretraining, where the tokens are that
-      have to be shown: for recall `answer` int32[B / processes], the first token of the block which the tail repeats;
-      for tracking `answers` int32[B / processes, hops], those of the statements, in the order in which they are needed.
+      have to be shown: `answers` int32[B / processes, A], first tokens of blocks, for recall of the one that is
+      repeated, for tracking of the statements in the order in which they are needed.
 
     Raises:
       ValueError: there are too few files or bytes, or the task does not fit the context.

@@ -76,7 +76,7 @@ class RecallSource:
         return sys.maxsize
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Returns `tokens` int32[T] and, for the task itself, `answer` int32, the source's first token."""
+        """Returns `tokens` int32[T] and, for the task itself, `answers` int32[1], the source's first token."""
         is_pretraining = self.pool is not None
         rng = np.random.default_rng([self.seed, SPLITS.index(self.split), int(is_pretraining), index])
         size = self.context.block_size
@@ -85,7 +85,7 @@ class RecallSource:
             return {"tokens": blocks[rng.integers(len(blocks), size=self.context.window // size)].reshape(-1)}
         source = rng.integers(self.context.geometry.blocks(1))
         tokens = np.concatenate([blocks, blocks[source : source + 1]]).reshape(-1)
-        return {"tokens": tokens, "answer": np.asarray(source * size, np.int32)}
+        return {"tokens": tokens, "answers": np.asarray([source * size], np.int32)}
 
 
 def _distinct_blocks(rng: np.random.Generator, count: int, size: int, prefix: int, vocab_size: int) -> np.ndarray:

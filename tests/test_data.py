@@ -259,7 +259,7 @@ def test_recall_invariants(size, blocks, recent_blocks, vocab, index, split, dra
     recent = max(query, int(size * recent_blocks))
     context = ContextConfig(window=window, block_size=size, horizon=size - query, recent_tokens=recent)
     example = recall.RecallSource(context, vocab, split, seed=1, query=query)[index]
-    tokens, answer = example["tokens"], example["answer"]
+    tokens, (answer,) = example["tokens"], example["answers"]
     assert tokens.shape == (window,) and tokens.dtype == np.int32
     assert answer.shape == () and answer.dtype == np.int32
     assert tokens.min() >= 0 and tokens.max() < vocab
@@ -278,14 +278,14 @@ def test_answers_are_uniform_over_the_candidates():
     candidates, count = context.geometry.blocks(1), 3000
     assert candidates == 5  # the cursor is at 58: blocks 0 to 4 end at or before token 58 - 17 = 41
     source = recall.RecallSource(context, 256, "train", seed=0, query=2)
-    found = Counter(int(source[i]["answer"]) for i in range(count))
+    found = Counter(int(source[i]["answers"][0]) for i in range(count))
     assert sorted(found) == [0, 8, 16, 24, 32]
     assert all(abs(n - count / 5) < 5 * (count * 0.2 * 0.8) ** 0.5 for n in found.values())
 
 
 def test_every_block_before_the_tail_is_a_candidate_when_only_the_query_stays_in_full():
     source = recall.RecallSource(RECALL, 256, "train", seed=0, query=2)
-    assert {int(source[i]["answer"]) for i in range(200)} == set(range(0, 56, 8))
+    assert {int(source[i]["answers"][0]) for i in range(200)} == set(range(0, 56, 8))
 
 
 def test_recall_example_depends_on_seed_split_and_index_alone():
