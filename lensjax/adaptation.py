@@ -80,9 +80,7 @@ def document_edits(models: Models, lens_params: Params, scored: ScoredVariants, 
     entries = scored.entries
 
     def one(part: Entries, free: Array) -> Array:
-        _, features = models.lens.apply_with_features(
-            lens_params, part.embeddings, part.lods, part.spans, part.distances, part.valid
-        )
+        _, features = models.lens.apply_with_features(lens_params, part)
         return edit_features(features, part, max_lod=shape.max_lod, free=free)
 
     free = entries.valid & (scored.contexts.start < shape.history - shape.recent_tokens)

@@ -19,6 +19,9 @@ from lensjax.tree import TreeState
 
 FULL = "full"
 """Name of the whole history in full, which is no policy and has no budget."""
+FRESH = "lensnet_fresh"
+"""Name of a LensNet that nobody has trained, drawn anew for each sequence: what its architecture alone is worth."""
+FRESH_STREAM = 1
 FOREIGN = "lensnet_foreign"
 """Name of LensNet's focus on another sequence, applied to this one: no policy, but what one has to be better than."""
 
@@ -89,7 +92,12 @@ def measure(
     rival_key, lens_key = _keys(key)
     made = rivals.causal(models, params, window.history, rival_key, length=length, draws=draws, config=config)
     path = _path(models, params, tree, lens_key, length=length, config=config)
-    made |= {"lensnet_1": path[1], f"lensnet_{config.focus.steps}": path[-1]}
+    fresh = {**params, "lens": models.lens.init(jax.random.fold_in(lens_key, FRESH_STREAM))}
+    made |= {
+        "lensnet_1": path[1],
+        f"lensnet_{config.focus.steps}": path[-1],
+        FRESH: _path(models, fresh, tree, lens_key, length=length, config=config)[-1],
+    }
     made |= rivals.hindsight(
         models, params, window, made, answers, length=length, draws=draws, oracle_rounds=oracle_rounds, config=config
     )

@@ -43,6 +43,8 @@ class Entries:
 
     embeddings: Array
     """float[W, D]."""
+    blocks: Array
+    """float[W, D]: of a token the gist of its block, of whatever has no gist yet or is one itself its own embedding."""
     positions: Array
     """float32[W]: centre of the span, in tokens from the start of the window."""
     lods: Array
@@ -132,8 +134,12 @@ def materialise(tree: TreeState, context: WorkingContext) -> Entries:
     positions = jnp.where(valid, context.start.astype(jnp.float32) + (width - 1) / 2, 0.0)
     distances = jnp.where(valid, (tree.length - 1).astype(jnp.float32) - positions, 0.0)
     embeddings = trees.lookup(tree, context.start, context.lod)
+    block = context.start // tree.block_size * tree.block_size
+    has_gist = (context.lod == 0) & (block + tree.block_size <= tree.length)
+    blocks = jnp.where(has_gist[:, None], trees.lookup(tree, block, jnp.ones_like(block)), embeddings)
     return Entries(
         embeddings=jnp.where(valid[:, None], embeddings, 0),
+        blocks=jnp.where(valid[:, None], blocks, 0),
         positions=positions,
         lods=context.lod,
         spans=width,

@@ -86,7 +86,7 @@ def policy_scores(models: Models, lens_params: Params, entries: Entries) -> Arra
     """
 
     def score(one: Entries) -> Array:
-        return models.lens.apply(lens_params, one.embeddings, one.lods, one.spans, one.distances, one.valid)
+        return models.lens.apply(lens_params, one)
 
     for _ in range(entries.valid.ndim - 1):
         score = jax.vmap(score)

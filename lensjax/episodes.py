@@ -103,9 +103,7 @@ def node_scores(
     models: Models, lens_params: Params, entries: Entries, context: WorkingContext, config: Config
 ) -> Array:
     """The policy's scores of all nodes of a window, from those of a context's entries; float32[N]."""
-    scores = models.lens.apply(
-        lens_params, entries.embeddings, entries.lods, entries.spans, entries.distances, entries.valid
-    )
+    scores = models.lens.apply(lens_params, entries)
     return nodes.pool_scores(scores, context, config.context.geometry)
 
 
@@ -134,9 +132,7 @@ def judge(
     episode = jax.lax.stop_gradient(episode)
 
     def one(state: FocusState, context: WorkingContext, entries: Entries, swaps: Swaps) -> tuple[Judgement, Array]:
-        scores, hidden = models.lens.apply_with_features(
-            lens_params, entries.embeddings, entries.lods, entries.spans, entries.distances, entries.valid
-        )
+        scores, hidden = models.lens.apply_with_features(lens_params, entries)
         ours = nodes.pool_scores(scores, context, geometry)
         theirs = None if reference is None else node_scores(models, reference, entries, context, config)
         judged = edits.judge(swaps, state, ours, geometry, temperature=temperature, reference=theirs)

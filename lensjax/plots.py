@@ -242,7 +242,7 @@ def _draw_panel(ax: Axes, panel: _Panel, series: list[_Series]) -> None:
     ax.set_xlim(left=0)
 
 
-_FULL, _ORACLE, _OWN = "full", "oracle", "lensnet"
+_FULL, _OWN, _HINDSIGHT = "full", "lensnet", "hindsight"
 _OWN_COLORS = (COLORS[5], COLORS[0])
 _OTHER_COLORS = (INK, *COLORS[1:5], "#882255", "#999933", "#332288")
 _MARKERS = "osD^vPX<>ph"
@@ -272,10 +272,11 @@ def quality_at_budget(rows: Sequence[Row], path: str | Path, *, title: str = "")
     budget stand side by side. Panels that no row defines are left out.
 
     Args:
-      rows: of one task, each of a policy, budget and seed, with the columns `task`, `policy`, `entries` (the budget),
-        `budget_ratio` (tokens per entry), `nll`, `nll_ci_low` and `nll_ci_high` (nats per token), `gap_closed_oracle`
-        and `hit_rate`; others are not read. Numbers may be strings, empty where they are not defined. The policy
-        "full" has no budget and becomes a line across; those named "lensnet..." stand out.
+      rows: of one task, each of a policy, budget and seed, with the columns `task`, `policy`, `information` (causal or
+        hindsight), `entries` (the budget), `budget_ratio` (tokens per entry), `nll`, `nll_ci_low` and `nll_ci_high`
+        (nats per token), `gap_closed_oracle` and `hit_rate`; others are not read. Numbers may be strings, empty where
+        they are not defined. The policy "full" has no budget and becomes a line across; those named "lensnet..." stand
+        out; what knows the horizon is dotted, and last in the legend.
       path: where to write; the ending sets the format.
       title: stands above the panels.
 
@@ -293,8 +294,9 @@ def quality_at_budget(rows: Sequence[Row], path: str | Path, *, title: str = "")
     for place, panel in enumerate(panels, start=1):
         ax = figure.add_subplot(1, len(panels), place)
         _draw_quality(ax, panel, curves, ticks)
-    # From worst to best where they differ most.
-    handles = sorted(figure.axes[0].get_lines(), key=lambda line: -np.asarray(line.get_ydata())[0])
+    # From worst to best where they differ most, and apart from them what no policy could choose.
+    lines = [line for line in figure.axes[0].get_lines() if not str(line.get_label()).startswith("_")]
+    handles = sorted(lines, key=lambda line: (line.get_linestyle() == ":", -np.asarray(line.get_ydata())[0]))
     legend = figure.legend(handles=handles, loc="outside right center", fontsize=9, labelspacing=0.9, **LEGEND)
     for text in legend.get_texts():
         text.set(fontweight="bold" if text.get_text().startswith(_OWN) else "normal", parse_math=False)
@@ -312,7 +314,7 @@ class _BudgetCurve(NamedTuple):
 
 def _budget_curves(rows: Sequence[Row]) -> list[_BudgetCurve]:
     """One for each policy, in the order in which they come."""
-    columns = ("task", "policy", "entries", "budget_ratio", *_NUMBERS)
+    columns = ("task", "policy", "information", "entries", "budget_ratio", *_NUMBERS)
     missing = [name for name in columns if any(row.get(name) is None for row in rows)]
     if missing or not rows:
         raise ValueError(
@@ -329,7 +331,7 @@ def _budget_curves(rows: Sequence[Row]) -> list[_BudgetCurve]:
         found.setdefault(row["policy"], {}).setdefault(entries, []).append(row)
     if found.keys() == {_FULL}:
         raise ValueError(f"expected rows of policies with a budget, got only rows of {_FULL!r}")
-    styles = _policy_styles(found)
+    styles = _policy_styles({row["policy"]: row["information"] for row in rows})
     curves = []
     for policy, by_budget in found.items():
         budgets = sorted(by_budget)
@@ -346,20 +348,23 @@ def _over_seeds(rows: Iterable[Row], column: str) -> float:
     return reduce(values) if values else math.nan
 
 
-def _policy_styles(policies: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Grey references, LensNet bold and in blue, all others thin."""
+def _policy_styles(information: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Grey references, dotted where they know the horizon; LensNet bold and in blue, all others thin."""
     own, others, markers = (itertools.cycle(some) for some in (_OWN_COLORS, _OTHER_COLORS, _MARKERS))
     styles: dict[str, dict[str, Any]] = {}
-    for policy in sorted(policies, key=lambda name: not name.startswith(_OWN)):
+    for policy in sorted(information, key=lambda name: not name.startswith(_OWN)):
+        label = policy
         if policy == _FULL:
             style = {"color": MUTED, "linestyle": "--", "linewidth": 1.6, "zorder": 2}
-        elif policy == _ORACLE:
-            style = {"color": MUTED, "linestyle": ":", "linewidth": 1.6, "marker": "*", "markersize": 7, "zorder": 2}
+        elif information[policy] == _HINDSIGHT:
+            label = f"{policy.removesuffix('_hindsight')} in hindsight"
+            style = {"color": MUTED, "linestyle": ":", "marker": next(markers), "linewidth": 1.4, "markersize": 5}
+            style["zorder"] = 2
         elif policy.startswith(_OWN):
             style = {"color": next(own), "marker": next(markers), "linewidth": 2.6, "markersize": 7, "zorder": 4}
         else:
             style = {"color": next(others), "marker": next(markers), "linewidth": 1.1, "markersize": 5, "zorder": 3}
-        styles[policy] = {"label": policy} | style
+        styles[policy] = {"label": label} | style
     return styles
 
 

@@ -86,8 +86,8 @@ def hindsight(
       config: shapes.
 
     Returns:
-      By name: `snapkv_hindsight` and `bm25_hindsight` have the horizon as their query, `best_of_N` and `oracle` choose
-      by the loss. Leading axis 1.
+      By name: `snapkv_hindsight` and `bm25_hindsight` have the horizon as their query, `answer` shows what is known to
+      be needed, `best_of_N` and `oracle` choose by the loss. Leading axis 1.
     """
     geometry = config.context.geometry
     tree = build_tree(models, params, window.history, config)
@@ -110,6 +110,7 @@ def hindsight(
     return {
         "snapkv_hindsight": _by_scores(attention, length, geometry),
         "bm25_hindsight": _by_scores(policies.bm25(window.history, window.horizon, geometry), length, geometry),
+        **({} if answers is None else {"answer": _one(_in_full(answers, length, geometry))}),
         f"best_of_{draws}": jax.tree.map(lambda leaf: leaf[best][None], rivals["random"]),
         "oracle": _one(focus.to_context(found, geometry, capacity=length)),
     }
@@ -117,7 +118,7 @@ def hindsight(
 
 def information(name: str) -> Literal["causal", "hindsight"]:
     """Whether a policy chooses from the history alone, or knows the horizon or its loss."""
-    is_hindsight = name == "oracle" or name.startswith("best_of_") or name.endswith("_hindsight")
+    is_hindsight = name in ("answer", "oracle") or name.startswith("best_of_") or name.endswith("_hindsight")
     return "hindsight" if is_hindsight else "causal"
 
 
@@ -136,6 +137,7 @@ def order(name: str) -> tuple[int, str]:
         "snapkv_hindsight",
         "bm25_hindsight",
         "best_of",
+        "answer",
         "oracle",
     )
     places = [place for place, kind in enumerate(kinds) if name == kind or name.startswith(f"{kind}_")]
@@ -153,6 +155,10 @@ def _starts(made: dict[str, WorkingContext], answers: Array | None, length: int,
         return starts
     known = evaluation.oracle_state(answers, length, geometry)
     return jax.tree.map(lambda many, one: jnp.concatenate([many, one[None]]), starts, known)
+
+
+def _in_full(answers: Array, length: int, geometry: CutGeometry) -> WorkingContext:
+    return focus.to_context(evaluation.oracle_state(answers, length, geometry), geometry, capacity=length)
 
 
 def _by_scores(scores: Array, length: int, geometry: CutGeometry) -> WorkingContext:

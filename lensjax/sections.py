@@ -100,6 +100,10 @@ class LensConfig:
     """Few and wide: a head compares entries by what it projects them to, and 16 numbers tell few of them apart."""
     mlp_dim: int = 192
     head: Literal["linear", "mlp"] = "linear"
+    blocks: bool = True
+    """Whether a token is seen with the gist of its block beside it."""
+    pointer: bool = True
+    """Whether the end of the history is compared with each entry, besides what attention does (`Pointer`)."""
 
     def __post_init__(self) -> None:
         require_positive(self, "dim", "layers", "heads", "mlp_dim")

@@ -16,6 +16,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from lensjax.config import BaseConfig, Config, GistConfig, LensConfig
+from lensjax.context import Entries
 from lensjax.hyperlora import Deltas, HyperLoRAConfig
 from lensjax.models.base_lm import BaseLM
 from lensjax.models.cache import KVCache
@@ -266,24 +267,13 @@ class LensModel(Functional[LensNet]):
         ends = ("mlp/down/kernel", "head/down/kernel", "head/kernel")
         return tuple((name, *shape) for name, shape in named if name.endswith(ends))
 
-    def apply(
-        self,
-        params: Params,
-        embeddings: ArrayLike,
-        lods: ArrayLike,
-        spans: ArrayLike,
-        distances: ArrayLike,
-        valid: ArrayLike,
-    ) -> Array:
+    def apply(self, params: Params, entries: Entries) -> Array:
         """Policy scores: positive asks to expand an entry, negative to collapse it.
 
         Args:
           params: from `init`.
-          embeddings: float32[W, D]. Detach them where LensNet's loss must not train their source.
-          lods: int32[W], level of detail.
-          spans: float32[W], tokens covered, K ** lod.
-          distances: float32[W], tokens from the entry's centre to the cursor.
-          valid: bool[W], False at padding, whose content is ignored.
+          entries: W entries of one working context. Detach them where LensNet's loss must not train their source. What
+            stands in padding is ignored.
 
         Returns:
           float32[W] in (-1, 1), 0 at padding.
@@ -291,23 +281,15 @@ class LensModel(Functional[LensNet]):
         Raises:
           ValueError: a shape does not fit.
         """
-        return self.apply_with_features(params, embeddings, lods, spans, distances, valid)[0]
+        return self.apply_with_features(params, entries)[0]
 
-    def apply_with_features(
-        self,
-        params: Params,
-        embeddings: ArrayLike,
-        lods: ArrayLike,
-        spans: ArrayLike,
-        distances: ArrayLike,
-        valid: ArrayLike,
-    ) -> tuple[Array, Array]:
+    def apply_with_features(self, params: Params, entries: Entries) -> tuple[Array, Array]:
         """The scores of `apply`, and what the last layer says of each entry, float32[W, dim], 0 at padding."""
-        embeddings = _checked("embeddings", embeddings, None, self.embedding_dim)
-        count = embeddings.shape[0]
-        lods, spans = _checked("lods", lods, count), _checked("spans", spans, count)
-        distances, valid = _checked("distances", distances, count), _checked("valid", valid, count)
-        return self._bind(params)(embeddings, lods, spans, distances, valid)
+        embeddings = _checked("entries.embeddings", entries.embeddings, None, self.embedding_dim)
+        _checked("entries.blocks", entries.blocks, *embeddings.shape)
+        for name in ("lods", "spans", "distances", "valid"):
+            _checked(f"entries.{name}", getattr(entries, name), embeddings.shape[0])
+        return self._bind(params)(entries)
 
 
 @dataclass(frozen=True)

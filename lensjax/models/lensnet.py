@@ -1,11 +1,13 @@
 """LensNet: a bidirectional policy that scores every entry of one working context."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
 from lensjax.config import LensConfig
+from lensjax.context import Entries
 from lensjax.models.transformer import SwiGLU, Transformer, TransformerConfig, linear, rms_norm
 
 FREQUENCIES = (0.5, 1.0, 2.0, 4.0)
@@ -15,16 +17,51 @@ FEATURE_STD = 0.3
 text had not noticed after 200 steps that what is recent matters."""
 HEAD_GAIN = 0.1
 """Scale of fresh scores before tanh: small, so that no entry starts saturated."""
+_NEVER = -1e30
+"""Logit of padding: finite, so that a context without entries has weights."""
+
+
+class Pointer(nnx.Module):
+    """What the end of the history asks for, compared with every entry: a score for each.
+
+        s_i = sum_h (sum_j w_jh q_jh) . k_ih / sqrt(d),    w_jh = softmax_j(u_h . x_j - 2 log1p(distance_j))
+
+    Attention tells an entry what it resembles; this tells it how much. A gist is a mean of K embeddings, in which a
+    product of two projections can recognise a token, where layers with a nonlinearity in between learn slowly to.
+
+    References:
+      Vinyals et al., Pointer Networks, arXiv:1506.03134, Eq. 3; DeepSeek-AI, DeepSeek-V3.2 (2025), section 2.1 (an
+      indexer of learned keys and queries, trained apart from the model that reads what it selects).
+    """
+
+    def __init__(self, dim: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.heads = heads
+        # As in `Attention`: one key drawn twice, so that what is alike matches from the start.
+        shared = rngs.params()
+        self.query = linear(dim, dim, dtype=dtype, rngs=nnx.Rngs(shared))
+        self.key = linear(dim, dim, dtype=dtype, rngs=nnx.Rngs(shared))
+        self.weight = linear(dim, heads, dtype=dtype, rngs=rngs)
+        self.gain = nnx.Param(jnp.full(heads, 1.0 / heads))
+
+    def __call__(self, content: Array, blocks: Array, x: Array, distances: Array, valid: Array) -> Array:
+        """float32[W] from entries, their blocks, what the layers made of them, [W, dim] each, and their age."""
+        logits = self.weight(x).astype(jnp.float32) - 2 * jnp.log1p(distances)[:, None]
+        weights = jax.nn.softmax(jnp.where(valid[:, None], logits, _NEVER), axis=0)
+        shape = (len(valid), self.heads, -1)
+        query, key = (y.astype(jnp.float32).reshape(shape) for y in (self.query(content), self.key(blocks)))
+        asked = jnp.einsum("jh,jhd->hd", weights, query)
+        return jnp.einsum("hd,ihd,h->i", asked, key, self.gain[...]) * query.shape[-1] ** -0.5
 
 
 class LensNet(nnx.Module):
     """Scores each entry in (-1, 1): positive asks to expand it, negative to collapse it into its parent.
 
-    An entry is its embedding, its LOD, the log of its span and its distance to the cursor. Attention runs in
-    both directions, since what the tail asks for decides what is worth detail. It has no rotary positions:
-    whether two entries match is then the same question wherever they stand, learned once for all distances, and
-    time is one more feature of an entry, to be weighed or left. Query and key projections start equal, so that
-    attention begins as a similarity kernel (see `Attention`).
+    An entry is its embedding, its block's gist, its LOD, the log of its span and its distance to the cursor. With
+    the gist beside the token, a span looks the same whichever way it is shown: what was learned of it as a gist still
+    holds once it was expanded. Attention runs in both directions, since what the query asks for decides what is worth
+    detail. It has no rotary positions: whether two entries match is then the same question wherever they stand, learned
+    once for all distances, and time is one more feature of an entry, to be weighed or left. Query and key projections
+    start equal, so that attention begins as a similarity kernel (see `Attention`).
     """
 
     def __init__(
@@ -48,24 +85,33 @@ class LensNet(nnx.Module):
         )
         self.transformer = Transformer(stack, rngs=rngs)
         self.norm = rms_norm(config.dim, rngs)
+        self.config = config
+        if config.blocks:
+            self.block = linear(config.dim, config.dim, dtype=dtype, rngs=rngs)
+        if config.pointer:
+            self.pointer = Pointer(config.dim, config.heads, dtype=dtype, rngs=rngs)
         self.head = (
             linear(config.dim, 1, dtype=jnp.float32, rngs=rngs, gain=HEAD_GAIN, bias=True)
             if config.head == "linear"
             else SwiGLU(config.dim, config.mlp_dim, 1, dtype=jnp.float32, rngs=rngs, gain=HEAD_GAIN)
         )
 
-    def __call__(
-        self, embeddings: Array, lods: Array, spans: Array, distances: Array, valid: Array
-    ) -> tuple[Array, Array]:
+    def __call__(self, entries: Entries) -> tuple[Array, Array]:
         """Scores float32[W] and features float32[W, dim]. See `lensjax.models.functional.LensModel`."""
         # A masked key still meets its value as 0 * v: whatever stands in padding must at least be finite.
-        embeddings = jnp.where(valid[:, None], embeddings, 0.0)
-        lods = jnp.where(valid, lods, 0)
-        spans, distances = jnp.where(valid, spans, 1.0), jnp.where(valid, distances, 0.0)
-        x = self.content(self.embedding_norm(embeddings)) + self.lod(lods)
-        x = x + self.features(time_features(spans, distances))
+        valid = entries.valid
+        shown = entries.embeddings, entries.blocks if self.config.blocks else entries.embeddings
+        embeddings, blocks = (jnp.where(valid[:, None], x, 0.0) for x in shown)
+        lods = jnp.where(valid, entries.lods, 0)
+        spans, distances = jnp.where(valid, entries.spans, 1.0), jnp.where(valid, entries.distances, 0.0)
+        content, block = (self.content(self.embedding_norm(x)) for x in (embeddings, blocks))
+        x = content + self.lod(lods) + self.features(time_features(spans, distances))
+        x = x + self.block(block) if self.config.blocks else x
         x = self.norm(self.transformer(x, key_mask=valid))
-        scores = jnp.where(valid, jnp.tanh(self.head(x)[:, 0]), 0.0)
+        scores = self.head(x)[:, 0]
+        if self.config.pointer:
+            scores = scores + self.pointer(content, block, x, distances, valid)
+        scores = jnp.where(valid, jnp.tanh(scores), 0.0)
         return scores, jnp.where(valid[:, None], x, 0.0).astype(jnp.float32)
 
 
