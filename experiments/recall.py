@@ -1,30 +1,39 @@
-"""Proof on a task with known answers: does the policy learn which span the tail asks for?
+"""A test of the machinery on a task with known answers: does the policy learn which span the query asks for?
 
     make recall
-    python experiments/recall.py --output-dir runs/recall-2
+    python experiments/recall.py --output-dir runs/recall-2 --query 4
 
-One base model is pretrained and shared; then LensNet is trained with span targets on both variants of a pair (`both`)
-and on the worse one alone (`worse_only`), everything else equal, for each seed. Prints a table and writes
-`summary.json`: for each arm, lists over seeds.
+The first tokens of an earlier block come again: the query. The rest of the block comes behind the cursor, and is what
+is scored. A rule solves it without learning, to look the query up (`lookup`); whether a policy can be taught to by
+preferences alone is the question. One base model is pretrained and shared; then LensNet is trained with span targets on
+both variants of a pair (`both`) and on the worse one alone (`worse_only`), everything else equal, for each seed. Prints
+two tables, of the arms and of all policies, and writes `summary.json`: for each arm and policy, lists over seeds.
 """
 
+import functools
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 import tyro
+from jax import Array
 from rich.console import Console
 from rich.table import Table
 
 from experiments import command
-from experiments.train import load_preset, run
+from experiments.train import EVALUATION_SEED, load_params, load_preset, run
+from lensjax import comparison, data, rivals, run_folder
 from lensjax import config as configs
-from lensjax import run_folder
+from lensjax.comparison import Measured
 from lensjax.config import Config
+from lensjax.models import Params, build_models
 
+DRAWS = 8
+"""Contexts of each random policy."""
 ARMS: tuple[Literal["both", "worse_only"], ...] = ("both", "worse_only")
 COLUMNS = {
     "hit_rate": "hit_rate",
@@ -50,6 +59,8 @@ class Arguments:
     """Go on in a folder that is there already."""
     steps: int | None = None
     """LensNet training steps of each run; None takes the preset's."""
+    query: int | None = None
+    """Tokens of the repeated block before the cursor; the rest of it is scored. None takes the preset's."""
 
 
 def main(words: list[str] | None = None) -> None:
@@ -71,8 +82,12 @@ def compare(arguments: Arguments) -> dict[str, Any]:
     summary: dict[str, Any] = {
         arm: {column: [run[name] for run in runs] for column, name in COLUMNS.items()} for arm, runs in by_arm.items()
     }
+    policies = _policies({seed: lens["both", seed] for seed in arguments.seeds}, console)
     summary |= {
+        "policies": policies,
+        "information": {name: rivals.information(name) for name in policies},
         "task": base.data.task,
+        "query": base.data.query,
         "split": "test",
         "seeds": list(arguments.seeds),
         "steps": by_arm["both"][0]["steps"],
@@ -83,7 +98,39 @@ def compare(arguments: Arguments) -> dict[str, Any]:
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     _print_table(console, summary)
+    _print_policies(console, policies)
     return summary
+
+
+def _policies(runs: dict[int, Config], console: Console) -> dict[str, dict[str, list[float]]]:
+    """Loss and hit rate of every policy on the test sequences, by name; lists over the seeds of LensNet."""
+    config = next(iter(runs.values()))
+    models, length = build_models(config), config.context.geometry.length_of_fraction(config.hyper.context_end)
+    static = replace(config, seed=0, output_dir="-")
+
+    def one(params: dict[str, Params], row: tuple[Array, Array, Array]) -> dict[str, Measured]:
+        return comparison.measure(models, params, *row, length=length, draws=DRAWS, oracle_rounds=0, config=static)
+
+    measure = jax.jit(lambda params, *rows: jax.lax.map(functools.partial(one, params), rows))
+    batches = data.fixed_batches(
+        config, "test", batch_size=config.batch_size, count=config.eval_batches, seed=EVALUATION_SEED
+    )
+    found: dict[str, dict[str, list[float]]] = {}
+    for seed, run_config in runs.items():
+        console.out(f"policies beside LensNet of seed {seed}", highlight=False)
+        params = load_params(Path(run_config.output_dir), models, ("base", "gist", "lens"))
+        keys = [jax.random.fold_in(jax.random.key(EVALUATION_SEED), index) for index in range(len(batches))]
+        parts = [
+            jax.device_get(
+                measure(params, batch["tokens"], batch["answers"], jax.random.split(key, len(batch["tokens"])))
+            )
+            for batch, key in zip(batches, keys, strict=True)
+        ]
+        for name in sorted(parts[0], key=rivals.order):
+            row = found.setdefault(name, {"nll": [], "hit_rate": []})
+            row["nll"].append(float(np.mean([part[name].nll for part in parts])))
+            row["hit_rate"].append(float(np.mean([part[name].hit for part in parts])))
+    return found
 
 
 def _configs(arguments: Arguments) -> tuple[Config, dict[tuple[str, int], Config]]:
@@ -95,6 +142,10 @@ def _configs(arguments: Arguments) -> tuple[Config, dict[tuple[str, int], Config
         raise ValueError(f"seeds must name one or more different seeds, got {arguments.seeds}")
     if arguments.steps is not None:
         preset = configs.replace(preset, steps=arguments.steps)
+    if arguments.query is not None:
+        scored = preset.context.block_size - arguments.query
+        sizes = {"context.horizon": scored, "context.recent_tokens": arguments.query}
+        preset = configs.replace(preset, **{"data.query": arguments.query}, **sizes)
     base = configs.replace(preset, steps=0, base_run=None, output_dir=str(arguments.output_dir / "base"))
     lens: dict[tuple[str, int], Config] = {
         (arm, seed): configs.replace(
@@ -128,6 +179,16 @@ def _print_table(console: Console, summary: dict[str, Any]) -> None:
     for column in COLUMNS:
         values = [np.asarray(summary[arm][column]) for arm in ARMS]
         table.add_row(column, *(f"{x.mean():.3f} ({x.min():.3f}..{x.max():.3f})" for x in values))
+    console.print(table)
+
+
+def _print_policies(console: Console, policies: dict[str, dict[str, list[float]]]) -> None:
+    table = Table("policy", "information", "shows the answer", "nats per token", title="mean (range over seeds)")
+    for name, row in policies.items():
+        cells = (np.asarray(row[column]) for column in ("hit_rate", "nll"))
+        table.add_row(
+            name, rivals.information(name), *(f"{x.mean():.3f} ({x.min():.3f}..{x.max():.3f})" for x in cells)
+        )
     console.print(table)
 
 
