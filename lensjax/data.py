@@ -1,9 +1,13 @@
 """Token windows from text files or from a synthetic task, as deterministic grain iterators.
 
-Text is read as bytes. Each FILE belongs to one split for good: a hash of its name decides, so the split depends
-neither on the machine nor on what other files there are, and no window of a held-out file is ever trained on.
+Text is read as bytes. Each FAMILY of files with text in common (`lensjax.families`) belongs to one split: a hash of the
+name of its first file decides, and so for most files, which share little with any other, a hash of their own name.
+The split depends neither on the machine nor on the order of the files, and no window of a held-out file, or of a
+near-duplicate of it, is ever trained on. Adding a file changes the split of others where it joins two families, or
+comes first in one.
 """
 
+import functools
 import glob
 import os
 import sysconfig
@@ -14,6 +18,7 @@ import grain
 import numpy as np
 
 from lensjax.config import Config, DataConfig
+from lensjax.families import families
 from lensjax.recall import RecallSource
 from lensjax.splits import SPLITS, Split, digest, split_of
 from lensjax.tracking import TrackingSource
@@ -119,7 +124,9 @@ def fixed_batches(
 
 
 def corpus_files(data: DataConfig, split: Split) -> list[Path]:
-    """Lists the files of one split, in the order of their hashes; empty and hidden files are left out.
+    """Lists the files of one split, in the order of their names' hashes; empty and hidden files are left out.
+
+    Files of all splits are read, to know which are alike.
 
     Raises:
       ValueError: `split` is unknown, the path does not exist, or there is no file at all.
@@ -130,8 +137,20 @@ def corpus_files(data: DataConfig, split: Split) -> list[Path]:
     names = {path.relative_to(root).as_posix(): path for path in paths if path.is_file() and path.stat().st_size}
     if not names:
         raise ValueError(f"no file with text in it under {root} (data.path {data.path!r}); expected at least one")
-    members = sorted((name for name in names if split_of(name) == split), key=digest)
+    family = _families(tuple((name, path, _stamp(path)) for name, path in names.items()))
+    members = sorted((name for name in names if split_of(family[name]) == split), key=digest)
     return [names[name] for name in members[: data.max_files]]
+
+
+@functools.lru_cache(maxsize=1)
+def _families(files: tuple[tuple[str, Path, tuple[int, int]], ...]) -> dict[str, str]:
+    """Families of files by name. A run asks for each split in turn: the answer is kept while no file changes."""
+    return families({name: path.read_bytes() for name, path, _ in files})
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _examples(config: Config, split: Split, *, seed: int, pretraining: bool = False) -> grain.MapDataset:
@@ -163,8 +182,8 @@ def _windows(config: Config, split: Split) -> np.ndarray:
     if len(packed) < length:
         raise ValueError(
             f"split {split!r} holds {len(packed)} bytes in {len(paths)} files, and one window takes {length}. "
-            "Whole files go to train, validation and test, 90/5/5 by a hash of their names: add files, cut "
-            "long ones into several, raise data.max_files, or lower context.window"
+            "Whole files, with all that are like them, go to train, validation and test, 90/5/5 by a hash of their "
+            "names: add files, cut long ones into several, raise data.max_files, or lower context.window"
         )
     count = len(packed) // length
     return np.frombuffer(packed, np.uint8, count * length).reshape(count, length)

@@ -67,9 +67,7 @@ class TrackingSource:
         if self.split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {self.split!r}")
         if size < 4:
-            raise ValueError(
-                f"tracking puts a statement of 4 tokens in a block: context.block_size is {size}, raise it"
-            )
+            raise ValueError(f"a statement to track takes 4 tokens: context.block_size must be at least 4, got {size}")
         if self.context.horizon != self.hops:
             raise ValueError(
                 f"tracking scores a token for each of data.hops {self.hops}: context.horizon must be {self.hops}, got "

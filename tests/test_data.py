@@ -55,7 +55,7 @@ def test_split_shares():
         assert abs(counts[split] / 20_000 - share) < 5 * (share * (1 - share) / 20_000) ** 0.5
 
 
-def test_each_file_is_in_one_split_whatever_else_there_is(corpus):
+def test_each_file_is_in_one_split_whatever_else_there_is_unlike_it(corpus):
     config = text_config(corpus).data
     before = {split: data.corpus_files(config, split) for split in SPLITS}
     assert sum(map(len, before.values())) == len(set().union(*before.values())) == 200
@@ -65,6 +65,30 @@ def test_each_file_is_in_one_split_whatever_else_there_is(corpus):
     for split in SPLITS:
         after = data.corpus_files(config, split)
         assert [path for path in after if path in before[split]] == [p for p in before[split] if p.exists()]
+
+
+def test_copies_and_near_copies_of_a_file_are_in_its_split(tmp_path):
+    text = "".join(f"This is line {i} of a long text.\n" for i in range(9))
+    for i in range(200):
+        copy = text if i % 2 else text + f"Only copy {i} has this last line."
+        (tmp_path / f"{i}.txt").write_text(copy if i < 100 else f"Text {i} is like no other text." * 3)
+    found = {split: [path.name for path in data.corpus_files(text_config(tmp_path).data, split)] for split in SPLITS}
+    copies = {split: {name for name in names if int(name[:-4]) < 100} for split, names in found.items()}
+    assert copies == {split: {f"{i}.txt" for i in range(100)} if split == "test" else set() for split in SPLITS}
+    assert splits.split_of("0.txt") == "test"  # the first of them in the order of names
+    others = {name: split for split, names in found.items() for name in names if int(name[:-4]) >= 100}
+    assert len(others) == 100 and all(splits.split_of(name) == split for name, split in others.items())
+
+
+def test_a_changed_file_is_read_again(tmp_path):
+    # Two names of different splits: alone each is in its own, as copies both are in that of the first.
+    for name, text in (("0.txt", "Something that nobody else says."), ("82.txt", "Something else altogether, here.")):
+        (tmp_path / name).write_text(text)
+    config = text_config(tmp_path).data
+    assert [path.name for path in data.corpus_files(config, "validation")] == ["82.txt"]
+    (tmp_path / "82.txt").write_bytes((tmp_path / "0.txt").read_bytes())
+    assert data.corpus_files(config, "validation") == []
+    assert len(data.corpus_files(config, "test")) == 2
 
 
 def test_order_is_by_hash_and_max_files_takes_the_first(corpus):
