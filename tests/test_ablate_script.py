@@ -226,6 +226,10 @@ def test_structures_are_separate_programs():
             "from lensjax.sweep import Sweep\nSWEEP = Sweep(preset='recall', changes={'stopping.patience': 3})",
             "arms are compared after the same number of steps: stopping.patience must be None in a sweep, got 3",
         ),
+        (
+            "from lensjax.sweep import Sweep\nSWEEP = Sweep(preset='recall', changes={'eval_batches': 1})",
+            "eval_batches must be 2 or more, got 1",
+        ),
         ("from lensjax.sweep import Sweep\nSWEEP = Sweep(preset='recall')", "holds no run .config.json is missing."),
     ],
 )
