@@ -58,7 +58,6 @@ METRICS = {
 DRAWS, ROUNDS = 8, 1
 """Of the search that bounds the gap: random contexts among its starts, and rounds."""
 
-RESAMPLES = 10_000
 REPORTED = (
     *("gap_closed_oracle", "hit_rate", "preference_agreement", "preference_agreement_lod_only"),
     *("preference_corr_mean", "swap_rate"),
@@ -150,7 +149,7 @@ def _arms(plan: Sweep, base_run: Path) -> list[Arm]:
     """Every setting with every seed, the default first.
 
     Raises:
-      ValueError: a setting is not valid, or has patience.
+      ValueError: a setting is not valid, has patience, or is measured on one batch alone.
     """
     default = configs.replace(load_preset(plan.preset), **plan.changes, base_run=str(base_run))
     arms = [
@@ -163,6 +162,10 @@ def _arms(plan: Sweep, base_run: Path) -> list[Arm]:
             raise ValueError(
                 "arms are compared after the same number of steps: stopping.patience must be None in a sweep, "
                 f"got {arm.config.stopping.patience}"
+            )
+        if arm.config.eval_batches < 2:
+            raise ValueError(
+                f"intervals are over held-out batches: eval_batches must be 2 or more, got {arm.config.eval_batches}"
             )
     return arms
 
@@ -363,7 +366,7 @@ def _report(arguments: Arguments, plan: Sweep, arms: Sequence[Arm], table: Seque
         nothing = [math.nan] * arms[first].config.eval_batches
         losses = np.asarray([one["nll_by_batch"] or nothing for one in files])
         measured.append(effects.Measured(arms[first].setting, losses, others, diverged))
-    found = effects.effects(measured, resamples=RESAMPLES, seed=EVALUATION_SEED)
+    found = effects.effects(measured)
     title = f"{plan.preset}: {len(measured)} settings, {count} seeds"
     command = f"python experiments/ablate.py {arguments.sweep} --base-run {arguments.base_run} --output-dir {folder}"
     default = {name: _value(arms[0].config, name) for name in swept}

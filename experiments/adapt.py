@@ -39,7 +39,6 @@ from lensjax.hyperlora import Deltas
 from lensjax.models import Models, Params, build_models
 from lensjax.variants import Batch, ScoredVariants, score_variants
 
-RESAMPLES = 10_000
 PLAIN, ADAPTED, ZEROED, FOREIGN, CREDIT = "plain", "adapted", "zeroed", "foreign", "credit"
 BEST, BEST_PLAIN, BEST_ADAPTED = "best", "best_or_plain", "best_or_adapted"
 DEFAULTS = (PLAIN, FOREIGN, BEST_PLAIN)
@@ -245,7 +244,7 @@ def _report(arguments: Arguments, rows: list[dict[str, Any]], losses: dict[int, 
     reports, table = [], []
     for count, default in itertools.product(arguments.measured, DEFAULTS):
         others = [measured(count, name, {"pick": name}) for name in losses[count] if name != default]
-        found = effects.effects([measured(count, default, {}), *others], resamples=RESAMPLES, seed=runs.EVALUATION_SEED)
+        found = effects.effects([measured(count, default, {}), *others])
         title, settings = f"{count} variants measured, differences to: {default}", {"pick": default}
         reports.append(effects.markdown(found, default=settings, title=title, columns=COLUMNS, command=command))
         for one in found:

@@ -30,7 +30,7 @@ from rich.console import Console
 
 from experiments import command
 from lensjax import advantages, losses, plots
-from lensjax.comparison import interval
+from lensjax.statistics import estimate
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def bandit(arguments: Arguments) -> dict[str, np.ndarray]:
     for name, objective in OBJECTIVES.items():
         run = functools.partial(train, objective=objective, arguments=arguments)
         shares[name] = np.asarray(jax.jit(jax.vmap(run))(problems))
-        low, high = _interval(shares[name][:, -1])
+        low, high = estimate(shares[name][:, -1]).interval
         console.out(f"  {name:<36}{shares[name][:, -1].mean():8.3f}  {low:.3f} to {high:.3f}", highlight=False)
     with (folder / "bandit.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -234,7 +234,7 @@ def picture(shares: dict[str, np.ndarray], path: Path) -> None:
     axes = np.atleast_1d(figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)).ravel()
     for ax, (name, all_) in zip(axes, shares.items(), strict=False):
         steps = np.unique(np.linspace(0, all_.shape[1] - 1, 60).astype(int))
-        low, high = np.transpose([_interval(all_[:, step]) for step in steps])
+        low, high = np.transpose([estimate(all_[:, step]).interval for step in steps])
         ax.axhline(1, color=plots.MUTED, linewidth=0.8, linestyle="--")
         ax.fill_between(steps, low, high, color=plots.COLORS[0], alpha=0.25, linewidth=0)
         ax.plot(steps, all_[:, steps].mean(axis=0), color=plots.COLORS[0], linewidth=1.4)
@@ -243,10 +243,6 @@ def picture(shares: dict[str, np.ndarray], path: Path) -> None:
     for ax in axes[len(shares) :]:
         ax.set_axis_off()
     plots.write(figure, path)
-
-
-def _interval(values: np.ndarray) -> tuple[float, float]:
-    return interval(values, resamples=2000, seed=0)
 
 
 if __name__ == "__main__":

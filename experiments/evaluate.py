@@ -36,6 +36,7 @@ from lensjax.comparison import FOREIGN, FULL, FocusEvidence, Measured
 from lensjax.config import Config, FocusConfig
 from lensjax.decision import split
 from lensjax.models import Models, Params, build_models
+from lensjax.statistics import estimate
 from lensjax.theatre import Evidence, TheatreConfig
 
 CHECK_COLUMNS = (
@@ -74,8 +75,6 @@ class Arguments:
     """Rounds of the greedy search for the oracle."""
     batch_size: int = 8
     """Sequences measured at a time; each is also shown as the focus on the one before it would have it."""
-    resamples: int = 2000
-    """Bootstrap samples of an interval."""
     focus: FocusConfig | None = None
     """How the allocator acts; None as the run's config says."""
     theatre: TheatreConfig = field(default_factory=TheatreConfig)
@@ -94,7 +93,7 @@ def evaluate(arguments: Arguments) -> list[Row]:
     """Measures every run and returns the rows of all tables; everything is checked before the first is measured."""
     if not arguments.runs:
         raise ValueError("name one or more run folders")
-    for number in ("sequences", "draws", "batch_size", "resamples"):
+    for number in ("sequences", "draws", "batch_size"):
         if getattr(arguments, number) < 1:
             raise ValueError(f"{number} must be at least 1, got {getattr(arguments, number)}")
     if arguments.batch_size < 2:
@@ -159,6 +158,7 @@ def _evaluate_run(job: _Job, arguments: Arguments, console: Console) -> list[Row
         found = _measure_all(job, arguments, length, console)
         evidence = _measure_focus(job, arguments, length, console)
         found |= full | {FOREIGN: evidence.foreign}
+        _require_whole(job, ratio, length, found)
         check = _check(job, arguments, ratio, found, evidence)
         found_rows, found_details = _rows(job, arguments, ratio, length, found, check)
         rows, details, checks = rows + found_rows, details + found_details, [*checks, check]
@@ -238,6 +238,18 @@ def _compiled_focus(config: Config, models: Models, length: int, draws: int) -> 
     return jax.jit(all_rows)
 
 
+def _require_whole(job: _Job, ratio: int, length: int, found: dict[str, Measured]) -> None:
+    """Every policy kept to the budget, and the model has a loss for it."""
+    for name, one in found.items():
+        entries = job.config.context.history if name == FULL else length
+        if not (one.entries == entries).all():
+            raise ValueError(
+                f"{name} made contexts of {one.entries.min()} to {one.entries.max()} entries, not {entries}"
+            )
+        if not np.isfinite(one.nll).all():
+            raise FloatingPointError(f"the loss of {name} at {ratio}x is not finite: {job.folder} holds a broken model")
+
+
 def _check(job: _Job, arguments: Arguments, ratio: int, found: dict[str, Measured], evidence: FocusEvidence) -> Row:
     """The check against theatre at one budget, with intervals and what passed."""
     name = f"lensnet_{job.config.focus.steps}"
@@ -251,12 +263,11 @@ def _check(job: _Job, arguments: Arguments, ratio: int, found: dict[str, Measure
         correlation=jnp.mean(correlations) if correlations.size else jnp.full((), jnp.nan),
         counterfactual=theatre.gain(-own, -foreign),
     )
-    interval = functools.partial(comparison.interval, resamples=arguments.resamples, seed=EVALUATION_SEED)
     intervals = {
-        "divergence": interval(divergences),
-        "ablation": interval(recency - own),
-        "correlation": interval(correlations) if correlations.size else None,
-        "counterfactual": interval(foreign - own),
+        "divergence": estimate(divergences).interval,
+        "ablation": estimate(recency - own).interval,
+        "correlation": estimate(correlations).interval if correlations.size > 1 else None,
+        "counterfactual": estimate(foreign - own).interval,
     }
     values = theatre.metrics(measured, arguments.theatre, prefix="")
     return {
@@ -276,20 +287,13 @@ def _rows(
 ) -> tuple[list[Row], list[Row]]:
     """Rows of the table at one budget, and the same with all intervals."""
     mean = {name: float(one.nll.mean()) for name, one in found.items()}
-    interval = functools.partial(comparison.interval, resamples=arguments.resamples, seed=EVALUATION_SEED)
     rows: list[Row] = []
     details: list[Row] = []
     for name in sorted(found, key=rivals.order):
         one = found[name]
         entries = job.config.context.history if name == FULL else length
-        if not (one.entries == entries).all():
-            raise ValueError(
-                f"{name} made contexts of {one.entries.min()} to {one.entries.max()} entries, not {entries}"
-            )
-        if not np.isfinite(one.nll).all():
-            raise FloatingPointError(f"the loss of {name} at {ratio}x is not finite: {job.folder} holds a broken model")
         losses = np.asarray(one.nll)
-        low, high = interval(losses)
+        low, high = estimate(losses).interval
         row = {
             "task": job.config.data.task,
             "policy": name,
@@ -309,8 +313,8 @@ def _rows(
         detail = {column: _number(value) for column, value in row.items()}
         detail |= {"against_budget": ratio, "residency": _number(float(one.residency.mean()))}
         for other in ("recency", "random", "recent_random", "oracle"):
-            difference = losses - np.asarray(found[other].nll)
-            detail[f"minus_{other}"] = [float(difference.mean()), *interval(difference)]
+            difference = estimate(losses - np.asarray(found[other].nll))
+            detail[f"minus_{other}"] = [difference.mean, *difference.interval]
         # In the table, what is not defined stays empty; in JSON it is null.
         row = {column: "" if detail[column] is None else detail[column] for column in COLUMNS}
         rows, details = [*rows, row], [*details, detail]
@@ -361,7 +365,9 @@ def _print_check(console: Console, check: Row) -> None:
     console.out(f"\nanti-theatre of {check['policy']}: {_verdict(check['passed']['all_passed'])}", highlight=False)
     for name, threshold in check["thresholds"].items():
         value, interval = check[f"anti_theater_{name}"], check["intervals"][name]
-        measured = "n/a" if value is None else "{:.3f} [{:.3f}, {:.3f}]".format(value, *interval)
+        measured = "n/a" if value is None else f"{value:.3f}"
+        if interval is not None:
+            measured += " [{:.3f}, {:.3f}]".format(*interval)
         verdict = _verdict(check["passed"][name])
         console.out(f"{name:<16}{measured:>24}   above {threshold:g}: {verdict}", highlight=False)
     changed = f"{check['changed_edits']:.2f} of the edits are changed by the focus on another sequence"

@@ -31,7 +31,6 @@ from lensjax.effects import Measured
 from lensjax.metrics import Metrics
 from lensjax.models import build_models
 
-RESAMPLES = 10_000
 START, ON, GAE = "start", "preferences", "gae"
 """The arm that the others go on from, the one that goes on as it began, and the one on own edits with the defaults."""
 OWN_EDITS: Mapping[str, Mapping[str, Any]] = {
@@ -114,6 +113,10 @@ def plan(arguments: Arguments) -> dict[str, list[Config]]:
     stored = configs.load(run_folder.config_file(arguments.base_run))
     if stored.data.task != "recall":
         raise ValueError(f"base_run {arguments.base_run} is of task {stored.data.task}: expected one of recall")
+    if stored.eval_batches < 2:
+        raise ValueError(
+            f"intervals are over test batches: eval_batches of base_run must be 2 or more, got {stored.eval_batches}"
+        )
     steps, folder = arguments.steps, arguments.output_dir
     half = {"steps": 0, "online.steps": steps}
     # As many episodes a step, from half as many sequences.
@@ -172,9 +175,7 @@ def _report(arguments: Arguments, rows: list[dict[str, Any]], losses: dict[str, 
     # The second and third say whether own edits beat more preferences, and other advantages those of GAE.
     for default in (name for name in (START, ON, GAE) if name in losses):
         found = effects.effects(
-            [measured(default, {}), *(measured(name, {"arm": name}) for name in losses if name != default)],
-            resamples=RESAMPLES,
-            seed=runs.EVALUATION_SEED,
+            [measured(default, {}), *(measured(name, {"arm": name}) for name in losses if name != default)]
         )
         title = f"recall, differences to: {default}"
         settings = {"arm": default}

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from lensjax import context as contexts
@@ -280,28 +279,6 @@ def _movement(path: list[WorkingContext], *, window: int) -> dict[str, Array]:
     # Of n contexts of W entries, W + new entries stays begin; together they last n W steps.
     residency = len(path) / (1 + sum(rates, jnp.zeros(())))
     return {"swap_rate": jnp.mean(jnp.stack(rates)), "residency": residency}
-
-
-def interval(values: np.ndarray, *, resamples: int, seed: int) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean over sequences (percentile method).
-
-    Given differences of two policies on the same sequences it is the paired one.
-
-    Args:
-      values: float[S].
-      resamples: bootstrap samples.
-      seed: of the resampling; one seed draws the same sequences for every policy.
-
-    Returns:
-      The 2.5th and the 97.5th percentile of the resampled means.
-
-    References:
-      Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3.
-    """
-    rng = np.random.default_rng(seed)
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
 
 
 def gap_closed(policy: float, recency: float, reference: float) -> float:

@@ -109,6 +109,11 @@ class Config:
             self.base_run is None or self.init is None,
             f"base_run {self.base_run!r} and init {self.init!r} both give a base model: name one of them",
         )
+        is_pretrained = self.base_run is not None or self.init is not None
+        self.stopping.require_reachable(
+            {name: steps for name, steps in counts.items() if not (is_pretrained and name == "pretrain.steps")},
+            eval_steps=self.eval_steps,
+        )
         require(0 <= self.seed < 2**31, f"seed must be in [0, 2**31), got {self.seed}")
         require(bool(self.output_dir), "output_dir must name a folder, got an empty string")
         require(

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from lensjax.statistics import LEVEL, estimate
+
 DEFAULT = "default"
 """What `Effect.knob` says of the setting that changes nothing."""
 JOINT = " + "
 """Between the fields of a setting that changes several."""
-LEVEL = 0.05
-"""Below this a corrected p-value tells a setting from the default."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,11 @@ class Measured:
 
     def __post_init__(self) -> None:
         seeds = self.nll.shape[:1]
-        if self.nll.ndim != 2 or not self.nll.size or self.diverged.shape != seeds:
-            raise ValueError(f"expected nll [S, Q] and diverged [S], got {self.nll.shape} and {self.diverged.shape}")
+        if self.nll.ndim != 2 or not seeds[0] or self.nll.shape[1] < 2 or self.diverged.shape != seeds:
+            raise ValueError(
+                f"expected nll [S, Q], two or more batches Q, and diverged [S], got {self.nll.shape} and "
+                f"{self.diverged.shape}"
+            )
         if wrong := {name: values.shape for name, values in self.others.items() if values.shape != seeds}:
             raise ValueError(f"expected other metrics of shape {seeds}, one value a seed, got {wrong}")
         if not np.isfinite(self.nll[~self.diverged]).all():
@@ -51,7 +54,8 @@ class Effect:
     mean: float
     """Loss, nats per token; as all means, NaN without a seed."""
     low: float | None
-    """95 % interval of the mean over seeds and batches; as all intervals, None with fewer than two seeds."""
+    """95 % interval of the mean over seeds and batches (`lensjax.statistics`); as all intervals, None with fewer than
+    two seeds."""
     high: float | None
     difference: float
     """Loss minus that of the default with the same seeds on the same batches: below 0 is better."""
@@ -78,42 +82,25 @@ class Effect:
         return f"{self.knob} = {self.value}" if self.value else self.knob
 
 
-def effects(measured: Sequence[Measured], *, resamples: int, seed: int) -> list[Effect]:
+def effects(measured: Sequence[Measured]) -> list[Effect]:
     """What each setting of a sweep does to the held-out loss, paired to the default.
-
-    A replicate draws Q batches with replacement, once for all seeds, and adds the noise of the seeds: s / sqrt(S) times
-    a draw of Student's t with S - 1 degrees of freedom, s the standard deviation of the means of the seeds. Resampling
-    the seeds as well would call too much a difference: whenever all of a few seeds agree, p would be tiny. (Of normal
-    differences that are 0, with noise of 3 seeds alone, 15 % would have p < 0.05 and 5 % p < 0.002.)
 
     Args:
       measured: the settings of one sweep, the default first.
-      resamples: replicates R of the bootstrap; no p-value is below 2 / (R + 1).
-      seed: of the resampling; every setting gets the same draws.
 
     Returns:
       The default, then the others by falling size of the difference; those without a seed to compare come last.
 
     Raises:
-      ValueError: the default is not first, settings repeat or differ in shape, or there are too few resamples for any
-        corrected p-value to fall below 0.05.
-
-    References:
-      Davison and Hinkley, Bootstrap Methods and their Application, 1997, chapter 4;
-      Holm, A simple sequentially rejective multiple test procedure, 1979.
+      ValueError: the default is not first, or settings repeat or differ in shape.
     """
     _check(measured)
     default, *others = measured
-    if resamples + 1 <= 2 * len(others) / LEVEL:
-        raise ValueError(
-            f"{resamples} resamples cannot tell any of {len(others)} settings from the default: "
-            f"use {math.ceil(2 * len(others) / LEVEL)} or more"
-        )
-    found = [_effect(one, default, resamples=resamples, seed=seed) for one in others]
+    found = [_effect(one, default) for one in others]
     corrected = iter(holm([one.p for one in found if one.p is not None]))
     found = [replace(one, p_holm=None if one.p is None else next(corrected)) for one in found]
     found.sort(key=lambda one: -abs(one.difference) if one.seeds else math.inf)
-    first = _effect(default, default, resamples=resamples, seed=seed)
+    first = _effect(default, default)
     return [replace(first, difference_low=None, difference_high=None, p=None), *found]
 
 
@@ -147,18 +134,15 @@ def _check(measured: Sequence[Measured]) -> None:
         raise ValueError(f"expected the same seeds and batches for all settings, got losses of shapes {sorted(shapes)}")
 
 
-def _effect(one: Measured, default: Measured, *, resamples: int, seed: int) -> Effect:
+def _effect(one: Measured, default: Measured) -> Effect:
     counts = ~(one.diverged | default.diverged)
     losses = one.nll[counts].astype(np.float64)
     differences = losses - default.nll[counts]
     low = high = difference_low = difference_high = p = None
     if len(losses) > 1:
-        low, high = _interval(_replicates(losses, resamples=resamples, seed=seed))
-        drawn = _replicates(differences, resamples=resamples, seed=seed)
-        difference_low, difference_high = _interval(drawn)
-        rarer = min(np.sum(drawn <= 0), np.sum(drawn >= 0))
-        # The difference as measured counts as one more replicate: p is never 0.
-        p = min(1.0, 2 * (1 + float(rarer)) / (1 + resamples))
+        low, high = estimate(losses).interval
+        paired = estimate(differences)
+        (difference_low, difference_high), p = paired.interval, paired.p
     return Effect(
         knob=JOINT.join(one.setting) or DEFAULT,
         value=", ".join(map(str, one.setting.values())),
@@ -176,27 +160,13 @@ def _effect(one: Measured, default: Measured, *, resamples: int, seed: int) -> E
     )
 
 
-def _replicates(values: np.ndarray, *, resamples: int, seed: int) -> np.ndarray:
-    """Means of float[S, Q] as other batches and other seeds would give them; float[R]."""
-    rng = np.random.default_rng(seed)
-    seeds, batches = values.shape
-    of_batch = rng.multinomial(batches, np.full(batches, 1 / batches), size=resamples) / batches
-    error = values.mean(axis=1).std(ddof=1) / math.sqrt(seeds)
-    return of_batch @ values.mean(axis=0) + error * rng.standard_t(seeds - 1, size=resamples)
-
-
-def _interval(drawn: np.ndarray) -> tuple[float, float]:
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return float(low), float(high)
-
-
 def _mean(values: np.ndarray) -> float:
     defined = values[~np.isnan(values)]
     return float(defined.mean(dtype=np.float64)) if defined.size else math.nan
 
 
 _METHOD = (
-    "Brackets are 95 % intervals over seeds (Student's t) and held-out batches (bootstrap); differences are paired to "
+    "Brackets are 95 % intervals over seeds and held-out batches (Student's t for each); differences are paired to "
     "the default's run of the same seed on the same batches, and p is two-sided and corrected by Holm's method for the "
     "number of settings."
 )
@@ -257,7 +227,7 @@ def _cells(one: Effect, columns: Sequence[str]) -> list[str]:
         _seeds(one),
         _with_interval(one.mean, one.low, one.high, "z.4f"),
         "" if is_default else _with_interval(one.difference, one.difference_low, one.difference_high, "+z.4f"),
-        "" if is_default else _number(one.p_holm, ".4f"),
+        "" if is_default else _p_value(one.p_holm),
         *(_number(one.others[name], "z.3f") for name in columns),
     ]
 
@@ -278,6 +248,10 @@ def _with_interval(value: float, low: float | None, high: float | None, form: st
 
 def _number(value: float | None, form: str) -> str:
     return _UNDEFINED if value is None or math.isnan(value) else format(value, form)
+
+
+def _p_value(value: float | None) -> str:
+    return "< 0.0001" if value is not None and value < 1e-4 else _number(value, ".4f")
 
 
 def _code(text: str) -> str:

@@ -37,7 +37,8 @@ def eval_step(state: TrainState, batch: Batch, key: Array, *, config: Config, mo
 
     Returns:
       The names of `train_step` that concern the objective, and at the length of the curriculum's end `nll_policy` (the
-      context that the policy makes of a cold start), and where answers are known `hit_rate` (that context shows them
+      context that the policy makes of a cold start), `mc/swap_rate` (the share of entries that each refocus step on
+      the way there replaces, mean over steps), and where answers are known `hit_rate` (that context shows them
       all in full), `hit_rate_random` (the share of the rollouts that do) and `nll_oracle` (the answers in full, then
       the most recent blocks). Where a hypernetwork is trained, `nll_policy_adapted` and `hit_rate_adapted` are of the
       contexts that LensNet picks when it is adapted to each sequence by these rollouts.
@@ -86,7 +87,7 @@ def shows_in_full(context: WorkingContext, answers: ArrayLike, config: Config) -
     """Whether a context shows all of the blocks that begin at tokens int32[A] in full; bool[]."""
     shape = config.context
     cut = contexts.to_cut(context, window=shape.history)
-    tokens = jnp.asarray(answers)[:, None] + jnp.arange(shape.block_size)
+    tokens = jnp.asarray(answers)[:, None] + jnp.arange(shape.block_size)[None]
     return jnp.all(cut[tokens] == 0)
 
 
@@ -109,7 +110,7 @@ def _pick_metrics(
     has_answer = "answers" in batch
     answers = batch["answers"] if has_answer else jnp.zeros((batch["tokens"].shape[0], 1), jnp.int32)
 
-    def measure(tokens: Array, answers: Array, key: Array, delta: Deltas | None) -> tuple[Array, Array]:
+    def measure(tokens: Array, answers: Array, key: Array, delta: Deltas | None) -> tuple[Array, Array, Array]:
         window = split(tokens, horizon=shape.horizon)
         tree = build_tree(models, params, window.history, config)
         lens = params["lens"] if delta is None else adaptation.adapted(params["lens"], delta)
@@ -119,10 +120,12 @@ def _pick_metrics(
             picked.append(focus.to_context(oracle_state(answers, length, geometry), geometry, capacity=capacity))
         variants = jax.tree.map(lambda *leaves: jnp.stack(leaves), *picked)
         losses, _ = nll.variant_losses(models.base, params["base"], tree, variants, window.horizon)
-        return losses, shows_in_full(picked[0], answers, config)
+        before, after = jax.tree.map(lambda leaf: leaf[:-1], made), jax.tree.map(lambda leaf: leaf[1:], made)
+        rates = jax.vmap(functools.partial(focus.swap_rate, window=geometry.window))(before, after)
+        return losses, shows_in_full(picked[0], answers, config), rates
 
-    losses, hits = jax.vmap(measure)(batch["tokens"], answers, keys, deltas)
-    report = {"nll_policy": jnp.mean(losses[:, 0])}
+    losses, hits, rates = jax.vmap(measure)(batch["tokens"], answers, keys, deltas)
+    report = {"nll_policy": jnp.mean(losses[:, 0]), "mc/swap_rate": jnp.mean(rates)}
     if has_answer:
         report |= {"nll_oracle": jnp.mean(losses[:, 1]), "hit_rate": jnp.mean(hits, dtype=jnp.float32)}
     return report

@@ -5,6 +5,9 @@ An edit acts on one node of the tree: *expanding* a gist replaces it by its K ch
 by one collapse is a *swap*, and leaves the number of entries as it was, exactly.
 
 A context is kept as one flag a node (see `lensjax.nodes`); of equal scores the first one is taken.
+
+Only the order of the scores counts, and every float32 has a place in it: +inf is expanded first and collapsed last,
+-inf the other way round. A NaN says nothing of a node, and what nothing is known of is worth no detail: it is as -inf.
 """
 
 from collections.abc import Callable
@@ -23,8 +26,6 @@ from lensjax.context import MISSING, WorkingContext
 from lensjax.lengths import CutGeometry
 from lensjax.rollouts import collapses_for_length, cut_from_priorities, level_counts
 
-# Above any difference of scores, which lie in [-1, 1]: what cools is edited last where the budget demands an edit.
-_COOLING_PENALTY = 4.0
 # Multiples of it, modulo 1, are spread evenly however many are taken.
 _GOLDEN = (5**0.5 - 1) / 2
 
@@ -122,7 +123,7 @@ def fit(
 
     Args:
       state: what is collapsed.
-      scores: float32[N] in [-1, 1], see `nodes.pool_scores`.
+      scores: float32[N], see `nodes.pool_scores`.
       length: int32[], entries wanted, rounded down to a reachable length. Where all that may be collapsed is, the
         context stays longer: check static lengths with `CutGeometry.length`, which raises.
       geometry: the window.
@@ -132,19 +133,22 @@ def fit(
     Returns:
       `FocusState`.
     """
-    scores = jnp.asarray(scores)
+    scores = _ordered(scores)
     eligible = nodes.eligible(geometry, tokens)
     held = jnp.asarray(geometry.window if tokens is None else tokens, jnp.int32)
     step = geometry.block_size - 1
     target = jnp.clip(-((length - held) // step), 0, jnp.sum(eligible, dtype=jnp.int32))
-    penalty = jnp.where(state.cooling > 0, _COOLING_PENALTY, 0.0)
+    is_warm = state.cooling == 0
+
+    def warm_first(where: Array) -> Array:
+        return jnp.where(jnp.any(where & is_warm), where & is_warm, where)
 
     def is_off(collapsed: Array) -> Array:
         return jnp.sum(collapsed, dtype=jnp.int32) != target
 
     def edit(collapsed: Array) -> Array:
-        least = _argmin(scores + penalty, nodes.collapsible(collapsed, eligible, geometry))
-        most = _argmax(scores - penalty, nodes.shown(collapsed, geometry))
+        least = _argmin(scores, warm_first(nodes.collapsible(collapsed, eligible, geometry)))
+        most = _argmax(scores, warm_first(nodes.shown(collapsed, geometry)))
         is_long = jnp.sum(collapsed, dtype=jnp.int32) < target
         return collapsed.at[jnp.where(is_long, least, most)].set(is_long, mode="drop")
 
@@ -189,7 +193,7 @@ def swap(
     References:
       Kool et al., Stochastic Beams and Where to Find Them, arXiv:1903.06059, section 2.3 (Gumbel top-k).
     """
-    scores = jnp.asarray(scores)
+    scores = _ordered(scores)
     eligible, is_warm = nodes.eligible(geometry, tokens), state.cooling == 0
     up = is_warm & nodes.shown(state.collapsed, geometry) & (scores >= settings.expand_threshold)
     down = is_warm & nodes.collapsible(state.collapsed, eligible, geometry) & (scores <= settings.collapse_threshold)
@@ -232,7 +236,7 @@ def refocus(
 
     Args:
       state: what is collapsed.
-      scores: float32[W] in [-1, 1], the policy's for the entries of `context`.
+      scores: float32[W], the policy's for the entries of `context`.
       context: the working context of `state`.
       length: int32[], entries that the next context must have.
       geometry: the window.
@@ -264,7 +268,7 @@ def step(
 
     Args:
       state: what is collapsed.
-      policy: float32[W] in [-1, 1] for the W entries of a context.
+      policy: float32[W] for the W entries of a context.
       context: the working context of `state`.
       length: int32[], entries that the next context must have.
       geometry: the history.
@@ -295,7 +299,7 @@ def iterate(
 
     Args:
       state: where to start, at any length.
-      policy: float32[W] in [-1, 1] for the W entries of a context.
+      policy: float32[W] for the W entries of a context.
       length: int32[], entries of every context but the first.
       geometry: the window.
       steps: static number of steps.
@@ -340,9 +344,17 @@ def swap_rate(before: WorkingContext, after: WorkingContext, *, window: int) -> 
     return jnp.sum(is_new, dtype=jnp.float32) / jnp.maximum(after.length, 1).astype(jnp.float32)
 
 
+def _ordered(scores: ArrayLike) -> Array:
+    """Scores that can all be compared."""
+    scores = jnp.asarray(scores)
+    return jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+
+
 def _argmax(values: Array, where: Array) -> Array:
     """Index of the largest value among some, the first of equals; N, which no node has, if there is none."""
-    return jnp.where(jnp.any(where), jnp.argmax(jnp.where(where, values, -jnp.inf)), values.shape[0])
+    largest = jnp.max(jnp.where(where, values, -jnp.inf))
+    # The largest may itself be -inf, which all that is left out has as well.
+    return jnp.where(jnp.any(where), jnp.argmax(where & (values == largest)), values.shape[0])
 
 
 def _argmin(values: Array, where: Array) -> Array:

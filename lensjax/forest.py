@@ -10,8 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lensjax.effects import DEFAULT, JOINT, LEVEL, Effect
+from lensjax.effects import DEFAULT, JOINT, Effect
 from lensjax.plots import COLORS, FAINT, INK, LEGEND, MUTED, dress, new_figure, write
+from lensjax.statistics import LEVEL
 
 LOWER, HIGHER, NEITHER = COLORS[0], COLORS[1], "#a0a0a0"
 # Inches: a row, the title of a panel with its gaps, what stands above and below all panels, the width of a column.

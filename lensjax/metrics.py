@@ -93,19 +93,20 @@ def score_metrics(scores: ArrayLike, lods: ArrayLike, where: ArrayLike, *, max_l
       max_lod: highest level L.
 
     Returns:
-      `mc/swap_rate` is the share of entries for which the policy asks for a legal edit: a positive score on a gist,
-      or a negative one below the highest level.
+      `mc/edit_wish_rate` is the share of entries for which the policy asks for a legal edit: a positive score on a
+      gist, or a negative one below the highest level. What the allocator makes of the wishes is `mc/swap_rate`, see
+      `evaluation.eval_step`.
     """
     scores, lods, where = jnp.asarray(scores), jnp.asarray(lods), jnp.asarray(where)
     count = jnp.maximum(jnp.sum(where, axis=-1, dtype=jnp.float32), 1)
     mean = jnp.sum(jnp.where(where, scores, 0.0), axis=-1) / count
     centred = jnp.where(where, scores - mean[..., None], 0.0)
     std = jnp.sqrt(jnp.sum(centred**2, axis=-1) / count)
-    swaps = ((scores > 0) & (lods > 0)) | ((scores < 0) & (lods < max_lod))
+    wishes = ((scores > 0) & (lods > 0)) | ((scores < 0) & (lods < max_lod))
     return {
         "mc/policy_score_abs_mean": masked_mean(jnp.abs(scores), where),
         "mc/policy_score_std_mean": masked_mean(std, jnp.any(where, axis=-1)),
-        "mc/swap_rate": masked_mean(swaps.astype(jnp.float32), where),
+        "mc/edit_wish_rate": masked_mean(wishes.astype(jnp.float32), where),
     }
 
 

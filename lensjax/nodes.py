@@ -63,13 +63,22 @@ def pool_scores(scores: ArrayLike, context: WorkingContext, geometry: CutGeometr
 
 
 def pool_tokens(values: ArrayLike, geometry: CutGeometry) -> Array:
-    """Mean over the tokens of each node: float32[T] to float32[N]."""
-    level, means = jnp.asarray(values), []
+    """Mean over the tokens of each node: float32[T] to float32[N].
+
+    Where a token of it has +inf, a node has +inf; else, where one has -inf, -inf; and NaN wherever one has NaN.
+    """
+    level, size, means = jnp.asarray(values), geometry.block_size, []
+    # A power of two, which rounds nothing: so small that no sum of `size` differences overflows.
+    scale = 0.5 ** (size.bit_length() + 1)
     for lod in range(1, geometry.max_lod + 1):
         blocks = geometry.blocks(lod)
-        members = level[: blocks * geometry.block_size].reshape(blocks, geometry.block_size)
+        members = level[: blocks * size].reshape(blocks, size)
+        small = members * scale
         # As a difference from the first: rounding must not tell apart equal scores, or ties would be swapped.
-        level = members[:, 0] + (members - members[:, :1]).mean(axis=1)
+        mean = (small[:, 0] + (small - small[:, :1]).mean(axis=1)) / scale
+        low, high = members.min(axis=1), members.max(axis=1)
+        extreme = jnp.where(high == jnp.inf, high, low)
+        level = jnp.where(jnp.isfinite(extreme), mean, extreme)
         means.append(level)
     return jnp.concatenate(means)
 

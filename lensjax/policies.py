@@ -29,8 +29,8 @@ def by_scores(scores: ArrayLike, length: ArrayLike, geometry: CutGeometry) -> Fo
     """The cut of one length that collapses the lowest-scored blocks, and their parents, first.
 
     Args:
-      scores: float32[T], worth of each token in full; a block has the mean of its tokens, of equal blocks the oldest
-        goes first.
+      scores: float32[T], worth of each token in full, of any size (see `lensjax.focus` on those that are not finite);
+        a block has the mean of its tokens (`nodes.pool_tokens`), of equal blocks the oldest goes first.
       length: int32[], entries wanted, rounded down to a reachable length; may be traced.
       geometry: the window.
 

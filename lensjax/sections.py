@@ -7,6 +7,7 @@ plain floats here, a pytree of scalar arrays inside `TrainState`.
 import dataclasses
 import math
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -373,6 +374,24 @@ class StoppingConfig:
         require(
             self.patience is not None or self.min_improvement == 0,
             f"stopping.min_improvement is read only with stopping.patience: set it, got {self.min_improvement} alone",
+        )
+
+    def require_reachable(self, steps: Mapping[str, int], *, eval_steps: int) -> None:
+        """Checks that patience can run out in a run.
+
+        Args:
+          steps: of each phase, by the name of the field that says so.
+          eval_steps: from each evaluation to the next; a phase's last step is evaluated too.
+
+        Raises:
+          ValueError: no phase has enough evaluations: the first one is the best so far, and then patience begins.
+        """
+        most = max(-(-count // eval_steps) for count in steps.values())
+        require(
+            self.patience is None or self.patience < most,
+            f"stopping.patience {self.patience} cannot run out: with eval_steps {eval_steps} no phase has more than "
+            f"{most} evaluations ({', '.join(f'{name} {count}' for name, count in steps.items())}); lower "
+            "stopping.patience or eval_steps",
         )
 
 

@@ -261,15 +261,15 @@ def _reward_report(sequences: list[Row]) -> Report:
 
 
 def _score_report(sequences: list[Row]) -> Report:
-    sizes, swaps, spreads = [], [], []
+    sizes, wishes, spreads = [], [], []
     for row in sequences:
         for v in row.distinct:
             free = [(row.scores[v][i], row.entries[v][i][1]) for i in row.free(v)]
             sizes += [abs(score) for score, _ in free]
-            swaps += [(s > 0 and lod > 0) or (s < 0 and lod < row.shape.max_lod) for s, lod in free]
+            wishes += [(s > 0 and lod > 0) or (s < 0 and lod < row.shape.max_lod) for s, lod in free]
             spreads += [std([score for score, _ in free])] if free else []
     return {
         "mc/policy_score_abs_mean": mean(sizes),
         "mc/policy_score_std_mean": mean(spreads),
-        "mc/swap_rate": mean(swaps),
+        "mc/edit_wish_rate": mean(wishes),
     }

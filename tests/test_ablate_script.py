@@ -94,7 +94,7 @@ def test_an_arm_is_the_run_of_the_training_script(whole, workplace):
     train_script.run(run)
     last = [row for row in read_rows(workplace / "alone") if "eval/nll_policy" in row][-1]
     (arm,) = [json.loads(path.read_text()) for path in (whole / "arms").iterdir() if is_of(path, setting, 4)]
-    for name in ("nll_policy", "nll_baseline", "mc/preference_agreement", "mc/policy_score_abs_mean"):
+    for name in ("nll_policy", "nll_baseline", "mc/preference_agreement", "mc/swap_rate", "mc/policy_score_abs_mean"):
         assert arm["metrics"][name] == pytest.approx(last[f"eval/{name}"], abs=1e-6), name
 
 
@@ -225,6 +225,10 @@ def test_structures_are_separate_programs():
         (
             "from lensjax.sweep import Sweep\nSWEEP = Sweep(preset='recall', changes={'stopping.patience': 3})",
             "arms are compared after the same number of steps: stopping.patience must be None in a sweep, got 3",
+        ),
+        (
+            "from lensjax.sweep import Sweep\nSWEEP = Sweep(preset='recall', changes={'eval_batches': 1})",
+            "eval_batches must be 2 or more, got 1",
         ),
         ("from lensjax.sweep import Sweep\nSWEEP = Sweep(preset='recall')", "holds no run .config.json is missing."),
     ],

@@ -190,25 +190,6 @@ def test_the_correlation_is_over_the_rollouts_of_the_table():
     assert focus_evidence(0, 1).correlation == pytest.approx(expected, abs=1e-3)
 
 
-def test_an_interval_is_that_of_the_resampled_mean():
-    values = np.random.default_rng(1).normal(3.0, 2.0, 400)
-    low, high = comparison.interval(values, resamples=4000, seed=0)
-    # The mean's standard error is 0.1 within a few percent; 1.96 of them each way.
-    assert low == pytest.approx(values.mean() - 1.96 * values.std() / 20, abs=0.015)
-    assert high == pytest.approx(values.mean() + 1.96 * values.std() / 20, abs=0.015)
-    assert comparison.interval(values, resamples=4000, seed=0) == (low, high)
-    assert comparison.interval(np.full(5, 1.5), resamples=10, seed=0) == (1.5, 1.5)
-
-
-def test_intervals_of_one_seed_draw_the_same_sequences():
-    """So that the interval of a difference is the paired one, however far the sequences lie apart."""
-    level = np.random.default_rng(0).normal(0.0, 10.0, 50)
-    one, other = level + 0.5, level
-    assert comparison.interval(one - other, resamples=100, seed=3) == pytest.approx((0.5, 0.5))
-    shifted = comparison.interval(one, resamples=100, seed=3)
-    assert np.subtract(shifted, comparison.interval(other, resamples=100, seed=3)) == pytest.approx([0.5, 0.5])
-
-
 @pytest.mark.parametrize(
     ("policy", "recency", "reference", "expected"),
     [(4.0, 4.0, 1.0, 0), (1.0, 4.0, 1.0, 1), (2.0, 4.0, 1.0, 2 / 3), (5.0, 4.0, 1.0, -1 / 3)],

@@ -158,6 +158,19 @@ def test_a_run_with_nothing_to_do_is_refused():
         Config(steps=0, base_run="runs/base")
 
 
+def test_patience_that_cannot_run_out_is_refused():
+    shape = {"steps": 400, "eval_steps": 100, "pretrain.steps": 100, "stopping.patience": 3}
+    assert configs.replace(Config(), **shape).stopping.patience == 3
+    # The first evaluation is the best so far; three more are the last one.
+    for changes in ({"stopping.patience": 4}, {"steps": 300}, {"eval_steps": 134}):
+        with pytest.raises(ValueError, match=r"stopping\.patience \d cannot run out: .* than \d evaluations \(steps"):
+            configs.replace(Config(), **shape | changes)
+    for name in ("pretrain.steps", "online.steps"):
+        assert configs.replace(Config(), **shape | {"steps": 300, name: 301}).stopping.patience == 3
+    with pytest.raises(ValueError, match="no phase has more than 3 evaluations"):
+        configs.replace(Config(), **shape | {"steps": 300, "pretrain.steps": 400, "base_run": "runs/base"})
+
+
 def test_local_edits_need_rollouts_to_compare():
     with pytest.raises(ValueError, match="compares rollouts with each other: expected 2 or more of them, got 1"):
         ContextConfig(rollouts=1, local_edits=2)

@@ -26,7 +26,7 @@ POLICIES = [
 ]
 NAMES = [*POLICIES[:9], "lensnet_foreign", *POLICIES[9:]]
 CHECKS = ("divergence", "ablation", "correlation", "counterfactual")
-QUICK = ("--sequences", "4", "--batch-size", "2", "--draws", "2", "--resamples", "20")
+QUICK = ("--sequences", "4", "--batch-size", "2", "--draws", "2")
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +86,7 @@ def rows_of(path):
 def test_a_run_is_measured_from_its_checkpoint(runs, capsys):
     folder = runs / "recall-0"
     before = contents(folder)
-    rows = evaluate.evaluate(
-        evaluate.Arguments((folder,), budgets=(2,), sequences=4, batch_size=2, draws=2, resamples=20)
-    )
+    rows = evaluate.evaluate(evaluate.Arguments((folder,), budgets=(2,), sequences=4, batch_size=2, draws=2))
     found = rows_of(folder / "evaluation.csv")
     assert [row["policy"] for row in found] == [*NAMES, "full"]
     assert {(row["entries"], row["budget_ratio"]) for row in found[:-1]} == {("14", "2")}
@@ -141,7 +139,7 @@ def test_the_row_of_the_last_step_says_whether_its_focus_is_theatre(runs, known,
     (check,) = json.loads((runs / "recall-1" / "theatre.json").read_text())["anti_theater"]
     assert check["passed"] == {**dict.fromkeys(CHECKS, True), "ablation": False, "all_passed": False}
     assert check["thresholds"]["ablation"] == 8.5
-    assert check["intervals"]["counterfactual"] == pytest.approx([3, 3], abs=1e-5)
+    assert check["intervals"]["counterfactual"] == pytest.approx([3, 3], abs=1e-4)
     out = capsys.readouterr().out
     assert "anti-theatre of lensnet_4: failed" in out and "above 8.5: failed" in out
     assert "1.00 of the edits are changed" in out
@@ -149,7 +147,7 @@ def test_the_row_of_the_last_step_says_whether_its_focus_is_theatre(runs, known,
 
 def test_without_a_correlation_nothing_passes(runs, known, capsys):
     words = [str(runs / "text"), "--name", "theatre", "--budgets", "2", "--sequences", "2", "--batch-size", "2"]
-    evaluate.main([*words, "--resamples", "5"])
+    evaluate.main(words)
     (check,) = json.loads((runs / "text" / "theatre.json").read_text(), parse_constant=pytest.fail)["anti_theater"]
     assert check["anti_theater_correlation"] is check["intervals"]["correlation"] is None
     assert check["passed"] == {**dict.fromkeys(CHECKS, True), "correlation": False, "all_passed": False}
@@ -162,7 +160,7 @@ def test_text_has_no_hits_and_runs_are_merged(runs, known, tmp_path):
     merged = rows_of(tmp_path / "new" / "both.csv")
     assert merged == rows_of(runs / "recall-0" / "m.csv") + rows_of(runs / "recall-1" / "m.csv")
     assert {row["seed"] for row in merged} == {"0", "1"} and (tmp_path / "new" / "both.png").is_file()
-    evaluate.main([str(runs / "text"), "--budgets", "2", "--sequences", "2", "--batch-size", "2", "--resamples", "5"])
+    evaluate.main([str(runs / "text"), "--budgets", "2", "--sequences", "2", "--batch-size", "2"])
     assert {row["hit_rate"] for row in rows_of(runs / "text" / "evaluation.csv")} == {""}
 
 

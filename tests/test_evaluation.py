@@ -1,6 +1,7 @@
 """Held-out measurements, with a policy whose scores are known."""
 
 import functools
+import itertools
 import math
 from dataclasses import replace
 
@@ -12,8 +13,9 @@ import pytest
 from lensjax import config as configs
 from lensjax import context as contexts
 from lensjax import evaluation, focus
+from lensjax.decision import build_tree, policy_contexts, split
 from lensjax.models import build_models
-from lensjax.variants import build_tree
+from tests import reference
 from tests.small import FULL, SMALL, Run, batch, jit
 
 SHAPE, GEOMETRY = SMALL.context, SMALL.context.geometry
@@ -86,6 +88,30 @@ def test_the_policys_contexts_lead_from_the_cold_start_to_what_it_wishes():
         cuts = np.asarray(jax.vmap(lambda one: contexts.to_cut(one, window=SHAPE.window))(made))
         np.testing.assert_array_equal(cuts[0], focus.to_cut(focus.uniform(length, GEOMETRY), GEOMETRY))
         assert (cuts[-1, 4 * SIZE : 5 * SIZE] == 0).all()
+
+
+def test_the_swap_rate_is_that_of_the_steps_from_the_cold_start():
+    state, config = state_that_scores(wish(4)), RUN.config
+    length = GEOMETRY.length_of_fraction(config.hyper.context_end)
+
+    @jit
+    @jax.vmap
+    def walk(tokens):
+        tree = build_tree(RUN.models, state.params, split(tokens, horizon=SHAPE.horizon).history, config)
+        shape = {"config": config, "capacity": config.context_capacity}
+        return policy_contexts(RUN.models, state.params["lens"], tree, length, **shape)
+
+    made, rates = walk(batch()["tokens"]), []
+    for row in range(len(batch()["tokens"])):
+        steps = reference.unstack(jax.tree.map(lambda leaf, row=row: leaf[row], made))
+        rates += [len(set(after) - set(before)) / len(after) for before, after in itertools.pairwise(steps)]
+    assert 0 < np.mean(rates) < 1
+    assert evaluate(wish(4))["mc/swap_rate"] == pytest.approx(np.mean(rates))
+
+
+def test_wishes_that_cancel_out_swap_nothing():
+    report = evaluate(np.full(BLOCKS, -0.5))
+    assert report["mc/edit_wish_rate"] > 0.5 and report["mc/swap_rate"] == 0
 
 
 @pytest.mark.parametrize(

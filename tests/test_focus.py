@@ -34,6 +34,7 @@ PICKY = FocusConfig(max_edits=3, expand_threshold=0.25, collapse_threshold=0.0)
 BRISK = FocusConfig(max_edits=2)
 SAMPLED = FocusConfig(temperature=0.5, top_k=3)
 ROWS = 256
+EXTREME = np.asarray([np.nan, np.inf, -np.inf, 1e38, -1e38, np.finfo(np.float32).max, 0.5, -0.5, 0], np.float32)
 
 
 class Cases(NamedTuple):
@@ -532,6 +533,62 @@ def test_sampling_without_a_key_is_an_error():
     state, scores = row_of(state_of([[(0, 1)]], HAND), 0), np.zeros(6, np.float32)
     with pytest.raises(ValueError, match=r"temperature 0\.5 .*key"):
         jax.eval_shape(lambda one: focus.swap(one, scores, HAND, settings=SAMPLED), state)
+
+
+# Scores that are not finite, or nearly not.
+
+
+@both
+def test_means_of_extreme_scores_are_in_range(geometry):
+    size, most = geometry.block_size, np.finfo(np.float32).max
+    blocks = [[most] * size, [-most, most, *[0.0] * (size - 2)], [-np.inf, *[1.0] * (size - 1)]]
+    blocks += [[np.inf, *[-np.inf] * (size - 1)], [np.nan, *[np.inf] * (size - 1)]]
+    tokens = np.zeros(geometry.window, np.float32)
+    tokens[: 5 * size] = np.ravel(blocks)
+    found = np.asarray(jit(lambda row: nodes.pool_tokens(row, geometry))(tokens))
+    np.testing.assert_array_equal(found[:5], np.asarray([most, 0, -np.inf, np.inf, np.nan], np.float32))
+    above = nodes.by_level(found, geometry)[1]
+    assert above[0] == (np.float32(most) / 2 if size == 2 else -np.inf)
+    assert above[1] == np.inf if size == 2 else np.isnan(above[1])
+
+
+@both
+@pytest.mark.parametrize("settings", [GREEDY, PICKY], ids=["greedy", "picky"])
+def test_extreme_scores_have_their_place_in_the_order(geometry, settings):
+    cases, rng = random_cases(geometry, seed=13), np.random.default_rng(13)
+    scores = rng.choice(EXTREME, cases.scores.shape)
+    lengths = rng.integers(geometry.shortest, geometry.window + 1, ROWS).astype(np.int32)
+    fitted = jax.device_get(compiled_fit(geometry)(cases.state, scores, lengths, np.int32(1), cases.held))
+    swapped, _ = jax.device_get(compiled_swap(geometry, settings)(cases.state, scores))
+    # Python compares infinities as it should.
+    scores = np.where(np.isnan(scores), -np.inf, scores)
+    for index, length in enumerate(lengths.tolist()):
+        by_hand = by_node(scores[index], geometry)
+        slow = allocator(cases, index, geometry)
+        slow.fit(by_hand, length, held=geometry.window, cooldown=1)
+        assert_same_state(row_of(fitted, index), slow, geometry)
+        slow = allocator(cases, index, geometry)
+        slow.swap(by_hand, settings, held=geometry.window)
+        assert_same_state(row_of(swapped, index), slow, geometry)
+
+
+@examples(max_examples=60)
+@given(
+    settings=st.sampled_from([GREEDY, PICKY, SAMPLED]),
+    scores=st.lists(
+        st.sampled_from(EXTREME.tolist()) | st.floats(width=32), min_size=DEEP.window, max_size=DEEP.window
+    ),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_any_scores_give_a_legal_context_of_the_length(settings, scores, seed):
+    rng = np.random.default_rng(seed)
+    cut = legal_cuts(DEEP)[rng.integers(len(legal_cuts(DEEP)))]
+    state = row_of(state_of([cut], DEEP, rng.integers(0, 3, len(reference.nodes(DEEP)))), 0)
+    for length in rng.integers(DEEP.shortest, DEEP.window + 1, 3):
+        arguments = np.float32(scores), np.int32(length), np.int32(DEEP.window), jax.random.key(seed)
+        state, _, _, context, holds = compiled_refocus(DEEP, settings)(state, *arguments)
+        assert all(holds.values()), holds
+        assert len(reference.entries_of(context)) == length
 
 
 # Whole steps.

@@ -78,7 +78,7 @@ def test_scores_by_hand():
         {
             "mc/policy_score_abs_mean": 2.3 / 6,
             "mc/policy_score_std_mean": (np.std([0.5, -0.5, -0.1]) + np.std([0.3, -0.3, 0.6])) / 2,
-            "mc/swap_rate": 0.5,
+            "mc/edit_wish_rate": 0.5,
         }
     )
 

@@ -64,6 +64,12 @@ def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, changes,
     assert not (tmp_path / "arms").exists()
 
 
+def test_a_base_run_that_is_measured_on_one_batch_is_refused(tmp_path):
+    source = base_run(tmp_path / "base", eval_batches=1)
+    with pytest.raises(ValueError, match="eval_batches of base_run must be 2 or more, got 1"):
+        online.compare(Arguments(source, tmp_path / "arms"))
+
+
 def test_a_base_run_of_another_task_is_refused(tmp_path):
     source = base_run(tmp_path / "base", **{"data.task": "stdlib", "base.vocab_size": 256})
     with pytest.raises(ValueError, match="is of task stdlib: expected one of recall"):

@@ -52,6 +52,15 @@ def test_the_highest_scored_block_stays_in_full_to_the_end():
     assert (cut_of(scores, GEOMETRY.shortest)[:24] == 3).all()
 
 
+@pytest.mark.parametrize("lowest", [-np.inf, np.nan], ids=str)
+def test_infinite_worth_stays_in_full_and_none_goes_first(lowest):
+    scores = np.full(GEOMETRY.window, -1e38)
+    scores[4:6], scores[6:10] = np.inf, lowest
+    assert np.flatnonzero(cut_of(scores, 31)).tolist() == [6, 7]
+    assert np.flatnonzero(cut_of(scores, 30)).tolist() == [6, 7, 8, 9]
+    assert (cut_of(scores, GEOMETRY.shortest + 3)[4:6] == 0).all()
+
+
 def slow_bm25(tokens, geometry):
     size, count = geometry.block_size, geometry.blocks(1)
     blocks = [list(tokens[i * size : (i + 1) * size]) for i in range(count)]

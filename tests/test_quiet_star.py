@@ -10,9 +10,9 @@ from experiments.quiet_star import bake, measure, reinforce, tasks, thoughts
 from experiments.quiet_star.config import BakeConfig, QuietStarConfig, RLConfig
 from experiments.quiet_star.model import ModelConfig, Reading
 from experiments.quiet_star.tasks import TASKS, WORDS, QuestionSource, TaskConfig
-from experiments.quiet_star.train import build_model
+from experiments.quiet_star.train import PRESETS, build_model
 from lensjax import theatre
-from lensjax.config import OptimizerConfig
+from lensjax.config import OptimizerConfig, StoppingConfig
 from tests.small import jit
 
 CONFIG = QuietStarConfig(
@@ -21,6 +21,7 @@ CONFIG = QuietStarConfig(
     bake=BakeConfig(steps=4, learning_rate=1e-2),
     rl=RLConfig(episodes=8, warmup_episodes=3, thoughts=3, value_hidden=8, learning_rate=1e-2, whiten=False),
     optimizer=OptimizerConfig(warmup_steps=1, schedule="constant"),
+    stopping=StoppingConfig(),
 )
 MODEL = build_model(CONFIG)
 PROMPT_LENGTH, LENGTH = MODEL.prompt_length, MODEL.thought_length
@@ -473,3 +474,17 @@ def test_bad_settings_are_named(section, values, message):
 
 def test_thresholds_are_those_of_the_library():
     assert CONFIG.theatre == theatre.TheatreConfig(0.30, 0.02, 0.5, 0.02)
+
+
+def test_the_presets_can_stop_and_a_patience_that_cannot_run_out_is_refused():
+    for preset in PRESETS.values():
+        evaluations = preset.rl.episodes // preset.eval_steps
+        assert preset.stopping.patience < evaluations
+    patient = replace(CONFIG, eval_steps=1, stopping=StoppingConfig(patience=7))
+    assert patient.stopping.patience == 7
+    with pytest.raises(ValueError, match=r"stopping\.patience 8 cannot run out: with eval_steps 1 .*rl\.episodes 8"):
+        replace(patient, stopping=StoppingConfig(patience=8))
+    # A baked model that is taken from another run is not baked here.
+    rare = replace(patient, bake=replace(CONFIG.bake, steps=20), stopping=StoppingConfig(patience=10))
+    with pytest.raises(ValueError, match="no phase has more than 8 evaluations"):
+        replace(rare, init="runs/other")

@@ -27,7 +27,7 @@ REPORT = {
     *(f"mc/adv_delta_{name}" for name in ("mean", "p95", "std")),
     *(f"mc/preference_corr_{name}" for name in ("mean", "max", "min", "defined_share")),
     *("mc/preference_agreement", "mc/preference_agreement_lod_only", "mc/preference_pair_count"),
-    *("mc/preference_tie_share", "mc/distinct_share", "mc/swap_rate"),
+    *("mc/preference_tie_share", "mc/distinct_share", "mc/edit_wish_rate"),
     *("mc/policy_score_abs_mean", "mc/policy_score_std_mean"),
     *("mc/lens_loss", "mc/preference_loss", "mc/rank_loss", "mc/budget_loss", "mc/smooth_loss"),
     *("mc/lod_loss/0", "mc/lod_loss/1", "mc/lod_loss/2"),

@@ -85,7 +85,8 @@ class QuietStarConfig:
     shard_parameters: bool = False
     """Split parameters and optimizer state over the devices as well as the batch (FSDP)."""
     logging_steps: int = 20
-    eval_steps: int = 500
+    eval_steps: int = 100
+    """As many as stopping averages rewards over: evaluations share no episode, and patience has time to run out."""
     eval_batches: int = 16
     save_steps: int = 500
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -110,6 +111,8 @@ class QuietStarConfig:
             self.init is None or self.rl.episodes > 0,
             f"init is {self.init!r} and rl.episodes is 0: there is nothing to do; raise rl.episodes or drop init",
         )
+        phases = {"rl.episodes": self.rl.episodes} | ({"bake.steps": self.bake.steps} if self.init is None else {})
+        self.stopping.require_reachable(phases, eval_steps=self.eval_steps)
 
     @property
     def example_shapes(self) -> dict[str, tuple[int, ...]]:
