@@ -75,7 +75,9 @@ def lens_objective(
     terms, entry_losses = _pair_terms(scores, advantages, pairs, targets, temperature, hyper, config)
     values = _variant_values(scores, variants, config)
     if config.objective.name != "spans":
-        relative = values if anchor_scores is None else values - _variant_values(anchor_scores, variants, config)
+        reference = jnp.zeros(()) if anchor_scores is None else _variant_values(anchor_scores, variants, config)
+        # In a sweep the anchor is there for all arms if it is for one.
+        relative = values - jnp.where(hyper.kl_weight > 0, reference, 0.0)
         terms["preference"] = _group_term(relative, scored, key, temperature, hyper, config)
     per_variant = jax.vmap(jax.vmap(losses.budget_balance))
     balance = per_variant(scores, scored.entries.spans, is_free)

@@ -297,6 +297,8 @@ class ObjectiveConfig:
     targets: Literal["both", "worse_only"] = "both"
     granularity: Literal["entry", "pair"] = "entry"
     anchor: Literal["previous", "ema", "fixed"] = "previous"
+    """What the KL term holds the policy to. Objectives over groups, whose values are relative to it where `kl_weight` is
+    above 0, need one that does not move with the policy: `ema` or `fixed`."""
     max_pairs: int = 8
     """Preference pairs kept per sequence [P]."""
 

@@ -140,7 +140,14 @@ def test_the_objective_is_the_slow_reference(choice, seed, is_first, swept):
     assert not [name for name, value in found.items() if np.isnan(value) and name not in MAY_BE_UNDEFINED]
 
 
-HYPER = {"beta": 1.3, "reward_temperature": 0.4, "cpl_bias": 0.7, "temperature": 0.6, "rpo_weight": 0.3}
+HYPER = {
+    "kl_weight": 0.2,
+    "beta": 1.3,
+    "reward_temperature": 0.4,
+    "cpl_bias": 0.7,
+    "temperature": 0.6,
+    "rpo_weight": 0.3,
+}
 OVER_GROUPS = {
     "copg": {"beta": 1.3},
     "cpl": {"alpha": 1.3, "bias": 0.7},
@@ -227,6 +234,15 @@ def test_rankings_are_drawn_from_the_key(group):
             for b, (row, key) in enumerate(zip(rows, jax.random.split(jax.random.key(0), BATCH), strict=True))
         ]
         assert terms[0] == pytest.approx(np.mean(each), rel=1e-3, abs=1e-5) and each[1] != each[2]
+
+
+def test_without_a_kl_term_values_are_relative_to_nothing():
+    """In a sweep an arm without a weight for it has the anchor's scores all the same."""
+    config, call = compiled("both", "entry", 0, "copg")
+    scored, scores, anchor = random_case(3)
+    hyper = as_arrays(replace(config.hyper, **(HYPER | {"kl_weight": 0.0})))
+    found, alone = (call(scored, scores, given, EMPTY, EMPTY, hyper).loss for given in (anchor, None))
+    assert float(found) == pytest.approx(float(alone), rel=1e-6)
 
 
 def test_logistic_with_the_divergence_from_a_fixed_policy_is_hypo():
