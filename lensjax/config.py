@@ -130,12 +130,12 @@ class Config:
             f"objective.keep must be at most the {compared} variants that are compared (lower it, or raise "
             f"context.rollouts), got {self.objective.keep}",
         )
-        # Values are measured against the anchor's: a margin over what the policy was a step ago is wanted anew each step.
+        # Values are relative to the anchor's: a margin over the policy of the step before is wanted anew at each step.
         require(
             self.objective.name == "spans" or self.hyper.kl_weight == 0 or self.objective.anchor != "previous",
-            f"objective.name {self.objective.name} with hyper.kl_weight {self.hyper.kl_weight} is relative to the anchor, "
-            "and objective.anchor previous moves along with the policy, so that there is nothing to converge to: set "
-            "objective.anchor to fixed or ema, or hyper.kl_weight to 0",
+            f"objective.name {self.objective.name} with hyper.kl_weight {self.hyper.kl_weight} compares values with the "
+            "anchor's, and objective.anchor previous moves along with the policy, so that there is nothing to converge "
+            "to: set objective.anchor to fixed or ema, or hyper.kl_weight to 0",
         )
         self._check_adaptation()
         for name in ("context_start", "context_end"):

@@ -222,8 +222,8 @@ class Hyperparameters:
     lod2_share: float = 0.1
     """Probability of each block of LOD 2 or above that the target length leaves open."""
     context_start: float = 0.8
-    """Length of a working context at step 0, as a fraction of the history. The larger of the two lengths in the `Config`
-    is the compiled capacity, which bounds them in a state."""
+    """Length of a working context at step 0, as a fraction of the history. The larger of the two lengths in the
+    `Config` is the compiled capacity, which bounds them in a state."""
     context_end: float = 0.75
     """Length of a working context at the end of the curriculum, as a fraction of the history."""
     token_loss_weight: float = 1.0
@@ -297,8 +297,8 @@ class ObjectiveConfig:
     targets: Literal["both", "worse_only"] = "both"
     granularity: Literal["entry", "pair"] = "entry"
     anchor: Literal["previous", "ema", "fixed"] = "previous"
-    """What the KL term holds the policy to. Objectives over groups, whose values are relative to it where `kl_weight` is
-    above 0, need one that does not move with the policy: `ema` or `fixed`."""
+    """What the KL term holds the policy to. Objectives over groups, whose values are relative to it where there is such
+    a term, need one that does not move along with the policy: `ema` or `fixed`."""
     max_pairs: int = 8
     """Preference pairs kept per sequence [P]."""
 
