@@ -133,9 +133,9 @@ class Config:
         # Values are relative to the anchor's: a margin over the policy of the step before is wanted anew at each step.
         require(
             self.objective.name == "spans" or self.hyper.kl_weight == 0 or self.objective.anchor != "previous",
-            f"objective.name {self.objective.name} with hyper.kl_weight {self.hyper.kl_weight} compares values with the "
-            "anchor's, and objective.anchor previous moves along with the policy, so that there is nothing to converge "
-            "to: set objective.anchor to fixed or ema, or hyper.kl_weight to 0",
+            f"objective.name {self.objective.name} with hyper.kl_weight {self.hyper.kl_weight} compares values with "
+            "the anchor's, and objective.anchor previous moves along with the policy, so that nothing is there to "
+            "converge to: set objective.anchor to fixed or ema, or hyper.kl_weight to 0",
         )
         self._check_adaptation()
         for name in ("context_start", "context_end"):

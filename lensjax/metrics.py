@@ -41,12 +41,14 @@ def advantage_metrics(losses: ArrayLike, valid: ArrayLike) -> dict[str, Array]:
 
     Returns:
       Deltas are over the rollouts (the baseline's own is 0 by definition). `reward` is -NLL, over all variants;
-      `frac_reward_zero_std` is the share of sequences whose variants all have one loss.
+      `frac_reward_zero_std` is the share of sequences whose variants all have one loss. What there is no rollout for is
+      0.
     """
     losses, valid = jnp.asarray(losses), jnp.asarray(valid)
     delta = (losses - losses[:, :1])[:, 1:]
     where = valid[:, 1:]
-    p95 = jnp.nanpercentile(jnp.where(where, delta, jnp.nan), 95)
+    # NaN stands for what does not count; one that does is in the mean as well.
+    p95 = jnp.where(jnp.any(where), jnp.nanpercentile(jnp.where(where, delta, jnp.nan), 95), 0.0)
     spread = jnp.max(jnp.where(valid, losses, -jnp.inf), 1) - jnp.min(jnp.where(valid, losses, jnp.inf), 1)
     best = jnp.min(jnp.where(where, losses[:, 1:], jnp.inf), axis=1)
     return {
@@ -55,7 +57,7 @@ def advantage_metrics(losses: ArrayLike, valid: ArrayLike) -> dict[str, Array]:
         "mc/adv_delta_std": masked_std(delta, where),
         "nll_baseline": jnp.mean(losses[:, 0]),
         "nll_rollout_mean": masked_mean(losses[:, 1:], where),
-        "nll_rollout_best": jnp.mean(best),
+        "nll_rollout_best": masked_mean(best, jnp.any(where, axis=1)),
         "mc/distinct_share": jnp.mean(where, dtype=jnp.float32),
         "reward_std": masked_std(losses, valid),
         "frac_reward_zero_std": jnp.mean(spread <= 0, dtype=jnp.float32),

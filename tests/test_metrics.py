@@ -49,6 +49,16 @@ def test_advantages_by_hand():
     )
 
 
+def test_sequences_without_a_rollout_of_their_own_are_left_out():
+    """Where nothing has to be collapsed every rollout is the baseline."""
+    losses, valid = f32(2, 1, 4, 3, 3, 3).reshape(2, 3), np.asarray([[True, True, True], [True, False, False]])
+    report = report_of(metrics.advantage_metrics, losses, valid)
+    assert (report["nll_rollout_best"], report["nll_rollout_mean"]) == (1, 2.5)
+    report = report_of(metrics.advantage_metrics, losses, np.asarray([[True, False, False]] * 2))
+    assert report["nll_baseline"] == 2.5 and report["mc/adv_delta_p95"] == report["nll_rollout_best"] == 0
+    assert np.isfinite(list(report.values())).all()
+
+
 def test_correlations_are_left_out_where_they_are_not_defined():
     report = report_of(metrics.correlation_metrics, f32(0.5, 0, -0.25), np.asarray([True, False, True]))
     assert report == pytest.approx(
