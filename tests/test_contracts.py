@@ -253,7 +253,6 @@ ADVANTAGES = [
 
 STABILITY = [
     Case("update_moments", stability.update_moments, (moments, SCORES, WHERE, UNIT), "fff"),
-    Case("moments_mean_var", stability.moments_mean_var, (moments,), "ff"),
     Case("normalise", stability.normalise, (moments, SCORES), "f"),
     Case("init_anchor", stability.init_anchor, (params,), "ff"),
     *(

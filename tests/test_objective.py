@@ -23,7 +23,7 @@ from tests.small import SMALL, jit
 SHAPE, CAPACITY, VARIANTS, BATCH = SMALL.context, SMALL.context_capacity, SMALL.context.rollouts + 1, 3
 CHOICES = [("both", "entry"), ("both", "pair"), ("worse_only", "entry"), ("worse_only", "pair")]
 KEY = jax.random.key(4)
-EMPTY = EmaMoments(*(np.asarray(x, np.float32) for x in (1.0, 0.0, 0.0)))
+EMPTY = EmaMoments(*(np.asarray(x, np.float32) for x in (1.0, 0.0, 1.0)))
 SWEPT = {
     "temperature": st.sampled_from([0.5, 1.0, 2.0]),
     "collapse_weight": st.sampled_from([0.0, 0.5, 2.0]),
@@ -36,9 +36,9 @@ SWEPT = {
 }
 
 
-def one_update(mean, second):
+def one_update(mean, variance):
     """Moments after one update with decay 0.9."""
-    return EmaMoments(*(np.asarray(x, np.float32) for x in (0.9, 0.1 * mean, 0.1 * second)))
+    return EmaMoments(*(np.asarray(x, np.float32) for x in (0.9, mean, variance)))
 
 
 def random_sequence(rng, *, with_duplicate):
@@ -121,8 +121,8 @@ def test_the_objective_is_the_slow_reference(choice, seed, is_first, swept):
         scored,
         scores,
         anchor,
-        EMPTY if is_first else one_update(0.1, 0.31),
-        EMPTY if is_first else one_update(-0.2, 0.1),
+        EMPTY if is_first else one_update(0.1, 0.3),
+        EMPTY if is_first else one_update(-0.2, 0.06),
         as_arrays(config.hyper),
     )
     expected = slow_objective.objective(
@@ -330,5 +330,37 @@ def test_a_broken_loss_or_score_is_not_hidden(content):
     assert not np.isfinite(call(scored, broken, anchor, EMPTY, EMPTY, hyper).loss)
     losses = scored.losses.copy()
     losses[1, 1] = content
-    report = call(replace(scored, losses=losses), scores, anchor, EMPTY, EMPTY, hyper).metrics
-    assert not np.isfinite(report["nll_rollout_mean"])
+    output = call(replace(scored, losses=losses), scores, anchor, EMPTY, EMPTY, hyper)
+    assert np.isnan(output.loss) and not np.isfinite(output.metrics["nll_rollout_mean"])
+
+
+@pytest.mark.parametrize(
+    ("name", "group", "keep"),
+    [("spans", "sequence", None), ("spans", "sequence", 3), ("logistic", "sequence", 3), ("disco", "batch", None)],
+)
+def test_only_losses_that_count_are_read_and_none_of_them_vanishes(name, group, keep):
+    config, call = objective("both", "entry", 0, name, group, keep)
+    scored, scores, anchor = random_case(3)
+    normaliser, hyper = one_update(0.1, 0.3), as_arrays(replace(config.hyper, **HYPER))
+
+    @jit
+    def value_and_gradient(losses):
+        def loss(scores):
+            return call(replace(scored, losses=losses), scores, anchor, normaliser, EMPTY, hyper).loss
+
+        return jax.value_and_grad(loss)(jnp.asarray(scores))
+
+    masked = np.argwhere(~scored.distinct)
+    assert len(masked) == 1
+    expected = value_and_gradient(scored.losses)
+    assert np.isfinite(expected[0]) and np.isfinite(expected[1]).all()
+    for content in (np.nan, np.inf, -np.inf):
+        for b, v in np.ndindex(scored.losses.shape):
+            losses = scored.losses.copy()
+            losses[b, v] = content
+            found = value_and_gradient(losses)
+            if [b, v] in masked.tolist():
+                jax.tree.map(np.testing.assert_array_equal, found, expected)
+            else:
+                assert np.isnan(found[0])
+    assert np.isnan(value_and_gradient(np.full_like(scored.losses, np.nan))[0])
