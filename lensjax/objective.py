@@ -63,7 +63,7 @@ def lens_objective(
       config: switches and shapes.
 
     Returns:
-      `ObjectiveOutput`.
+      `ObjectiveOutput`; its loss is NaN where that of a distinct variant is not finite.
     """
     scored = jax.lax.stop_gradient(scored)
     shape = config.context
@@ -96,6 +96,7 @@ def lens_objective(
         terms["kl"] = metrics.masked_mean(kl(scores, anchor_scores, is_free), distinct)
         weights["kl"] = hyper.kl_weight
     loss = sum((weights[name] * term for name, term in terms.items()), jnp.zeros(()))
+    loss = _unless_broken(loss, scored)
 
     report = {"mc/lens_loss": loss}
     report |= {f"mc/{name}_loss": term for name, term in terms.items()}
@@ -150,7 +151,13 @@ def held_out_loss(
         return preferences.agreement(jax.vmap(preferences.pair_margins)(values, targets, pairs), supervised)[0]
 
     report = {"adapted_agreement": agreement(scores), "plain_agreement": agreement(known[1])}
-    return terms["preference"] + hyper.rank_weight * terms["rank"], jax.lax.stop_gradient(report)
+    loss = _unless_broken(terms["preference"] + hyper.rank_weight * terms["rank"], scored)
+    return loss, jax.lax.stop_gradient(report)
+
+
+def _unless_broken(loss: Array, scored: ScoredVariants) -> Array:
+    """The loss; NaN where a variant's is not finite: such a variant is in no pair, and would be left out unseen."""
+    return jnp.where(jnp.all(jnp.isfinite(scored.losses) | ~scored.distinct), loss, jnp.nan)
 
 
 def _supervision(

@@ -70,13 +70,15 @@ def select_pairs(
 
     Returns:
       `PreferencePairs` with P = min(max_pairs, V (V - 1) / 2) rows. Pairs of equal losses hold no preference and are
-      masked.
+      masked, as are those with a loss that is NaN: it is for the objective to say so.
     """
     losses, valid = jnp.asarray(losses), jnp.asarray(valid)
     first, second = (jnp.asarray(index, jnp.int32) for index in np.triu_indices(losses.shape[0], k=1))
     gap = jnp.abs(losses[first] - losses[second])
     usable = valid[first] & valid[second] & (gap > 0)
-    best = jnp.argmin(jnp.where(valid, losses, jnp.inf))
+    gap = jnp.where(usable, gap, 0.0)
+    # `argmin` takes a NaN for the least of all.
+    best = jnp.argmin(jnp.where(valid & ~jnp.isnan(losses), losses, jnp.inf))
     holds_best = usable & ((first == best) | (second == best))
 
     rest = jnp.sum(usable & ~holds_best, dtype=jnp.float32)
@@ -87,7 +89,7 @@ def select_pairs(
     group = jnp.where(holds_best, 0, jnp.where(usable, 1, 2))
     order = jnp.lexsort((-gap, group))[:max_pairs]
     first, second, gap = first[order], second[order], gap[order]
-    is_first_better = losses[first] < losses[second]
+    is_first_better = (losses[first] < losses[second]) | jnp.isnan(losses[second])
     return PreferencePairs(
         better=jnp.where(is_first_better, first, second),
         worse=jnp.where(is_first_better, second, first),
@@ -97,12 +99,13 @@ def select_pairs(
 
 
 def tie_share(losses: ArrayLike, valid: ArrayLike) -> Array:
-    """Share of the pairs of valid variants whose losses are equal, float32[]; 0 without pairs."""
+    """Share of the pairs of valid variants whose losses are equal, float32[]; 0 without pairs, NaN with a NaN."""
     losses, valid = jnp.asarray(losses), jnp.asarray(valid)
     first, second = np.triu_indices(losses.shape[0], k=1)
     both = valid[first] & valid[second]
-    tied = both & (losses[first] == losses[second])
-    return jnp.sum(tied, dtype=jnp.float32) / jnp.maximum(jnp.sum(both, dtype=jnp.float32), 1)
+    gap = losses[first] - losses[second]
+    tied = jnp.where(jnp.isnan(gap), gap, (gap == 0).astype(jnp.float32))
+    return jnp.sum(jnp.where(both, tied, 0.0)) / jnp.maximum(jnp.sum(both, dtype=jnp.float32), 1)
 
 
 def span_targets(
@@ -238,7 +241,8 @@ def agreement(margins: ArrayLike, valid: ArrayLike) -> tuple[Array, Array]:
     margins, valid = jnp.asarray(margins), jnp.asarray(valid)
     # Scores that depend on the level alone cancel exactly in exact arithmetic; in float32 they leave rounding noise.
     undecided = jnp.abs(margins) < 1e-6
-    wins = jnp.where(undecided, 0.5, (margins > 0).astype(jnp.float32))
+    # Unlike a comparison, the sign of a NaN is a NaN.
+    wins = 0.5 + 0.5 * jnp.sign(jnp.where(undecided, 0.0, margins))
     count = jnp.sum(valid, dtype=jnp.int32)
     return jnp.sum(jnp.where(valid, wins, 0.0)) / jnp.maximum(count, 1).astype(jnp.float32), count
 
@@ -296,6 +300,7 @@ def correlation(values: ArrayLike, rewards: ArrayLike, valid: ArrayLike) -> tupl
 
     x, y = centre(values), centre(rewards)
     std_x, std_y = (jnp.sqrt(jnp.sum(z * z) / count) for z in (x, y))
-    defined = (std_x > MIN_STD) & (std_y > MIN_STD)
+    # A NaN is no lack of variance, and stays.
+    defined = ~((std_x <= MIN_STD) | (std_y <= MIN_STD))
     product = jnp.where(defined, std_x * std_y, 1.0)
     return jnp.where(defined, jnp.sum(x * y) / count / product, 0.0), defined

@@ -516,8 +516,9 @@ def info_nca(group, *, alpha, beta):
 
 
 def plackett_luce(group, *, beta):
-    ordered = [math.exp(beta * s) for s, _ in sorted(group, key=lambda one: -one[1])]
-    return _mean(-math.log(weight / sum(ordered[i:])) for i, weight in enumerate(ordered))
+    """Each is drawn from itself and all that are worth less."""
+    weights = [(math.exp(beta * s), r) for s, r in group]
+    return _mean(-math.log(w / (w + sum(other for other, q in weights if q < r))) for w, r in weights)
 
 
 def log_prob_of_ranking(scores, ranking):

@@ -497,9 +497,23 @@ def test_masked_scores_are_not_read(case):
 
 
 @every_loss
-def test_a_nan_in_a_valid_score_is_not_hidden(case):
+def test_what_is_masked_beside_the_scores_is_not_read(case):
+    """Rewards, targets, spans, the anchor's scores, advantages."""
     scores, other, where, *rest = case.draw(0)
-    for index in np.flatnonzero(where):
-        broken = scores.copy()
-        broken[index] = np.nan
-        assert np.isnan(value_and_gradient(case)(broken, other, where, *rest)[0])
+    expected = value_and_gradient(case)(scores, other, where, *rest)
+    for content in (np.nan, np.inf, 1e30):
+        found = value_and_gradient(case)(scores, np.where(where, other, np.float32(content)), where, *rest)
+        chex.assert_trees_all_equal(found, expected)
+
+
+@every_loss
+@pytest.mark.parametrize("argument", [0, 1], ids=["score", "other"])
+def test_a_nan_in_a_valid_row_is_not_hidden(case, argument):
+    scores, other, where, *rest = case.draw(0)
+    one_each = np.eye(len(where), dtype=bool)[where]
+    # Where the rest are ties or of one kind, there is nothing to compare.
+    for beside in (other, np.ones_like(other)):
+        for rows in (*one_each, where):
+            broken = [scores, beside, where, *rest]
+            broken[argument] = np.where(rows, np.float32(np.nan), broken[argument])
+            assert np.isnan(value_and_gradient(case)(*broken)[0])

@@ -103,6 +103,27 @@ def test_equal_losses_hold_no_preference_and_are_reported():
     assert float(preferences.tie_share(only_ties, np.asarray([True, False, False, False]))) == 0.0
 
 
+def test_a_loss_that_is_no_number_is_never_the_better_one():
+    losses = np.asarray([2.0, np.nan, 1.0, np.nan, 4.0], np.float32)
+    pairs = select(losses, np.ones(5, bool), np.float32(1), 20)
+    assert pairs_of(losses) == [(2, 4, 3.0), (2, 0, 1.0), (0, 4, 2.0)]
+    both = np.isnan(losses[np.asarray([pairs.better, pairs.worse])])
+    # Among the masked rows only that of the two NaN has one for its better.
+    assert (both[0] <= both[1]).all() and both.all(axis=0).sum() == 1
+    assert np.isfinite(pairs.gap).all()
+    assert not select(np.full(3, np.nan, np.float32), np.ones(3, bool), np.float32(1), 20).valid.any()
+
+
+def test_what_is_no_number_is_no_tie_no_win_and_no_lack_of_variance():
+    everyone, masked = np.ones(3, bool), np.asarray([True, False, True])
+    losses = np.asarray([2.0, np.nan, 2.0], np.float32)
+    assert np.isnan(preferences.tie_share(losses, everyone)) and float(preferences.tie_share(losses, masked)) == 1
+    assert np.isnan(preferences.agreement(losses, everyone)[0]) and float(preferences.agreement(losses, masked)[0]) == 1
+    value, defined = correlation(np.asarray([1.0, 2, 3], np.float32), losses, everyone)
+    assert np.isnan(value) and defined
+    assert not correlation(np.asarray([1.0, 2, 3], np.float32), losses, masked)[1]
+
+
 @settings(max_examples=60)
 @given(
     losses=st.lists(st.integers(0, 30), min_size=5, max_size=5),

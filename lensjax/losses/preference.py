@@ -8,6 +8,12 @@ from jax import Array
 from jax.typing import ArrayLike
 
 
+def _cleared(scores: ArrayLike, targets: ArrayLike, where: ArrayLike) -> tuple[Array, Array, Array]:
+    """The same arrays, with 0 where nothing is supervised: what stands there reaches neither loss nor gradient."""
+    where = jnp.asarray(where)
+    return jnp.where(where, scores, 0.0), jnp.where(where, targets, 0.0), where
+
+
 def _weighted_mean(values: Array, weights: Array) -> Array:
     """Mean of the values whose weight is above 0; 0 if there is none."""
     total = jnp.sum(weights)
@@ -43,11 +49,10 @@ def preference_entry_losses(
     Returns:
       float32[M], 0 where not supervised.
     """
-    scores, targets, where = jnp.asarray(scores), jnp.asarray(targets), jnp.asarray(where)
+    scores, targets, where = _cleared(scores, targets, where)
     strength, scale = _strength_and_scale(gap, temperature)
     weight = jnp.where(targets < 0, collapse_weight, 1.0)
-    # The inner where keeps masked scores, whatever they hold, out of the gradient.
-    logits = jnp.where(where, targets * scores, 0.0) * scale
+    logits = targets * scores * scale
     return jnp.where(where, weight * strength * jax.nn.softplus(-logits), 0.0)
 
 
@@ -94,10 +99,10 @@ def preference_loss(
         return _weighted_mean(losses, jnp.where(jnp.asarray(where), weights, 0.0))
     if granularity != "pair":
         raise ValueError(f"granularity must be entry or pair, got {granularity!r}")
-    scores, targets, where = jnp.asarray(scores), jnp.asarray(targets), jnp.asarray(where)
+    scores, targets, where = _cleared(scores, targets, where)
     strength, scale = _strength_and_scale(gap, temperature)
     weight = jnp.where(where, weights * jnp.where(targets < 0, collapse_weight, 1.0), 0.0)
-    margin = _weighted_mean(jnp.where(where, targets * scores, 0.0), weight)
+    margin = _weighted_mean(targets * scores, weight)
     return jnp.where(jnp.sum(weight) > 0, strength * jax.nn.softplus(-margin * scale), 0.0)
 
 
@@ -118,11 +123,10 @@ def rank_loss(
     Returns:
       float32[]; 0 unless both kinds are present.
     """
-    scores, targets, where = jnp.asarray(scores), jnp.asarray(targets), jnp.asarray(where)
-    positive, negative = where & (targets > 0), where & (targets < 0)
-    means = [
-        _weighted_mean(jnp.where(kind, scores, 0.0), jnp.where(kind, weights, 0.0)) for kind in (positive, negative)
-    ]
-    difference = means[0] - means[1]
+    scores, targets, where = _cleared(scores, targets, where)
+    # A target that is not a number is of the second kind, so that it is not left out unseen.
+    positive, negative = where & (targets > 0), where & ~(targets > 0)
+    difference = sum(_weighted_mean(targets * scores, jnp.where(kind, weights, 0.0)) for kind in (positive, negative))
     has_both = jnp.any(positive) & jnp.any(negative)
-    return jnp.where(has_both, jax.nn.relu(margin - difference), 0.0)
+    # Times 0 and not 0: a NaN stays one.
+    return jnp.where(has_both, jax.nn.relu(margin - difference), 0.0 * difference)
