@@ -132,7 +132,7 @@ class Config:
         )
         # Values are relative to the anchor's: a margin over the policy of the step before is wanted anew at each step.
         require(
-            self.objective.name == "spans" or self.hyper.kl_weight == 0 or self.objective.anchor != "previous",
+            not self.objective.is_over_groups or self.hyper.kl_weight == 0 or self.objective.anchor != "previous",
             f"objective.name {self.objective.name} with hyper.kl_weight {self.hyper.kl_weight} compares values with "
             "the anchor's, and objective.anchor previous moves along with the policy, so that nothing is there to "
             "converge to: set objective.anchor to fixed or ema, or hyper.kl_weight to 0",
@@ -153,6 +153,11 @@ class Config:
         require(
             self.objective.name == "spans",
             f"the hypernetwork learns from spans: set objective.name to spans, got {self.objective.name}",
+        )
+        require(
+            self.objective.pair_weights == "none",
+            "the hypernetwork has a policy for each held-out variant: set objective.pair_weights to none, got "
+            f"{self.objective.pair_weights}",
         )
 
     @property

@@ -166,6 +166,8 @@ LOSSES = [
     preference("preference_entry_losses", losses.preference_entry_losses),
     preference("preference_loss entry", losses.preference_loss, granularity="entry"),
     preference("preference_loss pair", losses.preference_loss, granularity="pair"),
+    preference("preference_entry_losses squared", losses.preference_entry_losses, form="squared"),
+    preference("preference_loss squared", losses.preference_loss, form="squared"),
     Case("rank_loss", lambda s, t, w, m: losses.rank_loss(s, t, w, margin=m), (SCORES, signs, WHERE, UNIT), "f"),
     Case(
         "rank_loss with weights",
@@ -288,7 +290,13 @@ PREFERENCES = [
         "span_advantages",
         functools.partial(preferences.span_advantages, **SHAPE),
         (uniform(VARIANTS), variants, mask(VARIANTS)),
-        "fb",
+        "ffb",
+    ),
+    Case(
+        "pair_weights",
+        lambda v, p, w, b, m: preferences.pair_weights(v, p, w, beta=b, most=m),
+        (uniform(VARIANTS), pairs, mask(VARIANTS), POSITIVE, POSITIVE),
+        "f",
     ),
     Case("pair_margins", preferences.pair_margins, (uniform(VARIANTS, CAPACITY), pair_targets, pairs), "f"),
     Case("agreement", preferences.agreement, (uniform(PAIRS), mask(PAIRS)), "fi"),

@@ -26,6 +26,7 @@ KEY = jax.random.key(4)
 EMPTY = EmaMoments(*(np.asarray(x, np.float32) for x in (1.0, 0.0, 1.0)))
 SWEPT = {
     "temperature": st.sampled_from([0.5, 1.0, 2.0]),
+    "beta": st.sampled_from([1.0, 8.0]),
     "collapse_weight": st.sampled_from([0.0, 0.5, 2.0]),
     "rank_weight": st.sampled_from([0.0, 0.5]),
     "margin": st.sampled_from([0.0, 0.3]),
@@ -68,11 +69,12 @@ def random_case(seed):
 
 
 @functools.cache
-def objective(targets, granularity, local_edits=0, name="spans", group="sequence", keep=None):
+def objective(targets, granularity, local_edits=0, name="spans", group="sequence", keep=None, pair_weights="none"):
     changes = {
         "objective.name": name,
         "objective.group": group,
         "objective.keep": keep,
+        "objective.pair_weights": pair_weights,
         "objective.targets": targets,
         "objective.granularity": granularity,
         "objective.max_pairs": 4,
@@ -110,7 +112,16 @@ def as_arrays(hyper):
 @given(seed=st.integers(0, 10**6), is_first=st.booleans(), swept=st.fixed_dictionaries(SWEPT))
 @pytest.mark.parametrize(
     "choice",
-    [*CHOICES, ("both", "entry", 2), ("both", "entry", 0, "spans", "sequence", 3)],
+    [
+        *CHOICES,
+        ("both", "entry", 2),
+        ("both", "entry", 0, "spans", "sequence", 3),
+        ("both", "entry", 0, "mse"),
+        ("both", "entry", 0, "span_advantages"),
+        ("both", "entry", 2, "span_advantages", "sequence", 3),
+        ("both", "entry", 0, "spans", "sequence", None, "importance"),
+        ("both", "entry", 2, "mse", "sequence", None, "importance"),
+    ],
     ids=lambda c: "-".join(map(str, c)),
 )
 def test_the_objective_is_the_slow_reference(choice, seed, is_first, swept):
@@ -269,6 +280,35 @@ def test_the_balance_of_each_variant_is_given_back_for_the_moving_average():
     for b, v in np.argwhere(scored.distinct):
         row = slow_objective.Row(jax.tree.map(lambda leaf, b=b: leaf[b], scored), scores[b], None, config)
         assert float(balance[b, v]) == pytest.approx(row.balance(v), abs=1e-5)
+
+
+def test_the_advantage_of_a_span_by_hand():
+    """Two variants of a sequence, 1 nat apart, that differ in two blocks of two tokens each."""
+    config, call = objective("both", "entry", 0, "span_advantages")
+    recent = [(token, 0) for token in range(4, SHAPE.history)]
+    one, other = [(0, 1), (2, 0), (3, 0), *recent], [(0, 0), (1, 0), (2, 1), *recent]
+    cuts = [one, other, one, one]
+    contexts = [reference.context_of(cut, window=SHAPE.window, capacity=30) for cut in cuts]
+    contexts = jax.tree.map(lambda *rows: np.stack(rows)[None], *contexts)
+    spans = np.where(contexts.valid, SHAPE.block_size**contexts.lod, 0).astype(np.float32)
+    entries = Entries(spans[..., None], spans, contexts.lod, spans, spans, contexts.valid)
+    distinct = np.asarray([[True, True, False, False]])
+    scored = ScoredVariants(contexts, distinct, entries, np.asarray([[1.0, 2.0, np.nan, np.nan]], np.float32))
+    alone = {name: 0.0 for name in ("rank_weight", "budget_weight", "smooth_weight")}
+    hyper = as_arrays(replace(config.hyper, **alone))
+    loss = jit(jax.value_and_grad(lambda s: call(scored, s, None, EMPTY, EMPTY, hyper).loss))
+    scores = np.zeros((1, 4, 30), np.float32)
+    scores[0, 0, :3], scores[0, 1, :3] = [-0.5, 0.25, 0.75], [1.0, -1.0, 0.5]
+    value, gradient = loss(scores)
+    # The first is better: less of tokens 0 and 1, more of 2 and 3, on both sides by the tokens covered, of 8 in all.
+    asked = [2 * 0.5 + 0.25 + 0.75, -1.0 + 1.0 + 2 * 0.5]
+    assert float(value) == pytest.approx(-sum(asked) / 8, rel=1e-5)
+    expected = np.zeros((2, 30))
+    expected[:, :3] = np.asarray([[2, -1, -1], [1, 1, -2]]) / 8
+    np.testing.assert_allclose(gradient[0, :2], expected, rtol=1e-5)
+    assert not gradient[0, 2:].any()
+    # To repeat the level says nothing.
+    assert float(loss(np.where(contexts.lod > 0, 0.75, -0.25).astype(np.float32))[0]) == pytest.approx(0, abs=1e-7)
 
 
 # Where gradients go.
