@@ -280,7 +280,7 @@ def _span_term(scores: Array, advantages: Array, scored: ScoredVariants, config:
             advantages,
             scored.contexts,
             _compared(scored, config),
-            window=shape.window,
+            window=shape.history,
             block_size=shape.block_size,
             recent_tokens=shape.recent_tokens,
         )

@@ -223,7 +223,7 @@ def _span_terms(sequences: list[Row], average: float, variance: float) -> list[f
             advantages,
             row.entries,
             [v in row.compared for v in range(len(row.losses))],
-            window=shape.window,
+            window=shape.history,
             block_size=shape.block_size,
             recent_tokens=shape.recent_tokens,
         )

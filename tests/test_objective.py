@@ -288,7 +288,7 @@ def test_the_advantage_of_a_span_by_hand():
     recent = [(token, 0) for token in range(4, SHAPE.history)]
     one, other = [(0, 1), (2, 0), (3, 0), *recent], [(0, 0), (1, 0), (2, 1), *recent]
     cuts = [one, other, one, one]
-    contexts = [reference.context_of(cut, window=SHAPE.window, capacity=30) for cut in cuts]
+    contexts = [reference.context_of(cut, window=SHAPE.history, capacity=30) for cut in cuts]
     contexts = jax.tree.map(lambda *rows: np.stack(rows)[None], *contexts)
     spans = np.where(contexts.valid, SHAPE.block_size**contexts.lod, 0).astype(np.float32)
     entries = Entries(spans[..., None], spans, contexts.lod, spans, spans, contexts.valid)
