@@ -135,6 +135,13 @@ class Config:
             f"objective.keep must be at most the {compared} variants that are compared (lower it, or raise "
             f"context.rollouts), got {self.objective.keep}",
         )
+        # Values are relative to the anchor's: a margin over the policy of the step before is wanted anew at each step.
+        require(
+            not self.objective.is_over_groups or self.hyper.kl_weight == 0 or self.objective.anchor != "previous",
+            f"objective.name {self.objective.name} with hyper.kl_weight {self.hyper.kl_weight} compares values with "
+            "the anchor's, and objective.anchor previous moves along with the policy, so that nothing is there to "
+            "converge to: set objective.anchor to fixed or ema, or hyper.kl_weight to 0",
+        )
         self._check_adaptation()
         for name in ("context_start", "context_end"):
             self.context.geometry.length_of_fraction(getattr(self.hyper, name), name=name)
@@ -151,6 +158,11 @@ class Config:
         require(
             self.objective.name == "spans",
             f"the hypernetwork learns from spans: set objective.name to spans, got {self.objective.name}",
+        )
+        require(
+            self.objective.pair_weights == "none",
+            "the hypernetwork has a policy for each held-out variant: set objective.pair_weights to none, got "
+            f"{self.objective.pair_weights}",
         )
 
     @property

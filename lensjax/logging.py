@@ -1,4 +1,4 @@
-"""Metrics on disk: `metrics.jsonl`, and the same names for TensorBoard under `tensorboard/<phase>`.
+"""Metrics on disk: `metrics.jsonl`, and the same names for TensorBoard under `tensorboard/<phase>`, with histograms.
 
 `RunLogger.log` keeps arrays where they are; `flush` fetches everything that waits in one transfer and writes
 it, so the device runs on undisturbed in between. No other thread writes: what `flush` wrote survives a kill.
@@ -18,9 +18,9 @@ import numpy as np
 from jax.typing import ArrayLike
 from tensorboardX import RecordWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.proto.summary_pb2 import HistogramProto, Summary
 
-from lensjax.metrics import MAY_BE_UNDEFINED
+from lensjax.metrics import HISTOGRAMS, MAY_BE_UNDEFINED
 
 Row = dict[str, Any]
 
@@ -39,7 +39,7 @@ class RunLogger:
     A row is `{"phase": ..., "step": ..., name: value, ...}`. Values that are undefined are `"n/a"`, and
     missing in TensorBoard. Other values that are not finite are the strings "nan", "inf" and "-inf" in the
     file (JSON has no such numbers) and floats in the rows which `flush` returns, where `check_finite` finds
-    them.
+    them. Histograms (see `HISTOGRAMS`) are no part of a row.
 
     Args:
       run_dir: the run's folder; None to write nothing, as in all but the first of several processes.
@@ -69,17 +69,20 @@ class RunLogger:
         Args:
           phase: one of the run's phases.
           step: steps of that phase which the metrics describe.
-          metrics: scalars by name, on the device or on the host.
+          metrics: scalars by name, and counts of histograms, on the device or on the host.
 
         Raises:
-          ValueError: the phase is unknown, or a metric is not a scalar or has the name of another column.
+          ValueError: the phase is unknown, or a metric has another shape than its name says, or the name of another
+            column.
         """
         _checked_phase(phase, self._phases)
         for name, value in metrics.items():
             if name in ("phase", "step"):
                 raise ValueError(f"a metric cannot be named {name!r}: it is a column of its own")
-            if np.shape(value) != ():
-                raise ValueError(f"metric {name} must be a scalar, got shape {np.shape(value)}")
+            bins = len(HISTOGRAMS[name]) - 1 if name in HISTOGRAMS else None
+            if np.shape(value) != (() if bins is None else (bins,)):
+                wanted = "be a scalar" if bins is None else f"have {bins} bins"
+                raise ValueError(f"metric {name} must {wanted}, got shape {np.shape(value)}")
         self._pending.append((phase, step, dict(metrics)))
 
     def flush(self) -> list[Row]:
@@ -87,11 +90,12 @@ class RunLogger:
         pending, self._pending = self._pending, []
         fetched = jax.device_get([metrics for _, _, metrics in pending])
         rows = [
-            {"phase": phase, "step": step} | {name: _to_number(name, value) for name, value in metrics.items()}
+            {"phase": phase, "step": step}
+            | {name: _to_number(name, value) for name, value in metrics.items() if name not in HISTOGRAMS}
             for (phase, step, _), metrics in zip(pending, fetched, strict=True)
         ]
         if self._files is not None:
-            self._files.write(rows)
+            self._files.write(rows, [{name: m[name] for name in m if name in HISTOGRAMS} for m in fetched])
         return rows
 
     def close(self) -> None:
@@ -127,11 +131,11 @@ class _Files:
         self._boards: dict[str, RecordWriter] = {}
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, rows: list[Row]) -> None:
+    def write(self, rows: list[Row], histograms: list[dict[str, np.ndarray]]) -> None:
         self._file.write("".join(json.dumps(_to_json(row), allow_nan=False) + "\n" for row in rows))
         self._file.flush()
-        for row in rows:
-            self._board(row["phase"]).write(_event(row).SerializeToString())
+        for row, counts in zip(rows, histograms, strict=True):
+            self._board(row["phase"]).write(_event(row, counts).SerializeToString())
         for board in self._boards.values():
             board.flush()
 
@@ -201,13 +205,30 @@ def _to_json(row: Row) -> Row:
     return {name: str(value) if _is_fault(value) else value for name, value in row.items()}
 
 
-def _event(row: Row) -> Event:
+def _event(row: Row, histograms: Mapping[str, np.ndarray]) -> Event:
     values = [
         Summary.Value(tag=name, simple_value=value)
         for name, value in row.items()
         if name not in ("phase", "step") and value != UNDEFINED
     ]
+    values += [
+        Summary.Value(tag=name, histo=_histogram(HISTOGRAMS[name], counts)) for name, counts in histograms.items()
+    ]
     return Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values))
+
+
+def _histogram(edges: np.ndarray, counts: np.ndarray) -> HistogramProto:
+    """What TensorBoard draws: bins by their upper edges; of the values it knows the bins alone."""
+    middles = (edges[1:] + edges[:-1]) / 2
+    return HistogramProto(
+        min=edges[0],
+        max=edges[-1],
+        num=counts.sum(),
+        sum=counts @ middles,
+        sum_squares=counts @ middles**2,
+        bucket_limit=edges[1:].tolist(),
+        bucket=counts.tolist(),
+    )
 
 
 def _parsed_lines(path: Path) -> list[tuple[str, Row]]:

@@ -28,7 +28,7 @@ from lensjax import checkpoint, devices, stopping
 from lensjax import logging as run_logging
 from lensjax.config import StoppingConfig
 from lensjax.logging import RunLogger
-from lensjax.metrics import MAY_BE_UNDEFINED
+from lensjax.metrics import HISTOGRAMS, MAY_BE_UNDEFINED
 
 State = TypeVar("State")
 
@@ -247,7 +247,7 @@ class _Recorder:
         fetched = jax.device_get([metrics for _, metrics in unchecked])
         rows = [
             {"phase": self._phase, "step": step}
-            | {name: float(value) for name, value in metrics.items() if name not in MAY_BE_UNDEFINED}
+            | {name: float(value) for name, value in metrics.items() if name not in (*MAY_BE_UNDEFINED, *HISTOGRAMS)}
             for (step, _), metrics in zip(unchecked, fetched, strict=True)
         ]
         run_logging.check_finite(rows, advice=self._advice())

@@ -1,15 +1,20 @@
-"""Metrics as pure dictionaries of scalars: one name in TensorBoard, JSONL and here.
+"""Metrics as pure dictionaries of scalars: one name in TensorBoard, JSONL and here. Histograms go to TensorBoard alone.
 
 A value that is not defined (a correlation without variance, say) is NaN on the device and "n/a" in the log; only names
 in `MAY_BE_UNDEFINED` may be so, every other NaN is a fault.
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
 Metrics = dict[str, Array]
-"""Scalars by name."""
+"""Scalars by name; of a name in `HISTOGRAMS`, counts by bin."""
+
+_MAGNITUDES = np.logspace(-4, 1, 21)
+HISTOGRAMS = {"mc/adv_histogram": np.concatenate([-_MAGNITUDES[::-1], [0.0], _MAGNITUDES]).astype(np.float32)}
+"""Edges of their bins, each of which holds its upper edge. Advantages are in nats, and span decades."""
 
 MAY_BE_UNDEFINED = (
     "mc/preference_corr_mean",
@@ -32,6 +37,19 @@ def masked_std(values: ArrayLike, where: ArrayLike) -> Array:
     return jnp.sqrt(masked_mean((values - masked_mean(values, where)) ** 2, where))
 
 
+def histogram(values: ArrayLike, where: ArrayLike, edges: ArrayLike) -> Array:
+    """How many of the valid values are in each bin, float32[bins]; those beyond the edges are in the outermost bins.
+
+    Args:
+      values: float32[...].
+      where: bool[...].
+      edges: float32[bins + 1], rising.
+    """
+    values, where, edges = jnp.ravel(values), jnp.ravel(where), jnp.asarray(edges)
+    below = jnp.sum(where[:, None] & (values[:, None] <= edges[None, 1:-1]), axis=0, dtype=jnp.float32)
+    return jnp.diff(below, prepend=jnp.zeros(1), append=jnp.sum(where, dtype=jnp.float32)[None])
+
+
 def advantage_metrics(losses: ArrayLike, valid: ArrayLike) -> dict[str, Array]:
     """What the rollouts of a batch were worth.
 
@@ -41,12 +59,14 @@ def advantage_metrics(losses: ArrayLike, valid: ArrayLike) -> dict[str, Array]:
 
     Returns:
       Deltas are over the rollouts (the baseline's own is 0 by definition). `reward` is -NLL, over all variants;
-      `frac_reward_zero_std` is the share of sequences whose variants all have one loss.
+      `frac_reward_zero_std` is the share of sequences whose variants all have one loss. What there is no rollout for is
+      0.
     """
     losses, valid = jnp.asarray(losses), jnp.asarray(valid)
     delta = (losses - losses[:, :1])[:, 1:]
     where = valid[:, 1:]
-    p95 = jnp.nanpercentile(jnp.where(where, delta, jnp.nan), 95)
+    # NaN stands for what does not count; one that does is in the mean as well.
+    p95 = jnp.where(jnp.any(where), jnp.nanpercentile(jnp.where(where, delta, jnp.nan), 95), 0.0)
     spread = jnp.max(jnp.where(valid, losses, -jnp.inf), 1) - jnp.min(jnp.where(valid, losses, jnp.inf), 1)
     best = jnp.min(jnp.where(where, losses[:, 1:], jnp.inf), axis=1)
     return {
@@ -55,8 +75,9 @@ def advantage_metrics(losses: ArrayLike, valid: ArrayLike) -> dict[str, Array]:
         "mc/adv_delta_std": masked_std(delta, where),
         "nll_baseline": jnp.mean(losses[:, 0]),
         "nll_rollout_mean": masked_mean(losses[:, 1:], where),
-        "nll_rollout_best": jnp.mean(best),
+        "nll_rollout_best": masked_mean(best, jnp.any(where, axis=1)),
         "mc/distinct_share": jnp.mean(where, dtype=jnp.float32),
+        "reward_mean": -masked_mean(losses, valid),
         "reward_std": masked_std(losses, valid),
         "frac_reward_zero_std": jnp.mean(spread <= 0, dtype=jnp.float32),
     }

@@ -2,12 +2,13 @@
 
 L_lens = L_pref + rank_weight L_rank + budget_weight L_budget + smooth_weight L_smooth + kl_weight KL
 
-L_pref supervises entries by span targets of pairs, or, by another `objective.name`, the variants' values as a group.
+L_pref supervises entries by span targets of pairs, or by the advantages of spans, or, by another `objective.name`, the
+variants' values as a group.
 """
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,9 @@ from lensjax.metrics import Metrics
 from lensjax.preferences import PairTargets, PreferencePairs
 from lensjax.stability import EmaMoments
 from lensjax.variants import ScoredVariants
+
+MOST_PAIR_WEIGHT = 10.0
+"""Bound on the importance weight of a pair."""
 
 
 @jax.tree_util.register_dataclass
@@ -63,7 +67,7 @@ def lens_objective(
       config: switches and shapes.
 
     Returns:
-      `ObjectiveOutput`.
+      `ObjectiveOutput`; its loss is NaN where that of a distinct variant is not finite.
     """
     scored = jax.lax.stop_gradient(scored)
     shape = config.context
@@ -72,15 +76,19 @@ def lens_objective(
     pairs, targets = jax.vmap(lambda one: _supervision(one, hyper, config))(scored)
     is_free = variants.valid & (variants.start < shape.history - shape.recent_tokens) & distinct[..., None]
 
-    terms, entry_losses = _pair_terms(scores, advantages, pairs, targets, temperature, hyper, config)
     values = _variant_values(scores, variants, config)
-    if config.objective.name != "spans":
-        relative = values if anchor_scores is None else values - _variant_values(anchor_scores, variants, config)
+    pair_weights = _pair_weights(values, scored, pairs, hyper, config)
+    terms, entry_losses = _pair_terms(scores, advantages, pairs, targets, pair_weights, temperature, hyper, config)
+    if config.objective.name == "span_advantages":
+        terms["preference"] = _span_term(scores, advantages, scored, config)
+    if config.objective.is_over_groups:
+        reference = jnp.zeros(()) if anchor_scores is None else _variant_values(anchor_scores, variants, config)
+        # In a sweep the anchor is there for all arms if it is for one.
+        relative = values - jnp.where(hyper.kl_weight > 0, reference, 0.0)
         terms["preference"] = _group_term(relative, scored, key, temperature, hyper, config)
     per_variant = jax.vmap(jax.vmap(losses.budget_balance))
     balance = per_variant(scores, scored.entries.spans, is_free)
-    average, _ = stability.moments_mean_var(budget)
-    average = jnp.where(budget.decay_product < 1, average, metrics.masked_mean(balance, distinct))
+    average = jnp.where(budget.decay_product < 1, budget.mean, metrics.masked_mean(balance, distinct))
     smoothing = jax.vmap(jax.vmap(lambda s, w, m: losses.budget_smoothing_loss(s, w, m, average=average)))
     terms["budget"] = metrics.masked_mean(balance**2, distinct)
     terms["smooth"] = metrics.masked_mean(smoothing(scores, scored.entries.spans, is_free), distinct)
@@ -95,10 +103,12 @@ def lens_objective(
         terms["kl"] = metrics.masked_mean(kl(scores, anchor_scores, is_free), distinct)
         weights["kl"] = hyper.kl_weight
     loss = sum((weights[name] * term for name, term in terms.items()), jnp.zeros(()))
+    loss = _unless_broken(loss, scored)
 
     report = {"mc/lens_loss": loss}
     report |= {f"mc/{name}_loss": term for name, term in terms.items()}
     report |= {"kl": terms["kl"]} if "kl" in terms else {}
+    report |= {"mc/adv_ema_mean": normaliser.mean, "mc/adv_ema_std": jnp.sqrt(normaliser.variance)}
     report |= metrics.advantage_metrics(scored.losses, distinct)
     report |= metrics.score_metrics(scores, variants.lod, is_free, max_lod=shape.max_lod)
     report |= _preference_metrics(scored, scores, values, pairs, targets)
@@ -142,14 +152,21 @@ def held_out_loss(
     scores, pairs, targets = jax.tree.map(
         lambda leaf: leaf.reshape(rows[0] * rows[1], *leaf.shape[2:]), (scores, pairs, targets)
     )
-    terms, _ = _pair_terms(scores, known[0], pairs, targets, temperature, hyper, config)
+    pair_weights = jnp.ones(pairs.valid.shape)
+    terms, _ = _pair_terms(scores, known[0], pairs, targets, pair_weights, temperature, hyper, config)
     supervised = jnp.any(targets.where, axis=(-2, -1))
 
     def agreement(values: Array) -> Array:
         return preferences.agreement(jax.vmap(preferences.pair_margins)(values, targets, pairs), supervised)[0]
 
     report = {"adapted_agreement": agreement(scores), "plain_agreement": agreement(known[1])}
-    return terms["preference"] + hyper.rank_weight * terms["rank"], jax.lax.stop_gradient(report)
+    loss = _unless_broken(terms["preference"] + hyper.rank_weight * terms["rank"], scored)
+    return loss, jax.lax.stop_gradient(report)
+
+
+def _unless_broken(loss: Array, scored: ScoredVariants) -> Array:
+    """The loss; NaN where a variant's is not finite: such a variant is in no pair, and would be left out unseen."""
+    return jnp.where(jnp.all(jnp.isfinite(scored.losses) | ~scored.distinct), loss, jnp.nan)
 
 
 def _supervision(
@@ -239,6 +256,53 @@ def _group_term(
     return metrics.masked_mean(each, highest > lowest)
 
 
+def _span_term(scores: Array, advantages: Array, scored: ScoredVariants, config: Config) -> Array:
+    """Policy gradient of the entries, each against a baseline of its own; mean over the sequences that have any.
+
+        -sum_vi a_vi A_vi d_vi s_vi / sum_vi a_vi,    d = +1 where the level is finer than that of the others, else -1
+
+    A finer level that came out better asks for detail, and so does a coarser one that came out worse. a is the tokens
+    covered: both sides of a difference weigh the same, and the level alone says nothing (see `span_targets`).
+
+    Args:
+      scores: float32[B, V, W].
+      advantages: float32[B, V], the variants' normalised losses; the A of entries are differences of them.
+      scored: the variants.
+      config: shapes.
+
+    Returns:
+      float32[].
+    """
+    shape = config.context
+
+    def loss(scores: Array, advantages: Array, scored: ScoredVariants) -> tuple[Array, Array]:
+        gained, finer, where = preferences.span_advantages(
+            advantages,
+            scored.contexts,
+            _compared(scored, config),
+            window=shape.history,
+            block_size=shape.block_size,
+            recent_tokens=shape.recent_tokens,
+        )
+        spans = jnp.where(where, scored.entries.spans, 0.0)
+        share = spans / jnp.maximum(metrics.masked_mean(spans, where), 1)
+        flat = (leaf.ravel() for leaf in (finer * scores, share * gained, where))
+        return losses.policy_gradient(*flat), jnp.any(where)
+
+    return metrics.masked_mean(*jax.vmap(loss)(scores, advantages, scored))
+
+
+def _pair_weights(
+    values: Array, scored: ScoredVariants, pairs: PreferencePairs, hyper: Hyperparameters, config: Config
+) -> Array:
+    """float32[B, P]: what each pair weighs."""
+    if config.objective.pair_weights == "none":
+        return jnp.ones(pairs.valid.shape)
+    compared = jax.vmap(lambda one: _compared(one, config))(scored)
+    weigh = functools.partial(preferences.pair_weights, beta=hyper.beta, most=MOST_PAIR_WEIGHT)
+    return jax.vmap(weigh)(values, pairs, compared)
+
+
 def _rows_of_pairs(rows: Array, pairs: PreferencePairs) -> Array:
     """[V, W] per variant -> [P, 2, W] per pair, (better, worse)."""
     return rows[jnp.stack([pairs.better, pairs.worse], axis=1)]
@@ -249,11 +313,13 @@ def _pair_terms(
     advantages: Array,
     pairs: PreferencePairs,
     targets: PairTargets,
+    pair_weights: Array,
     temperature: ArrayLike,
     hyper: Hyperparameters,
     config: Config,
 ) -> tuple[dict[str, Array], Array]:
     """Preference and rank loss, means over the supervised pairs of the batch; and float32[B, P, 2, W] by entry."""
+    form: Literal["logistic", "squared"] = "squared" if config.objective.name == "mse" else "logistic"
     flat = (*targets.where.shape[:2], -1)
     picked = jax.vmap(_rows_of_pairs)(scores, pairs).reshape(flat)
     target, where, weight = (leaf.reshape(flat) for leaf in (targets.target, targets.where, targets.weight))
@@ -270,6 +336,7 @@ def _pair_terms(
             collapse_weight=hyper.collapse_weight,
             weights=weight,
             granularity=config.objective.granularity,
+            form=form,
         )
 
     def rank(score: Array, target: Array, where: Array, weight: Array) -> Array:
@@ -277,15 +344,19 @@ def _pair_terms(
 
     def by_entry(score: Array, target: Array, where: Array, gap: Array) -> Array:
         return losses.preference_entry_losses(
-            score, target, where, gap=gap, temperature=temperature, collapse_weight=hyper.collapse_weight
+            score, target, where, gap=gap, temperature=temperature, collapse_weight=hyper.collapse_weight, form=form
         )
 
     supervised = jnp.any(where, axis=-1)
+    # Weights say how pairs compare; how many there are is no matter of theirs.
+    pair_weights = pair_weights / jnp.maximum(metrics.masked_mean(pair_weights, supervised), 1e-30)
+
+    def mean(each: Array) -> Array:
+        return metrics.masked_mean(pair_weights * each, supervised)
+
     terms = {
-        "preference": metrics.masked_mean(
-            jax.vmap(jax.vmap(preference))(picked, target, where, weight, gap), supervised
-        ),
-        "rank": metrics.masked_mean(jax.vmap(jax.vmap(rank))(picked, target, where, weight), supervised),
+        "preference": mean(jax.vmap(jax.vmap(preference))(picked, target, where, weight, gap)),
+        "rank": mean(jax.vmap(jax.vmap(rank))(picked, target, where, weight)),
     }
     entry_losses = jax.vmap(jax.vmap(by_entry))(jax.lax.stop_gradient(picked), target, where, gap)
     return terms, entry_losses.reshape(targets.where.shape)

@@ -9,6 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from lensjax import context as contexts
+from lensjax.advantages import importance_weights
 from lensjax.context import MISSING, WorkingContext
 
 # Standard deviations below this are rounding noise of float32 means: a correlation with them is undefined.
@@ -70,13 +71,15 @@ def select_pairs(
 
     Returns:
       `PreferencePairs` with P = min(max_pairs, V (V - 1) / 2) rows. Pairs of equal losses hold no preference and are
-      masked.
+      masked, as are those with a loss that is NaN: it is for the objective to say so.
     """
     losses, valid = jnp.asarray(losses), jnp.asarray(valid)
     first, second = (jnp.asarray(index, jnp.int32) for index in np.triu_indices(losses.shape[0], k=1))
     gap = jnp.abs(losses[first] - losses[second])
     usable = valid[first] & valid[second] & (gap > 0)
-    best = jnp.argmin(jnp.where(valid, losses, jnp.inf))
+    gap = jnp.where(usable, gap, 0.0)
+    # `argmin` takes a NaN for the least of all.
+    best = jnp.argmin(jnp.where(valid & ~jnp.isnan(losses), losses, jnp.inf))
     holds_best = usable & ((first == best) | (second == best))
 
     rest = jnp.sum(usable & ~holds_best, dtype=jnp.float32)
@@ -87,7 +90,7 @@ def select_pairs(
     group = jnp.where(holds_best, 0, jnp.where(usable, 1, 2))
     order = jnp.lexsort((-gap, group))[:max_pairs]
     first, second, gap = first[order], second[order], gap[order]
-    is_first_better = losses[first] < losses[second]
+    is_first_better = (losses[first] < losses[second]) | jnp.isnan(losses[second])
     return PreferencePairs(
         better=jnp.where(is_first_better, first, second),
         worse=jnp.where(is_first_better, second, first),
@@ -97,12 +100,13 @@ def select_pairs(
 
 
 def tie_share(losses: ArrayLike, valid: ArrayLike) -> Array:
-    """Share of the pairs of valid variants whose losses are equal, float32[]; 0 without pairs."""
+    """Share of the pairs of valid variants whose losses are equal, float32[]; 0 without pairs, NaN with a NaN."""
     losses, valid = jnp.asarray(losses), jnp.asarray(valid)
     first, second = np.triu_indices(losses.shape[0], k=1)
     both = valid[first] & valid[second]
-    tied = both & (losses[first] == losses[second])
-    return jnp.sum(tied, dtype=jnp.float32) / jnp.maximum(jnp.sum(both, dtype=jnp.float32), 1)
+    gap = losses[first] - losses[second]
+    tied = jnp.where(jnp.isnan(gap), gap, (gap == 0).astype(jnp.float32))
+    return jnp.sum(jnp.where(both, tied, 0.0)) / jnp.maximum(jnp.sum(both, dtype=jnp.float32), 1)
 
 
 def span_targets(
@@ -168,7 +172,7 @@ def span_advantages(
     window: int,
     block_size: int,
     recent_tokens: int,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
     """What the level of each entry was worth, beside the variants that show its span at another level.
 
         A_vi = mean of nll(u) over the u that show the span of i at another level  -  nll(v)
@@ -186,27 +190,57 @@ def span_advantages(
       recent_tokens: protected tail.
 
     Returns:
-      float32[V, W], positive where the variant's level came out better, and bool[V, W]: entries before the protected
-      tail whose span some other variant shows at another level. The advantages of the others are 0.
+      float32[V, W], positive where the variant's level came out better; float32[V, W], +1 where that level is finer
+      than the mean level of those that it is compared with, -1 where it is coarser; and bool[V, W]: entries before the
+      protected tail whose span some other variant shows at another level. The others have 0 in both.
     """
     losses, valid = jax.lax.stop_gradient(jnp.asarray(losses)), jnp.asarray(valid)
     cuts = jax.vmap(lambda variant: contexts.to_cut(variant, window=window))(variants)
 
-    def differs(other: Array, own: Array, start: Array, lod: Array) -> Array:
-        """bool[W]: entries whose span both cuts show, at two levels."""
+    def differs(other: Array, own: Array, start: Array, lod: Array) -> tuple[Array, Array]:
+        """bool[W]: entries whose span both cuts show, at two levels; int32[W]: the level of the other one."""
         there = jnp.take(other, start, mode="clip")
         # What either shows as one entry counts as a whole or not at all: its first token answers for it.
         width = block_size ** jnp.maximum(there, lod)
         first = start // width * width
         shown = (jnp.take(other, first, mode="clip") != MISSING) & (jnp.take(own, first, mode="clip") != MISSING)
-        return shown & (there != lod)
+        return shown & (there != lod), there
 
     of_others = jax.vmap(differs, (0, None, None, None))
-    against = jax.vmap(of_others, (None, 0, 0, 0))(cuts, cuts, variants.start, variants.lod) & valid[None, :, None]
+    against, levels = jax.vmap(of_others, (None, 0, 0, 0))(cuts, cuts, variants.start, variants.lod)
+    against &= valid[None, :, None]
     count = jnp.sum(against, axis=1, dtype=jnp.float32)
     baseline = jnp.sum(jnp.where(against, losses[None, :, None], 0.0), axis=1) / jnp.maximum(count, 1)
     where = (count > 0) & variants.valid & (variants.start < window - recent_tokens) & valid[:, None]
-    return jnp.where(where, baseline - losses[:, None], 0.0), where
+    level = jnp.sum(jnp.where(against, levels, 0), axis=1).astype(jnp.float32) / jnp.maximum(count, 1)
+    finer = jnp.where(where, jnp.sign(level - variants.lod.astype(jnp.float32)), 0.0)
+    return jnp.where(where, baseline - losses[:, None], 0.0), finer, where
+
+
+def pair_weights(
+    values: ArrayLike, pairs: PreferencePairs, where: ArrayLike, *, beta: ArrayLike, most: ArrayLike
+) -> Array:
+    """Importance weights of pairs: how much rather the policy would have drawn the two than the sampler did.
+
+        min(most, rho_b rho_w),    rho_v = n pi(v),    pi = softmax(beta h) over the n variants that are compared
+
+    A pair is two draws. The sampler is taken to draw each of the variants at hand as readily as any other: its density
+    is not kept, and the baseline has none.
+
+    Args:
+      values: float32[V], the policy's value of each variant; constants.
+      pairs: P pairs.
+      where: bool[V], variants that are compared.
+      beta: float32[], above 0: nats of log-probability that a unit of value stands for.
+      most: float32[], above 0, bound on a weight.
+
+    Returns:
+      float32[P].
+    """
+    where = jnp.asarray(where)
+    log_policy = jax.nn.log_softmax(jnp.where(where, jnp.asarray(beta) * jnp.asarray(values), -1e30))
+    log_sampler = -jnp.log(jnp.maximum(jnp.sum(where, dtype=jnp.float32), 1))
+    return importance_weights(log_policy[pairs.better] + log_policy[pairs.worse], 2 * log_sampler, most=most)
 
 
 def pair_margins(scores: ArrayLike, targets: PairTargets, pairs: PreferencePairs) -> Array:
@@ -238,7 +272,8 @@ def agreement(margins: ArrayLike, valid: ArrayLike) -> tuple[Array, Array]:
     margins, valid = jnp.asarray(margins), jnp.asarray(valid)
     # Scores that depend on the level alone cancel exactly in exact arithmetic; in float32 they leave rounding noise.
     undecided = jnp.abs(margins) < 1e-6
-    wins = jnp.where(undecided, 0.5, (margins > 0).astype(jnp.float32))
+    # Unlike a comparison, the sign of a NaN is a NaN.
+    wins = 0.5 + 0.5 * jnp.sign(jnp.where(undecided, 0.0, margins))
     count = jnp.sum(valid, dtype=jnp.int32)
     return jnp.sum(jnp.where(valid, wins, 0.0)) / jnp.maximum(count, 1).astype(jnp.float32), count
 
@@ -296,6 +331,7 @@ def correlation(values: ArrayLike, rewards: ArrayLike, valid: ArrayLike) -> tupl
 
     x, y = centre(values), centre(rewards)
     std_x, std_y = (jnp.sqrt(jnp.sum(z * z) / count) for z in (x, y))
-    defined = (std_x > MIN_STD) & (std_y > MIN_STD)
+    # A NaN is no lack of variance, and stays.
+    defined = ~((std_x <= MIN_STD) | (std_y <= MIN_STD))
     product = jnp.where(defined, std_x * std_y, 1.0)
     return jnp.where(defined, jnp.sum(x * y) / count / product, 0.0), defined

@@ -275,6 +275,8 @@ class ObjectiveConfig:
 
     name: Literal[
         "spans",
+        "mse",
+        "span_advantages",
         "a_star_po",
         "copg",
         "cpl",
@@ -289,7 +291,8 @@ class ObjectiveConfig:
         "plackett_luce",
         "rpo",
     ] = "spans"
-    """The preference term: `preference_loss` of span targets, or one of `losses.groups` over the variants' values."""
+    """The preference term: `preference_loss` of span targets, their squared error (`mse`), a policy gradient of entries
+    with a baseline for each span (`span_advantages`), or one of `losses.groups` over the variants' values."""
     group: Literal["sequence", "batch"] = "sequence"
     """What an objective over groups compares: the variants of one sequence, or all of the batch, their values and
     rewards relative to the mean of their sequence."""
@@ -302,15 +305,19 @@ class ObjectiveConfig:
     targets: Literal["both", "worse_only"] = "both"
     granularity: Literal["entry", "pair"] = "entry"
     anchor: Literal["previous", "ema", "fixed"] = "previous"
+    """What the KL term holds the policy to. Objectives over groups, whose values are relative to it where there is such
+    a term, need one that does not move along with the policy: `ema` or `fixed`."""
     max_pairs: int = 8
     """Preference pairs kept per sequence [P]."""
+    pair_weights: Literal["none", "importance"] = "none"
+    """What pairs weigh in the terms over pairs: one as much as another, or as of `preferences.pair_weights`."""
 
     def __post_init__(self) -> None:
-        require_choice(self, "name", "group", "baseline", "targets", "granularity", "anchor")
+        require_choice(self, "name", "group", "baseline", "targets", "granularity", "anchor", "pair_weights")
         require_positive(self, "max_pairs")
-        # The one has no group, the other regresses on the value V* of one context.
+        # The former have no group, the latter regresses on the value V* of one context.
         require(
-            self.group == "sequence" or self.name not in ("spans", "a_star_po"),
+            self.group == "sequence" or (self.is_over_groups and self.name != "a_star_po"),
             f"objective.group batch cannot go with objective.name {self.name}: set objective.group sequence, or name "
             "an objective that compares variants by their differences, such as info_nce",
         )
@@ -319,6 +326,20 @@ class ObjectiveConfig:
             f"objective.keep must be at least 2 (there is nothing to compare with one), or None, got {self.keep}",
         )
         require(self.rankings >= 2, f"objective.rankings must be at least 2, got {self.rankings}")
+        require(
+            self.granularity == "entry" or self.name != "mse",
+            "objective.name mse is an error of entries: set objective.granularity entry, got pair",
+        )
+        require(
+            self.pair_weights == "none" or self.name in ("spans", "mse"),
+            f"objective.pair_weights {self.pair_weights} needs a preference term over pairs: set objective.name spans "
+            f"or mse, got {self.name}",
+        )
+
+    @property
+    def is_over_groups(self) -> bool:
+        """Whether the preference term is over the values of variants; else it is over entries."""
+        return self.name not in ("spans", "mse", "span_advantages")
 
 
 @dataclass(frozen=True)

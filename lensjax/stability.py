@@ -8,30 +8,42 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from lensjax.metrics import masked_mean
+
 EPS = 1e-8
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class EmaMoments:
-    """Exponential moving averages of x and x**2 that start at zero, and the product of decays that debiases them."""
+    """Debiased exponential moving mean and variance of x, and the product of decays, which is what debiases them.
+
+    The variance is kept as it is, and not as E[x**2] - E[x]**2, whose terms cancel in float32 where the mean is large.
+    """
 
     decay_product: Array
     """float32[]: product of all decays so far; 1 before the first update."""
-    first: Array
-    """float32[]: biased average of x."""
-    second: Array
-    """float32[]: biased average of x**2."""
+    mean: Array
+    """float32[]; 0 before the first update."""
+    variance: Array
+    """float32[]; 1 before the first update."""
 
 
 def init_moments() -> EmaMoments:
     """Moments that have seen nothing."""
     # Distinct buffers: a donated state may not hold one buffer twice.
-    return EmaMoments(jnp.ones(()), jnp.zeros(()), jnp.zeros(()))
+    return EmaMoments(jnp.ones(()), jnp.zeros(()), jnp.ones(()))
 
 
 def update_moments(moments: EmaMoments, values: ArrayLike, where: ArrayLike, beta: ArrayLike) -> EmaMoments:
-    """Takes in one batch; a batch without valid values changes nothing.
+    """Takes in one batch of mean m' and variance v'; a batch without valid values changes nothing.
+
+        share    = (1 - beta) / (1 - beta P),    P the product of the decays before
+        mean     = m + share (m' - m)
+        variance = (1 - share) v + share v' + share (1 - share) (m' - m)^2
+
+    These are mean and variance of all values so far, a batch i with the weight (1 - beta_i) times all later decays: a
+    share of the old weight 1 - P, after its decay, and of the new one.
 
     Args:
       moments: the state so far.
@@ -41,37 +53,28 @@ def update_moments(moments: EmaMoments, values: ArrayLike, where: ArrayLike, bet
 
     Returns:
       The new state.
+
+    References:
+      Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances (1979), for two
+      samples put together; Kingma and Ba, Adam, arXiv:1412.6980, section 3, for the debiasing.
     """
-    values, where = jnp.asarray(values), jnp.asarray(where)
-    values = jnp.where(where, values, 0.0)
-    count = jnp.sum(where, dtype=jnp.float32)
-    first = jnp.sum(values) / jnp.maximum(count, 1)
-    second = jnp.sum(values**2) / jnp.maximum(count, 1)
-    # A decay of 1 is the identity.
-    decay = jnp.where(count > 0, beta, 1.0)
+    where = jnp.asarray(where)
+    any_valid = jnp.any(where)
+    mean = masked_mean(values, where)
+    variance = masked_mean(jnp.square(values - mean), where)
+    decay = jnp.where(any_valid, beta, 1.0)
+    share = jnp.where(any_valid, (1 - decay) / jnp.where(any_valid, 1 - decay * moments.decay_product, 1.0), 0.0)
+    step = mean - moments.mean
     return EmaMoments(
         decay_product=moments.decay_product * decay,
-        first=decay * moments.first + (1 - decay) * first,
-        second=decay * moments.second + (1 - decay) * second,
+        mean=moments.mean + share * step,
+        variance=(1 - share) * moments.variance + share * variance + share * (1 - share) * step**2,
     )
-
-
-def moments_mean_var(moments: EmaMoments) -> tuple[Array, Array]:
-    """Debiased mean and variance, float32[] each; 0 and 1 before the first update.
-
-    Reference: Kingma and Ba, Adam (arXiv 1412.6980), section 3, for the debiasing.
-    """
-    is_empty = moments.decay_product >= 1
-    scale = jnp.where(is_empty, 1.0, 1 - moments.decay_product)
-    mean = moments.first / scale
-    variance = jnp.maximum(moments.second / scale - mean**2, 0.0)
-    return jnp.where(is_empty, 0.0, mean), jnp.where(is_empty, 1.0, variance)
 
 
 def normalise(moments: EmaMoments, values: ArrayLike) -> Array:
     """z = (x - mean) / sqrt(var); the values as they are until the state holds one update."""
-    mean, variance = moments_mean_var(moments)
-    return (jnp.asarray(values) - mean) / jnp.sqrt(variance + EPS)
+    return (jnp.asarray(values) - moments.mean) / jnp.sqrt(moments.variance + EPS)
 
 
 @jax.tree_util.register_dataclass

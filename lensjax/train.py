@@ -212,6 +212,9 @@ def _update(
         "lr": rate,
         "temperature": _temperature(state, config),
         "context_length": current_length(state.step, hyper, config).astype(jnp.float32),
+        "mc/adv_histogram": metrics.histogram(
+            deltas[:, 1:], scored.distinct[:, 1:], metrics.HISTOGRAMS["mc/adv_histogram"]
+        ),
     }
     return next_state, report
 

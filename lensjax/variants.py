@@ -64,7 +64,7 @@ def score_variants(
     tree = build_tree(models, params, window.history, config)
     base_line = contexts.baseline(length, window=shape.history, capacity=capacity)
     if shape.local_edits:
-        drawn, distinct = local_rollouts(
+        drawn, _ = local_rollouts(
             key,
             length,
             lod2_share,
@@ -74,12 +74,14 @@ def score_variants(
             capacity=capacity,
         )
     else:
-        drawn, distinct = sample_rollouts(
+        drawn, _ = sample_rollouts(
             key, length, lod2_share, rollouts=shape.rollouts, geometry=shape.geometry, capacity=capacity
         )
     variants = jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), base_line, drawn)
     losses, entries = nll.variant_losses(models.base, params["base"], tree, variants, window.horizon)
-    return ScoredVariants(variants, jnp.concatenate([jnp.ones(1, bool), distinct]), entries, losses)
+    # A rollout may be the baseline, too: where nothing has to be collapsed each of them is.
+    cuts = jax.vmap(lambda variant: contexts.to_cut(variant, window=shape.history))(variants)
+    return ScoredVariants(variants, is_distinct(cuts), entries, losses)
 
 
 def local_rollouts(

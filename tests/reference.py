@@ -199,18 +199,29 @@ def span_advantages(
     window: int,
     block_size: int,
     recent_tokens: int,
-) -> list[list[float | None]]:
-    """Of each entry of each variant, against the others that are supervised in a pair with it; None without any."""
+) -> list[list[tuple[float, int] | None]]:
+    """Of each entry of each variant, against the others that are supervised in a pair with it; None without any.
+
+    Beside it whether it is finer (1) than their mean level or coarser (-1).
+    """
     shape = {"window": window, "block_size": block_size, "recent_tokens": recent_tokens}
-    found: list[list[float | None]] = []
+    found: list[list[tuple[float, int] | None]] = []
     for v, entries in enumerate(variants):
-        against: list[list[float]] = [[] for _ in entries]
+        against: list[list[tuple[float, int]]] = [[] for _ in entries]
         for u, others in enumerate(variants):
             if valid[u] and valid[v] and u != v:
                 targets, _ = span_targets(entries, others, **shape)
                 for i, target in enumerate(targets):
-                    against[i] += [losses[u]] if target is not None else []
-        found.append([sum(row) / len(row) - losses[v] if row else None for row in against])
+                    level = cut_of(others, window, block_size)[entries[i][0]]
+                    against[i] += [(losses[u], level)] if target is not None else []
+
+        def judged(row: list[tuple[float, int]], lod: int, own: float = losses[v]) -> tuple[float, int] | None:
+            if not row:
+                return None
+            loss, level = (sum(column) / len(row) for column in zip(*row, strict=True))
+            return loss - own, (level > lod) - (level < lod)
+
+        found.append([judged(row, lod) for row, (_, lod) in zip(against, entries, strict=True)])
     return found
 
 
@@ -247,6 +258,7 @@ def preference_loss(
     collapse_weight: float,
     weights: Sequence[float] | None = None,
     granularity: str = "entry",
+    form: str = "logistic",
 ) -> float:
     strength, scale = math.tanh(abs(gap)), max(1.0, abs(gap)) / temperature
     spans = [1.0] * len(targets) if weights is None else weights
@@ -257,7 +269,11 @@ def preference_loss(
     if granularity == "pair":
         margin = sum(c * t * s for c, t, s in zip(weights, targets, scores, strict=True)) / sum(weights)
         return strength * softplus(-margin * scale)
-    losses = [c * strength * softplus(-t * s * scale) for c, t, s in zip(weights, targets, scores, strict=True)]
+
+    def entry(target: float, score: float) -> float:
+        return (score - target) ** 2 if form == "squared" else softplus(-target * score * scale)
+
+    losses = [c * strength * entry(t, s) for c, t, s in zip(weights, targets, scores, strict=True)]
     return sum(losses) / sum(spans)
 
 
@@ -516,8 +532,9 @@ def info_nca(group, *, alpha, beta):
 
 
 def plackett_luce(group, *, beta):
-    ordered = [math.exp(beta * s) for s, _ in sorted(group, key=lambda one: -one[1])]
-    return _mean(-math.log(weight / sum(ordered[i:])) for i, weight in enumerate(ordered))
+    """Each is drawn from itself and all that are worth less."""
+    weights = [(math.exp(beta * s), r) for s, r in group]
+    return _mean(-math.log(w / (w + sum(other for other, q in weights if q < r))) for w, r in weights)
 
 
 def log_prob_of_ranking(scores, ranking):

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from lensjax.config import Config
+from lensjax.objective import MOST_PAIR_WEIGHT
 from lensjax.preferences import MIN_STD
 from lensjax.stability import EPS
 from lensjax.variants import ScoredVariants
@@ -19,6 +20,13 @@ Report = dict[str, float]
 
 def mean(values: Sequence[float], otherwise: float = 0.0) -> float:
     return sum(values) / len(values) if len(values) else otherwise
+
+
+def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    """The plain mean where there are no weights."""
+    if not weights:
+        return mean(values)
+    return sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
 
 
 def std(values: Sequence[float]) -> float:
@@ -139,6 +147,8 @@ def objective(
         "kl": hyper.kl_weight,
     }
     report["mc/lens_loss"] = sum(weight * report.get(f"mc/{name}_loss", 0.0) for name, weight in weights.items())
+    average, variance = advantage_moments or (0.0, 1.0)
+    report |= {"mc/adv_ema_mean": average, "mc/adv_ema_std": math.sqrt(variance)}
     return report | _reward_report(sequences) | _score_report(sequences)
 
 
@@ -147,7 +157,7 @@ def _pair_report(
 ) -> Report:
     hyper, switches = config.hyper, config.objective
     average, variance = moments or (0.0, 1.0)
-    preference, rank, wins, lod_wins, chosen, rejected, ties = [], [], [], [], [], [], []
+    preference, rank, weights, wins, lod_wins, chosen, rejected, ties = [], [], [], [], [], [], [], []
     by_lod: list[list[float]] = [[] for _ in range(config.context.max_lod + 1)]
     for row in sequences:
         compared = [v in row.compared for v in range(len(row.losses))]
@@ -166,8 +176,10 @@ def _pair_report(
                 "gap": abs(advantages[worse] - advantages[better]),
                 "temperature": temperature,
                 "collapse_weight": hyper.collapse_weight,
+                "form": "squared" if switches.name == "mse" else "logistic",
             }
             picked, targets, lods, spans = zip(*entries, strict=True)
+            weights.append(_pair_weight(row, better, worse, config))
             kind_of_pair = {"weights": spans, "granularity": switches.granularity}
             preference.append(reference.preference_loss(picked, targets, **kind, **kind_of_pair))
             rank.append(reference.rank_loss(picked, targets, margin=hyper.margin, weights=spans))
@@ -175,9 +187,11 @@ def _pair_report(
             lod_wins.append(_win(sum(a * (1 if lod else -1) * t for _, t, lod, a in entries) / sum(spans)))
             for score, target, lod in zip(picked, targets, lods, strict=True):
                 by_lod[lod].append(reference.preference_loss([score], [target], **kind))
+    if switches.name == "span_advantages":
+        preference, weights = _span_terms(sequences, average, variance), []
     return {
-        "mc/preference_loss": mean(preference),
-        "mc/rank_loss": mean(rank),
+        "mc/preference_loss": weighted_mean(preference, weights),
+        "mc/rank_loss": weighted_mean(rank, weights),
         "mc/preference_agreement": mean(wins),
         "mc/preference_agreement_lod_only": mean(lod_wins),
         "mc/preference_pair_count": len(wins),
@@ -188,6 +202,42 @@ def _pair_report(
         "rewards/accuracies": mean([c > r for c, r in zip(chosen, rejected, strict=True)]),
         **{f"mc/lod_loss/{lod}": mean(losses) for lod, losses in enumerate(by_lod)},
     }
+
+
+def _pair_weight(row: Row, better: int, worse: int, config: Config) -> float:
+    """Importance weight of the two variants: how much rather the policy draws them than one that draws any."""
+    if config.objective.pair_weights == "none":
+        return 1.0
+    odds = {v: math.exp(config.hyper.beta * row.value(v)) for v in row.compared}
+    ratios = [odds[v] / sum(odds.values()) * len(odds) for v in (better, worse)]
+    return min(math.prod(ratios), MOST_PAIR_WEIGHT)
+
+
+def _span_terms(sequences: list[Row], average: float, variance: float) -> list[float]:
+    """Of each sequence with entries that have a baseline, minus their policy gradient."""
+    terms = []
+    for row in sequences:
+        shape = row.shape
+        advantages = [(delta - average) / math.sqrt(variance + EPS) for delta in row.deltas]
+        judged = reference.span_advantages(
+            advantages,
+            row.entries,
+            [v in row.compared for v in range(len(row.losses))],
+            window=shape.history,
+            block_size=shape.block_size,
+            recent_tokens=shape.recent_tokens,
+        )
+        entries = [
+            (row.span(entry), gained, finer, score)
+            for v, found in enumerate(judged)
+            for one, entry, score in zip(found, row.entries[v], row.scores[v], strict=True)
+            if one is not None
+            for gained, finer in [one]
+        ]
+        if entries:
+            total = sum(span * gained * finer * score for span, gained, finer, score in entries)
+            terms.append(-total / sum(span for span, *_ in entries))
+    return terms
 
 
 def held_out_pairs(
@@ -255,6 +305,7 @@ def _reward_report(sequences: list[Row]) -> Report:
         "nll_baseline": mean([row.losses[0] for row in sequences]),
         "nll_rollout_mean": mean([row.losses[v] for row, v in rollouts]),
         "nll_rollout_best": mean([min(row.losses[v] for v in row.distinct if v > 0) for row in sequences]),
+        "reward_mean": -mean([loss for losses in distinct_losses for loss in losses]),
         "reward_std": std([loss for losses in distinct_losses for loss in losses]),
         "frac_reward_zero_std": mean([max(losses) == min(losses) for losses in distinct_losses]),
     }

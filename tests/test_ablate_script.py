@@ -223,6 +223,11 @@ def test_structures_are_separate_programs():
             "margin must be finite and at least 0, got -1",
         ),
         (
+            "from lensjax.sweep import Sweep\nSWEEP = Sweep(preset='recall', changes={'objective.name': 'ipo'}, "
+            "one_at_a_time={'hyper.kl_weight': (0.5,)})",
+            "set objective.anchor to fixed or ema, or hyper.kl_weight to 0",
+        ),
+        (
             "from lensjax.sweep import Sweep\nSWEEP = Sweep(preset='recall', changes={'stopping.patience': 3})",
             "arms are compared after the same number of steps: stopping.patience must be None in a sweep, got 3",
         ),

@@ -210,6 +210,10 @@ def test_what_it_picks_is_measured_beside_what_lensnet_picks():
         ({"context.rollouts": 2}, "context.rollouts must be at least 3, got 2"),
         ({"adaptation.held_out": 5, "context.rollouts": 4}, "must be at least 5, got 4"),
         ({"objective.name": "grpo", "context.rollouts": 4}, "set objective.name to spans, got grpo"),
+        (
+            {"objective.pair_weights": "importance", "context.rollouts": 3},
+            "set objective.pair_weights to none, got importance",
+        ),
         ({"adaptation.rank": 0}, "rank must be"),
         ({"adaptation.max_norm": 0.0}, "adaptation.max_norm must be finite and above 0, got 0.0"),
     ],

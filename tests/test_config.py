@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from lensjax import config as configs
-from lensjax.config import Config, ContextConfig, DataConfig, Hyperparameters, LensConfig
+from lensjax.config import Config, ContextConfig, DataConfig, Hyperparameters, LensConfig, ObjectiveConfig
 from lensjax.lengths import CutGeometry
 
 CHANGED = Config(
@@ -97,6 +97,7 @@ BAD_VALUES = [
     ("objective.anchor", "cache", "anchor must be one of previous, ema, fixed, got 'cache'"),
     ("objective.group", "all", "group must be one of sequence, batch, got 'all'"),
     ("objective.group", "batch", "objective.group batch cannot go with objective.name spans: set objective.group seq"),
+    ("objective.pair_weights", "all", "pair_weights must be one of none, importance, got 'all'"),
     ("objective.keep", 1, "objective.keep must be at least 2 (there is nothing to compare with one), or None, got 1"),
     ("objective.keep", 6, "objective.keep must be at most the 5 variants that are compared"),
     ("objective.rankings", 1, "objective.rankings must be at least 2, got 1"),
@@ -150,6 +151,44 @@ def test_bad_values_are_refused_by_replace_and_by_json(name, value, message):
     raw = {section: {field: value}} if section else {field: value}
     with pytest.raises(ValueError, match=re.escape(message)):
         configs.from_json(json.dumps(raw))
+
+
+def test_values_of_variants_are_relative_to_an_anchor_that_does_not_move_with_the_policy():
+    relative = {"hyper.kl_weight": 0.5, "objective.anchor": "previous"}
+    message = (
+        "objective.name ipo with hyper.kl_weight 0.5 compares values with the anchor's, and objective.anchor previous "
+        "moves along with the policy, so that nothing is there to converge to: set objective.anchor to fixed or ema, "
+        "or hyper.kl_weight to 0"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        configs.replace(Config(), **relative, **{"objective.name": "ipo"})
+    for name, others in (("spans", {}), ("ipo", {"objective.anchor": "ema"}), ("ipo", {"objective.anchor": "fixed"})):
+        assert configs.replace(Config(), **(relative | {"objective.name": name} | others)).hyper.kl_weight == 0.5
+    assert configs.replace(Config(), **(relative | {"objective.name": "ipo", "hyper.kl_weight": 0.0}))
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (
+            {"name": "mse", "granularity": "pair"},
+            "mse is an error of entries: set objective.granularity entry, got pair",
+        ),
+        ({"name": "mse", "group": "batch"}, "objective.group batch cannot go with objective.name mse"),
+        ({"name": "span_advantages", "group": "batch"}, "objective.group batch cannot go with objective.name span_adv"),
+        (
+            {"name": "copg", "pair_weights": "importance"},
+            "pair_weights importance needs a preference term over pairs: set objective.name spans or mse, got copg",
+        ),
+        (
+            {"name": "span_advantages", "pair_weights": "importance"},
+            "set objective.name spans or mse, got span_advantages",
+        ),
+    ],
+)
+def test_objectives_that_cannot_go_together_are_refused(objective, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ObjectiveConfig(**objective)
 
 
 def test_a_run_with_nothing_to_do_is_refused():

@@ -166,6 +166,8 @@ LOSSES = [
     preference("preference_entry_losses", losses.preference_entry_losses),
     preference("preference_loss entry", losses.preference_loss, granularity="entry"),
     preference("preference_loss pair", losses.preference_loss, granularity="pair"),
+    preference("preference_entry_losses squared", losses.preference_entry_losses, form="squared"),
+    preference("preference_loss squared", losses.preference_loss, form="squared"),
     Case("rank_loss", lambda s, t, w, m: losses.rank_loss(s, t, w, margin=m), (SCORES, signs, WHERE, UNIT), "f"),
     Case(
         "rank_loss with weights",
@@ -253,7 +255,6 @@ ADVANTAGES = [
 
 STABILITY = [
     Case("update_moments", stability.update_moments, (moments, SCORES, WHERE, UNIT), "fff"),
-    Case("moments_mean_var", stability.moments_mean_var, (moments,), "ff"),
     Case("normalise", stability.normalise, (moments, SCORES), "f"),
     Case("init_anchor", stability.init_anchor, (params,), "ff"),
     *(
@@ -289,7 +290,13 @@ PREFERENCES = [
         "span_advantages",
         functools.partial(preferences.span_advantages, **SHAPE),
         (uniform(VARIANTS), variants, mask(VARIANTS)),
-        "fb",
+        "ffb",
+    ),
+    Case(
+        "pair_weights",
+        lambda v, p, w, b, m: preferences.pair_weights(v, p, w, beta=b, most=m),
+        (uniform(VARIANTS), pairs, mask(VARIANTS), POSITIVE, POSITIVE),
+        "f",
     ),
     Case("pair_margins", preferences.pair_margins, (uniform(VARIANTS, CAPACITY), pair_targets, pairs), "f"),
     Case("agreement", preferences.agreement, (uniform(PAIRS), mask(PAIRS)), "fi"),
@@ -498,9 +505,23 @@ def test_masked_scores_are_not_read(case):
 
 
 @every_loss
-def test_a_nan_in_a_valid_score_is_not_hidden(case):
+def test_what_is_masked_beside_the_scores_is_not_read(case):
+    """Rewards, targets, spans, the anchor's scores, advantages."""
     scores, other, where, *rest = case.draw(0)
-    for index in np.flatnonzero(where):
-        broken = scores.copy()
-        broken[index] = np.nan
-        assert np.isnan(value_and_gradient(case)(broken, other, where, *rest)[0])
+    expected = value_and_gradient(case)(scores, other, where, *rest)
+    for content in (np.nan, np.inf, 1e30):
+        found = value_and_gradient(case)(scores, np.where(where, other, np.float32(content)), where, *rest)
+        chex.assert_trees_all_equal(found, expected)
+
+
+@every_loss
+@pytest.mark.parametrize("argument", [0, 1], ids=["score", "other"])
+def test_a_nan_in_a_valid_row_is_not_hidden(case, argument):
+    scores, other, where, *rest = case.draw(0)
+    one_each = np.eye(len(where), dtype=bool)[where]
+    # Where the rest are ties or of one kind, there is nothing to compare.
+    for beside in (other, np.ones_like(other)):
+        for rows in (*one_each, where):
+            broken = [scores, beside, where, *rest]
+            broken[argument] = np.where(rows, np.float32(np.nan), broken[argument])
+            assert np.isnan(value_and_gradient(case)(*broken)[0])

@@ -147,8 +147,44 @@ def test_a_group_of_equal_rewards_holds_no_preference(name, rewards):
         # These pull the policy to the reference where the rewards say nothing.
         pulled = jax.value_and_grad(objective(name))(np.zeros(6, "f"), rewards, where)[1]
         assert np.abs(gradient).max() > 0.01 and np.abs(pulled).max() < 1e-6
-    elif name != "plackett_luce":
+    else:
         assert value == 0 and not gradient.any()
+
+
+def test_ties_of_a_ranking_by_hand():
+    """Scores 0.5, -0.5 and 0.2."""
+    scores, where = jnp.asarray([0.5, -0.5, 0.2]), jnp.ones(3, bool)
+
+    def loss(rewards):
+        return jax.value_and_grad(groups.plackett_luce)(scores, jnp.asarray(rewards), where, beta=1.0)
+
+    # The first two are as good as each other, and each is compared with the third alone.
+    value, gradient = loss([1.0, 1.0, 0.0])
+    assert float(value) == pytest.approx((softplus(-0.3) + softplus(0.7)) / 3, rel=1e-6)
+    pulls = np.asarray([1 / (1 + math.exp(0.3)), 1 / (1 + math.exp(-0.7))]) / 3
+    np.testing.assert_allclose(gradient, [-pulls[0], -pulls[1], pulls.sum()], rtol=1e-5)
+    # The last two are: the first is drawn out of all three, and they out of nothing else.
+    value, gradient = loss([1.0, 0.0, 0.0])
+    total = math.exp(0.5) + math.exp(-0.5) + math.exp(0.2)
+    assert float(value) == pytest.approx(-math.log(math.exp(0.5) / total) / 3, rel=1e-6)
+    np.testing.assert_allclose(
+        gradient, np.asarray([math.exp(0.5) - total, math.exp(-0.5), math.exp(0.2)]) / total / 3, rtol=1e-5
+    )
+
+
+def test_tied_variants_of_one_score_are_treated_alike():
+    scores, rewards = np.asarray([0.3, 0.3, 0.3, -1.0], "f"), np.asarray([1.0, 1.0, 1.0, 0.0], "f")
+    for name in HYPER:
+        if name != "pg_rank":  # which draws
+            first, second, third, _ = jax.grad(objective(name))(scores, rewards, np.ones(4, bool))
+            assert float(first) == pytest.approx(float(second), rel=1e-5) == pytest.approx(float(third), rel=1e-5)
+
+
+def test_without_ties_a_ranking_has_the_likelihood_of_plackett_and_luce():
+    scores, rewards, where = drawn(13)
+    kept, order = 0.7 * scores[where], np.argsort(-rewards[where])
+    expected = -reference.log_prob_of_ranking(kept.tolist(), order.tolist()) / where.sum()
+    assert float(objective("plackett_luce")(scores, rewards, where)) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["copg", "a_star_po", "info_nca"])

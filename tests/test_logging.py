@@ -10,7 +10,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from lensjax.logging import PHASES, UNDEFINED, RunLogger, check_finite, read_rows
-from lensjax.metrics import MAY_BE_UNDEFINED
+from lensjax.metrics import HISTOGRAMS, MAY_BE_UNDEFINED
 
 
 def lines(run_dir: Path) -> list[str]:
@@ -30,7 +30,8 @@ def board(run_dir: Path, phase: str) -> dict[tuple[str, int], float]:
             if event.session_log.status == SessionLog.START:
                 shown = {key: value for key, value in shown.items() if key[1] < event.step}
             for value in event.summary.value:
-                shown[value.tag, event.step] = value.simple_value
+                is_histogram = value.HasField("histo")
+                shown[value.tag, event.step] = value.histo if is_histogram else value.simple_value
     return shown
 
 
@@ -76,6 +77,25 @@ def test_rows_by_hand(tmp_path):
         ("mc/preference_corr_mean", 2): -0.5,
         ("half", 2): 1.5,
     }
+
+
+def test_histograms_are_in_tensorboard_alone(tmp_path):
+    (name,) = HISTOGRAMS
+    edges = HISTOGRAMS[name]
+    counts = np.zeros(len(edges) - 1, np.float32)
+    counts[[0, 20, -1]] = 1, 3, 2
+    with RunLogger(tmp_path) as logger:
+        logger.log("lens", 1, {"loss": jnp.float32(0.5), name: jnp.asarray(counts)})
+        assert logger.flush() == [{"phase": "lens", "step": 1, "loss": 0.5}]
+    assert read_rows(tmp_path) == [{"phase": "lens", "step": 1, "loss": 0.5}]
+    shown = board(tmp_path, "lens")
+    assert set(shown) == {("loss", 1), (name, 1)}
+    histogram = shown[name, 1]
+    assert (list(histogram.bucket), histogram.num) == (counts.tolist(), 6)
+    assert list(histogram.bucket_limit) == edges[1:].tolist() and histogram.min == edges[0] == -histogram.max
+    assert histogram.bucket_limit[20] == 0
+    with RunLogger(None) as logger, pytest.raises(ValueError, match=rf"{name} must have 42 bins, got shape \(3,\)"):
+        logger.log("lens", 1, {name: jnp.ones(3)})
 
 
 class Fetched:

@@ -20,6 +20,7 @@ def floats(*values):
 JITTED = {
     "entry": jax.jit(losses.preference_loss),
     "pair": jax.jit(functools.partial(losses.preference_loss, granularity="pair")),
+    "squared": jax.jit(functools.partial(losses.preference_loss, form="squared")),
     "rank": jax.jit(losses.rank_loss),
     "balance": jax.jit(losses.budget_balance),
     "budget": jax.jit(losses.budget_loss),
@@ -40,6 +41,19 @@ def test_preference_loss_by_hand():
     assert float(found) == pytest.approx(expected, rel=1e-6)
     entries = losses.preference_entry_losses(scores, targets, where, **HYPER)
     np.testing.assert_allclose(entries, np.tanh(1.5) * np.asarray([first, 2 * second, third, 0]), rtol=1e-6)
+
+
+def test_squared_preference_loss_by_hand():
+    scores, targets, where = floats(0.5, -0.25, 0.9), floats(1, -1, 1), np.asarray([True, True, False])
+    kind = HYPER | {"weights": floats(4, 1, 16)}
+    # Neither the temperature nor the size of the gap beyond its strength has a say.
+    expected = math.tanh(1.5) * (4 * 0.25 + 2 * 0.5625) / 5
+    assert float(JITTED["squared"](scores, targets, where, **kind)) == pytest.approx(expected, rel=1e-6)
+    entries = losses.preference_entry_losses(scores, targets, where, form="squared", **HYPER)
+    np.testing.assert_allclose(entries, np.tanh(1.5) * np.asarray([0.25, 2 * 0.5625, 0]), rtol=1e-6)
+    for unknown in ({"form": "cubic"}, {"form": "squared", "granularity": "pair"}):
+        with pytest.raises(ValueError, match="must be"):
+            losses.preference_loss(scores, targets, where, **unknown, **HYPER)
 
 
 def test_pair_preference_loss_by_hand():
@@ -208,6 +222,8 @@ def test_losses_agree_with_the_reference(seed):
         for granularity in ("entry", "pair"):
             expected = reference.preference_loss(scores, targets, granularity=granularity, **hyper, **weights)
             check(granularity, expected, a["scores"], a["targets"], **traced, **traced_weights)
+        expected = reference.preference_loss(scores, targets, form="squared", **hyper, **weights)
+        check("squared", expected, a["scores"], a["targets"], **traced, **traced_weights)
         expected = reference.rank_loss(scores, targets, margin=margin, **weights)
         check("rank", expected, a["scores"], a["targets"], margin=margin, **traced_weights)
     balance = reference.budget_balance(scores, spans)
@@ -232,6 +248,7 @@ TARGETS, SPANS, WHERE = floats(1, -1, -1, 1, 0), floats(1, 4, 1, 16, 1), np.asar
         ("rank", (TARGETS,), {"margin": 0.3}),
         ("entry", (TARGETS,), HYPER | {"weights": SPANS}),
         ("pair", (TARGETS,), HYPER | {"weights": SPANS}),
+        ("squared", (TARGETS,), HYPER | {"weights": SPANS}),
         ("rank", (TARGETS,), {"margin": 0.9, "weights": SPANS}),
         ("balance", (SPANS,), {}),
         ("budget", (SPANS,), {}),

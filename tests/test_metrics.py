@@ -43,10 +43,30 @@ def test_advantages_by_hand():
             "nll_rollout_mean": 8 / 3,
             "nll_rollout_best": 2.0,
             "mc/distinct_share": 0.5,
+            "reward_mean": -2.6,
             "reward_std": 1.04**0.5,
             "frac_reward_zero_std": 0.5,
         }
     )
+
+
+def test_a_histogram_by_hand():
+    values, where = f32(-9, -1, -0.5, 0, 0, 2, 9, NAN), np.asarray([True] * 4 + [False] + [True] * 2 + [False])
+    found = jax.jit(metrics.histogram)(values, where, f32(-1, 0, 1, 2))
+    # An upper edge is in its bin; what lies beyond the edges is in the first and the last one.
+    assert found.tolist() == [4, 0, 2] and found.dtype == np.float32
+    (edges,) = metrics.HISTOGRAMS.values()
+    assert (np.diff(edges) > 0).all() and 0 in edges and edges[-1] == -edges[0] == 10
+
+
+def test_sequences_without_a_rollout_of_their_own_are_left_out():
+    """Where nothing has to be collapsed every rollout is the baseline."""
+    losses, valid = f32(2, 1, 4, 3, 3, 3).reshape(2, 3), np.asarray([[True, True, True], [True, False, False]])
+    report = report_of(metrics.advantage_metrics, losses, valid)
+    assert (report["nll_rollout_best"], report["nll_rollout_mean"]) == (1, 2.5)
+    report = report_of(metrics.advantage_metrics, losses, np.asarray([[True, False, False]] * 2))
+    assert report["nll_baseline"] == 2.5 and report["mc/adv_delta_p95"] == report["nll_rollout_best"] == 0
+    assert np.isfinite(list(report.values())).all()
 
 
 def test_correlations_are_left_out_where_they_are_not_defined():

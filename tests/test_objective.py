@@ -23,9 +23,10 @@ from tests.small import SMALL, jit
 SHAPE, CAPACITY, VARIANTS, BATCH = SMALL.context, SMALL.context_capacity, SMALL.context.rollouts + 1, 3
 CHOICES = [("both", "entry"), ("both", "pair"), ("worse_only", "entry"), ("worse_only", "pair")]
 KEY = jax.random.key(4)
-EMPTY = EmaMoments(*(np.asarray(x, np.float32) for x in (1.0, 0.0, 0.0)))
+EMPTY = EmaMoments(*(np.asarray(x, np.float32) for x in (1.0, 0.0, 1.0)))
 SWEPT = {
     "temperature": st.sampled_from([0.5, 1.0, 2.0]),
+    "beta": st.sampled_from([1.0, 8.0]),
     "collapse_weight": st.sampled_from([0.0, 0.5, 2.0]),
     "rank_weight": st.sampled_from([0.0, 0.5]),
     "margin": st.sampled_from([0.0, 0.3]),
@@ -36,9 +37,9 @@ SWEPT = {
 }
 
 
-def one_update(mean, second):
+def one_update(mean, variance):
     """Moments after one update with decay 0.9."""
-    return EmaMoments(*(np.asarray(x, np.float32) for x in (0.9, 0.1 * mean, 0.1 * second)))
+    return EmaMoments(*(np.asarray(x, np.float32) for x in (0.9, mean, variance)))
 
 
 def random_sequence(rng, *, with_duplicate):
@@ -68,11 +69,12 @@ def random_case(seed):
 
 
 @functools.cache
-def objective(targets, granularity, local_edits=0, name="spans", group="sequence", keep=None):
+def objective(targets, granularity, local_edits=0, name="spans", group="sequence", keep=None, pair_weights="none"):
     changes = {
         "objective.name": name,
         "objective.group": group,
         "objective.keep": keep,
+        "objective.pair_weights": pair_weights,
         "objective.targets": targets,
         "objective.granularity": granularity,
         "objective.max_pairs": 4,
@@ -110,7 +112,16 @@ def as_arrays(hyper):
 @given(seed=st.integers(0, 10**6), is_first=st.booleans(), swept=st.fixed_dictionaries(SWEPT))
 @pytest.mark.parametrize(
     "choice",
-    [*CHOICES, ("both", "entry", 2), ("both", "entry", 0, "spans", "sequence", 3)],
+    [
+        *CHOICES,
+        ("both", "entry", 2),
+        ("both", "entry", 0, "spans", "sequence", 3),
+        ("both", "entry", 0, "mse"),
+        ("both", "entry", 0, "span_advantages"),
+        ("both", "entry", 2, "span_advantages", "sequence", 3),
+        ("both", "entry", 0, "spans", "sequence", None, "importance"),
+        ("both", "entry", 2, "mse", "sequence", None, "importance"),
+    ],
     ids=lambda c: "-".join(map(str, c)),
 )
 def test_the_objective_is_the_slow_reference(choice, seed, is_first, swept):
@@ -121,8 +132,8 @@ def test_the_objective_is_the_slow_reference(choice, seed, is_first, swept):
         scored,
         scores,
         anchor,
-        EMPTY if is_first else one_update(0.1, 0.31),
-        EMPTY if is_first else one_update(-0.2, 0.1),
+        EMPTY if is_first else one_update(0.1, 0.3),
+        EMPTY if is_first else one_update(-0.2, 0.06),
         as_arrays(config.hyper),
     )
     expected = slow_objective.objective(
@@ -140,7 +151,14 @@ def test_the_objective_is_the_slow_reference(choice, seed, is_first, swept):
     assert not [name for name, value in found.items() if np.isnan(value) and name not in MAY_BE_UNDEFINED]
 
 
-HYPER = {"beta": 1.3, "reward_temperature": 0.4, "cpl_bias": 0.7, "temperature": 0.6, "rpo_weight": 0.3}
+HYPER = {
+    "kl_weight": 0.2,
+    "beta": 1.3,
+    "reward_temperature": 0.4,
+    "cpl_bias": 0.7,
+    "temperature": 0.6,
+    "rpo_weight": 0.3,
+}
 OVER_GROUPS = {
     "copg": {"beta": 1.3},
     "cpl": {"alpha": 1.3, "bias": 0.7},
@@ -229,6 +247,15 @@ def test_rankings_are_drawn_from_the_key(group):
         assert terms[0] == pytest.approx(np.mean(each), rel=1e-3, abs=1e-5) and each[1] != each[2]
 
 
+def test_without_a_kl_term_values_are_relative_to_nothing():
+    """In a sweep an arm without a weight for it has the anchor's scores all the same."""
+    config, call = compiled("both", "entry", 0, "copg")
+    scored, scores, anchor = random_case(3)
+    hyper = as_arrays(replace(config.hyper, **(HYPER | {"kl_weight": 0.0})))
+    found, alone = (call(scored, scores, given, EMPTY, EMPTY, hyper).loss for given in (anchor, None))
+    assert float(found) == pytest.approx(float(alone), rel=1e-6)
+
+
 def test_logistic_with_the_divergence_from_a_fixed_policy_is_hypo():
     """2406.01462: the preferences' loss plus lambda KL, and nothing else."""
     config, call = compiled("both", "entry", 0, "logistic")
@@ -253,6 +280,35 @@ def test_the_balance_of_each_variant_is_given_back_for_the_moving_average():
     for b, v in np.argwhere(scored.distinct):
         row = slow_objective.Row(jax.tree.map(lambda leaf, b=b: leaf[b], scored), scores[b], None, config)
         assert float(balance[b, v]) == pytest.approx(row.balance(v), abs=1e-5)
+
+
+def test_the_advantage_of_a_span_by_hand():
+    """Two variants of a sequence, 1 nat apart, that differ in two blocks of two tokens each."""
+    config, call = objective("both", "entry", 0, "span_advantages")
+    recent = [(token, 0) for token in range(4, SHAPE.history)]
+    one, other = [(0, 1), (2, 0), (3, 0), *recent], [(0, 0), (1, 0), (2, 1), *recent]
+    cuts = [one, other, one, one]
+    contexts = [reference.context_of(cut, window=SHAPE.history, capacity=30) for cut in cuts]
+    contexts = jax.tree.map(lambda *rows: np.stack(rows)[None], *contexts)
+    spans = np.where(contexts.valid, SHAPE.block_size**contexts.lod, 0).astype(np.float32)
+    entries = Entries(spans[..., None], spans, contexts.lod, spans, spans, contexts.valid)
+    distinct = np.asarray([[True, True, False, False]])
+    scored = ScoredVariants(contexts, distinct, entries, np.asarray([[1.0, 2.0, np.nan, np.nan]], np.float32))
+    alone = {name: 0.0 for name in ("rank_weight", "budget_weight", "smooth_weight")}
+    hyper = as_arrays(replace(config.hyper, **alone))
+    loss = jit(jax.value_and_grad(lambda s: call(scored, s, None, EMPTY, EMPTY, hyper).loss))
+    scores = np.zeros((1, 4, 30), np.float32)
+    scores[0, 0, :3], scores[0, 1, :3] = [-0.5, 0.25, 0.75], [1.0, -1.0, 0.5]
+    value, gradient = loss(scores)
+    # The first is better: less of tokens 0 and 1, more of 2 and 3, on both sides by the tokens covered, of 8 in all.
+    asked = [2 * 0.5 + 0.25 + 0.75, -1.0 + 1.0 + 2 * 0.5]
+    assert float(value) == pytest.approx(-sum(asked) / 8, rel=1e-5)
+    expected = np.zeros((2, 30))
+    expected[:, :3] = np.asarray([[2, -1, -1], [1, 1, -2]]) / 8
+    np.testing.assert_allclose(gradient[0, :2], expected, rtol=1e-5)
+    assert not gradient[0, 2:].any()
+    # To repeat the level says nothing.
+    assert float(loss(np.where(contexts.lod > 0, 0.75, -0.25).astype(np.float32))[0]) == pytest.approx(0, abs=1e-7)
 
 
 # Where gradients go.
@@ -314,5 +370,37 @@ def test_a_broken_loss_or_score_is_not_hidden(content):
     assert not np.isfinite(call(scored, broken, anchor, EMPTY, EMPTY, hyper).loss)
     losses = scored.losses.copy()
     losses[1, 1] = content
-    report = call(replace(scored, losses=losses), scores, anchor, EMPTY, EMPTY, hyper).metrics
-    assert not np.isfinite(report["nll_rollout_mean"])
+    output = call(replace(scored, losses=losses), scores, anchor, EMPTY, EMPTY, hyper)
+    assert np.isnan(output.loss) and not np.isfinite(output.metrics["nll_rollout_mean"])
+
+
+@pytest.mark.parametrize(
+    ("name", "group", "keep"),
+    [("spans", "sequence", None), ("spans", "sequence", 3), ("logistic", "sequence", 3), ("disco", "batch", None)],
+)
+def test_only_losses_that_count_are_read_and_none_of_them_vanishes(name, group, keep):
+    config, call = objective("both", "entry", 0, name, group, keep)
+    scored, scores, anchor = random_case(3)
+    normaliser, hyper = one_update(0.1, 0.3), as_arrays(replace(config.hyper, **HYPER))
+
+    @jit
+    def value_and_gradient(losses):
+        def loss(scores):
+            return call(replace(scored, losses=losses), scores, anchor, normaliser, EMPTY, hyper).loss
+
+        return jax.value_and_grad(loss)(jnp.asarray(scores))
+
+    masked = np.argwhere(~scored.distinct)
+    assert len(masked) == 1
+    expected = value_and_gradient(scored.losses)
+    assert np.isfinite(expected[0]) and np.isfinite(expected[1]).all()
+    for content in (np.nan, np.inf, -np.inf):
+        for b, v in np.ndindex(scored.losses.shape):
+            losses = scored.losses.copy()
+            losses[b, v] = content
+            found = value_and_gradient(losses)
+            if [b, v] in masked.tolist():
+                jax.tree.map(np.testing.assert_array_equal, found, expected)
+            else:
+                assert np.isnan(found[0])
+    assert np.isnan(value_and_gradient(np.full_like(scored.losses, np.nan))[0])

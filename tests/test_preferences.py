@@ -103,6 +103,27 @@ def test_equal_losses_hold_no_preference_and_are_reported():
     assert float(preferences.tie_share(only_ties, np.asarray([True, False, False, False]))) == 0.0
 
 
+def test_a_loss_that_is_no_number_is_never_the_better_one():
+    losses = np.asarray([2.0, np.nan, 1.0, np.nan, 4.0], np.float32)
+    pairs = select(losses, np.ones(5, bool), np.float32(1), 20)
+    assert pairs_of(losses) == [(2, 4, 3.0), (2, 0, 1.0), (0, 4, 2.0)]
+    both = np.isnan(losses[np.asarray([pairs.better, pairs.worse])])
+    # Among the masked rows only that of the two NaN has one for its better.
+    assert (both[0] <= both[1]).all() and both.all(axis=0).sum() == 1
+    assert np.isfinite(pairs.gap).all()
+    assert not select(np.full(3, np.nan, np.float32), np.ones(3, bool), np.float32(1), 20).valid.any()
+
+
+def test_what_is_no_number_is_no_tie_no_win_and_no_lack_of_variance():
+    everyone, masked = np.ones(3, bool), np.asarray([True, False, True])
+    losses = np.asarray([2.0, np.nan, 2.0], np.float32)
+    assert np.isnan(preferences.tie_share(losses, everyone)) and float(preferences.tie_share(losses, masked)) == 1
+    assert np.isnan(preferences.agreement(losses, everyone)[0]) and float(preferences.agreement(losses, masked)[0]) == 1
+    value, defined = correlation(np.asarray([1.0, 2, 3], np.float32), losses, everyone)
+    assert np.isnan(value) and defined
+    assert not correlation(np.asarray([1.0, 2, 3], np.float32), losses, masked)[1]
+
+
 @settings(max_examples=60)
 @given(
     losses=st.lists(st.integers(0, 30), min_size=5, max_size=5),
@@ -223,11 +244,14 @@ def test_advantages_of_spans_by_hand():
     # The third shows (8, 1) as COARSE does, and all else as FINE does.
     mixed = [*FINE[:5], (8, 1), (10, 0), (11, 0)]
     variants = context_batch([FINE, COARSE, mixed], window=12, capacity=10)
-    found, where = span_advantages(np.asarray([1.0, 2.0, 4.0], "f"), variants, np.ones(3, bool), **HAND)
+    found, finer, where = span_advantages(np.asarray([1.0, 2.0, 4.0], "f"), variants, np.ones(3, bool), **HAND)
     np.testing.assert_allclose(found[0], [1, 1, 1, 0, 1, 2, 2, 0, 0, 0])
     np.testing.assert_allclose(found[1], [0.5, 0, 0.5, 0.5, -1, 0, 0, 0, 0, 0])
     np.testing.assert_allclose(found[2], [-2, -2, -2, 0, -2, -3, 0, 0, 0, 0])
     np.testing.assert_array_equal(where, found != 0)
+    assert finer[0].tolist() == [1, 1, 1, 0, -1, 1, 1, 0, 0, 0]
+    assert finer[1].tolist() == [-1, 0, 1, 1, -1, 0, 0, 0, 0, 0]
+    assert finer[2].tolist() == [1, 1, 1, 0, -1, -1, 0, 0, 0, 0]
 
 
 @settings(max_examples=25)
@@ -238,12 +262,14 @@ def test_advantages_of_spans_equal_a_slow_reference(seed):
     losses, valid = random.normal(size=4).astype("f"), random.random(4) < 0.8
     variants = context_batch(cuts, window=30, capacity=24)
     # What a variant that does not count holds is not read.
-    found, where = span_advantages(np.where(valid, losses, np.nan), variants, valid, **SHAPE)
+    found, finer, where = span_advantages(np.where(valid, losses, np.nan), variants, valid, **SHAPE)
     expected = reference.span_advantages(losses.tolist(), cuts, valid.tolist(), **SHAPE)
     padded = [[*row, None, None, None] for row in expected]
     assert where.tolist() == [[value is not None for value in row] for row in padded]
-    np.testing.assert_allclose(found, [[value or 0.0 for value in row] for row in padded], rtol=1e-4, atol=1e-5)
-    shifted, _ = span_advantages(losses + 3, variants, valid, **SHAPE)
+    expected = np.asarray([[value or (0, 0) for value in row] for row in padded])
+    np.testing.assert_allclose(found, expected[..., 0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(finer, expected[..., 1])
+    shifted, *_ = span_advantages(losses + 3, variants, valid, **SHAPE)
     np.testing.assert_allclose(shifted, found, atol=1e-5)
 
 
@@ -253,12 +279,27 @@ def test_between_two_variants_a_span_is_worth_their_difference_where_it_is_super
     cuts = random_variants(seed, count=3, length=21)
     losses = np.random.default_rng(seed).normal(size=3).astype("f")
     variants, valid = context_batch(cuts, window=30, capacity=24), np.asarray([True, False, True])
-    found, where = span_advantages(losses, variants, valid, **SHAPE)
+    found, finer, where = span_advantages(losses, variants, valid, **SHAPE)
     targets = targets_of(cuts, one_pair(better=0, worse=2), capacity=24, **SHAPE)
     np.testing.assert_array_equal(where[jnp.asarray([0, 2])], targets.where[0])
     assert not where[1].any()
     np.testing.assert_allclose(found[0], np.where(where[0], losses[2] - losses[0], 0), rtol=1e-6)
     np.testing.assert_allclose(found[2], np.where(where[2], losses[0] - losses[2], 0), rtol=1e-6)
+    # The better one's level is what both should ask for, as the targets have it.
+    np.testing.assert_array_equal(finer[0], targets.target[0, 0])
+    np.testing.assert_array_equal(-finer[2], targets.target[0, 1])
+
+
+def test_weights_of_pairs_by_hand():
+    """Values log 1, log 2 and log 5, and a fourth that is not compared: the policy draws 1/8, 2/8, 5/8."""
+    values, where = jnp.log(jnp.asarray([1.0, 2.0, 5.0, 1e9])), jnp.asarray([True, True, True, False])
+    pairs = PreferencePairs(jnp.asarray([0, 2]), jnp.asarray([1, 1]), jnp.ones(2), jnp.ones(2, bool))
+    weights = functools.partial(preferences.pair_weights, pairs=pairs, where=where)
+    np.testing.assert_allclose(weights(values, beta=1.0, most=9.0), [9 * 1 * 2 / 64, 9 * 5 * 2 / 64], rtol=1e-5)
+    np.testing.assert_allclose(weights(values, beta=2.0, most=9.0), [9 * 4 / 900, 9 * 100 / 900], rtol=1e-5)
+    np.testing.assert_allclose(weights(values, beta=1.0, most=0.5), [9 * 1 * 2 / 64, 0.5], rtol=1e-5)
+    np.testing.assert_allclose(weights(jnp.full(4, 0.3), beta=1.0, most=9.0), [1, 1], rtol=1e-6)
+    assert not jax.grad(lambda v: weights(v, beta=1.0, most=9.0).sum())(values).any()
 
 
 # One level of gists and full coverage: what one variant gains in detail, the other gains elsewhere.

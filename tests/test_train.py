@@ -12,7 +12,7 @@ import pytest
 
 from lensjax import config as configs
 from lensjax import train
-from lensjax.metrics import MAY_BE_UNDEFINED
+from lensjax.metrics import HISTOGRAMS, MAY_BE_UNDEFINED
 from lensjax.models import build_models
 from tests import reference, slow_objective
 from tests.small import FULL, HALF_PRECISION, LENS, OTHER, SMALL, Run, batch, jit
@@ -22,9 +22,11 @@ SUBSETS = [subset for size in (1, 2, 3) for subset in itertools.combinations(PAR
 
 REPORT = {
     *("loss", "grad_norm", "lr", "temperature", "context_length"),
-    *("nll_baseline", "nll_rollout_mean", "nll_rollout_best", "reward_std", "frac_reward_zero_std"),
+    *("nll_baseline", "nll_rollout_mean", "nll_rollout_best"),
+    *("reward_mean", "reward_std", "frac_reward_zero_std"),
     *(f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")),
     *(f"mc/adv_delta_{name}" for name in ("mean", "p95", "std")),
+    *("mc/adv_ema_mean", "mc/adv_ema_std", *HISTOGRAMS),
     *(f"mc/preference_corr_{name}" for name in ("mean", "max", "min", "defined_share")),
     *("mc/preference_agreement", "mc/preference_agreement_lod_only", "mc/preference_pair_count"),
     *("mc/preference_tie_share", "mc/distinct_share", "mc/edit_wish_rate"),
@@ -44,7 +46,7 @@ def history(run, seed=0, steps=3):
 
 
 def numbers(report):
-    return {name: float(value) for name, value in report.items()}
+    return {name: float(value) for name, value in report.items() if name not in HISTOGRAMS}
 
 
 def not_finite(report):
@@ -66,7 +68,9 @@ def test_the_names_of_the_report(run, extra):
     step = functools.partial(train.train_step, config=run.config, models=run.models)
     _, report = jax.eval_shape(step, run.state(), batch())
     assert set(report) == REPORT | extra
-    assert all(value.shape == () and value.dtype == jnp.float32 for value in report.values())
+    shapes = {name: (len(HISTOGRAMS[name]) - 1,) if name in HISTOGRAMS else () for name in report}
+    assert {name: value.shape for name, value in report.items()} == shapes
+    assert all(value.dtype == jnp.float32 for value in report.values())
 
 
 @pytest.mark.parametrize(("run", "settings"), [(FULL, {}), (FULL, DUPLICATES), (OTHER, {})])
@@ -104,10 +108,13 @@ def test_reports_and_moving_averages_are_those_of_the_slow_reference(run, settin
             (after.normaliser, deltas, hyper.adv_norm_beta),
             (after.budget, balances, hyper.budget_smooth_beta),
         ):
-            scale = 1 - beta ** (step + 1)
             mean, variance = reference.ema_mean_var(values, [beta] * (step + 1))
-            assert float(moments.first) / scale == pytest.approx(mean, rel=1e-3, abs=1e-6)
-            assert float(moments.second) / scale == pytest.approx(variance + mean**2, rel=1e-3, abs=1e-6)
+            assert float(moments.mean) == pytest.approx(mean, rel=1e-3, abs=1e-6)
+            assert float(moments.variance) == pytest.approx(variance, rel=1e-3, abs=1e-6)
+        counts, _ = np.histogram(
+            [row.deltas[v] for row in rows for v in row.distinct if v > 0], HISTOGRAMS["mc/adv_histogram"]
+        )
+        assert report["mc/adv_histogram"].tolist() == counts.tolist()
 
 
 @pytest.mark.parametrize("settings", [{}, DUPLICATES])
@@ -267,6 +274,25 @@ def test_each_step_draws_new_rankings_from_a_key_that_no_sequence_has():
     run = Run(**{"objective.name": "pg_rank", "context.rollouts": 6})
     terms = [report["mc/preference_loss"] for report in lens_reports(run, (3, 3, 4))[0]]
     assert terms[0] == terms[1] != terms[2] and np.isfinite(terms).all()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"objective.name": "mse"}, {"objective.name": "span_advantages"}, {"objective.pair_weights": "importance"}],
+    ids=lambda changes: "-".join(changes.values()),
+)
+def test_what_takes_the_place_of_the_preference_loss_trains(changes):
+    run = Run(**changes, **{"hyper.rank_weight": 0.0, "hyper.learning_rate": 0.01})
+    scored, _, _ = run.observe(run.state(), batch())
+    step = jit(functools.partial(train.lens_step, config=run.config, models=run.models))
+    state, reports = run.state(), []
+    for _ in range(SMALL.steps):
+        state, report = step(state, scored)
+        reports.append(numbers(report))
+    first, last = reports[0], reports[-1]
+    # The normaliser is new after the first step, and with it the unit of the loss.
+    assert last["mc/preference_loss"] < reports[1]["mc/preference_loss"] - 0.02
+    assert last["mc/preference_agreement"] > first["mc/preference_agreement"] + 0.2
 
 
 # One pure program.

@@ -83,6 +83,15 @@ def test_duplicates_are_marked():
     np.testing.assert_array_equal(scored.losses[:, 1], scored.losses[:, 2])
 
 
+@pytest.mark.parametrize("edits", [0, 1])
+def test_rollouts_that_are_the_baseline_are_duplicates(edits):
+    # The whole history: there is nothing to collapse.
+    run = Run(**{"context.local_edits": edits, "hyper.context_start": 1.0})
+    scored, _, _ = run.observe(run.state(), batch())
+    assert (scored.contexts.length == SHAPE.history).all() and not scored.contexts.lod.any()
+    assert scored.distinct.tolist() == [[True, False, False, False]] * 3
+
+
 LOCAL = CutGeometry(window=48, block_size=2, max_lod=3, recent_tokens=7)
 
 

@@ -10,8 +10,8 @@ All take `(scores, rewards, where, *, hyperparameters)` and return one float32 s
 The scores stand where the papers have log-probabilities. They are compared within the group, so that adding a constant
 to all of them changes nothing, but in `a_star_po`, which regresses the scores themselves, in `cpl` with a bias below 1,
 in `rpo` and in `grpo`. Where no pair of variants differs in reward, the objectives of preferences (`logistic`, `rpo`,
-`hinge`, `ipo`, `cpl`), of better against worse ones (`disco`, `info_nce`), of rankings (`pg_rank`) and of advantages
-(`grpo`) are 0 with gradient 0.
+`hinge`, `ipo`, `cpl`), of better against worse ones (`disco`, `info_nce`), of rankings (`plackett_luce`, `pg_rank`) and
+of advantages (`grpo`) are 0 with gradient 0. A NaN among the scores or rewards that count makes any objective NaN.
 """
 
 from collections.abc import Callable
@@ -224,9 +224,11 @@ def info_nca(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike, *, alpha: 
 def plackett_luce(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike, *, beta: ArrayLike) -> Array:
     """Negative log-likelihood of the order by rewards, the best first (ListMLE), a variant.
 
-        -1/n sum_k [beta D_(k) - log sum_{j >= k} exp(beta D_(j))],    r_(1) >= r_(2) >= ...
+        -1/n sum_i log [exp(beta D_i) / (exp(beta D_i) + sum_{r_j < r_i} exp(beta D_j))]
 
-    Equal rewards are ordered as they come.
+    Without ties it is that of Plackett and Luce, which draws each variant out of those that are left. Variants of equal
+    rewards are not ordered: each of them is drawn from itself and all that are worth less, so that they do not compete,
+    and a group of ties is 0. The sources leave ties open, or put them in an order, which teaches to prefer the earlier.
 
     Args:
       scores: float32[N], relative to the reference policy's.
@@ -242,8 +244,12 @@ def plackett_luce(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike, *, be
       appendix A.3.
     """
     scores, rewards, where = _cleared(scores, rewards, where)
-    order = jnp.argsort(jnp.where(where, -rewards, jnp.inf))
-    return -masked_mean(_choices(jnp.asarray(beta) * scores, order, where), where[order])
+    logits = jnp.asarray(beta) * scores
+    is_less = where[None, :] & (rewards[None, :] < rewards[:, None])
+    # With the variant itself no row is empty.
+    rivals = jnp.where(is_less | jnp.eye(logits.shape[0], dtype=bool), logits[None, :], _NEVER)
+    losses = jax.nn.logsumexp(rivals, axis=1) - logits
+    return _or_nan(masked_mean(losses, where), scores, rewards)
 
 
 def pg_rank(
@@ -355,7 +361,7 @@ def disco(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike, *, tau: Array
     scores, rewards, where = _cleared(scores, rewards, where)
     positive, negative = _better_and_worse(rewards, where)
     found = tau * _log_mean_exp(scores / tau, negative) - masked_mean(scores, positive)
-    return jnp.where(jnp.any(positive), found, 0.0)
+    return _or_nan(jnp.where(jnp.any(positive), found, 0.0), scores, rewards)
 
 
 def info_nce(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike, *, tau: ArrayLike) -> Array:
@@ -377,13 +383,18 @@ def info_nce(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike, *, tau: Ar
     """
     scores, rewards, where = _cleared(scores, rewards, where)
     positive, _ = _better_and_worse(rewards, where)
-    return masked_mean(-_log_softmax(scores / tau, where), positive)
+    return _or_nan(masked_mean(-_log_softmax(scores / tau, where), positive), scores, rewards)
 
 
 def _cleared(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike) -> tuple[Array, Array, Array]:
     """The same arrays, with 0 at variants that do not count: what stands there reaches neither loss nor gradient."""
     where = jnp.asarray(where)
     return jnp.where(where, scores, 0.0), jnp.where(where, jax.lax.stop_gradient(rewards), 0.0), where
+
+
+def _or_nan(loss: Array, scores: Array, rewards: Array) -> Array:
+    """The loss; NaN where a score or reward that counts is not finite, since comparisons would leave it out unseen."""
+    return jnp.where(jnp.all(jnp.isfinite(scores) & jnp.isfinite(rewards)), loss, jnp.nan)
 
 
 def _choices(logits: Array, order: Array, where: Array) -> Array:
@@ -402,7 +413,7 @@ def _over_preferences(
     """Mean of `loss(better score, worse score)` over the pairs of different rewards."""
     scores, rewards, where = _cleared(scores, rewards, where)
     won = where[:, None] & where[None, :] & (rewards[:, None] > rewards[None, :])
-    return masked_mean(loss(scores[:, None], scores[None, :]), won)
+    return _or_nan(masked_mean(loss(scores[:, None], scores[None, :]), won), scores, rewards)
 
 
 def _better_and_worse(rewards: Array, where: Array) -> tuple[Array, Array]:

@@ -1,4 +1,4 @@
-"""Bradley-Terry preference loss and rank loss of one preference pair."""
+"""Preference loss (Bradley-Terry, or squared as a control) and rank loss of one preference pair."""
 
 from typing import Literal
 
@@ -6,6 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
+
+
+def _cleared(scores: ArrayLike, targets: ArrayLike, where: ArrayLike) -> tuple[Array, Array, Array]:
+    """The same arrays, with 0 where nothing is supervised: what stands there reaches neither loss nor gradient."""
+    where = jnp.asarray(where)
+    return jnp.where(where, scores, 0.0), jnp.where(where, targets, 0.0), where
 
 
 def _weighted_mean(values: Array, weights: Array) -> Array:
@@ -27,10 +33,12 @@ def preference_entry_losses(
     gap: ArrayLike,
     temperature: ArrayLike,
     collapse_weight: ArrayLike,
+    form: Literal["logistic", "squared"] = "logistic",
 ) -> Array:
     """Loss of each supervised entry of one pair.
 
-        c_j a softplus(-t_j s_j g),    a = tanh(gap),    g = max(1, gap) / temperature
+        logistic:  c_j a softplus(-t_j s_j g),    a = tanh(gap),    g = max(1, gap) / temperature
+        squared:   c_j a (s_j - t_j)^2
 
     Args:
       scores: float32[M], policy scores of the pair's entries (both variants, flattened).
@@ -39,16 +47,21 @@ def preference_entry_losses(
       gap: float32[], |z_w - z_b|, difference of the normalised advantages.
       temperature: float32[], above 0; small is sharp.
       collapse_weight: float32[], weight c_j of entries whose target is -1.
+      form: Bradley-Terry, or regression on the targets, which takes back a score beyond them.
 
     Returns:
       float32[M], 0 where not supervised.
+
+    Raises:
+      ValueError: the form is unknown.
     """
-    scores, targets, where = jnp.asarray(scores), jnp.asarray(targets), jnp.asarray(where)
+    if form not in ("logistic", "squared"):
+        raise ValueError(f"form must be logistic or squared, got {form!r}")
+    scores, targets, where = _cleared(scores, targets, where)
     strength, scale = _strength_and_scale(gap, temperature)
     weight = jnp.where(targets < 0, collapse_weight, 1.0)
-    # The inner where keeps masked scores, whatever they hold, out of the gradient.
-    logits = jnp.where(where, targets * scores, 0.0) * scale
-    return jnp.where(where, weight * strength * jax.nn.softplus(-logits), 0.0)
+    each = jnp.square(scores - targets) if form == "squared" else jax.nn.softplus(-targets * scores * scale)
+    return jnp.where(where, weight * strength * each, 0.0)
 
 
 def preference_loss(
@@ -61,10 +74,11 @@ def preference_loss(
     collapse_weight: ArrayLike,
     weights: ArrayLike = 1.0,
     granularity: Literal["entry", "pair"] = "entry",
+    form: Literal["logistic", "squared"] = "logistic",
 ) -> Array:
-    """Bradley-Terry loss of one pair: the policy should ask for what the better variant shows.
+    """Loss of one pair: the policy should ask for what the better variant shows.
 
-        entry:  sum_j m_j w_j c_j a softplus(-t_j s_j g) / sum_j m_j w_j
+        entry:  sum_j m_j w_j l_j / sum_j m_j w_j,    l_j as of `preference_entry_losses`
         pair:   a softplus(-g sum_j m_j w_j c_j t_j s_j / sum_j m_j w_j c_j)
 
     Args:
@@ -76,28 +90,31 @@ def preference_loss(
       collapse_weight: float32[], weight c_j of entries whose target is -1.
       weights: float32[M] or float32[], w_j above 0. With the tokens that each entry covers, both sides of a pair weigh
         the same, and to answer by the level alone gains nothing (see `preferences.span_targets`).
-      granularity: one softplus for every entry, or one for the pair's mean margin.
+      granularity: a loss of every entry, or one softplus for the pair's mean margin.
+      form: of the entries' losses; a pair's is logistic.
 
     Returns:
       float32[].
 
     Raises:
-      ValueError: the granularity is unknown.
+      ValueError: the granularity or the form is unknown, or the form is squared and the granularity is pair.
 
     References:
       Bradley and Terry (1952); the logistic preference loss as in Christiano et al., arXiv 1706.03741, Eq. 1.
     """
     if granularity == "entry":
         losses = preference_entry_losses(
-            scores, targets, where, gap=gap, temperature=temperature, collapse_weight=collapse_weight
+            scores, targets, where, gap=gap, temperature=temperature, collapse_weight=collapse_weight, form=form
         )
         return _weighted_mean(losses, jnp.where(jnp.asarray(where), weights, 0.0))
     if granularity != "pair":
         raise ValueError(f"granularity must be entry or pair, got {granularity!r}")
-    scores, targets, where = jnp.asarray(scores), jnp.asarray(targets), jnp.asarray(where)
+    if form != "logistic":
+        raise ValueError(f"form must be logistic where granularity is pair, got {form!r}")
+    scores, targets, where = _cleared(scores, targets, where)
     strength, scale = _strength_and_scale(gap, temperature)
     weight = jnp.where(where, weights * jnp.where(targets < 0, collapse_weight, 1.0), 0.0)
-    margin = _weighted_mean(jnp.where(where, targets * scores, 0.0), weight)
+    margin = _weighted_mean(targets * scores, weight)
     return jnp.where(jnp.sum(weight) > 0, strength * jax.nn.softplus(-margin * scale), 0.0)
 
 
@@ -118,11 +135,10 @@ def rank_loss(
     Returns:
       float32[]; 0 unless both kinds are present.
     """
-    scores, targets, where = jnp.asarray(scores), jnp.asarray(targets), jnp.asarray(where)
-    positive, negative = where & (targets > 0), where & (targets < 0)
-    means = [
-        _weighted_mean(jnp.where(kind, scores, 0.0), jnp.where(kind, weights, 0.0)) for kind in (positive, negative)
-    ]
-    difference = means[0] - means[1]
+    scores, targets, where = _cleared(scores, targets, where)
+    # A target that is not a number is of the second kind, so that it is not left out unseen.
+    positive, negative = where & (targets > 0), where & ~(targets > 0)
+    difference = sum(_weighted_mean(targets * scores, jnp.where(kind, weights, 0.0)) for kind in (positive, negative))
     has_both = jnp.any(positive) & jnp.any(negative)
-    return jnp.where(has_both, jax.nn.relu(margin - difference), 0.0)
+    # Times 0 and not 0: a NaN stays one.
+    return jnp.where(has_both, jax.nn.relu(margin - difference), 0.0 * difference)

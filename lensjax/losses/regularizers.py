@@ -21,8 +21,7 @@ def budget_balance(scores: ArrayLike, spans: ArrayLike, where: ArrayLike) -> Arr
     Returns:
       float32[] in (-1, 1); positive asks for more detail than it gives back, 0 where nothing counts.
     """
-    scores = jnp.where(jnp.asarray(where), jnp.asarray(scores), 0.0)
-    spans = jnp.asarray(spans)
+    scores, spans = (jnp.where(jnp.asarray(where), jnp.asarray(x), 0.0) for x in (scores, spans))
     expand = jnp.sum(spans * jax.nn.relu(scores))
     collapse = jnp.sum(spans * jax.nn.relu(-scores))
     return (expand - collapse) / (expand + collapse + EPS)
