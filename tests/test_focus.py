@@ -710,7 +710,7 @@ def test_each_sampled_step_draws_anew_and_the_same_key_draws_the_same():
     @jit
     def walk(key):
         start = focus.uniform(12, FLAT)
-        even = {"score": lambda context: jnp.zeros(FLAT.window), "length": 12, "geometry": FLAT}
+        even = {"policy": lambda context: jnp.zeros(FLAT.window), "length": 12, "geometry": FLAT}
         return focus.iterate(start, **even, steps=100, capacity=FLAT.window, settings=settings, key=key)[1]
 
     one, again, other = (reference.unstack(walk(jax.random.key(seed))) for seed in (0, 0, 1))
