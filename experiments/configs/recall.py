@@ -16,7 +16,7 @@ CONFIG = Config(
     eval_batches=16,
     save_steps=100,
     base=BaseConfig(dim=64, layers=2, heads=4, kv_heads=2, mlp_dim=192),
-    context=ContextConfig(window=64, block_size=8, max_lod=1, horizon=6, recent_tokens=2, rollouts=4),
+    context=ContextConfig(window=64, block_size=8, max_lod=1, horizon=6, recent_tokens=2, rollouts=6, local_edits=1),
     hyper=Hyperparameters(context_start=0.6, context_end=0.4),
     data=DataConfig(task="recall", query=2),
     pretrain=PretrainConfig(steps=800, batch_size=32),
