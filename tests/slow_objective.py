@@ -30,7 +30,7 @@ def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float:
 
 
 def std(values: Sequence[float]) -> float:
-    return float(np.std(np.asarray(values, np.float64)))
+    return float(np.std(np.asarray(values, np.float64))) if len(values) else 0.0
 
 
 class Row:
@@ -296,7 +296,7 @@ def _reward_report(sequences: list[Row]) -> Report:
     return {
         "mc/adv_delta_mean": mean(deltas),
         "mc/adv_delta_std": std(deltas),
-        "mc/adv_delta_p95": float(np.percentile(deltas, 95)),
+        "mc/adv_delta_p95": float(np.percentile(deltas, 95)) if deltas else 0.0,
         "mc/preference_corr_mean": mean(correlations, math.nan),
         "mc/preference_corr_max": max(correlations, default=math.nan),
         "mc/preference_corr_min": min(correlations, default=math.nan),
@@ -304,7 +304,9 @@ def _reward_report(sequences: list[Row]) -> Report:
         "mc/distinct_share": len(rollouts) / sum(len(row.losses) - 1 for row in sequences),
         "nll_baseline": mean([row.losses[0] for row in sequences]),
         "nll_rollout_mean": mean([row.losses[v] for row, v in rollouts]),
-        "nll_rollout_best": mean([min(row.losses[v] for v in row.distinct if v > 0) for row in sequences]),
+        "nll_rollout_best": mean(
+            [min(row.losses[v] for v in row.distinct if v > 0) for row in sequences if len(row.distinct) > 1]
+        ),
         "reward_mean": -mean([loss for losses in distinct_losses for loss in losses]),
         "reward_std": std([loss for losses in distinct_losses for loss in losses]),
         "frac_reward_zero_std": mean([max(losses) == min(losses) for losses in distinct_losses]),

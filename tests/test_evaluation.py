@@ -196,7 +196,8 @@ def test_every_metric_of_the_objective_is_there():
     report = evaluate(wish(0))
     step = functools.partial(jax.eval_shape, RUN.train_step)
     _, trained = step(RUN.state(), batch())
-    assert set(trained) - set(report) == {"loss", "grad_norm", "lr", "temperature", "context_length"}
+    of_training = {"loss", "grad_norm", "lr", "temperature", "context_length", "mc/adv_histogram"}
+    assert set(trained) - set(report) == of_training
 
 
 def test_one_key_is_one_measurement_and_another_key_other_rollouts():

@@ -406,6 +406,12 @@ def test_a_held_out_loss_that_is_not_finite_stops_the_run(run):
     assert checkpoint.steps(run.checkpoints) == [3]
 
 
+def test_histograms_pass_the_check_of_every_step(run):
+    step = functools.partial(faulty_step, faults={"mc/adv_histogram": (1, np.ones(42, np.float32))})
+    run.start(step=step)
+    assert run.rows() and not any("mc/adv_histogram" in row for row in run.rows())
+
+
 def test_undefined_correlations_do_not_stop_the_run(run):
     name = "mc/preference_corr_mean"
     step = functools.partial(faulty_step, faults={name: (1, math.nan)})

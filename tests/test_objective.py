@@ -288,7 +288,7 @@ def test_the_advantage_of_a_span_by_hand():
     recent = [(token, 0) for token in range(4, SHAPE.history)]
     one, other = [(0, 1), (2, 0), (3, 0), *recent], [(0, 0), (1, 0), (2, 1), *recent]
     cuts = [one, other, one, one]
-    contexts = [reference.context_of(cut, window=SHAPE.history, capacity=30) for cut in cuts]
+    contexts = [reference.context_of(cut, window=SHAPE.history, capacity=SHAPE.history) for cut in cuts]
     contexts = jax.tree.map(lambda *rows: np.stack(rows)[None], *contexts)
     spans = np.where(contexts.valid, SHAPE.block_size**contexts.lod, 0).astype(np.float32)
     entries = Entries(spans[..., None], spans, contexts.lod, spans, spans, contexts.valid)
@@ -297,13 +297,13 @@ def test_the_advantage_of_a_span_by_hand():
     alone = {name: 0.0 for name in ("rank_weight", "budget_weight", "smooth_weight")}
     hyper = as_arrays(replace(config.hyper, **alone))
     loss = jit(jax.value_and_grad(lambda s: call(scored, s, None, EMPTY, EMPTY, hyper).loss))
-    scores = np.zeros((1, 4, 30), np.float32)
+    scores = np.zeros((1, 4, SHAPE.history), np.float32)
     scores[0, 0, :3], scores[0, 1, :3] = [-0.5, 0.25, 0.75], [1.0, -1.0, 0.5]
     value, gradient = loss(scores)
     # The first is better: less of tokens 0 and 1, more of 2 and 3, on both sides by the tokens covered, of 8 in all.
     asked = [2 * 0.5 + 0.25 + 0.75, -1.0 + 1.0 + 2 * 0.5]
     assert float(value) == pytest.approx(-sum(asked) / 8, rel=1e-5)
-    expected = np.zeros((2, 30))
+    expected = np.zeros((2, SHAPE.history))
     expected[:, :3] = np.asarray([[2, -1, -1], [1, 1, -2]]) / 8
     np.testing.assert_allclose(gradient[0, :2], expected, rtol=1e-5)
     assert not gradient[0, 2:].any()

@@ -282,11 +282,11 @@ def test_each_step_draws_new_rankings_from_a_key_that_no_sequence_has():
     ids=lambda changes: "-".join(changes.values()),
 )
 def test_what_takes_the_place_of_the_preference_loss_trains(changes):
-    run = Run(**changes, **{"hyper.rank_weight": 0.0, "hyper.learning_rate": 0.01})
+    run = Run(steps=30, **changes, **{"hyper.rank_weight": 0.0, "hyper.learning_rate": 0.01})
     scored, _, _ = run.observe(run.state(), batch())
     step = jit(functools.partial(train.lens_step, config=run.config, models=run.models))
     state, reports = run.state(), []
-    for _ in range(SMALL.steps):
+    for _ in range(run.config.steps):
         state, report = step(state, scored)
         reports.append(numbers(report))
     first, last = reports[0], reports[-1]
