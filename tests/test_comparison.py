@@ -10,7 +10,7 @@ import pytest
 
 from lensjax import comparison, focus, nll, policies, preferences, rollouts
 from lensjax import context as contexts
-from lensjax.variants import build_tree, policy_scores
+from lensjax.decision import build_tree, policy_scores
 from tests import reference
 from tests.small import Run, batch, jit
 
@@ -75,7 +75,7 @@ def test_each_policy_is_the_one_it_is_called():
             random_key, LENGTH, config.hyper.lod2_share, rollouts=DRAWS, geometry=GEOMETRY, capacity=LENGTH
         )
         single = [
-            contexts.baseline(LENGTH, window=SHAPE.window, capacity=LENGTH),
+            contexts.baseline(LENGTH, window=SHAPE.history, capacity=LENGTH),
             of_state(focus.uniform(LENGTH, GEOMETRY)),
             *(
                 of_state(policies.by_scores(scores, LENGTH, GEOMETRY))
@@ -98,7 +98,7 @@ def test_the_full_context_is_the_ordinary_loss_of_the_tail():
     found = measure(params, tokens, jnp.asarray(ANSWER))
     whole = jit(functools.partial(nll.sequence_losses, RUN.models.base))(params["base"], tokens)
     assert float(found.nll) == pytest.approx(float(whole[-SHAPE.horizon :].mean()), rel=1e-5)
-    assert found.entries.tolist() == [SHAPE.window, SHAPE.window] and found.hit == 1
+    assert found.entries.tolist() == [SHAPE.history, SHAPE.history] and found.hit == 1
 
 
 @functools.cache
@@ -154,7 +154,7 @@ def test_what_a_focus_changes_is_counted_by_entries_and_by_edits():
     found = focus_evidence(0, 1)
     own, recency = (
         tuple(reference.entries_of(one))
-        for one in (focused(0), contexts.baseline(LENGTH, window=SHAPE.window, capacity=LENGTH))
+        for one in (focused(0), contexts.baseline(LENGTH, window=SHAPE.history, capacity=LENGTH))
     )
     assert found.divergence == pytest.approx(reference.edit_distance(own, recency) / LENGTH)
     cold = collapsed(focus.to_context(focus.uniform(LENGTH, GEOMETRY), GEOMETRY, capacity=LENGTH))

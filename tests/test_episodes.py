@@ -10,7 +10,7 @@ from lensjax import config as configs
 from lensjax import context as contexts
 from lensjax import episodes, focus, nll
 from lensjax.models import build_models
-from lensjax.variants import build_tree
+from lensjax.decision import build_tree
 from tests.small import SMALL, batch, jit
 
 CONFIG = configs.replace(SMALL, **{"online.steps": 12, "online.edit_cost": 0.25, "online.refocus_steps": 3})

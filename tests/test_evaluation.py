@@ -13,7 +13,7 @@ from lensjax import config as configs
 from lensjax import context as contexts
 from lensjax import evaluation, focus
 from lensjax.models import build_models
-from lensjax.variants import build_tree
+from lensjax.decision import build_tree
 from tests.small import FULL, SMALL, Run, batch, jit
 
 SHAPE, GEOMETRY = SMALL.context, SMALL.context.geometry
@@ -28,7 +28,7 @@ class KnownScores:
         return {"scores": jax.random.uniform(key, (BLOCKS,), minval=-0.9, maxval=0.9)}
 
     def apply(self, params, embeddings, lods, spans, distances, valid):
-        start = SHAPE.window - 1 - distances - (spans - 1) / 2
+        start = SHAPE.history - 1 - distances - (spans - 1) / 2
         block = jnp.clip((start / SIZE).astype(jnp.int32), 0, BLOCKS - 1)
         return jnp.where(valid & (lods <= 1), params["scores"][block], 0.0)
 
@@ -36,7 +36,7 @@ class KnownScores:
 # At 22 of 32 entries two blocks of twelve can be in full.
 RUN = Run(
     lambda config: replace(build_models(config), lens=KnownScores()),
-    **{"hyper.context_end": SHORTEST_CURRICULUM / SHAPE.window},
+    **{"hyper.context_end": SHORTEST_CURRICULUM / SHAPE.history},
 )
 KEY = jax.random.key(11)
 
@@ -83,7 +83,7 @@ def test_the_policys_contexts_lead_from_the_cold_start_to_what_it_wishes():
     for length in (22, 19):
         made = walk(params, length)
         assert np.asarray(made.length).tolist() == [length] * (run.config.focus.steps + 1)
-        cuts = np.asarray(jax.vmap(lambda one: contexts.to_cut(one, window=SHAPE.window))(made))
+        cuts = np.asarray(jax.vmap(lambda one: contexts.to_cut(one, window=SHAPE.history))(made))
         np.testing.assert_array_equal(cuts[0], focus.to_cut(focus.uniform(length, GEOMETRY), GEOMETRY))
         assert (cuts[-1, 4 * SIZE : 5 * SIZE] == 0).all()
 
@@ -114,12 +114,12 @@ def test_the_oracle_depends_on_the_answer_and_the_policy_does_not():
 
 
 def test_a_context_shows_a_block_in_full_or_it_does_not():
-    cut = np.zeros(SHAPE.window, np.int32)
+    cut = np.zeros(SHAPE.history, np.int32)
     cut[4:8] = 2
-    context = contexts.from_cut(cut, block_size=SIZE, capacity=SHAPE.window)
+    context = contexts.from_cut(cut, block_size=SIZE, capacity=SHAPE.history)
     shown = [bool(evaluation.shows_in_full(context, start, SMALL)) for start in range(0, 12, SIZE)]
     assert shown == [True, True, False, False, True, True]
-    late = contexts.baseline(10, window=SHAPE.window, capacity=10)
+    late = contexts.baseline(10, window=SHAPE.history, capacity=10)
     assert not evaluation.shows_in_full(late, 20, SMALL) and evaluation.shows_in_full(late, 22, SMALL)
 
 
@@ -144,7 +144,7 @@ def test_an_allocator_that_samples_is_measured_too():
 
 def test_training_and_evaluation_measure_the_same_loss():
     """One function: the baseline's loss does not depend on who asks, nor on the policy or the rollouts."""
-    state = FULL.state(step=11, context_end=SHORTEST_CURRICULUM / SHAPE.window)
+    state = FULL.state(step=11, context_end=SHORTEST_CURRICULUM / SHAPE.history)
     parts = {"base": jax.tree.map(jnp.copy, state.params["base"]), "gist": jax.tree.map(jnp.copy, state.params["gist"])}
     _, trained = FULL.train_step(state, batch())
     held_out = replace(state_that_scores(wish(3)), step=jnp.asarray(0, jnp.int32))
@@ -231,16 +231,16 @@ def test_maps_show_the_baseline_the_rollouts_and_the_pick():
     state = state_that_scores(scores)
     draw = jit(functools.partial(evaluation.variant_maps, config=RUN.config, models=RUN.models))
     maps = jax.device_get(draw(state, batch()["tokens"], KEY))
-    shape = (3, SHAPE.rollouts + 2, SHAPE.window)
+    shape = (3, SHAPE.rollouts + 2, SHAPE.history)
     assert (maps["cuts"].shape, maps["scores"].shape, maps["nll"].shape) == (shape, shape, shape[:2])
     shown = maps["cuts"] != contexts.MISSING
     np.testing.assert_array_equal(np.isnan(maps["scores"]), ~shown)
-    head = SHAPE.window - SHORTEST_CURRICULUM
+    head = SHAPE.history - SHORTEST_CURRICULUM
     assert not shown[:, 0, :head].any() and shown[:, 0, head:].all() and shown[:, 1:].all()
     # The pick keeps the block of the highest score, here the last one before the tail.
     assert (maps["cuts"][:, -1, (BLOCKS - 1) * SIZE :] == 0).all()
     # Every token has the score of the entry that shows it.
-    by_token = np.full(SHAPE.window, scores[-1])
+    by_token = np.full(SHAPE.history, scores[-1])
     by_token[: BLOCKS * SIZE] = np.repeat(scores, SIZE)
     expected = np.where(shown, np.where(maps["cuts"] <= 1, by_token, 0), np.nan)
     np.testing.assert_allclose(maps["scores"], expected, rtol=1e-6)

@@ -12,7 +12,7 @@ import pytest
 from lensjax import context as contexts
 from lensjax import focus, nll, policies
 from lensjax.lengths import CutGeometry
-from lensjax.variants import build_tree
+from lensjax.decision import build_tree
 from tests import reference
 from tests.small import LENS, SMALL, Run, batch, jit, tiny_models
 

@@ -9,7 +9,7 @@ import pytest
 
 from lensjax import context as contexts
 from lensjax import evaluation, nll, pretrain
-from lensjax.variants import build_tree
+from lensjax.decision import build_tree
 from tests.small import Run, batch, jit
 
 STEPS, RATE = 12, 0.01
