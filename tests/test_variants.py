@@ -125,7 +125,7 @@ def test_a_config_with_local_edits_draws_local_rollouts():
 
 def test_the_tree_holds_the_embeddings_and_the_gists_of_the_models():
     state, *_ = observed()
-    tokens = batch()["tokens"][0]
+    tokens = batch()["tokens"][0, : SHAPE.history]
     tree = jax.jit(functools.partial(build_tree, OTHER.models, config=OTHER.config))(state.params, tokens)
     leaves = np.asarray(state.params["base"]["table"])[np.asarray(tokens)]
     np.testing.assert_array_equal(tree.levels[0], leaves)
