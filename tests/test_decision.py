@@ -129,7 +129,7 @@ def influence(shift):
         tokens = jnp.roll(jnp.asarray(TOKENS), -shift)
         scored = score_variants(MODELS, params, tokens, jax.random.key(0), LENGTH, 0.3, config=CONFIG)
         tree = build_tree(MODELS, params, split(tokens, horizon=SHAPE.horizon).history, CONFIG)
-        made = policy_contexts(MODELS, params["lens"], tree, LENGTH, config=CONFIG, capacity=LENGTH)
+        made = policy_contexts(MODELS, params["lens"], tree, LENGTH, config=CONFIG, capacity=CONFIG.context_capacity)
         picked = jax.vmap(lambda one: contexts.materialise(tree, one))(made)
         entries = jax.tree.map(lambda *rows: jnp.concatenate(rows), scored.entries, picked)
         scores = jax.vmap(
