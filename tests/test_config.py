@@ -92,7 +92,11 @@ BAD_VALUES = [
     ("context.local_edits", -1, "context.local_edits must be 0 (none) or more, got -1"),
     ("context.recent_tokens", 0, "recent_tokens must be at least 1, got 0"),
     ("context.horizon", 0, "horizon must be at least 1, got 0"),
-    ("context.window", 47, "context.window must hold at least one block, the recent tokens and the horizon: expected at"),
+    (
+        "context.window",
+        47,
+        "context.window must hold at least one block, the recent tokens and the horizon: expected at",
+    ),
     ("objective.targets", "better", "targets must be one of both, worse_only, got 'better'"),
     ("objective.granularity", "token", "granularity must be one of entry, pair, got 'token'"),
     ("objective.anchor", "cache", "anchor must be one of previous, ema, fixed, got 'cache'"),
