@@ -20,7 +20,7 @@ LENGTH, DRAWS = 19, 2
 HISTORY, HORIZON = slice(0, SHAPE.history), slice(SHAPE.history, SHAPE.window)
 
 
-# Who decides, as a function of (state, tokens int32[T], key): what it makes, by name, all but the losses on the horizon.
+# Who decides, as functions of (state, tokens int32[T], key): what each makes, by name, but for losses on the horizon.
 
 
 def by_history(state, tokens, key, *, shift=0):
