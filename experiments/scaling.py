@@ -4,7 +4,7 @@
     python experiments/scaling.py --series rollouts window --output-dir runs/two
 
 Each series changes one size of a small shape: rollouts N, entries W, window T, block size K, levels L, width D; and,
-for a session that reads a stream, the history that it holds. About 256 entries are seen where W is not what changes.
+for a session that reads a stream, the history that it holds. About 240 entries are seen where W is not what changes.
 The points of a series take turns in one process. Beside each measured time the picture shows what the operations on
 paper (`lensjax.cost`) make of the middle one. Leaves `scaling.csv` and `scaling.png`.
 """
@@ -38,7 +38,7 @@ SHAPE = Config(
     hyper=Hyperparameters(context_start=0.5, context_end=0.5, kl_weight=0.1),
     optimizer=OptimizerConfig(warmup_steps=0),
 )
-"""What each series changes in one place: 256 entries of a window of 512 tokens."""
+"""What each series changes in one place: 240 entries of a history of 480 tokens."""
 HISTORY = configs.replace(SHAPE, **{"context.max_lod": 3, "context.recent_tokens": 40})
 SESSION_TOKENS = 512
 
@@ -60,16 +60,16 @@ def _entries(value: int, window: int = SHAPE.context.window) -> dict[str, Any]:
 
 
 def _history(window: int) -> Config:
-    return configs.replace(HISTORY, **{"context.window": window}, **_entries(256, window))
+    return configs.replace(HISTORY, **{"context.window": window}, **_entries(240, window))
 
 
 SERIES = {
     "rollouts": Series("rollouts N", (1, 2, 4, 8, 16), lambda n: configs.replace(SHAPE, **{"context.rollouts": n})),
-    "entries": Series("entries W", (128, 192, 256, 384, 480), lambda w: configs.replace(SHAPE, **_entries(w))),
+    "entries": Series("entries W", (120, 180, 240, 360, 480), lambda w: configs.replace(SHAPE, **_entries(w))),
     "window": Series(
         "window T",
         (512, 1024, 2048, 4096),
-        lambda t: configs.replace(SHAPE, **{"context.window": t}, **_entries(256, t)),
+        lambda t: configs.replace(SHAPE, **{"context.window": t}, **_entries(240, t)),
     ),
     "block_size": Series("block size K", (4, 8, 16, 32), lambda k: configs.replace(SHAPE, **{"context.block_size": k})),
     "levels": Series(

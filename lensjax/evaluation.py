@@ -78,7 +78,7 @@ def eval_step(state: TrainState, batch: Batch, key: Array, *, config: Config, mo
 def oracle_state(answers: ArrayLike, length: ArrayLike, geometry: CutGeometry) -> FocusState:
     """The context of one length that shows the blocks at tokens int32[A] in full, and else the most recent blocks."""
     tokens, answers = jnp.arange(geometry.window), jnp.asarray(answers)
-    is_answer = jnp.any(tokens // geometry.block_size == answers[:, None] // geometry.block_size, axis=0)
+    is_answer = jnp.any(tokens[None, :] // geometry.block_size == answers[:, None] // geometry.block_size, axis=0)
     wish = jnp.where(is_answer, 1.0, tokens / geometry.window - 1)
     return focus.fit(focus.uniform(geometry.window, geometry), nodes.pool_tokens(wish, geometry), length, geometry)
 
@@ -87,7 +87,7 @@ def shows_in_full(context: WorkingContext, answers: ArrayLike, config: Config) -
     """Whether a context shows all of the blocks that begin at tokens int32[A] in full; bool[]."""
     shape = config.context
     cut = contexts.to_cut(context, window=shape.history)
-    tokens = jnp.asarray(answers)[:, None] + jnp.arange(shape.block_size)[None]
+    tokens = jnp.asarray(answers)[:, None] + jnp.arange(shape.block_size)[None, :]
     return jnp.all(cut[tokens] == 0)
 
 

@@ -116,7 +116,7 @@ def lookup(tokens: ArrayLike, geometry: CutGeometry) -> Array:
     place = jnp.arange(tokens.shape[0])
     for back in range(1, geometry.recent_tokens + 1):
         running &= (place >= back) & (jnp.roll(tokens, back) == tokens[-back])
-        count += running
+        count += running.astype(jnp.float32)
     return count
 
 

@@ -128,16 +128,18 @@ def variant_loss(
     horizon: int,
     block_size: int,
 ) -> float:
-    """Mean over the horizon of -log p(token | entries that end at or before it).
+    """Mean over the horizon of -log p(token | entries, the tokens of the horizon before it).
 
-    `logits_at_end(embeddings, positions, spans)` reads only the entries that are given to it.
+    `leaves` are the embeddings of all tokens; `logits_at_end(embeddings, positions, spans)` reads only what is given to
+    it, for each token of the horizon anew.
     """
-    losses = []
-    for target in range(len(tokens) - horizon, len(tokens)):
-        readable = [entry for entry in entries if covered(entry, block_size).stop <= target]
-        embeddings = np.stack([node(leaves, gist, start, lod, block_size) for start, lod in readable])
-        spans = np.asarray([block_size**lod for _, lod in readable], np.float64)
-        positions = np.asarray([start for start, _ in readable], np.float64) + (spans - 1) / 2
+    losses, cursor = [], len(tokens) - horizon
+    assert all(covered(entry, block_size).stop <= cursor for entry in entries), "an entry is behind the cursor"
+    for target in range(cursor, len(tokens)):
+        read = [*entries, *((token, 0) for token in range(cursor, target))]
+        embeddings = np.stack([node(leaves, gist, start, lod, block_size) for start, lod in read])
+        spans = np.asarray([block_size**lod for _, lod in read], np.float64)
+        positions = np.asarray([start for start, _ in read], np.float64) + (spans - 1) / 2
         logits = np.asarray(logits_at_end(embeddings, positions, spans), np.float64)
         losses.append(np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[tokens[target]])
     return float(np.mean(losses))

@@ -46,7 +46,7 @@ TINY = Config(
     base=BaseConfig(dim=8, layers=1, heads=2, kv_heads=1, mlp_dim=8, conv_width=2),
     gist=GistConfig(heads=2),
     lens=LensConfig(dim=8, layers=1, heads=2, mlp_dim=8),
-    context=ContextConfig(window=32, block_size=4, max_lod=1, horizon=3, recent_tokens=4, rollouts=2),
+    context=ContextConfig(window=32, block_size=4, max_lod=1, horizon=2, recent_tokens=4, rollouts=2),
     optimizer=OptimizerConfig(warmup_steps=1),
     data=DataConfig(task="recall"),
     pretrain=PretrainConfig(steps=4, batch_size=2),

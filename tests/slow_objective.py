@@ -59,7 +59,7 @@ class Row:
     def free(self, v: int) -> list[int]:
         """Entries outside the protected tail."""
         return [
-            i for i, (start, _) in enumerate(self.entries[v]) if start < self.shape.window - self.shape.recent_tokens
+            i for i, (start, _) in enumerate(self.entries[v]) if start < self.shape.history - self.shape.recent_tokens
         ]
 
     def span(self, entry: Entry) -> int:
@@ -80,7 +80,7 @@ class Row:
         return reference.variant_value(
             self.scores[v],
             self.entries[v],
-            window=shape.window,
+            window=shape.history,
             block_size=shape.block_size,
             max_lod=shape.max_lod,
             recent_tokens=shape.recent_tokens,
@@ -99,7 +99,7 @@ class Row:
         both = reference.span_targets(
             self.entries[better],
             self.entries[worse],
-            window=shape.window,
+            window=shape.history,
             block_size=shape.block_size,
             recent_tokens=shape.recent_tokens,
             worse_only=worse_only,

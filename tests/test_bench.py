@@ -76,7 +76,8 @@ def test_the_cost_on_paper_is_what_the_compiler_counts(shape):
         options = {"xla_backend_optimization_level": 2, "xla_llvm_disable_expensive_passes": False}
         return jax.jit(function).lower(*given).compile(options).cost_analysis()
 
-    base = counted(lambda base, entries: script._logits(models, base, entries, config), params["base"], entries)
+    horizons = jax.ShapeDtypeStruct((1, config.context.horizon), jnp.int32)
+    base = counted(functools.partial(script._logits, models), params["base"], entries, horizons)
     lens = counted(
         lambda lens, entries: script._lens_gradient(models, lens, entries, jnp.ones(entries.valid.shape)),
         params["lens"],

@@ -90,8 +90,13 @@ BAD_VALUES = [
     ("context.max_lod", 0, "max_lod must be at least 1, got 0"),
     ("context.rollouts", 0, "rollouts must be at least 1, got 0"),
     ("context.local_edits", -1, "context.local_edits must be 0 (none) or more, got -1"),
-    ("context.recent_tokens", 32, "context.recent_tokens must be at least horizon + 1"),
-    ("context.window", 40, "context.window must hold the recent tokens and at least one block: expected at least 48"),
+    ("context.recent_tokens", 0, "recent_tokens must be at least 1, got 0"),
+    ("context.horizon", 0, "horizon must be at least 1, got 0"),
+    (
+        "context.window",
+        47,
+        "context.window must hold at least one block, the recent tokens and the horizon: expected at",
+    ),
     ("objective.targets", "better", "targets must be one of both, worse_only, got 'better'"),
     ("objective.granularity", "token", "granularity must be one of entry, pair, got 'token'"),
     ("objective.anchor", "cache", "anchor must be one of previous, ema, fixed, got 'cache'"),
@@ -114,9 +119,9 @@ BAD_VALUES = [
     ("hyper.kl_weight", -1.0, "kl_weight must be finite and at least 0, got -1.0"),
     ("hyper.rpo_weight", -0.1, "rpo_weight must be finite and at least 0, got -0.1"),
     ("hyper.margin", float("inf"), "margin must be finite and at least 0, got inf"),
-    ("hyper.context_end", 0.0, "context_end is a fraction of the window in (0, 1], got 0.0"),
-    ("hyper.context_start", 1.1, "context_start is a fraction of the window in (0, 1], got 1.1"),
-    ("hyper.context_end", 0.1, "context_end asks for 25 entries"),
+    ("hyper.context_end", 0.0, "context_end is a fraction of the history in (0, 1], got 0.0"),
+    ("hyper.context_start", 1.1, "context_start is a fraction of the history in (0, 1], got 1.1"),
+    ("hyper.context_end", 0.05, "context_end asks for 11 entries"),
     ("optimizer.schedule", "step", "schedule must be one of constant, linear, cosine, got 'step'"),
     ("optimizer.warmup_steps", -1, "optimizer.warmup_steps must be 0 or more, got -1"),
     ("optimizer.curriculum_steps", -1, "optimizer.curriculum_steps must be 0 or more, or None, got -1"),
@@ -254,9 +259,16 @@ def test_replace_refuses_unknown_names(name):
         configs.replace(Config(), **{name: 1})
 
 
+def test_what_is_cut_is_the_history_before_the_cursor():
+    shape = ContextConfig(window=100, horizon=30, block_size=8, max_lod=2, recent_tokens=5)
+    assert shape.history == 70
+    assert shape.geometry == CutGeometry(window=70, block_size=8, max_lod=2, recent_tokens=5)
+    # One block, the query and the horizon are the least that there can be.
+    assert ContextConfig(window=48, horizon=32, block_size=8, recent_tokens=8).geometry.blocks(1) == 1
+
+
 def test_context_capacity_is_the_longest_length_of_the_curriculum():
-    assert Config().context.geometry == CutGeometry(window=256, block_size=8, max_lod=2, recent_tokens=40)
-    assert Config().context_capacity == 256 - 8 * 7 == 200  # 0.8 * 256 = 204.8, rounded down
+    assert Config().context_capacity == 224 - 7 * 7 == 175  # 0.8 * 224 = 179.2, rounded down
     growing = configs.replace(Config(), **{"hyper.context_start": 0.7, "hyper.context_end": 0.9})
     assert growing.context_capacity == growing.context.geometry.length_of_fraction(0.9)
 

@@ -115,6 +115,10 @@ def tokens(rng: np.random.Generator) -> np.ndarray:
     return rng.integers(0, 7, 24).astype(np.int32)
 
 
+def horizon(rng: np.random.Generator) -> np.ndarray:
+    return tokens(rng)[:HORIZON]
+
+
 def gist_fn(children: jax.Array) -> jax.Array:
     return jnp.tanh(children.sum(axis=1))
 
@@ -352,14 +356,15 @@ TREES = [
 ]
 
 NLL = [
-    Case("horizon_rows", functools.partial(nll.horizon_rows, horizon=3), (integer(6, 20),), "i"),
-    Case("token_losses", lambda p, e, t: nll.token_losses(MODEL, p, e, t[-HORIZON:]), (params, entries, tokens), "f"),
+    Case("reading", functools.partial(nll.reading, MODEL), (params, entries, horizon), "fffi"),
+    Case("token_losses", functools.partial(nll.token_losses, MODEL), (params, entries, horizon), "f"),
     Case(
         "variant_losses",
-        lambda *a: nll.variant_losses(MODEL, *a, horizon=HORIZON),
-        (params, full_tree, variants, tokens),
+        functools.partial(nll.variant_losses, MODEL),
+        (params, full_tree, variants, horizon),
         "fffiffb",
     ),
+    Case("entry_losses", lambda *a: nll.entry_losses(MODEL, *a, horizon=HORIZON), (params, entries, tokens), "f"),
     Case("sequence_losses", lambda p, t: nll.sequence_losses(MODEL, p, t), (params, tokens), "f"),
 ]
 

@@ -9,8 +9,8 @@ import pytest
 from lensjax import config as configs
 from lensjax import context as contexts
 from lensjax import episodes, focus, nll
+from lensjax.decision import build_tree, split
 from lensjax.models import build_models
-from lensjax.variants import build_tree
 from tests.small import SMALL, batch, jit
 
 CONFIG = configs.replace(SMALL, **{"online.steps": 12, "online.edit_cost": 0.25, "online.refocus_steps": 3})
@@ -62,8 +62,9 @@ def test_losses_are_those_of_the_contexts_and_rewards_their_fall_minus_the_cost_
     episode, shape = played(), CONFIG.context
 
     def measure(tokens, seen):
-        tree = build_tree(models(), params(), tokens, CONFIG)
-        return nll.variant_losses(models().base, params()["base"], tree, seen, tokens, horizon=shape.horizon)[0]
+        window = split(tokens, horizon=shape.horizon)
+        tree = build_tree(models(), params(), window.history, CONFIG)
+        return nll.variant_losses(models().base, params()["base"], tree, seen, window.horizon)[0]
 
     losses = jit(jax.vmap(measure))(batch()["tokens"], episode.contexts)
     np.testing.assert_allclose(episode.losses[:, :-1], losses, rtol=1e-5)
@@ -125,7 +126,7 @@ def test_contexts_are_legal_cuts(length):
     shape = CONFIG.context
     check = functools.partial(
         contexts.invariants,
-        window=shape.window,
+        window=shape.history,
         block_size=shape.block_size,
         length=length,
         recent_tokens=shape.recent_tokens,

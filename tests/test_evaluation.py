@@ -30,7 +30,7 @@ class KnownScores:
         return {"scores": jax.random.uniform(key, (BLOCKS,), minval=-0.9, maxval=0.9)}
 
     def apply(self, params, embeddings, lods, spans, distances, valid):
-        start = SHAPE.window - 1 - distances - (spans - 1) / 2
+        start = SHAPE.history - 1 - distances - (spans - 1) / 2
         block = jnp.clip((start / SIZE).astype(jnp.int32), 0, BLOCKS - 1)
         return jnp.where(valid & (lods <= 1), params["scores"][block], 0.0)
 
@@ -38,7 +38,7 @@ class KnownScores:
 # At 22 of 32 entries two blocks of twelve can be in full.
 RUN = Run(
     lambda config: replace(build_models(config), lens=KnownScores()),
-    **{"hyper.context_end": SHORTEST_CURRICULUM / SHAPE.window},
+    **{"hyper.context_end": SHORTEST_CURRICULUM / SHAPE.history},
 )
 KEY = jax.random.key(11)
 
@@ -57,7 +57,7 @@ def evaluate(scores, answer_blocks=(0, 0, 0), key=KEY, **hyper):
     """The report on a batch whose answers start in the blocks given."""
     state = state_that_scores(scores)
     state = replace(state, hyper=replace(state.hyper, **{n: jnp.asarray(x, jnp.float32) for n, x in hyper.items()}))
-    report = eval_step()(state, batch() | {"answer": SIZE * jnp.asarray(answer_blocks, jnp.int32)}, key)
+    report = eval_step()(state, batch() | {"answers": SIZE * jnp.asarray(answer_blocks, jnp.int32).reshape(3, -1)}, key)
     return {name: float(value) for name, value in report.items()}
 
 
@@ -75,17 +75,17 @@ def assert_same(found, expected):
 
 def test_the_policys_contexts_lead_from_the_cold_start_to_what_it_wishes():
     state = state_that_scores(wish(4))
-    run, params, tokens = RUN, state.params, batch()["tokens"][0]
+    run, params, history = RUN, state.params, batch()["tokens"][0, : SHAPE.history]
 
     @jit
     def walk(params, length):
-        tree = build_tree(run.models, params, tokens, run.config)
-        return evaluation.policy_contexts(run.models, params, tree, length, config=run.config, capacity=25)
+        tree = build_tree(run.models, params, history, run.config)
+        return policy_contexts(run.models, params["lens"], tree, length, config=run.config, capacity=25)
 
     for length in (22, 19):
         made = walk(params, length)
         assert np.asarray(made.length).tolist() == [length] * (run.config.focus.steps + 1)
-        cuts = np.asarray(jax.vmap(lambda one: contexts.to_cut(one, window=SHAPE.window))(made))
+        cuts = np.asarray(jax.vmap(lambda one: contexts.to_cut(one, window=SHAPE.history))(made))
         np.testing.assert_array_equal(cuts[0], focus.to_cut(focus.uniform(length, GEOMETRY), GEOMETRY))
         assert (cuts[-1, 4 * SIZE : 5 * SIZE] == 0).all()
 
@@ -124,12 +124,18 @@ def test_the_hit_rate_is_that_of_a_policy_whose_scores_are_known(answers, rate):
 
 
 def test_the_oracle_shows_the_answer_and_then_the_most_recent_blocks():
-    state = evaluation.oracle_state(jnp.asarray(4 * SIZE), 22, GEOMETRY)
+    state = evaluation.oracle_state([4 * SIZE], 22, GEOMETRY)
     cut = np.asarray(focus.to_cut(state, GEOMETRY))
     assert (cut == 0).sum() + sum((cut == lod).sum() // SIZE**lod for lod in (1, 2)) == 22
     assert (cut[4 * SIZE : 5 * SIZE] == 0).all()
     # Blocks 0 to 3 and 6 to 9 as gists of two; 5 alone, as its parent holds the answer; what is newer in full.
     assert cut[: BLOCKS * SIZE : SIZE].tolist() == [2, 2, 2, 2, 0, 1, 2, 2, 0, 0, 0, 0]
+
+
+def test_the_oracle_shows_all_of_several_answers():
+    answers = jnp.asarray([2 * SIZE, 5 * SIZE])
+    cut = np.asarray(focus.to_cut(evaluation.oracle_state(answers, 22, GEOMETRY), GEOMETRY))
+    assert (cut[4:6] == 0).all() and (cut[10:12] == 0).all() and (cut[:4] > 0).all()
 
 
 def test_the_oracle_depends_on_the_answer_and_the_policy_does_not():
@@ -140,13 +146,15 @@ def test_the_oracle_depends_on_the_answer_and_the_policy_does_not():
 
 
 def test_a_context_shows_a_block_in_full_or_it_does_not():
-    cut = np.zeros(SHAPE.window, np.int32)
+    cut = np.zeros(SHAPE.history, np.int32)
     cut[4:8] = 2
-    context = contexts.from_cut(cut, block_size=SIZE, capacity=SHAPE.window)
-    shown = [bool(evaluation.shows_in_full(context, start, SMALL)) for start in range(0, 12, SIZE)]
+    context = contexts.from_cut(cut, block_size=SIZE, capacity=SHAPE.history)
+    shown = [bool(evaluation.shows_in_full(context, [start], SMALL)) for start in range(0, 12, SIZE)]
     assert shown == [True, True, False, False, True, True]
-    late = contexts.baseline(10, window=SHAPE.window, capacity=10)
-    assert not evaluation.shows_in_full(late, 20, SMALL) and evaluation.shows_in_full(late, 22, SMALL)
+    # Of several blocks all must be shown.
+    assert evaluation.shows_in_full(context, [2, 8], SMALL) and not evaluation.shows_in_full(context, [2, 6], SMALL)
+    late = contexts.baseline(10, window=SHAPE.history, capacity=10)
+    assert not evaluation.shows_in_full(late, [20], SMALL) and evaluation.shows_in_full(late, [22], SMALL)
 
 
 def test_without_answers_nothing_is_said_about_them():
@@ -170,17 +178,17 @@ def test_an_allocator_that_samples_is_measured_too():
 
 def test_training_and_evaluation_measure_the_same_loss():
     """One function: the baseline's loss does not depend on who asks, nor on the policy or the rollouts."""
-    state = FULL.state(step=11, context_end=SHORTEST_CURRICULUM / SHAPE.window)
+    state = FULL.state(step=11, context_end=SHORTEST_CURRICULUM / SHAPE.history)
     parts = {"base": jax.tree.map(jnp.copy, state.params["base"]), "gist": jax.tree.map(jnp.copy, state.params["gist"])}
     _, trained = FULL.train_step(state, batch())
     held_out = replace(state_that_scores(wish(3)), step=jnp.asarray(0, jnp.int32))
     held_out = replace(held_out, params={**held_out.params, **parts})
-    report = eval_step()(held_out, batch() | {"answer": jnp.zeros(3, jnp.int32)}, KEY)
+    report = eval_step()(held_out, batch() | {"answers": jnp.zeros((3, 1), jnp.int32)}, KEY)
     assert float(trained["context_length"]) == SHORTEST_CURRICULUM
     assert float(report["nll_baseline"]) == pytest.approx(float(trained["nll_baseline"]), rel=1e-5)
 
 
-def test_at_the_length_of_the_window_it_is_the_ordinary_loss_of_the_tail():
+def test_at_the_length_of_the_history_it_is_the_ordinary_loss_of_the_horizon():
     run = Run(**{"hyper.context_start": 1.0, "hyper.context_end": 1.0})
     state = run.state()
     scored, _, _ = run.observe(state, batch())
@@ -258,16 +266,16 @@ def test_maps_show_the_baseline_the_rollouts_and_the_pick():
     state = state_that_scores(scores)
     draw = jit(functools.partial(evaluation.variant_maps, config=RUN.config, models=RUN.models))
     maps = jax.device_get(draw(state, batch()["tokens"], KEY))
-    shape = (3, SHAPE.rollouts + 2, SHAPE.window)
+    shape = (3, SHAPE.rollouts + 2, SHAPE.history)
     assert (maps["cuts"].shape, maps["scores"].shape, maps["nll"].shape) == (shape, shape, shape[:2])
     shown = maps["cuts"] != contexts.MISSING
     np.testing.assert_array_equal(np.isnan(maps["scores"]), ~shown)
-    head = SHAPE.window - SHORTEST_CURRICULUM
+    head = SHAPE.history - SHORTEST_CURRICULUM
     assert not shown[:, 0, :head].any() and shown[:, 0, head:].all() and shown[:, 1:].all()
     # The pick keeps the block of the highest score, here the last one before the tail.
     assert (maps["cuts"][:, -1, (BLOCKS - 1) * SIZE :] == 0).all()
     # Every token has the score of the entry that shows it.
-    by_token = np.full(SHAPE.window, scores[-1])
+    by_token = np.full(SHAPE.history, scores[-1])
     by_token[: BLOCKS * SIZE] = np.repeat(scores, SIZE)
     expected = np.where(shown, np.where(maps["cuts"] <= 1, by_token, 0), np.nan)
     np.testing.assert_allclose(maps["scores"], expected, rtol=1e-6)

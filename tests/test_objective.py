@@ -45,12 +45,12 @@ def one_update(mean, variance):
 def random_sequence(rng, *, with_duplicate):
     """The baseline and random cuts of one length, with losses as if measured."""
     length = int(rng.integers(SHAPE.geometry.shortest, CAPACITY + 1))
-    cuts = [[(token, 0) for token in range(SHAPE.window - length, SHAPE.window)]]
+    cuts = [[(token, 0) for token in range(SHAPE.history - length, SHAPE.history)]]
     cuts += [reference.random_cut(SHAPE.geometry, length, rng) for _ in range(VARIANTS - 1)]
     distinct = np.ones(VARIANTS, bool)
     if with_duplicate:
         cuts[-1], distinct[-1] = cuts[1], False
-    contexts = [reference.context_of(cut, window=SHAPE.window, capacity=CAPACITY) for cut in cuts]
+    contexts = [reference.context_of(cut, window=SHAPE.history, capacity=CAPACITY) for cut in cuts]
     contexts = jax.tree.map(lambda *rows: np.stack(rows), *contexts)
     spans = np.where(contexts.valid, SHAPE.block_size**contexts.lod, 0).astype(np.float32)
     unread = np.full(spans.shape, np.nan, np.float32)
@@ -330,7 +330,7 @@ def gradients():
 def test_only_scores_before_the_protected_tail_are_trained():
     scored, (scores, _, _) = gradients()
     contexts = scored.contexts
-    is_free = contexts.valid & (contexts.start < SHAPE.window - SHAPE.recent_tokens) & scored.distinct[..., None]
+    is_free = contexts.valid & (contexts.start < SHAPE.history - SHAPE.recent_tokens) & scored.distinct[..., None]
     assert np.isfinite(scores).all()
     assert (np.asarray(scores)[is_free] != 0).all()
     assert not np.asarray(scores)[~is_free].any()

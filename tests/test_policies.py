@@ -11,10 +11,10 @@ import pytest
 
 from lensjax import context as contexts
 from lensjax import focus, nll, policies
+from lensjax.decision import build_tree, split
 from lensjax.lengths import CutGeometry
-from lensjax.variants import build_tree
 from tests import reference
-from tests.small import LENS, SMALL, Run, batch, jit, tiny_models
+from tests.small import LENS, Run, batch, jit, tiny_models
 
 GEOMETRY = CutGeometry(window=32, block_size=2, max_lod=3, recent_tokens=6)
 LENGTHS = range(GEOMETRY.window, GEOMETRY.shortest - 1, 1 - GEOMETRY.block_size)
@@ -61,12 +61,12 @@ def test_infinite_worth_stays_in_full_and_none_goes_first(lowest):
     assert (cut_of(scores, GEOMETRY.shortest + 3)[4:6] == 0).all()
 
 
-def slow_bm25(tokens, geometry):
+def slow_bm25(tokens, query, geometry):
     size, count = geometry.block_size, geometry.blocks(1)
     blocks = [list(tokens[i * size : (i + 1) * size]) for i in range(count)]
     scores = np.zeros(geometry.window)
     for index, block in enumerate(blocks):
-        for term in set(tokens[-geometry.recent_tokens :]):
+        for term in set(query):
             holding = sum(term in other for other in blocks)
             idf = math.log(1 + (count - holding + 0.5) / (holding + 0.5))
             frequency = block.count(term)
@@ -79,37 +79,78 @@ def test_bm25_is_that_of_a_slow_count(vocabulary):
     geometry = CutGeometry(window=30, block_size=4, max_lod=1, recent_tokens=5)
     score = jit(functools.partial(policies.bm25, geometry=geometry))
     for seed in range(5):
-        tokens = np.random.default_rng(seed).integers(0, vocabulary, 30)
-        np.testing.assert_allclose(score(jnp.asarray(tokens)), slow_bm25(tokens.tolist(), geometry), rtol=1e-5)
+        tokens = np.random.default_rng(seed).integers(0, vocabulary, 34)
+        # The end of the history, or, in hindsight, what comes behind it.
+        for query in (tokens[25:30], tokens[30:]):
+            found = score(jnp.asarray(tokens[:30]), jnp.asarray(query))
+            np.testing.assert_allclose(found, slow_bm25(tokens[:30].tolist(), query.tolist(), geometry), rtol=1e-5)
 
 
 def test_bm25_by_hand():
     geometry = CutGeometry(window=7, block_size=2, max_lod=1, recent_tokens=1)
-    scores = policies.bm25(jnp.asarray([5, 5, 5, 1, 2, 3, 5]), geometry)
-    # The term is in two of three blocks: ln(1 + 1.5 / 2.5), once twice and once alone.
+    tokens = jnp.asarray([5, 5, 5, 1, 2, 3, 5])
+    # The term is in two of three blocks: ln(1 + 1.5 / 2.5), once twice and once alone. Asked twice it counts once.
     expected = math.log(1.6) * np.asarray([2 * 2.5 / 3.5] * 2 + [1.0] * 2 + [0] * 3)
-    np.testing.assert_allclose(scores, expected, rtol=1e-6)
+    np.testing.assert_allclose(policies.bm25(tokens, [5], geometry), expected, rtol=1e-6)
+    np.testing.assert_allclose(policies.bm25(tokens, [5, 5], geometry), expected, rtol=1e-6)
+    # Another query, in one block of three: ln(1 + 2.5 / 1.5).
+    expected = math.log(8 / 3) * np.asarray([0] * 4 + [1.0] * 2 + [0])
+    np.testing.assert_allclose(policies.bm25(tokens, [3, 7], geometry), expected, rtol=1e-6)
 
 
-def test_the_base_models_attention_is_that_of_the_tail_over_the_whole_window():
-    config, models = LENS.config, LENS.models
-    params, tokens, geometry = LENS.state().params, batch()["tokens"][0], LENS.config.context.geometry
+def test_lookup_by_hand():
+    geometry = CutGeometry(window=10, block_size=2, max_lod=1, recent_tokens=3)
+    scores = policies.lookup(jnp.asarray([7, 8, 9, 4, 6, 9, 5, 7, 8, 9]), geometry)
+    # Before the 4 stand 7 8 9, all of the query; before the 5 a 9 alone. Nothing else follows a 9.
+    assert scores.tolist() == [0, 0, 0, 3, 0, 0, 1, 0, 0, 0]
+
+
+def test_lookup_matches_no_longer_than_the_query_and_not_around_the_beginning():
+    tokens = jnp.asarray([9, 1, 8, 9, 2, 8, 9])
+    one, two, three = (
+        policies.lookup(tokens, CutGeometry(window=7, block_size=2, max_lod=1, recent_tokens=recent)).tolist()
+        for recent in (1, 2, 3)
+    )
+    assert one == [0, 1, 0, 0, 1, 0, 0]
+    # Before the first 9 there is nothing, though the last token but one is an 8.
+    assert two == [0, 1, 0, 0, 2, 0, 0]
+    assert three == two
+
+
+def test_lookup_opens_the_block_that_goes_on_from_the_longest_match():
+    tokens = np.random.default_rng(0).permutation(40)[:32]
+    tokens[30:], tokens[20] = tokens[4:6], tokens[5]
+    geometry = CutGeometry(window=32, block_size=2, max_lod=2, recent_tokens=2)
+    scores = policies.lookup(jnp.asarray(tokens), geometry)
+    # The pair stands before token 6; its last token alone before token 21.
+    assert np.flatnonzero(scores).tolist() == [6, 21] and scores[6] == 2 and scores[21] == 1
+    context = policies.by_scores(scores, geometry.shortest + 2, geometry)
+    assert (np.asarray(focus.to_cut(context, geometry))[6:8] == 0).all()
+
+
+@pytest.mark.parametrize("is_hindsight", [False, True], ids=["query", "horizon"])
+def test_the_base_models_attention_is_that_of_the_query(is_hindsight):
+    config, models, geometry = LENS.config, LENS.models, LENS.config.context.geometry
+    params, window, count = LENS.state().params["base"], batch()["tokens"][0], geometry.window
+    # Of the history alone the last tokens ask; in hindsight those that predict the horizon.
+    tokens = window if is_hindsight else window[:count]
+    query = slice(count - 1, -1) if is_hindsight else slice(-geometry.recent_tokens, None)
+    rows = jnp.arange(count - 1, config.context.window - 1) if is_hindsight else jnp.arange(count - 8, count)
 
     @jit
     def both(params):
-        tree = build_tree(models, params, tokens, config)
-        rows = jnp.arange(geometry.window - geometry.recent_tokens, geometry.window)
-        count = geometry.window
-        probe = models.base.attention(
-            params["base"], tree.levels[0], jnp.arange(count, dtype=jnp.float32), jnp.ones(count), rows
-        )
-        return policies.tail_attention(models.base, params["base"], tree, geometry), probe
+        places = jnp.arange(len(tokens), dtype=jnp.float32)
+        embeddings = models.base.embed(params, tokens)
+        probe = models.base.attention(params, embeddings, places, jnp.ones(len(tokens)), rows)
+        return policies.attention(models.base, params, tokens, query, geometry), probe
 
     (attention, minus_norms), (weights, norms) = jax.device_get(both(params))
-    assert attention.sum() == pytest.approx(1, rel=1e-5)
-    np.testing.assert_allclose(attention, weights.reshape(-1, *weights.shape[2:]).mean(axis=(0, 1)), rtol=1e-5)
-    np.testing.assert_allclose(minus_norms, -norms.reshape(-1, geometry.window).mean(axis=0), rtol=1e-5)
-    assert (minus_norms < 0).all()
+    by_hand = weights.reshape(-1, *weights.shape[2:]).mean(axis=(0, 1))
+    np.testing.assert_allclose(attention, by_hand[:count], rtol=1e-5)
+    np.testing.assert_allclose(minus_norms, -norms.reshape(-1, len(tokens)).mean(axis=0)[:count], rtol=1e-5)
+    assert attention.shape == minus_norms.shape == (count,) and (minus_norms < 0).all()
+    # What the horizon gives to its own tokens is left out.
+    assert attention.sum() < 1 - 1e-3 if is_hindsight else attention.sum() == pytest.approx(1, rel=1e-5)
 
 
 def recent_random(length, geometry, *, draws):
@@ -142,7 +183,7 @@ TINY = Run(
     tiny_models,
     **{
         "gist.heads": 1,
-        "context.window": 14,
+        "context.window": 17,
         "context.recent_tokens": 5,
         "context.max_lod": 2,
         "context.horizon": 3,
@@ -157,8 +198,11 @@ def search(rounds):
     config, models = TINY.config, TINY.models
 
     def one(params, tokens, starts):
-        tree = build_tree(models, params, tokens, config)
-        return policies.greedy_oracle(models, params, tree, tokens, starts, length=LENGTH, rounds=rounds, config=config)
+        window = split(tokens, horizon=3)
+        tree = build_tree(models, params, window.history, config)
+        return policies.greedy_oracle(
+            models, params, tree, window.horizon, starts, length=LENGTH, rounds=rounds, config=config
+        )
 
     return jit(one)
 
@@ -168,9 +212,10 @@ def loss_of_cuts():
     config, models = TINY.config, TINY.models
 
     def one(params, tokens, cuts):
-        tree = build_tree(models, params, tokens, config)
+        window = split(tokens, horizon=3)
+        tree = build_tree(models, params, window.history, config)
         variants = jax.vmap(lambda cut: contexts.from_cut(cut, block_size=2, capacity=LENGTH))(cuts)
-        return nll.variant_losses(models.base, params["base"], tree, variants, tokens, horizon=3)[0]
+        return nll.variant_losses(models.base, params["base"], tree, variants, window.horizon)[0]
 
     return jit(one)
 
@@ -184,7 +229,7 @@ def all_cuts():
 @pytest.mark.parametrize("seed", range(4))
 def test_the_search_is_bounded_by_the_best_of_all_cuts_and_never_worse_than_its_starts(seed):
     params = TINY.state(seed).params
-    tokens = jnp.asarray(np.random.default_rng(seed).integers(0, 7, 14), jnp.int32)
+    tokens = jnp.asarray(np.random.default_rng(seed).integers(0, 7, 17), jnp.int32)
     cuts, geometry = all_cuts(), TINY.config.context.geometry
     losses = np.asarray(loss_of_cuts()(params, tokens, cuts))
     starts = jax.vmap(lambda cut: focus.from_cut(cut, geometry))(cuts[:3])
@@ -203,13 +248,13 @@ def test_the_search_finds_better_contexts_than_it_starts_from():
     gains = []
     for seed in range(4):
         params = TINY.state(seed).params
-        tokens = jnp.asarray(np.random.default_rng(seed).integers(0, 7, 14), jnp.int32)
+        tokens = jnp.asarray(np.random.default_rng(seed).integers(0, 7, 17), jnp.int32)
         found = focus.to_cut(search(4)(params, tokens, starts), geometry)
         before, after = loss_of_cuts()(params, tokens, jnp.stack([cuts[0], found]))
         gains.append(before - after)
     assert max(gains) > 1e-3
 
 
-def test_lengths_of_the_small_geometry_are_what_the_tests_say():
-    assert len(all_cuts()) > 3 and SMALL.context.geometry.shortest < SMALL.context.window
+def test_the_geometries_are_what_the_tests_say():
+    assert len(all_cuts()) > 3
     assert all(one < other for one, other in itertools.pairwise(sorted(LENGTHS)))

@@ -9,7 +9,8 @@ import pytest
 
 from lensjax import context as contexts
 from lensjax import evaluation, nll, pretrain
-from lensjax.variants import build_tree
+from lensjax.decision import build_tree, split
+from tests import reference
 from tests.small import Run, batch, jit
 
 STEPS, RATE = 12, 0.01
@@ -117,36 +118,33 @@ def test_rollouts_are_read_from_the_middle_on():
 
 
 def test_the_loss_of_a_rollout_is_that_of_every_token_that_follows_one():
-    """Against the ordinary loss where nothing is collapsed, and a slow loop over the entries elsewhere."""
+    """Against the ordinary loss where nothing is collapsed, and a slow loop over what is read elsewhere."""
     config, models, params = JOINT.config, JOINT.models, fresh(JOINT).params
-    tokens, window = batch()["tokens"][0], JOINT.config.context.window
+    tokens, shape = batch()["tokens"][0], JOINT.config.context
+    window = split(tokens, horizon=shape.horizon)
 
     @jit
     def measure(params, cut):
-        tree = build_tree(models, params, tokens, config)
-        context = contexts.from_cut(cut, block_size=2, capacity=window)
-        entries = contexts.materialise(tree, context)
-        losses, where = nll.entry_losses(models.base, params["base"], entries, context, tokens)
-        rows = jnp.arange(window)
-        logits = models.base.apply(params["base"], entries.embeddings, entries.positions, entries.spans, rows)
-        return losses, where, context, jax.nn.log_softmax(logits)
+        context = contexts.from_cut(cut, block_size=2, capacity=shape.history)
+        entries = contexts.materialise(build_tree(models, params, window.history, config), context)
+        loss = nll.entry_losses(models.base, params["base"], entries, tokens, horizon=shape.horizon)
+        read = nll.reading(models.base, params["base"], entries, window.horizon)
+        rows = jnp.arange(read.spans.shape[0])
+        logits = models.base.apply(params["base"], read.embeddings, read.positions, read.spans, rows)
+        return loss, context, jax.nn.log_softmax(logits)
 
-    losses, where, *_ = measure(params, jnp.zeros(window, jnp.int32))
-    assert np.asarray(where).tolist() == [True] * (window - 1) + [False]
+    loss, *_ = measure(params, jnp.zeros(shape.history, jnp.int32))
     whole = jit(functools.partial(nll.sequence_losses, models.base, params["base"]))(tokens)
-    np.testing.assert_allclose(losses[:-1], whole, rtol=1e-5)
+    assert float(loss) == pytest.approx(float(whole.mean()), rel=1e-5)
 
-    cut = np.zeros(window, np.int32)
+    cut = np.zeros(shape.history, np.int32)
     cut[4:8], cut[10:12] = 2, 1
-    losses, where, context, logs = measure(params, cut)
-    expected = {}
-    for row in range(int(context.length)):
-        start = int(context.start[row])
-        if context.lod[row] == 0 and start + 1 < window:
-            expected[row] = -float(logs[row, tokens[start + 1]])
-    assert np.flatnonzero(where).tolist() == list(expected)
-    np.testing.assert_allclose(np.asarray(losses)[list(expected)], list(expected.values()), rtol=1e-5)
-    assert (np.asarray(losses)[~np.asarray(where)] == 0).all()
+    loss, context, logs = measure(params, cut)
+    behind = [(token, 0) for token in range(shape.history, shape.window - 1)]
+    read = [*reference.entries_of(context), *behind]
+    expected = [-float(logs[row, tokens[start + 1]]) for row, (start, lod) in enumerate(read) if lod == 0]
+    assert len(expected) == shape.window - 1 - 6  # of 35 tokens with one behind them, 6 are in gists
+    assert float(loss) == pytest.approx(float(np.mean(expected)), rel=1e-5)
 
 
 def test_the_state_is_donated_whole():

@@ -403,11 +403,11 @@ def test_a_base_model_that_predicts_nothing_is_reported_as_ties():
     assert np.isnan([found[f"mc/preference_corr_{name}"] for name in ("mean", "max", "min")]).all()
 
 
-def test_at_the_length_of_the_window_every_variant_is_the_baseline():
+def test_at_the_length_of_the_history_every_variant_is_the_baseline():
     report = history(OTHER)[1][0]
     found = numbers(report)
     assert not_finite(report) == []
-    assert found["context_length"] == SMALL.context.window
+    assert found["context_length"] == SMALL.context.history
     assert found["mc/distinct_share"] == pytest.approx(1 / 3)
     assert found["mc/preference_tie_share"] == 1
     assert found["mc/preference_pair_count"] == 0

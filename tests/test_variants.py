@@ -8,8 +8,9 @@ import pytest
 
 from lensjax import context as contexts
 from lensjax import focus, train
+from lensjax.decision import build_tree, policy_scores
 from lensjax.lengths import CutGeometry
-from lensjax.variants import build_tree, local_rollouts, policy_scores
+from lensjax.variants import local_rollouts
 from tests import reference
 from tests.small import FULL, OTHER, SMALL, Run, batch, jit
 
@@ -38,11 +39,11 @@ def test_the_baseline_comes_first_and_all_variants_hold_the_invariants(step):
     for _, v, one in rows(scored):
         holds = contexts.invariants(
             one.contexts,
-            window=SHAPE.window,
+            window=SHAPE.history,
             block_size=SHAPE.block_size,
             length=length,
             recent_tokens=SHAPE.recent_tokens,
-            first_token=SHAPE.window - length if v == 0 else 0,
+            first_token=SHAPE.history - length if v == 0 else 0,
         )
         assert all(holds.values()), (v, holds)
         assert v > 0 or not one.contexts.lod.any()
@@ -73,11 +74,11 @@ def test_losses_are_those_of_the_reference():
 
 def test_duplicates_are_marked():
     # Every rollout collapses all blocks once, but the aggressive one in the last place.
-    length = SHAPE.window - SHAPE.geometry.blocks(1) * (SHAPE.block_size - 1)
-    state = OTHER.state(step=11, lod2_share=0.0, context_end=length / SHAPE.window)
+    length = SHAPE.history - SHAPE.geometry.blocks(1) * (SHAPE.block_size - 1)
+    state = OTHER.state(step=11, lod2_share=0.0, context_end=length / SHAPE.history)
     scored, _, _ = OTHER.observe(state, batch())
     assert scored.distinct.tolist() == [[True, True, False, True]] * 3
-    cuts = jax.vmap(jax.vmap(lambda one: contexts.to_cut(one, window=SHAPE.window)))(scored.contexts)
+    cuts = jax.vmap(jax.vmap(lambda one: contexts.to_cut(one, window=SHAPE.history)))(scored.contexts)
     np.testing.assert_array_equal(cuts[:, 1], cuts[:, 2])
     assert (np.asarray(cuts[:, 1]).max(1) == 1).all() and (np.asarray(cuts[:, 3]).max(1) == 2).all()
     np.testing.assert_array_equal(scored.losses[:, 1], scored.losses[:, 2])
@@ -126,14 +127,14 @@ def test_local_rollouts_may_open_and_close_every_block():
 def test_a_config_with_local_edits_draws_local_rollouts():
     run = Run(**{"context.local_edits": 1})
     scored, _, _ = run.observe(run.state(), batch())
-    cuts = jax.vmap(jax.vmap(lambda one: contexts.to_cut(one, window=SHAPE.window)))(scored.contexts)
+    cuts = jax.vmap(jax.vmap(lambda one: contexts.to_cut(one, window=SHAPE.history)))(scored.contexts)
     changed = (np.asarray(cuts[:, 2:]) != np.asarray(cuts[:, 1:2])).sum(-1)
     assert 0 < changed.max() <= 2 * SHAPE.block_size**SHAPE.max_lod
 
 
 def test_the_tree_holds_the_embeddings_and_the_gists_of_the_models():
     state, *_ = observed()
-    tokens = batch()["tokens"][0]
+    tokens = batch()["tokens"][0, : SHAPE.history]
     tree = jax.jit(functools.partial(build_tree, OTHER.models, config=OTHER.config))(state.params, tokens)
     leaves = np.asarray(state.params["base"]["table"])[np.asarray(tokens)]
     np.testing.assert_array_equal(tree.levels[0], leaves)
