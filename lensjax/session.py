@@ -91,8 +91,8 @@ class Session:
         refocus step never exceeds and, once the stream is longer, misses by less than K - 1 entries;
         `context.horizon` is the interval; `context.recent_tokens` stay in full; `focus` is how the allocator acts. A
         longer window than in training is fine.
-      policy: scores the entries in LensNet's place; compiled, so it must be pure. The budget and the allocator are the
-        same for every policy.
+      policy: scores the entries in LensNet's place. It is compiled with the session, so it must be pure, and what it
+        has learned belongs into `params`. Budget and allocator are the same for every policy.
 
     Raises:
       ValueError: no context that the budget allows covers the history.

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from lensjax.plots import COLORS, FAINT, INK, LEGEND, MUTED, dress, new_figure, noise_width, running_mean, write
+from lensjax.plots import COLORS, FAINT, INK, LEGEND, dress, new_figure, noise_width, running_mean, write
 
 
 @dataclass(frozen=True)
@@ -82,18 +83,16 @@ def _styles(quality: StreamQuality) -> dict[str, dict[str, Any]]:
         name: {"color": COLORS[1 + place % (len(COLORS) - 1)], "linewidth": 1.3, "zorder": 3}
         for place, name in enumerate(quality.differences)
     }
-    return {quality.reference: {"color": COLORS[0], "linewidth": 2.4, "zorder": 4}, **others}
+    return {quality.reference: {"color": COLORS[0], "linewidth": 2, "zorder": 4}, **others}
 
 
 def _draw_means(ax: Axes, quality: StreamQuality, styles: Mapping[str, dict[str, Any]]) -> None:
-    """One row a policy: the mean difference, its interval, and both as numbers."""
+    """One row a policy: the mean difference and its interval, drawn and as numbers."""
     for row, (name, (mean, low, high)) in enumerate(quality.differences.items()):
         color = styles[name]["color"]
         ax.axhline(row, color=FAINT, linewidth=0.8, zorder=0)
         ax.plot([low, high], [row, row], color=color, linewidth=2.4)
         ax.plot(mean, row, "o", color=color, markersize=7)
-        note = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
-        ax.annotate(note, (mean, row), (0, 7), textcoords="offset points", ha="center", fontsize=8, color=MUTED)
     ax.axvline(0, **styles[quality.reference])
     dress(
         ax,
@@ -102,7 +101,9 @@ def _draw_means(ax: Axes, quality: StreamQuality, styles: Mapping[str, dict[str,
         "",
     )
     ax.grid(visible=False)
-    rows = len(quality.differences)
-    ax.set_yticks(range(rows), labels=list(quality.differences), parse_math=False)
-    ax.set_ylim(rows - 0.5, -0.7)
-    ax.margins(x=0.25)
+    labels = [
+        f"{name}\n{mean:+.4f} [{low:+.4f}, {high:+.4f}]" for name, (mean, low, high) in quality.differences.items()
+    ]
+    ax.set_yticks(range(len(labels)), labels=labels, parse_math=False)
+    ax.set_ylim(len(labels) - 0.5, -0.5)
+    ax.xaxis.set_major_locator(MaxNLocator(5))
