@@ -1,13 +1,19 @@
-"""Reads a long stream through a session: is every working context legal, and does the cost stay the same?
+"""Reads a long stream through a session: what are its working contexts worth, are they legal, and what do they cost?
 
-    python experiments/stream.py --run runs/recall-long --tokens 1000000 --output-dir runs/stream
-    python experiments/stream.py --tokens 100000 --output-dir runs/stream-fresh       models that nobody has trained
+    python experiments/stream.py --run runs/stdlib --tokens 100000 --output-dir runs/stream
+    python experiments/stream.py --tokens 1000000 --output-dir runs/stream-fresh       models that nobody has trained
 
 Text runs read the files of their test split one after another, recall runs random tokens in which earlier blocks come
-again. Every context is checked. Leaves `summary.json`, a row of `metrics.jsonl` for each percent of the stream, and
-two maps of what was looked at: `stream.png` of all of it, `stream_start.png` of its first refocus steps.
+again. Every context is checked, and every token's cost taken. Of a run, `summary.json` and `quality.csv` also compare
+the session with others on the same stream: a sliding window of as many tokens in full as the session has entries, the
+session with other scores than LensNet's (by age; random), and the whole history in full, which has no budget. Intervals
+are paired, over consecutive stretches of the stream. Models as they are initialised say nothing of quality.
+
+Leaves these, a row of `metrics.jsonl` for each percent of the stream, `quality.png`, and a map of what was shown in the
+first refocus steps, `stream_start.png`.
 """
 
+import csv
 import functools
 import itertools
 import json
@@ -20,35 +26,36 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
-from jax import Array
-from jax.typing import ArrayLike
 from rich.console import Console
 from rich.progress import Progress
+from scipy.special import stdtrit  # type: ignore[import-untyped]
 
 from experiments import command
+from experiments.stream_watch import Watch
 from experiments.train import load_params
 from lensjax import config as configs
-from lensjax import context as contexts
-from lensjax import data, run_folder
+from lensjax import data, rivals, run_folder, stream_rivals
 from lensjax.config import BaseConfig, Config, ContextConfig, DataConfig, Hyperparameters, LensConfig
-from lensjax.context import MISSING
-from lensjax.maps import StreamMap, stream_map
+from lensjax.maps import stream_map
 from lensjax.models import build_models
-from lensjax.session import Refocus, Session, SessionState
+from lensjax.session import Session
+from lensjax.stream_plots import StreamQuality, stream_quality
 
 FRESH = Config(
     base=BaseConfig(dim=32, layers=2, heads=4, kv_heads=2, mlp_dim=64),
     lens=LensConfig(dim=32, layers=1, heads=4, mlp_dim=64),
-    context=ContextConfig(window=512, block_size=4, max_lod=3, horizon=32, recent_tokens=33),
+    context=ContextConfig(window=544, block_size=4, max_lod=3, horizon=32, recent_tokens=8),
     hyper=Hyperparameters(context_start=0.5, context_end=0.25),
     data=DataConfig(task="recall"),
 )
 PERCENT = range(1, 101)
-# Refocus steps in the two pictures, at most.
-EVEN_STEPS, FIRST_STEPS = 600, 150
+# Consecutive pieces of the stream, over which the intervals of a comparison are.
+STRETCHES = 20
+ENDS = ("", "_low", "_high")
+SESSION, SLIDING, WHOLE = "session", "sliding_window", "whole_window"
+POLICIES = {"collapse_oldest": stream_rivals.collapse_oldest, "random_scores": stream_rivals.random_scores}
 Row = dict[str, Any]
 
 
@@ -58,12 +65,12 @@ class Arguments:
 
     run: Path | None = None
     """Run folder whose models read; None takes small ones as they are initialised, to see what reading costs."""
-    tokens: int = 1_000_000
+    tokens: int = 100_000
     output_dir: Path = Path("runs/stream")
-    interval: int = 32
-    """Tokens between two refocus steps, in place of the run's horizon."""
+    interval: int | None = None
+    """Tokens between two refocus steps; None for the run's horizon, which is how LensNet was trained."""
     seed: int = 0
-    """Of the recall stream, of an allocator that samples, and of fresh models."""
+    """Of the recall stream, of random scores, of an allocator that samples, and of fresh models."""
 
 
 def main(words: list[str] | None = None) -> None:
@@ -77,13 +84,14 @@ def stream(arguments: Arguments) -> dict[str, Any]:
     """Reads the whole stream, and returns what `summary.json` holds.
 
     Raises:
-      ValueError: an argument is bad (nothing is written), or a context is not legal (everything is).
-      FloatingPointError: a loss is not finite; everything is written.
+      ValueError: an argument is bad (nothing is written), or a context is not legal (all but the comparison is).
+      FloatingPointError: a loss is not finite; likewise.
     """
     session, tokens = _prepare(arguments)
     folder, console = run_folder.create_run(arguments.output_dir, session.config), Console()
     console.out(f"run folder {folder}, {jax.default_backend()}, seed {arguments.seed}", highlight=False)
-    watch, rows = _Watch(session, arguments.tokens), []
+    watch, rows = Watch(session), []
+    name = f"{arguments.run or 'fresh models'}: {arguments.tokens:,} tokens read through {session.budget} entries"
     with (
         (folder / "metrics.jsonl").open("w") as file,
         Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
@@ -92,38 +100,42 @@ def stream(arguments: Arguments) -> dict[str, Any]:
             rows.append(row)
             file.write(json.dumps(row) + "\n")
             file.flush()
-    summary = _summary(arguments, session, watch, rows)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    name = f"{arguments.run or 'fresh models'}: {arguments.tokens:,} tokens read through {session.budget} entries"
-    for steps, file_name in ((watch.even_steps, "stream.png"), (watch.first_steps, "stream_start.png")):
-        stream_map(watch.map_of(steps, f"{name}, {len(steps):,} of {watch.steps:,} refocus steps"), folder / file_name)
-    _print_summary(console, folder, summary)
+    summary = _summary(arguments, session, rows)
+    _write_summary(folder, summary)
+    stream_map(watch.map_of_first_steps(f"{name}: the first refocus steps"), folder / "stream_start.png")
+    _print_summary(console, summary)
     _raise_faults(folder, summary)
+    if arguments.run is not None:
+        console.out("measuring the others on the same stream", highlight=False)
+        summary["quality"] = _compare(session, tokens, watch, name, folder)
+        _write_summary(folder, summary)
+        _print_quality(console, summary["quality"])
+    console.out(f"pictures and metrics are in {folder}", highlight=False)
     return summary
 
 
-def _prepare(arguments: Arguments) -> tuple[Session, Iterator[int]]:
-    """The session and the endless stream that it is to read; all that can be wrong is found here."""
-    if arguments.interval < 1:
-        raise ValueError(f"interval must be at least 1 token, got {arguments.interval}")
-    if arguments.tokens < len(PERCENT) * arguments.interval:
+def _prepare(arguments: Arguments) -> tuple[Session, np.ndarray]:
+    """The session and the stream that it is to read; all that can be wrong is found here."""
+    stored = FRESH if arguments.run is None else configs.load(run_folder.config_file(arguments.run))
+    interval = stored.context.horizon if arguments.interval is None else arguments.interval
+    if interval < 1:
+        raise ValueError(f"interval must be at least 1 token, got {interval}")
+    needed = len(PERCENT) * interval
+    if arguments.run is not None:
+        needed = max(needed, stored.context.history + (STRETCHES + 1) * interval)
+    if arguments.tokens < needed:
         raise ValueError(
-            f"tokens must be at least {len(PERCENT) * arguments.interval}, so that each percent of the stream holds an "
-            f"interval of {arguments.interval}, got {arguments.tokens}: raise it or lower interval"
+            f"tokens must be at least {needed}, so that each percent of the stream holds an interval of {interval}, "
+            f"and what is behind the first history of a run {STRETCHES}, got {arguments.tokens}: raise it or lower "
+            "interval"
         )
     folder = arguments.output_dir
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is not empty: choose another --output-dir")
-    stored = FRESH if arguments.run is None else configs.load(run_folder.config_file(arguments.run))
-    config = configs.replace(
-        stored,
-        seed=arguments.seed,
-        output_dir=str(folder),
-        **{
-            "context.horizon": arguments.interval,
-            "context.recent_tokens": max(stored.context.recent_tokens, arguments.interval + 1),
-        },
-    )
+    # The history stays what LensNet was trained on, whatever the interval.
+    shape = {"context.horizon": interval, "context.window": stored.context.history + interval}
+    config = configs.replace(stored, seed=arguments.seed, output_dir=str(folder), **shape)
+    tokens = stream_tokens(config, arguments.tokens)
     models = build_models(config)
     if arguments.run is None:
         keys = jax.random.split(jax.random.key(arguments.seed), 3)
@@ -131,30 +143,35 @@ def _prepare(arguments: Arguments) -> tuple[Session, Iterator[int]]:
         params = dict(zip(("base", "gist", "lens"), fresh, strict=True))
     else:
         params = load_params(arguments.run, models, ("base", "gist", "lens"))
-    return Session(models, params, config), itertools.chain.from_iterable(token_pieces(config))
+    return Session(models, params, config), tokens
 
 
-def token_pieces(config: Config) -> Iterator[Any]:
-    """An endless stream in pieces: files of the test split for text, blocks for recall, or sequences of another task.
+def stream_tokens(config: Config, count: int) -> np.ndarray:
+    """The first tokens of a task's stream, int32[count].
 
     Raises:
-      ValueError: there is no text.
+      ValueError: the test split is shorter, or the task has no stream.
     """
     if config.data.task == "recall":
-        return _recall_blocks(config)
+        return np.fromiter(itertools.chain.from_iterable(_recall_blocks(config)), np.int32, count)
     if not config.data.is_text:
-        sequences = data.make_iterator(config, "test", seed=config.seed, batch_size=1)
-        return (sequence["tokens"][0] for sequence in sequences)
-    files = data.corpus_files(config.data, "test")
-    if not files:
-        raise ValueError("the test split holds no file: add files, or raise data.max_files of the run")
-    return (path.read_bytes() + data.SEPARATOR for path in itertools.cycle(files))
+        raise ValueError(
+            f"data.task {config.data.task!r} is of windows that have nothing to do with each other, and no stream: "
+            "expected a run on text or on recall"
+        )
+    text = data.SEPARATOR.join(path.read_bytes() for path in data.corpus_files(config.data, "test"))
+    if len(text) < count:
+        raise ValueError(
+            f"tokens must be at most {len(text)}, the bytes of the test split, none of which is read twice, got "
+            f"{count}: lower it, add files, or raise data.max_files of the run"
+        )
+    return np.frombuffer(text, np.uint8, count).astype(np.int32)
 
 
 def _recall_blocks(config: Config) -> Iterator[list[int]]:
-    """Random blocks; every other one, on average, repeats one that the session may still hold."""
+    """Random blocks without end; every other one, on average, repeats one that the session may still hold."""
     random, size = np.random.default_rng(config.seed), config.context.block_size
-    earlier: deque[list[int]] = deque(maxlen=config.context.window // size)
+    earlier: deque[list[int]] = deque(maxlen=config.context.history // size)
     while True:
         if earlier and random.random() < 0.5:
             block = earlier[random.integers(len(earlier))]
@@ -164,15 +181,15 @@ def _recall_blocks(config: Config) -> Iterator[list[int]]:
         yield block
 
 
-def _read(session: Session, tokens: Iterator[int], watch: "_Watch", arguments: Arguments) -> Iterator[Row]:
+def _read(session: Session, tokens: np.ndarray, watch: Watch, arguments: Arguments) -> Iterator[Row]:
     """Reads the stream, and gives a row for each percent of it; all but the last are whole intervals."""
-    ends = [watch.steps * percent // 100 * session.interval for percent in PERCENT]
-    ends[-1] = arguments.tokens
+    steps = len(tokens) // session.interval
+    ends = [steps * percent // 100 * session.interval for percent in PERCENT]
+    ends[-1] = len(tokens)
     state, start = session.init(arguments.seed), 0
     for percent, end in zip(PERCENT, ends, strict=True):
-        chunk = np.fromiter(itertools.islice(tokens, end - start), np.int32, end - start)
         started = time.perf_counter()
-        state, losses = session.append(state, chunk, on_refocus=watch.look)
+        state, losses = session.append(state, tokens[start:end], on_refocus=watch.look)
         jax.block_until_ready(state)
         seconds = time.perf_counter() - started
         yield {
@@ -206,90 +223,72 @@ def _number(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-class _Watch:
-    """Checks every refocus step, and remembers those that will be drawn."""
-
-    def __init__(self, session: Session, tokens: int) -> None:
-        self.session, self.steps = session, tokens // session.interval
-        self.even_steps = np.unique(np.linspace(1, self.steps, EVEN_STEPS).astype(int))
-        self.first_steps = np.arange(1, min(self.steps, FIRST_STEPS) + 1)
-        self._wanted = {*self.even_steps.tolist(), *self.first_steps.tolist()}
-        self._check = jax.jit(self._checked)
-        self._tally = _no_tally()
-        self._step, self._fetched = 0, 0
-        self._frames: dict[int, Any] = {}
-        self._losses: list[np.ndarray] = []
-
-    def look(self, state: SessionState, report: Refocus) -> None:
-        """Called after every refocus step; fetches nothing, so that the device is not waited for."""
-        self._step += 1
-        seen = {"context": state.context, "held": state.tree.length, "cached": state.cache.length}
-        self._tally = self._check(self._tally, seen, report, self._step)
-        if self._step in self._wanted:
-            frame = seen | {"first": state.forgotten, "swap_rate": report.swap_rate}
-            self._frames[self._step] = jax.tree.map(jnp.copy, frame)
-
-    def collect(self, losses: np.ndarray) -> Row:
-        """What was found since the last call; `losses` are those of the tokens read since then."""
-        tally, self._tally = jax.device_get(self._tally), _no_tally()
-        for step in self._frames:
-            if step > self._fetched:
-                self._frames[step] = self._frame(step, jax.device_get(self._frames[step]))
-        self._fetched = self._step
-        steps, interval = int(tally["refocus_steps"]), self.session.interval
-        self._losses.append(losses[: steps * interval].reshape(steps, interval).mean(axis=1))
-        swap_rate = float(tally.pop("swap_rate")) / steps
-        return {name: int(value) for name, value in tally.items()} | {"swap_rate": swap_rate}
-
-    def map_of(self, steps: np.ndarray, title: str) -> StreamMap:
-        """The frames of some refocus steps."""
-        frames = [self._frames[step] for step in steps.tolist()]
-        losses = np.split(np.concatenate(self._losses)[: steps[-1]], steps[:-1])
-        return StreamMap(
-            title=title,
-            cursors=steps * self.session.interval,
-            first=np.array([first for first, _, _ in frames]),
-            cuts=np.stack([cut for _, cut, _ in frames]),
-            swap_rate=np.array([swap_rate for _, _, swap_rate in frames]),
-            nll=np.array([since_the_one_before.mean() for since_the_one_before in losses]),
-            max_lod=self.session.geometry.max_lod,
-            block_size=self.session.geometry.block_size,
-        )
-
-    def _frame(self, step: int, seen: Row) -> tuple[int, np.ndarray, float]:
-        """First token, cut int8[T] and swap rate of one step."""
-        lods = seen["context"].lod[seen["context"].valid]
-        cut = np.repeat(lods, self.session.geometry.block_size**lods)
-        padded = np.pad(cut, (0, self.session.geometry.window - len(cut)), constant_values=MISSING)
-        return int(seen["first"]), padded.astype(np.int8), float(seen["swap_rate"])
-
-    def _checked(self, tally: dict[str, Array], seen: Row, report: Refocus, step: Array) -> dict[str, Array]:
-        geometry, held = self.session.geometry, seen["held"]
-        over, saved = held - (self.session.budget - self.session.interval), geometry.block_size - 1
-        # The longest that a cut can be and leave room for the next interval.
-        length = held - jnp.maximum(-(-over // saved), 0) * saved
-        holds = contexts.invariants(
-            seen["context"],
-            window=held,
-            block_size=geometry.block_size,
-            length=length,
-            recent_tokens=geometry.recent_tokens,
-        )
-        holds["cache"] = seen["cached"] == length
-        is_legal = functools.reduce(jnp.logical_and, holds.values())
-        found: dict[str, ArrayLike] = {f"broke_{name}": ~ok for name, ok in holds.items()}
-        found |= {"refocus_steps": 1, "swaps": report.swaps, "swap_rate": report.swap_rate, "illegal_steps": ~is_legal}
-        found["first_illegal_step"] = jnp.where(is_legal | (tally["first_illegal_step"] > 0), 0, step)
-        return {name: total + jnp.asarray(found[name], total.dtype) for name, total in tally.items()}
+def _compare(session: Session, tokens: np.ndarray, watch: Watch, title: str, folder: Path) -> list[Row]:
+    """Measures the session's rivals where it decides with a full history behind it; writes table and picture."""
+    history, interval = session.geometry.window, session.interval
+    # Step s ends interval s and decides what the next is read with. As many of these for each stretch.
+    steps = np.arange(-(-history // interval), len(watch.losses))
+    steps = steps[len(steps) % STRETCHES :]
+    cursors, entries = interval * steps, watch.entries[steps - 1]
+    losses = {SESSION: watch.losses[steps]}
+    losses[SLIDING] = _of_windows(session, tokens, cursors, entries)
+    for name, policy in POLICIES.items():
+        rival = Session(session.models, session.params, session.config, policy=policy)
+        read = rival.append(rival.init(session.config.seed), tokens[: cursors[-1] + interval])[1]
+        losses[name] = read.reshape(-1, interval).mean(axis=1)[steps]
+    losses[WHOLE] = _of_windows(session, tokens, cursors, np.full_like(entries, history))
+    rows = quality_rows(losses, {name: history if name == WHOLE else float(entries.mean()) for name in losses})
+    with (folder / "quality.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    apart = {row["policy"]: tuple(row[f"minus_{SESSION}{end}"] for end in ENDS) for row in rows[1:]}
+    stream_quality(StreamQuality(title, cursors, losses, apart), folder / "quality.png")
+    return rows
 
 
-def _no_tally() -> dict[str, Array]:
-    broke = [f"broke_{name}" for name in ("alignment", "contiguity", "budget", "tail", "cache")]
-    names = ["refocus_steps", "illegal_steps", "first_illegal_step", *broke, "swaps"]
-    return {name: jnp.zeros((), jnp.int32) for name in names} | {"swap_rate": jnp.zeros(())}
+def _of_windows(session: Session, tokens: np.ndarray, cursors: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Of the last tokens before each cursor in full."""
+    measure = functools.partial(
+        stream_rivals.window_losses, session.models, capacity=int(lengths.max()), config=session.config
+    )
+    return np.asarray(jax.jit(measure)(session.params, tokens, cursors.astype(np.int32), lengths.astype(np.int32)))
 
 
-def _summary(arguments: Arguments, session: Session, watch: _Watch, rows: list[Row]) -> Row:
+def quality_rows(losses: dict[str, np.ndarray], entries: dict[str, float]) -> list[Row]:
+    """The table: a row for each policy.
+
+    Args:
+      losses: float[N] by policy, nats per token on the same horizons in their order; N a multiple of `STRETCHES`.
+      entries: mean entries of each policy's contexts.
+
+    Returns:
+      Rows; what a policy minus itself would be is None.
+    """
+    stretches = {name: values.astype(float).reshape(STRETCHES, -1).mean(axis=1) for name, values in losses.items()}
+    rows = []
+    for name, own in stretches.items():
+        row: Row = {"policy": name, "information": rivals.information(name), "entries": entries[name]}
+        row["nats"] = float(own.mean())
+        for other in (SESSION, SLIDING):
+            found = (None,) * 3 if name == other else paired_interval(own - stretches[other])
+            row |= {f"minus_{other}{end}": value for end, value in zip(ENDS, found, strict=True)}
+        rows.append(row | {"stretches": STRETCHES})
+    return rows
+
+
+def paired_interval(differences: np.ndarray) -> tuple[float, float, float]:
+    """Mean of paired differences float[n], and its 95 % interval by Student's t with n - 1 degrees of freedom."""
+    count, mean = len(differences), float(differences.mean())
+    half = float(stdtrit(count - 1, 0.975) * differences.std(ddof=1) / np.sqrt(count))
+    return mean, mean - half, mean + half
+
+
+def _write_summary(folder: Path, summary: Row) -> None:
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def _summary(arguments: Arguments, session: Session, rows: list[Row]) -> Row:
     def total(name: str) -> int:
         return sum(row[name] for row in rows)
 
@@ -306,7 +305,7 @@ def _summary(arguments: Arguments, session: Session, watch: _Watch, rows: list[R
         "tokens": arguments.tokens,
         "seed": arguments.seed,
         "interval": session.interval,
-        "window": session.geometry.window,
+        "history": session.geometry.window,
         "entries": session.budget,
         "refocus_steps": total("refocus_steps"),
         "illegal_steps": total("illegal_steps"),
@@ -332,14 +331,24 @@ def _mean(rows: list[Row], name: str) -> float | None:
     return None if None in values else float(np.mean(values))
 
 
-def _print_summary(console: Console, folder: Path, summary: Row) -> None:
+def _print_summary(console: Console, summary: Row) -> None:
     for name in ("refocus_steps", "illegal_steps", "losses_not_finite", "seconds", "tokens_per_second"):
         console.out(f"  {name:<32}{summary[name]:>12,}", highlight=False)
     for name in ("microseconds_per_token_early", "microseconds_per_token_late", "late_over_early"):
         console.out(f"  {name:<32}{summary[name]:>12.3f}", highlight=False)
     device = list(summary["device_bytes"].values())
     console.out(f"  {'device_bytes':<32}{min(device):>12,} to {max(device):,}", highlight=False)
-    console.out(f"pictures and metrics are in {folder}", highlight=False)
+
+
+def _print_quality(console: Console, rows: list[Row]) -> None:
+    columns = ("nats", "minus session, 95 % interval", "minus sliding window, 95 % interval")
+    console.out(f"  {'':<18}{columns[0]:>7}  {columns[1]:<30}  {columns[2]}", highlight=False)
+    for row in rows:
+        cells = []
+        for other in (SESSION, SLIDING):
+            mean, low, high = (row[f"minus_{other}{end}"] for end in ENDS)
+            cells.append("" if mean is None else f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]")
+        console.out(f"  {row['policy']:<18}{row['nats']:>7.4f}  {cells[0]:<30}  {cells[1]}".rstrip(), highlight=False)
 
 
 def _raise_faults(folder: Path, summary: Row) -> None:

@@ -1,7 +1,7 @@
 """Curves: how a run went, and how good each policy is at each budget. Also the look that all pictures share.
 
-Only this module and `maps` draw. Their functions build a `Figure` of their own and leave matplotlib's global state
-alone.
+Only this module, `maps` and `stream_plots` draw. Their functions build a `Figure` of their own and leave matplotlib's
+global state alone.
 """
 
 import fnmatch

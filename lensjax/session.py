@@ -63,6 +63,11 @@ class SessionState:
         return self.forgotten + self.tree.length
 
 
+Policy = Callable[[dict[str, Params], SessionState], Array]
+"""Whoever chooses what a session shows: from the parameters and the session before a refocus step to float32[W + H] in
+[-1, 1], a score for every entry of `state.context`. High asks for detail, low asks to be collapsed."""
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Refocus:
@@ -81,19 +86,24 @@ class Session:
 
     Args:
       models: the models.
-      params: parameters of `base`, `gist` and `lens`.
+      params: parameters of `base` and `gist`, and of `lens` or whatever else the policy reads.
       config: `context.history` is how far back a decision reaches; `hyper.context_end` of it is the budget W, which a
         refocus step never exceeds and, once the stream is longer, misses by less than K - 1 entries;
         `context.horizon` is the interval; `context.recent_tokens` stay in full; `focus` is how the allocator acts. A
         longer window than in training is fine.
+      policy: scores the entries in LensNet's place. It is compiled with the session, so it must be pure, and what it
+        has learned belongs into `params`. Budget and allocator are the same for every policy.
 
     Raises:
-      ValueError: no context that the budget allows covers the window.
+      ValueError: no context that the budget allows covers the history.
     """
 
-    def __init__(self, models: Models, params: dict[str, Params], config: Config) -> None:
+    def __init__(
+        self, models: Models, params: dict[str, Params], config: Config, *, policy: Policy | None = None
+    ) -> None:
         shape = config.context
         self.models, self.params, self.config = models, params, config
+        self._policy = self._lensnet if policy is None else policy
         self.geometry, self.interval = shape.geometry, shape.horizon
         self.budget = shape.geometry.length_of_fraction(config.hyper.context_end, name="context_end")
         self._capacity = self.budget + self.interval
@@ -220,7 +230,7 @@ class Session:
             raise ValueError(
                 f"context.window must hold the {self._forget_size} tokens that are forgotten at once, "
                 f"{geometry.recent_tokens} recent tokens and a horizon of {self.interval}, got "
-                f"{self.config.context.window}: raise it, or lower context.max_lod"
+                f"{self.config.context.window}: raise it, or lower context.max_lod or context.horizon"
             )
 
     @property
@@ -270,11 +280,14 @@ class Session:
     def _gists(self, params: dict[str, Params]) -> Callable[[Array], Array]:
         return lambda children: self.models.gist.apply(params["gist"], children)
 
+    def _lensnet(self, params: dict[str, Params], state: SessionState) -> Array:
+        return decision.policy(self.models, params["lens"], state.tree)(state.context)
+
     def _refocus_now(self, params: dict[str, Params], state: SessionState) -> tuple[SessionState, Refocus]:
         settings = self.config.focus
         focused, context, info = focus.step(
             state.focus,
-            decision.policy(self.models, params["lens"], state.tree),
+            lambda _: self._policy(params, state),
             state.context,
             self.budget,
             self.geometry,
