@@ -20,7 +20,7 @@ from lensjax.hyperlora import Deltas
 from lensjax.lengths import CutGeometry
 from lensjax.metrics import Metrics
 from lensjax.models import Models, Params
-from lensjax.train import TrainState, current_length, objective_key
+from lensjax.train import TrainState, current_length, objective_key, score_supports
 from lensjax.variants import Batch, score_variants
 
 
@@ -40,7 +40,7 @@ def eval_step(state: TrainState, batch: Batch, key: Array, *, config: Config, mo
       context that the policy makes of a cold start), and where answers are known `hit_rate` (that context shows them
       all in full), `hit_rate_random` (the share of the rollouts that do) and `nll_oracle` (the answers in full, then
       the most recent blocks). Where a hypernetwork is trained, `nll_policy_adapted` and `hit_rate_adapted` are of the
-      contexts that LensNet picks when it is adapted to each sequence by these rollouts.
+      contexts that LensNet picks when it is adapted to each sequence by rollouts of its past.
     """
     length = current_length(jnp.asarray(config.steps, jnp.int32), state.hyper, config)
     keys = jax.random.split(key, batch["tokens"].shape[0])
@@ -68,7 +68,8 @@ def eval_step(state: TrainState, batch: Batch, key: Array, *, config: Config, mo
         report["hit_rate_random"] = jnp.mean(hits, dtype=jnp.float32)
     report |= _pick_metrics(state.params, batch, keys, length, config, models)
     if "hyper" in state.params:
-        deltas = jax.vmap(lambda one: adaptation.document_deltas(models, state.params, one, config=config))(scored)
+        support = score_supports(state, batch, keys, config.steps, config=config, models=models)
+        deltas = jax.vmap(lambda one: adaptation.document_deltas(models, state.params, one, config=config))(support)
         picked = _pick_metrics(state.params, batch, keys, length, config, models, deltas)
         report |= {f"{name}_adapted": picked[name] for name in ("nll_policy", "hit_rate") if name in picked}
     return report
@@ -77,7 +78,7 @@ def eval_step(state: TrainState, batch: Batch, key: Array, *, config: Config, mo
 def oracle_state(answers: ArrayLike, length: ArrayLike, geometry: CutGeometry) -> FocusState:
     """The context of one length that shows the blocks at tokens int32[A] in full, and else the most recent blocks."""
     tokens, answers = jnp.arange(geometry.window), jnp.asarray(answers)
-    is_answer = jnp.any(tokens // geometry.block_size == answers[:, None] // geometry.block_size, axis=0)
+    is_answer = jnp.any(tokens[None] // geometry.block_size == answers[:, None] // geometry.block_size, axis=0)
     wish = jnp.where(is_answer, 1.0, tokens / geometry.window - 1)
     return focus.fit(focus.uniform(geometry.window, geometry), nodes.pool_tokens(wish, geometry), length, geometry)
 
@@ -86,7 +87,7 @@ def shows_in_full(context: WorkingContext, answers: ArrayLike, config: Config) -
     """Whether a context shows all of the blocks that begin at tokens int32[A] in full; bool[]."""
     shape = config.context
     cut = contexts.to_cut(context, window=shape.history)
-    tokens = jnp.asarray(answers)[:, None] + jnp.arange(shape.block_size)
+    tokens = jnp.asarray(answers)[:, None] + jnp.arange(shape.block_size)[None]
     return jnp.all(cut[tokens] == 0)
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lensjax import config as configs
-from lensjax import train, variants
+from lensjax import decision, train, variants
 from lensjax.config import (
     BaseConfig,
     Config,
@@ -37,8 +37,8 @@ SMALL = Config(
     base=BaseConfig(vocab_size=VOCABULARY, dim=16, layers=1, heads=2, kv_heads=1, mlp_dim=32),
     gist=GistConfig(heads=2),
     lens=LensConfig(dim=16, layers=1, heads=2, mlp_dim=32),
-    context=ContextConfig(window=32, block_size=2, max_lod=2, horizon=4, recent_tokens=8, rollouts=3),
-    # Lengths 25 to 16; below 20 no cut does without LOD 2.
+    context=ContextConfig(window=36, block_size=2, max_lod=2, horizon=4, recent_tokens=8, rollouts=3),
+    # A history of 32 tokens. Lengths 25 to 16; below 20 no cut does without LOD 2.
     hyper=Hyperparameters(context_start=0.8, context_end=0.5, lod2_share=0.3),
     # A norm that is never reached: clipping would let the gradient of one part scale the others.
     optimizer=OptimizerConfig(warmup_steps=2, curriculum_steps=6, clip_norm=1e9),
@@ -111,7 +111,7 @@ class Run:
 
     @functools.cached_property
     def policy_scores(self) -> Callable[..., Any]:
-        return jit(functools.partial(variants.policy_scores, self.models))
+        return jit(functools.partial(decision.policy_scores, self.models))
 
 
 def batch(seed: int = 0, size: int = 3) -> Batch:
@@ -146,7 +146,7 @@ FULL = Run(
 # What is trained by default, and no KL.
 LENS = Run()
 
-# Another base model, and the other choice wherever the objective has one. It starts at the length of the window.
+# Another base model, and the other choice wherever the objective has one. It starts at the length of the history.
 OTHER = Run(
     tiny_models,
     trainable=("lens", "base"),
