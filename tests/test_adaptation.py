@@ -96,6 +96,19 @@ def test_edit_features_weigh_entries_as_values_do(support):
         np.testing.assert_allclose(found, expected[v][None], rtol=1e-5, atol=1e-6)
 
 
+def test_what_a_support_keeps_in_full_is_no_choice_of_its_variants(support):
+    params, one = HYPER.state().params, row(support)
+    found = jit(lambda one: adaptation.document_edits(HYPER.models, params["lens"], one, config=HYPER.config))(one)
+    shape = HYPER.config.past.context
+    for v in range(len(found)):
+        entries = jax.tree.map(lambda leaf, v=v: leaf[v], one.entries)
+        read = (entries.embeddings, entries.lods, entries.spans, entries.distances, entries.valid)
+        _, features = HYPER.models.lens.apply_with_features(params["lens"], *read)
+        free = entries.valid & (one.contexts.start[v] < shape.history - shape.recent_tokens)
+        expected = adaptation.edit_features(features, entries, max_lod=shape.max_lod, free=free)
+        np.testing.assert_allclose(found[v], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_the_baseline_and_duplicates_are_not_known(support):
     one = dataclasses.replace(row(support), distinct=jnp.asarray([True, True, False, True, True]))
     np.testing.assert_array_equal(adaptation.known_variants(one), [False, True, False, True, True])
@@ -157,10 +170,13 @@ def test_nothing_behind_the_cursor_reaches_deltas_scores_or_picks():
         "end of the history": tokens.at[:, shape.history - 1].set((tokens[:, shape.history - 1] + 1) % 4),
         "beginning": tokens.at[:, 0].set((tokens[:, 0] + 1) % 4),
     }
-    for name, other in changed.items():
-        after = causal_parts(params, other)
-        for part in ("deltas", "scores", "picks"):
-            assert same(after[part], before[part]) == (name == "horizon"), (name, part)
+    after = {name: causal_parts(params, other) for name, other in changed.items()}
+    assert same(after["horizon"], before)
+    for name in ("end of the history", "beginning"):
+        for part in ("deltas", "scores"):
+            assert not same(after[name][part], before[part]), (name, part)
+    # Not every token that changes moves a pick.
+    assert not all(same(one["picks"], before["picks"]) for one in after.values())
 
 
 def test_deltas_of_zero_leave_lensnet_as_it_is(scored, support):
