@@ -3,16 +3,16 @@
     python experiments/adapt.py runs/recall-long/0 runs/recall-long/1 runs/recall-long/2 --output-dir runs/adapt/recall
 
 The LensNet of each run is trained on, and with it a hypernetwork that adapts it (`lensjax.adaptation`). On test
-documents, all at one number of entries, what LensNet picks by itself is compared with what it picks adapted, with
-deltas of zero, and with another document's. Measuring costs passes of the base model; for as many, one may also take
-the best variant measured, or credit spans with the losses of the variants that show them. Leaves a run folder for each
-run given, `picks.csv`, `report.md`, `effects.csv` and `effects.png`.
+documents, all at one number of entries, what LensNet picks by itself is compared with what it picks adapted to variants
+that were measured one horizon before the cursor, with deltas of zero, and with another document's. For as many passes
+of the base model one may also credit spans with the losses of the variants that showed them. What knows the losses at
+the cursor itself is named so: a bound, in hindsight. Leaves a run folder for each run given, `picks.csv`, `report.md`,
+`effects.csv` and `effects.png`.
 """
 
 import functools
 import itertools
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,20 +28,21 @@ from experiments import command
 from experiments import train as runs
 from experiments.evaluate import write_csv
 from experiments.recall import run_once
-from lensjax import adaptation, data, effects, evaluation, focus, forest, hyperlora, nll, policies, run_folder
+from lensjax import adaptation, data, effects, evaluation, focus, forest, hyperlora, nll, policies, rivals, run_folder
 from lensjax import config as configs
 from lensjax import context as contexts
 from lensjax.config import Config
 from lensjax.context import WorkingContext
-from lensjax.decision import build_tree
+from lensjax.decision import build_tree, policy_contexts, split
 from lensjax.effects import Measured
 from lensjax.hyperlora import Deltas
 from lensjax.models import Models, Params, build_models
 from lensjax.variants import Batch, ScoredVariants, score_variants
 
 PLAIN, ADAPTED, ZEROED, FOREIGN, CREDIT = "plain", "adapted", "zeroed", "foreign", "credit"
-BEST, BEST_PLAIN, BEST_ADAPTED = "best", "best_or_plain", "best_or_adapted"
-DEFAULTS = (PLAIN, FOREIGN, BEST_PLAIN)
+BEST, BEST_PLAIN, BEST_ADAPTED = "best_hindsight", "best_or_plain_hindsight", "best_or_adapted_hindsight"
+CREDIT_HINDSIGHT = "credit_hindsight"
+DEFAULTS = (PLAIN, FOREIGN, CREDIT)
 """What differences are taken to: LensNet itself, deltas for nothing in particular, and as many passes without them."""
 COLUMNS = ("hit_rate",)
 
@@ -56,9 +57,9 @@ class Arguments:
     steps: int = 300
     """Steps of training, of LensNet by preferences and of the hypernetwork."""
     budget: int | None = None
-    """Window over entries, in training and measuring; None as the run's config says at the end of its curriculum."""
+    """History over entries, in training and measuring; None as the run's config says at the end of its curriculum."""
     measured: tuple[int, ...] = (8, 32)
-    """Variants of a test document that are measured, one table each; those of 8 are not the first of those of 32."""
+    """Variants of a test document's past that are measured, one table each; those of 8 are not the first of 32."""
     split: Literal["test", "validation"] = "test"
     """Choose settings on validation, report test."""
     resume: bool = False
@@ -85,9 +86,9 @@ def compare(arguments: Arguments) -> list[dict[str, Any]]:
         for count, measure in measurers.items():
             for name, (found, hits) in measure(Path(config.output_dir)).items():
                 losses[count].setdefault(name, []).append(found)
-                hit_rate = float(hits.mean()) if config.data.task == "recall" else math.nan
-                scores = {"nll": float(found.mean()), "hit_rate": hit_rate}
-                rows.append({"measured": count, "pick": name, "seed": config.seed, **scores})
+                scores = {"nll": float(found.mean()), "hit_rate": float(hits.mean())}
+                known = {"information": rivals.information(name)}
+                rows.append({"measured": count, "pick": name, **known, "seed": config.seed, **scores})
     _report(arguments, rows, losses)
     return rows
 
@@ -104,8 +105,8 @@ def plan(arguments: Arguments) -> list[Config]:
     if len(set(seeds)) < max(2, len(seeds)):
         raise ValueError(f"expected two or more runs of different seeds, got seeds {seeds}: train more of them")
     counts = arguments.measured
-    if not counts or min(counts) < 3 or len(set(counts)) < len(counts):
-        raise ValueError(f"measured must name one or more different counts of 3 or more variants, got {counts}")
+    if not counts or min(counts) < 2 or len(set(counts)) < len(counts):
+        raise ValueError(f"measured must name one or more different counts of 2 or more variants, got {counts}")
     if stored[0].batch_size < 2:
         raise ValueError(f"{arguments.runs[0]} has batch_size 1: another document's deltas need batches of 2 or more")
     own: dict[str, Any] = {"steps": arguments.steps, "base_run": None, "trainable": ("lens", "hyper")}
@@ -119,45 +120,35 @@ def plan(arguments: Arguments) -> list[Config]:
     return found
 
 
-def pick(
-    models: Models, params: dict[str, Params], batch: Batch, key: Array, *, config: Config
-) -> dict[str, tuple[Array, Array]]:
-    """What each way of choosing makes of a batch of documents.
+def causal(
+    models: Models, params: dict[str, Params], histories: Array, keys: Array, *, config: Config
+) -> dict[str, WorkingContext]:
+    """What each way of choosing makes of a batch of histories, with no look at what is behind the cursor.
 
     Args:
-      models: static.
+      models: the models.
       params: of all four parts.
-      batch: `tokens` int32[B, T]; for recall also `answer` int32[B].
-      key: PRNG key of the measured variants, consumed.
-      config: static; `context.rollouts` variants of a document are measured, for each of which the base model reads it
+      histories: int32[B, C].
+      keys: PRNG keys [B], consumed.
+      config: `context.rollouts` variants are measured of a document's past, for each of which the base model reads it
         once.
 
     Returns:
-      By name, float32[B] nats per token on the horizon and bool[B] whether the answer is shown in full (False where
-      there is none). `best*` and `credit` know the losses of the same variants as the deltas do; `best_or_*` chooses
-      between them and what LensNet picks, which is one more pass.
+      By name; leading axis B. `credit` knows the losses that the deltas know.
     """
-    tokens = batch["tokens"]
-    answers = batch.get("answer", jnp.full(tokens.shape[:1], -1, jnp.int32))
-    length = config.context.geometry.length_of_fraction(config.hyper.context_end)
-    keys = jax.random.split(key, tokens.shape[0])
-    share = jnp.asarray(config.hyper.lod2_share, jnp.float32)
-    scored = jax.vmap(lambda row, own: score_variants(models, params, row, own, length, share, config=config))(
-        tokens, keys
-    )
-    deltas = jax.vmap(lambda one: adaptation.document_deltas(models, params, one, config=config))(scored)
-    foreign = jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=0), deltas)
+    length, past_length = _length(config), _length(config.past)
+
+    def measured(history: Array, key: Array) -> ScoredVariants:
+        share = config.hyper.lod2_share
+        return adaptation.score_support(models, params, history, key, past_length, share, config=config)
 
     def one(
-        row: Array, answer: Array, own: Array, scored: ScoredVariants, deltas: Deltas, foreign: Deltas
-    ) -> dict[str, Any]:
-        tree = build_tree(models, params, row, config)
-        known = adaptation.known_variants(scored)
+        history: Array, key: Array, support: ScoredVariants, deltas: Deltas, foreign: Deltas
+    ) -> dict[str, WorkingContext]:
+        tree, allocator_key = build_tree(models, params, history, config), jax.random.fold_in(key, 1)
 
-        def by_lens(lens: Params) -> WorkingContext:
-            walk = evaluation.policy_contexts(
-                models, {"lens": lens}, tree, length, config=config, capacity=length, key=jax.random.fold_in(own, 1)
-            )
+        def by(lens: Params) -> WorkingContext:
+            walk = policy_contexts(models, lens, tree, length, config=config, capacity=length, key=allocator_key)
             return jax.tree.map(lambda leaf: leaf[-1], walk)
 
         lenses = {
@@ -166,39 +157,92 @@ def pick(
             ZEROED: adaptation.adapted(params["lens"], hyperlora.zeroed(deltas)),
             FOREIGN: adaptation.adapted(params["lens"], foreign),
         }
-        geometry = config.context.geometry
-        credited = policies.by_scores(credit(scored, config=config), length, geometry)
-        stack = functools.partial(jax.tree.map, lambda *leaves: jnp.stack(leaves))
-        picked = jax.vmap(by_lens)(stack(*lenses.values()))
-        variants = jax.tree.map(
-            lambda many, one: jnp.concatenate([many, one[None]]),
-            picked,
-            focus.to_context(credited, geometry, capacity=length),
-        )
-        found, _ = nll.variant_losses(models.base, params["base"], tree, variants, row, horizon=config.context.horizon)
-        shows = jax.vmap(lambda context: evaluation.shows_in_full(context, jnp.maximum(answer, 0), config))
-        hits = shows(variants) & (answer >= 0)
-        report = {name: (found[place], hits[place]) for place, name in enumerate((*lenses, CREDIT))}
-        ranked = jnp.where(known, scored.losses, jnp.inf)
+        picked = jax.vmap(by)(jax.tree.map(lambda *leaves: jnp.stack(leaves), *lenses.values()))
+        made = {name: jax.tree.map(lambda leaf, i=i: leaf[i], picked) for i, name in enumerate(lenses)}
+        return made | {CREDIT: _by_scores(past_credit(support, config=config), config)}
+
+    support = jax.vmap(measured)(histories, keys)
+    deltas = jax.vmap(lambda one: adaptation.document_deltas(models, params, one, config=config))(support)
+    foreign = jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=0), deltas)
+    return jax.vmap(one)(histories, keys, support, deltas, foreign)
+
+
+def pick(
+    models: Models, params: dict[str, Params], batch: Batch, key: Array, *, config: Config
+) -> dict[str, tuple[Array, Array]]:
+    """What a batch of documents costs with each way of choosing, and with those that know what variants cost.
+
+    Args:
+      models: static.
+      params: of all four parts.
+      batch: `tokens` int32[B, T]; where answers are known also `answers` int32[B, A].
+      key: PRNG key of the measured variants, consumed.
+      config: static; `context.rollouts` variants are measured for each way, at the cursor or before it.
+
+    Returns:
+      By name, float32[B] nats per token on the horizon and float32[B] whether the answers are shown in full (NaN where
+      there are none). Beside `causal`, in hindsight: the best of the variants measured at the cursor itself, the better
+      one of it and what LensNet picks, and the credit of their losses.
+    """
+
+    def one(
+        row: Array, answers: Array | None, key: Array, made: dict[str, WorkingContext]
+    ) -> dict[str, tuple[Array, Array]]:
+        window = split(row, horizon=config.context.horizon)
+        tree = build_tree(models, params, window.history, config)
+        scored = score_variants(models, params, row, key, _length(config), config.hyper.lod2_share, config=config)
+        made = made | {CREDIT_HINDSIGHT: _by_scores(credit(scored, config=config), config)}
+
+        def hits(variants: WorkingContext) -> Array:
+            if answers is None:
+                return jnp.full(variants.start.shape[:1], jnp.nan)
+            shown = jax.vmap(lambda variant: evaluation.shows_in_full(variant, answers, config))(variants)
+            return shown.astype(jnp.float32)
+
+        variants = jax.tree.map(lambda *leaves: jnp.stack(leaves), *made.values())
+        losses, _ = nll.variant_losses(models.base, params["base"], tree, variants, window.horizon)
+        shown = hits(variants)
+        report = {name: (losses[place], shown[place]) for place, name in enumerate(made)}
+        ranked = jnp.where(adaptation.known_variants(scored), scored.losses, jnp.inf)
         best = jnp.argmin(ranked)
-        report[BEST] = (ranked[best], (shows(scored.contexts) & (answer >= 0))[best])
+        report[BEST] = (ranked[best], hits(scored.contexts)[best])
         for name, other in ((BEST_PLAIN, PLAIN), (BEST_ADAPTED, ADAPTED)):
             is_better = report[other][0] < report[BEST][0]
             report[name] = jax.tree.map(lambda a, b, c=is_better: jnp.where(c, a, b), report[other], report[BEST])
         return report
 
-    return jax.vmap(one)(tokens, answers, keys, scored, deltas, foreign)
+    tokens, keys = batch["tokens"], jax.random.split(key, batch["tokens"].shape[0])
+    made = causal(models, params, split(tokens, horizon=config.context.horizon).history, keys, config=config)
+    return jax.vmap(one)(tokens, batch.get("answers"), keys, made)
 
 
 def credit(scored: ScoredVariants, *, config: Config) -> Array:
-    """How far the loss of a document's variants falls with the detail that they give to each token; float32[T].
+    """How far the loss of variants falls with the detail that they give to each token of their history; float32[C].
 
     The statistic that the hypernetwork reads (`adaptation.document_context`), of tokens instead of features.
     """
-    window = config.context.window
+    window = config.context.history
     cuts = jax.vmap(lambda context: contexts.to_cut(context, window=window))(scored.contexts)
     detail = 1.0 - 2.0 * cuts.astype(jnp.float32) / config.context.max_lod
     return adaptation.document_context(detail, -scored.losses, adaptation.known_variants(scored))[window:]
+
+
+def past_credit(support: ScoredVariants, *, config: Config) -> Array:
+    """`credit` at the earlier cursor, as credit of the history at the true one; float32[C].
+
+    Tokens in between, of which no variant was measured, have neither credit nor blame.
+    """
+    return jnp.pad(credit(support, config=config.past), (0, config.context.horizon))
+
+
+def _length(config: Config) -> int:
+    """Entries of every context."""
+    return config.context.geometry.length_of_fraction(config.hyper.context_end)
+
+
+def _by_scores(scores: Array, config: Config) -> WorkingContext:
+    length, geometry = _length(config), config.context.geometry
+    return focus.to_context(policies.by_scores(scores, length, geometry), geometry, capacity=length)
 
 
 def _measurer(
@@ -249,12 +293,19 @@ def _report(arguments: Arguments, rows: list[dict[str, Any]], losses: dict[int, 
         reports.append(effects.markdown(found, default=settings, title=title, columns=COLUMNS, command=command))
         for one in found:
             row = {name: value for name, value in asdict(one).items() if name != "others"}
-            table.append({"measured": count, "to": default, **row})
+            pick = one.value or default
+            table.append({"measured": count, "to": default, "information": rivals.information(pick), **row})
         if (count, default) == (arguments.measured[0], PLAIN):
             forest.forest(found, folder / "effects.png", default=settings, title=title)
     write_csv(rows, folder / "picks.csv")
     write_csv(table, folder / "effects.csv")
-    (folder / "report.md").write_text("\n".join(reports))
+    (folder / "report.md").write_text("\n".join([_legend(losses[arguments.measured[0]]), *reports]))
+
+
+def _legend(names: Iterable[str]) -> str:
+    """A table of what each way of choosing knows; Markdown, ending in a newline."""
+    rows = [f"| `{name}` | {rivals.information(name)} |" for name in names]
+    return "\n".join(["| pick | information |", "| --- | --- |", *rows, ""])
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
-"""LensNet's weights adapted to one document, from a few of its compressions that were measured.
+"""LensNet's weights adapted to one document, from a few compressions of its past that were measured.
 
-A hypernetwork reads what those variants show and what they cost, and changes LensNet's layers by low-rank deltas
-(`lensjax.hyperlora`). It learns by holding out: from all variants of a document but one it must change LensNet so that
-preferences about that one come out right. LensNet itself learns from L_lens alone: without deltas it is the LensNet of
-a run that has no hypernetwork.
+The history is cut once more, one horizon before the cursor. Variants of what is before that earlier cursor, measured on
+the last H tokens of the history, are the document's **support**: all of it is known when the next context is chosen. A
+hypernetwork reads what those variants show and what they cost, and changes LensNet's layers by low-rank deltas
+(`lensjax.hyperlora`). It learns from the preferences at the true cursor, of which the support knows nothing. LensNet
+itself learns from L_lens alone: without deltas it is the LensNet of a run that has no hypernetwork.
 
-Letters: V variants (the baseline first), W entries, F width of LensNet's features, H variants held out.
+The support tells what paid earlier in the document, and nothing of the query at the cursor, which comes later. Where
+the query alone decides what is worth its detail, as on recall, deltas can do no more than train LensNet on.
+
+Letters: V variants (the baseline first), W entries, F width of LensNet's features, C tokens of history, H behind it.
 """
 
 import jax
@@ -16,14 +20,15 @@ from jax.typing import ArrayLike
 from lensjax import hyperlora
 from lensjax.config import Config
 from lensjax.context import Entries
-from lensjax.decision import policy_scores
 from lensjax.hyperlora import Deltas
 from lensjax.metrics import masked_mean, masked_std
 from lensjax.models import Models, Params
-from lensjax.variants import ScoredVariants
+from lensjax.variants import ScoredVariants, score_variants
 
 NOISE_NATS = 0.02
 """Differences of the loss far below this are not worth adapting to."""
+# Folded into the key of a document; small numbers would give keys that are taken.
+_SUPPORT = 2**31 - 2
 
 
 def edit_features(features: ArrayLike, entries: Entries, *, max_lod: int, free: ArrayLike) -> Array:
@@ -74,16 +79,47 @@ def document_context(edits: ArrayLike, rewards: ArrayLike, where: ArrayLike) -> 
     return jnp.concatenate([mean, hyperlora.mean_context(paid[:, None] * differences, where)])
 
 
-def document_edits(models: Models, lens_params: Params, scored: ScoredVariants, *, config: Config) -> Array:
-    """`edit_features` of the variants of one document, float32[V, F]; no gradient reaches LensNet."""
-    shape = config.context
-    entries = scored.entries
+def score_support(
+    models: Models,
+    params: dict[str, Params],
+    history: ArrayLike,
+    key: Array,
+    length: ArrayLike,
+    lod2_share: ArrayLike,
+    *,
+    config: Config,
+) -> ScoredVariants:
+    """Draws the variants of a document at the earlier cursor and measures them on the last H tokens of its history.
+
+    Args:
+      models: the models.
+      params: parameters of `base` and `gist`; no gradient reaches them.
+      history: int32[C], all before the true cursor.
+      key: PRNG key of the document; may be the one that its variants at the true cursor take.
+      length: int32[], entries of every variant, at most `config.past.context_capacity`; may be traced.
+      lod2_share: float32[], see `rollouts.sample_cut`.
+      config: of the true cursor.
+
+    Returns:
+      `ScoredVariants` of the past.
+
+    Raises:
+      ValueError: the tokens are not a history of `config.context`: a whole window, say.
+    """
+    own = jax.random.fold_in(key, _SUPPORT)
+    past = jnp.asarray(history)
+    return jax.lax.stop_gradient(score_variants(models, params, past, own, length, lod2_share, config=config.past))
+
+
+def document_edits(models: Models, lens_params: Params, support: ScoredVariants, *, config: Config) -> Array:
+    """`edit_features` of the variants of a support, float32[V, F]; no gradient reaches LensNet."""
+    shape, entries = config.past.context, support.entries
 
     def one(part: Entries, free: Array) -> Array:
         _, features = models.lens.apply_with_features(lens_params, part)
         return edit_features(features, part, max_lod=shape.max_lod, free=free)
 
-    free = entries.valid & (scored.contexts.start < shape.history - shape.recent_tokens)
+    free = entries.valid & (support.contexts.start < shape.history - shape.recent_tokens)
     return jax.lax.stop_gradient(jax.vmap(one)(entries, free))
 
 
@@ -95,54 +131,28 @@ def known_variants(scored: ScoredVariants) -> Array:
     return scored.distinct.at[0].set(False)
 
 
-def document_deltas(models: Models, params: dict[str, Params], scored: ScoredVariants, *, config: Config) -> Deltas:
-    """The deltas for a document, from all of its rollouts.
+def document_deltas(models: Models, params: dict[str, Params], support: ScoredVariants, *, config: Config) -> Deltas:
+    """The deltas for a document, from all rollouts of its support.
 
     Args:
       models: the models.
       params: parameters of `lens` and `hyper`.
-      scored: the variants of one document.
-      config: shapes.
+      support: of `score_support`.
+      config: of the true cursor.
 
     Returns:
       For `adapted`.
+
+    Raises:
+      ValueError: the models have no hypernetwork.
     """
-    edits = document_edits(models, params["lens"], scored, config=config)
-    context = document_context(edits, -scored.losses, known_variants(scored))
-    return _deltas(models, params, context)
+    if models.hyper is None:
+        raise ValueError("there is no hypernetwork: name hyper in trainable")
+    edits = document_edits(models, params["lens"], support, config=config)
+    context = document_context(edits, -support.losses, known_variants(support))
+    return models.hyper.apply(params["hyper"], context)
 
 
 def adapted(lens_params: Params, deltas: Deltas) -> Params:
     """LensNet's parameters for one document; no gradient reaches those it started from."""
     return hyperlora.adapt(jax.lax.stop_gradient(lens_params), deltas)
-
-
-def leave_one_out_scores(
-    models: Models, params: dict[str, Params], scored: ScoredVariants, *, config: Config
-) -> tuple[Array, Deltas]:
-    """What LensNet says of a document's variants, adapted by all of them but one.
-
-    Rollouts are drawn alike: the first H of them are as good as any.
-
-    Args:
-      models: the models.
-      params: parameters of `lens` and `hyper`.
-      scored: the variants of one document.
-      config: H is `adaptation.held_out`.
-
-    Returns:
-      float32[H, V, W], row h without variant 1 + h, and the H deltas.
-    """
-    edits = document_edits(models, params["lens"], scored, config=config)
-    others = ~jnp.eye(scored.losses.shape[0], dtype=bool)[1 : 1 + config.adaptation.held_out]
-    where = known_variants(scored)[None] & others
-    contexts = jax.vmap(document_context, (None, None, 0))(edits, -scored.losses, where)
-    deltas = jax.vmap(lambda context: _deltas(models, params, context))(contexts)
-    scores = jax.vmap(lambda one: policy_scores(models, adapted(params["lens"], one), scored.entries))(deltas)
-    return scores, deltas
-
-
-def _deltas(models: Models, params: dict[str, Params], context: Array) -> Deltas:
-    if models.hyper is None:
-        raise ValueError("there is no hypernetwork: name hyper in trainable")
-    return models.hyper.apply(params["hyper"], context)

@@ -142,18 +142,16 @@ class Config:
             "the anchor's, and objective.anchor previous moves along with the policy, so that nothing is there to "
             "converge to: set objective.anchor to fixed or ema, or hyper.kl_weight to 0",
         )
-        self._check_adaptation()
         for name in ("context_start", "context_end"):
             self.context.geometry.length_of_fraction(getattr(self.hyper, name), name=name)
+        self._check_adaptation()
 
     def _check_adaptation(self) -> None:
         if "hyper" not in self.trainable:
             return
-        rollouts, held_out = self.context.rollouts, self.adaptation.held_out
         require(
-            rollouts >= 3 and held_out <= rollouts,
-            f"to hold out {held_out} rollouts and learn from two or more others, context.rollouts must be at least "
-            f"{max(3, held_out)}, got {rollouts}",
+            self.context.rollouts >= 2,
+            f"the hypernetwork compares rollouts: context.rollouts must be at least 2, got {self.context.rollouts}",
         )
         require(
             self.objective.name == "spans",
@@ -161,9 +159,28 @@ class Config:
         )
         require(
             self.objective.pair_weights == "none",
-            "the hypernetwork has a policy for each held-out variant: set objective.pair_weights to none, got "
+            "the hypernetwork learns from pairs of equal weight: set objective.pair_weights to none, got "
             f"{self.objective.pair_weights}",
         )
+        shape = self.context
+        shortest = shape.block_size + shape.recent_tokens + 2 * shape.horizon
+        require(
+            shape.window >= shortest,
+            "the hypernetwork reads what was measured one context.horizon before the cursor: context.window must hold "
+            f"a block, context.recent_tokens and two horizons, at least {shortest}, got {shape.window}",
+        )
+        geometry = dataclasses.replace(shape.geometry, window=shape.history - shape.horizon)
+        for name in ("context_start", "context_end"):
+            named = (
+                f"hyper.{name} (one context.horizon before the cursor, where the hypernetwork's support is measured)"
+            )
+            geometry.length_of_fraction(getattr(self.hyper, name), name=named)
+
+    @property
+    def past(self) -> "Config":
+        """This run at the cursor one horizon earlier: its window is this one's history (see `lensjax.adaptation`)."""
+        earlier = dataclasses.replace(self.context, window=self.context.history)
+        return dataclasses.replace(self, context=earlier, trainable=("lens",))
 
     @property
     def example_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -20,7 +20,7 @@ from lensjax.hyperlora import Deltas
 from lensjax.lengths import CutGeometry
 from lensjax.metrics import Metrics
 from lensjax.models import Models, Params
-from lensjax.train import TrainState, current_length, objective_key
+from lensjax.train import TrainState, current_length, objective_key, score_supports
 from lensjax.variants import Batch, score_variants
 
 
@@ -41,7 +41,7 @@ def eval_step(state: TrainState, batch: Batch, key: Array, *, config: Config, mo
       the way there replaces, mean over steps), and where answers are known `hit_rate` (that context shows them
       all in full), `hit_rate_random` (the share of the rollouts that do) and `nll_oracle` (the answers in full, then
       the most recent blocks). Where a hypernetwork is trained, `nll_policy_adapted` and `hit_rate_adapted` are of the
-      contexts that LensNet picks when it is adapted to each sequence by these rollouts.
+      contexts that LensNet picks when it is adapted to each sequence by rollouts of its past.
     """
     length = current_length(jnp.asarray(config.steps, jnp.int32), state.hyper, config)
     keys = jax.random.split(key, batch["tokens"].shape[0])
@@ -69,7 +69,8 @@ def eval_step(state: TrainState, batch: Batch, key: Array, *, config: Config, mo
         report["hit_rate_random"] = jnp.mean(hits, dtype=jnp.float32)
     report |= _pick_metrics(state.params, batch, keys, length, config, models)
     if "hyper" in state.params:
-        deltas = jax.vmap(lambda one: adaptation.document_deltas(models, state.params, one, config=config))(scored)
+        support = score_supports(state, batch, keys, config.steps, config=config, models=models)
+        deltas = jax.vmap(lambda one: adaptation.document_deltas(models, state.params, one, config=config))(support)
         picked = _pick_metrics(state.params, batch, keys, length, config, models, deltas)
         report |= {f"{name}_adapted": picked[name] for name in ("nll_policy", "hit_rate") if name in picked}
     return report

@@ -7,7 +7,7 @@ variants' values as a group.
 """
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
@@ -19,7 +19,6 @@ from lensjax import losses, metrics, preferences, stability
 from lensjax.advantages import most_varied
 from lensjax.config import Config, Hyperparameters
 from lensjax.context import WorkingContext
-from lensjax.metrics import Metrics
 from lensjax.preferences import PairTargets, PreferencePairs
 from lensjax.stability import EmaMoments
 from lensjax.variants import ScoredVariants
@@ -117,51 +116,37 @@ def lens_objective(
     return ObjectiveOutput(loss, jax.lax.stop_gradient(balance), jax.lax.stop_gradient(report))
 
 
-def held_out_loss(
+def pair_loss(
     scored: ScoredVariants,
     scores: Array,
-    plain: Array,
     *,
     normaliser: EmaMoments,
     temperature: ArrayLike,
     hyper: Hyperparameters,
     config: Config,
-) -> tuple[Array, Metrics]:
-    """L_pref + rank_weight L_rank over the pairs that hold a held-out variant, by the scores that do not know it.
+) -> tuple[Array, Array]:
+    """L_pref + rank_weight L_rank alone, of the policy adapted to each sequence.
 
     Args:
       scored: B sequences of V scored variants; taken as constants.
-      scores: float32[B, H, V, W], row h without variant 1 + h.
-      plain: float32[B, V, W], the policy's own scores, to compare with.
+      scores: float32[B, V, W], the adapted policy's.
       normaliser: moments of the advantage deltas before this batch.
       temperature: float32[].
       hyper: weights.
       config: switches and shapes.
 
     Returns:
-      float32[], and the share of those pairs in which either asks for the better one.
+      float32[], and float32[]: the share of the pairs in which it asks for the better one.
     """
     scored = jax.lax.stop_gradient(scored)
     advantages = stability.normalise(normaliser, preferences.advantage_deltas(scored.losses))
-    rows, held = scores.shape[:2], jnp.arange(1, 1 + scores.shape[1])
-    pairs, targets = jax.vmap(
-        lambda one: jax.vmap(lambda variant: _supervision(one, hyper, config, only=variant))(held)
-    )(scored)
-    # Each held-out variant is a sequence of its own.
-    known = (jnp.repeat(advantages, rows[1], axis=0), jnp.repeat(plain, rows[1], axis=0))
-    scores, pairs, targets = jax.tree.map(
-        lambda leaf: leaf.reshape(rows[0] * rows[1], *leaf.shape[2:]), (scores, pairs, targets)
-    )
-    pair_weights = jnp.ones(pairs.valid.shape)
-    terms, _ = _pair_terms(scores, known[0], pairs, targets, pair_weights, temperature, hyper, config)
+    pairs, targets = jax.vmap(lambda one: _supervision(one, hyper, config))(scored)
+    weights = jnp.ones(pairs.valid.shape)
+    terms, _ = _pair_terms(scores, advantages, pairs, targets, weights, temperature, hyper, config)
     supervised = jnp.any(targets.where, axis=(-2, -1))
-
-    def agreement(values: Array) -> Array:
-        return preferences.agreement(jax.vmap(preferences.pair_margins)(values, targets, pairs), supervised)[0]
-
-    report = {"adapted_agreement": agreement(scores), "plain_agreement": agreement(known[1])}
+    agreement, _ = preferences.agreement(jax.vmap(preferences.pair_margins)(scores, targets, pairs), supervised)
     loss = _unless_broken(terms["preference"] + hyper.rank_weight * terms["rank"], scored)
-    return loss, jax.lax.stop_gradient(report)
+    return loss, jax.lax.stop_gradient(agreement)
 
 
 def _unless_broken(loss: Array, scored: ScoredVariants) -> Array:
@@ -169,18 +154,14 @@ def _unless_broken(loss: Array, scored: ScoredVariants) -> Array:
     return jnp.where(jnp.all(jnp.isfinite(scored.losses) | ~scored.distinct), loss, jnp.nan)
 
 
-def _supervision(
-    scored: ScoredVariants, hyper: Hyperparameters, config: Config, *, only: ArrayLike | None = None
-) -> tuple[PreferencePairs, PairTargets]:
-    """Pairs and span targets of one sequence; of those pairs alone that hold one variant, if it is named."""
+def _supervision(scored: ScoredVariants, hyper: Hyperparameters, config: Config) -> tuple[PreferencePairs, PairTargets]:
+    """Pairs and span targets of one sequence."""
     pairs = preferences.select_pairs(
         scored.losses,
         _compared(scored, config),
         hard_negative_ratio=hyper.hard_negative_ratio,
         max_pairs=config.objective.max_pairs,
     )
-    if only is not None:
-        pairs = replace(pairs, valid=pairs.valid & ((pairs.better == only) | (pairs.worse == only)))
     targets = preferences.span_targets(
         scored.contexts,
         pairs,

@@ -536,11 +536,9 @@ class AdaptationConfig:
     """Frobenius norm of a fresh change."""
     max_norm: float = 1.0
     """Its largest norm, in norms of an identity of its size."""
-    held_out: int = 2
-    """Rollouts of a sequence that are held out in a step, one at a time."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "rank", "held_out")
+        require_positive(self, "rank")
         for name in ("init_scale", "max_norm"):
             value = getattr(self, name)
             require(0 < value < math.inf, f"adaptation.{name} must be finite and above 0, got {value}")

@@ -1,5 +1,6 @@
 """LensNet training: `train_step(state, batch) -> (state, metrics)`, pure, compiled once for a whole run."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.typing import ArrayLike
 
 from lensjax import adaptation, hyperlora, metrics, objective, optimizer, preferences, schedules, stability
 from lensjax.config import Config, Hyperparameters
-from lensjax.decision import policy_scores
+from lensjax.decision import policy_scores, split
 from lensjax.metrics import Metrics
 from lensjax.models import Models, Params
 from lensjax.stability import EmaMoments
@@ -109,11 +111,15 @@ def train_step(state: TrainState, batch: Batch, *, config: Config, models: Model
     Returns:
       The next state, and scalars by name.
     """
+    support = None
+    if "hyper" in config.trainable:
+        keys = _sequence_keys(state, batch)
+        support = score_supports(state, batch, keys, state.step, config=config, models=models)
 
     def loss_fn(trainable: dict[str, Params]) -> _Loss:
         params = {**state.params, **trainable}
         scored = score_batch(params, state, batch, config=config, models=models)
-        return _total_loss(params, state, scored, config, models)
+        return _total_loss(params, state, scored, support, config, models)
 
     return _update(state, loss_fn, config)
 
@@ -137,7 +143,7 @@ def lens_step(
     """
 
     def loss_fn(trainable: dict[str, Params]) -> _Loss:
-        return _total_loss({**state.params, **trainable}, state, scored, config, models)
+        return _total_loss({**state.params, **trainable}, state, scored, None, config, models)
 
     return _update(state, loss_fn, config)
 
@@ -158,10 +164,36 @@ def score_batch(
       `ScoredVariants` with leading axis B.
     """
     length = current_length(state.step, state.hyper, config)
-    keys = jax.random.split(jax.random.fold_in(state.key, state.step), batch["tokens"].shape[0])
     return jax.vmap(
         lambda tokens, key: score_variants(models, params, tokens, key, length, state.hyper.lod2_share, config=config)
-    )(batch["tokens"], keys)
+    )(batch["tokens"], _sequence_keys(state, batch))
+
+
+def score_supports(
+    state: TrainState, batch: Batch, keys: Array, step: ArrayLike, *, config: Config, models: Models
+) -> ScoredVariants:
+    """The support of each document of a batch (`adaptation.score_support`); of the windows, the histories are read.
+
+    Args:
+      state: of it, parameters and hyperparameters are read.
+      batch: `tokens` int32[B, T].
+      keys: PRNG keys [B], those of the sequences' variants.
+      step: int32[], of the curriculum: variants of the past are cut to the same fraction as those at the cursor.
+      config: static.
+      models: static.
+
+    Returns:
+      `ScoredVariants` with leading axis B.
+    """
+    histories = split(batch["tokens"], horizon=config.context.horizon).history
+    length, share = current_length(step, state.hyper, config.past), state.hyper.lod2_share
+    score = functools.partial(adaptation.score_support, models, state.params, config=config)
+    return jax.vmap(lambda history, key: score(history, key, length, share))(histories, keys)
+
+
+def _sequence_keys(state: TrainState, batch: Batch) -> Array:
+    """The key of each sequence in the next step, [B]."""
+    return jax.random.split(jax.random.fold_in(state.key, state.step), batch["tokens"].shape[0])
 
 
 def _update(
@@ -223,6 +255,7 @@ def _total_loss(
     params: dict[str, Params],
     state: TrainState,
     scored: ScoredVariants,
+    support: ScoredVariants | None,
     config: Config,
     models: Models,
 ) -> _Loss:
@@ -252,33 +285,39 @@ def _total_loss(
         gist_delta = metrics.masked_mean(rises, scored.distinct)
         loss = loss + hyper.token_loss_weight * token_loss + hyper.gist_delta_weight * gist_delta
         report = report | {"token_loss": token_loss, "gist_delta_loss": gist_delta}
-    if "hyper" in config.trainable:
-        adapted_loss, adapted_report = _adapted_loss(params, state, scored, scores, config, models)
-        loss, report = loss + adapted_loss, report | adapted_report
+    if support is not None:
+        adapted_loss, adapted_report = _adapted_loss(params, state, scored, support, config, models)
+        loss = loss + adapted_loss
+        report = report | adapted_report | {"plain_agreement": report["mc/preference_agreement"]}
     return loss, (jax.lax.stop_gradient(scored), output.balance, report)
 
 
 def _adapted_loss(
-    params: dict[str, Params], state: TrainState, scored: ScoredVariants, scores: Array, config: Config, models: Models
+    params: dict[str, Params],
+    state: TrainState,
+    scored: ScoredVariants,
+    support: ScoredVariants,
+    config: Config,
+    models: Models,
 ) -> tuple[Array, Metrics]:
-    """What LensNet, adapted by all of a document's variants but one, makes of the preferences about that one."""
-    scored = jax.lax.stop_gradient(scored)
-    left_out, deltas = jax.vmap(lambda one: adaptation.leave_one_out_scores(models, params, one, config=config))(scored)
-    loss, report = objective.held_out_loss(
+    """What LensNet, adapted to each document by its support, makes of the preferences at the cursor."""
+    deltas = jax.vmap(lambda one: adaptation.document_deltas(models, params, one, config=config))(support)
+    loss, agreement = objective.pair_loss(
         scored,
-        left_out,
-        scores,
+        jax.vmap(lambda delta, entries: policy_scores(models, adaptation.adapted(params["lens"], delta), entries))(
+            deltas, scored.entries
+        ),
         normaliser=state.normaliser,
         temperature=_temperature(state, config),
         hyper=state.hyper,
         config=config,
     )
-    first = jax.lax.stop_gradient(jax.tree.map(lambda leaf: leaf[:, 0], deltas))
-    sizes = hyperlora.magnitudes(first).values()
-    report |= {
+    deltas = jax.lax.stop_gradient(deltas)
+    report = {
         "adapted_loss": loss,
-        "lora_diversity": hyperlora.diversity(first),
-        "lora_magnitude": jnp.mean(jnp.stack(list(sizes))),
+        "adapted_agreement": agreement,
+        "lora_diversity": hyperlora.diversity(deltas),
+        "lora_magnitude": jnp.mean(jnp.stack(list(hyperlora.magnitudes(deltas).values()))),
     }
     return loss, jax.lax.stop_gradient(report)
 
@@ -295,7 +334,7 @@ def _temperature(state: TrainState, config: Config) -> Array:
     )
 
 
-def current_length(step: Array, hyper: Hyperparameters, config: Config) -> Array:
+def current_length(step: ArrayLike, hyper: Hyperparameters, config: Config) -> Array:
     """Entries of every working context at a step of the curriculum, int32[]."""
     steps = config.optimizer.curriculum_steps
     return schedules.context_length(

@@ -240,37 +240,6 @@ def _span_terms(sequences: list[Row], average: float, variance: float) -> list[f
     return terms
 
 
-def held_out_pairs(
-    scored: ScoredVariants, scores: np.ndarray, held_out: int, temperature: float, config: Config
-) -> tuple[list[float], list[float], list[float]]:
-    """Preference loss, rank loss and win of each supervised pair of one sequence that holds one variant."""
-    scored = jax.device_get(scored)
-    row = Row(jax.tree.map(lambda leaf: leaf[0], scored), scores[0], None, config)
-    advantages = [delta / math.sqrt(1 + EPS) for delta in row.deltas]
-    preference, rank, wins = [], [], []
-    for better, worse, _ in reference.select_pairs(
-        row.losses,
-        [v in row.compared for v in range(len(row.losses))],
-        hard_negative_ratio=config.hyper.hard_negative_ratio,
-        max_pairs=config.objective.max_pairs,
-    ):
-        entries = row.supervised(better, worse, worse_only=config.objective.targets == "worse_only")
-        if held_out not in (better, worse) or not entries:
-            continue
-        picked, targets, _, spans = zip(*entries, strict=True)
-        kind = {
-            "gap": abs(advantages[worse] - advantages[better]),
-            "temperature": temperature,
-            "collapse_weight": config.hyper.collapse_weight,
-            "weights": spans,
-            "granularity": config.objective.granularity,
-        }
-        preference.append(reference.preference_loss(picked, targets, **kind))
-        rank.append(reference.rank_loss(picked, targets, margin=config.hyper.margin, weights=spans))
-        wins.append(_win(sum(a * s * t for s, t, _, a in entries) / sum(spans)))
-    return preference, rank, wins
-
-
 def _win(margin: float) -> float:
     return 0.5 if abs(margin) < 1e-6 else float(margin > 0)
 

@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import itertools
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 from experiments import adapt
 from experiments.adapt import Arguments
 from lensjax import config as configs
-from lensjax import train
+from lensjax import rivals, train
 from lensjax.models import build_models
 from tests import reference
 from tests.small import SMALL, batch, jit
@@ -47,7 +48,7 @@ def test_every_run_is_trained_on_with_a_hypernetwork(tmp_path):
         ((0,), {}, r"two or more runs of different seeds, got seeds \[0\]"),
         ((1, 1), {}, "two or more runs of different seeds"),
         ((0, 1), {"measured": ()}, "measured must name one or more"),
-        ((0, 1), {"measured": (2,)}, r"3 or more variants, got \(2,\)"),
+        ((0, 1), {"measured": (1,)}, r"2 or more variants, got \(1,\)"),
         ((0, 1), {"measured": (4, 4)}, "different counts"),
         ((0, 1), {"budget": 60}, "hyper.context_start|context_start"),
     ],
@@ -71,30 +72,81 @@ def test_a_folder_in_use_is_not_written_to(tmp_path):
         adapt.compare(Arguments(run_folders(tmp_path), tmp_path / "out"))
 
 
-def test_what_each_way_of_choosing_picks():
-    # The deltas are large, so that they change what is picked.
-    large = {"adaptation.init_scale": 30.0, "adaptation.max_norm": 30.0, "context.rollouts": 3, "focus.steps": 1}
-    config = configs.replace(SMALL, trainable=("lens", "hyper"), **large)
-    models = build_models(config)
-    params = train.init_train_state(jax.random.key(0), config=config, models=models).params
-    step = jit(functools.partial(adapt.pick, models, config=config))
-    rows = batch() | {"answer": jnp.asarray([0, 2, 4], jnp.int32)}
-    found = step(params, rows, jax.random.key(1))
-    losses = {name: np.asarray(one[0]) for name, one in found.items()}
-    hits = {name: np.asarray(one[1]) for name, one in found.items()}
+# The deltas are large, so that they change what is picked.
+LARGE = configs.replace(
+    SMALL,
+    trainable=("lens", "hyper"),
+    **{"adaptation.init_scale": 30.0, "adaptation.max_norm": 30.0, "context.rollouts": 3, "focus.steps": 1},
+)
+
+
+@pytest.fixture(scope="module")
+def step():
+    """`pick` of one model, from a batch to losses and hits by name."""
+    models = build_models(LARGE)
+    params = train.init_train_state(jax.random.key(0), config=LARGE, models=models).params
+    compiled = jit(functools.partial(adapt.pick, models, config=LARGE))
+    return lambda rows: jax.device_get(compiled(params, rows, jax.random.key(1)))
+
+
+def test_what_each_way_of_choosing_picks(step):
+    found = step(batch() | {"answers": jnp.asarray([[0], [2], [4]], jnp.int32)})
+    losses, hits = ({name: one[part] for name, one in found.items()} for part in (0, 1))
     np.testing.assert_array_equal(losses["zeroed"], losses["plain"])
-    assert (losses["adapted"] != losses["plain"]).any() and (losses["foreign"] != losses["adapted"]).any()
+    for name, other in itertools.combinations(("plain", "adapted", "foreign", "credit", "credit_hindsight"), 2):
+        assert (losses[name] != losses[other]).any(), (name, other)
+    best = losses["best_hindsight"]
     for name in ("plain", "adapted"):
-        np.testing.assert_array_equal(losses[f"best_or_{name}"], np.minimum(losses["best"], losses[name]))
-        chosen = np.where(losses[name] < losses["best"], hits[name], hits["best"])
-        np.testing.assert_array_equal(hits[f"best_or_{name}"], chosen)
+        either = f"best_or_{name}_hindsight"
+        np.testing.assert_array_equal(losses[either], np.minimum(best, losses[name]))
+        chosen = np.where(losses[name] < best, hits[name], hits["best_hindsight"])
+        np.testing.assert_array_equal(hits[either], chosen)
     assert {leaf.shape for leaf in (*losses.values(), *hits.values())} == {(3,)}
-    unknown = step(params, batch() | {"answer": jnp.full(3, -1)}, jax.random.key(1))
-    assert not any(np.asarray(hit).any() for _, hit in unknown.values())
+    assert {float(hit) for values in hits.values() for hit in values} == {0.0, 1.0}
+    without = step(batch())
+    assert all(np.isnan(hit).all() for _, hit in without.values())
+    for name, (values, _) in without.items():
+        np.testing.assert_allclose(values, losses[name], rtol=1e-5)
+
+
+def test_only_what_is_named_so_knows_what_is_behind_the_cursor(step):
+    shape, tokens = LARGE.context, batch()["tokens"]
+
+    def shown(tokens):
+        """By name, which blocks each way of choosing shows in full, [blocks, B]."""
+        answers = [jnp.full((3, 1), block * shape.block_size) for block in range(shape.geometry.blocks(1))]
+        hits = [{name: hit for name, (_, hit) in step({"tokens": tokens, "answers": one}).items()} for one in answers]
+        return {name: np.stack([one[name] for one in hits]) for name in hits[0]}
+
+    before = shown(tokens)
+    behind = shown(tokens.at[:, shape.history :].set((tokens[:, shape.history :] + 1) % 4))
+    ahead = shown(tokens.at[:, : shape.history].set((tokens[:, : shape.history] + 1) % 4))
+    for name in before:
+        is_causal = rivals.information(name) == "causal"
+        assert (behind[name] == before[name]).all() == is_causal, name
+        assert (ahead[name] != before[name]).any(), name
+    hindsight = {name for name in before if rivals.information(name) == "hindsight"}
+    assert hindsight == {name for name in before if "best" in name or name == "credit_hindsight"} and len(before) == 9
 
 
 def test_credit_goes_to_what_the_better_variants_show():
-    config = configs.replace(SMALL, **{"context.window": 8, "context.horizon": 1, "context.recent_tokens": 2})
+    config = configs.replace(SMALL, **{"context.window": 9, "context.horizon": 1, "context.recent_tokens": 2})
+    found = np.asarray(adapt.credit(by_hand(), config=config))
+    # The first rollout is the best and opens tokens 2 and 3, the last one the worst and opens 4 and 5.
+    assert found[2] == found[3] > 0 and found[4] == found[5] < 0
+    np.testing.assert_allclose(found[[0, 1, 6, 7]], 0, atol=1e-6)
+
+
+def test_credit_of_the_past_is_of_the_same_tokens():
+    changes = {"context.window": 12, "context.horizon": 2, "context.recent_tokens": 2}
+    config = configs.replace(SMALL, **changes, **{"hyper.context_start": 1.0, "hyper.context_end": 1.0})
+    found = np.asarray(adapt.past_credit(by_hand(), config=config))
+    assert found.shape == (10,) and not found[8:].any()
+    np.testing.assert_array_equal(found[:8], adapt.credit(by_hand(), config=config.past))
+
+
+def by_hand():
+    """Three rollouts of 8 tokens, and what they cost; the baseline is the first of them again."""
     cuts = [
         [(0, 1), (2, 0), (3, 0), (4, 1), (6, 0), (7, 0)],
         [(0, 0), (1, 0), (2, 1), (4, 1), (6, 0), (7, 0)],
@@ -102,17 +154,12 @@ def test_credit_goes_to_what_the_better_variants_show():
     ]
     contexts = [reference.context_of(cut, window=8, capacity=6) for cut in (cuts[0], *cuts)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *contexts)
-    losses = jnp.asarray([9.0, 1.0, 2.0, 3.0])
-    scored = adapt.ScoredVariants(stacked, jnp.ones(4, bool), None, losses)
-    found = np.asarray(adapt.credit(scored, config=config))
-    # The first rollout is the best and opens tokens 2 and 3, the last one the worst and opens 4 and 5.
-    assert found[2] == found[3] > 0 and found[4] == found[5] < 0
-    np.testing.assert_allclose(found[[0, 1, 6, 7]], 0, atol=1e-6)
+    return adapt.ScoredVariants(stacked, jnp.ones(4, bool), None, jnp.asarray([9.0, 1.0, 2.0, 3.0]))
 
 
 def test_the_tables_say_what_was_measured(tmp_path, monkeypatch):
     arguments = Arguments(run_folders(tmp_path, (0, 1, 2)), tmp_path / "out", measured=(4, 6))
-    names = ("plain", "adapted", "foreign", "best_or_plain")
+    names = ("plain", "adapted", "foreign", "credit", "best_hindsight")
 
     def measurer(config, count, split):
         def measure(folder):
@@ -127,20 +174,26 @@ def test_the_tables_say_what_was_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(adapt, "run_once", lambda config, console: Path(config.output_dir).mkdir(parents=True))
     monkeypatch.setattr(adapt, "_measurer", measurer)
     rows = adapt.compare(arguments)
-    assert [(row["seed"], row["measured"], row["pick"]) for row in rows[:5]] == [
+    assert [(row["seed"], row["measured"], row["pick"]) for row in rows[:6]] == [
         *((0, 4, name) for name in names),
         (0, 6, "plain"),
     ]
     assert rows[1]["nll"] == pytest.approx(1.0 - 0.1 - 0.04 + 0.03) and rows[1]["hit_rate"] == 0.25
     with (tmp_path / "out" / "picks.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == 3 * 2 * 4
+        kept = list(csv.DictReader(file))
+    assert len(kept) == 3 * 2 * 5
     with (tmp_path / "out" / "effects.csv").open() as file:
-        found = {(row["measured"], row["to"], row["value"]): float(row["difference"]) for row in csv.DictReader(file)}
+        table = list(csv.DictReader(file))
+    for name, found in (("pick", kept), ("value", table)):
+        assert {row[name] for row in found if row["information"] == "hindsight"} == {"best_hindsight"}
+        assert {row["information"] for row in found if row[name] != "best_hindsight"} == {"causal"}
+    found = {(row["measured"], row["to"], row["value"]): float(row["difference"]) for row in table}
     assert found["4", "plain", "adapted"] == pytest.approx(-0.1)
     assert found["6", "foreign", "adapted"] == pytest.approx(0.1)
     report = (tmp_path / "out" / "report.md").read_text()
     for count in (4, 6):
-        for name in ("plain", "foreign", "best_or_plain"):
+        for name in ("plain", "foreign", "credit"):
             assert f"{count} variants measured, differences to: {name}\n" in report
     assert "--measured 4 6 --split test" in report
+    assert "| `credit` | causal |\n| `best_hindsight` | hindsight |\n" in report
     assert (tmp_path / "out" / "effects.png").stat().st_size > 0

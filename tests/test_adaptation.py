@@ -1,7 +1,7 @@
 """LensNet adapted to a document: what the hypernetwork reads, what it may not know, and what it trains."""
 
 import dataclasses
-import itertools
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,9 @@ import pytest
 from lensjax import adaptation, evaluation, hyperlora, objective, preferences, train
 from lensjax import config as configs
 from lensjax.config import LensConfig
+from lensjax.decision import build_tree, policy_contexts, policy_scores, split
 from lensjax.models import LensModel
-from lensjax.variants import policy_scores
+from lensjax.variants import score_variants
 from tests import slow_objective
 from tests.small import SMALL, Run, batch, jit
 
@@ -23,8 +24,14 @@ HYPER = Run(
 
 @pytest.fixture(scope="module")
 def scored():
-    """Three documents, scored; their losses differ by tenths of nats."""
+    """Three documents, scored at the cursor; their losses differ by tenths of nats."""
     return HYPER.observe(HYPER.state(), batch())[0]
+
+
+@pytest.fixture(scope="module")
+def support():
+    """The same documents, scored one horizon before the cursor."""
+    return measure_supports(HYPER.state().params, batch()["tokens"])
 
 
 def row(tree, place=0):
@@ -36,8 +43,16 @@ def same(one, other):
     return jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), one, other))
 
 
-left_out = jit(lambda params, one: adaptation.leave_one_out_scores(HYPER.models, params, one, config=HYPER.config))
-whole = jit(lambda params, one: adaptation.document_deltas(HYPER.models, params, one, config=HYPER.config))
+def supports(params, tokens):
+    """The supports of int32[B, T]."""
+    measure = functools.partial(adaptation.score_support, HYPER.models, params, config=HYPER.config)
+    histories = split(tokens, horizon=HYPER.config.context.horizon).history
+    keys = jax.random.split(jax.random.key(5), tokens.shape[0])
+    return jax.vmap(lambda history, key: measure(history, key, 16, 0.3))(histories, keys)
+
+
+measure_supports = jit(supports)
+deltas_of = jit(lambda params, one: adaptation.document_deltas(HYPER.models, params, one, config=HYPER.config))
 
 
 # What it reads
@@ -62,27 +77,40 @@ def test_a_constant_reward_says_nothing_and_a_shift_changes_nothing():
     assert np.isfinite(alike).all() and not alike[3:].any()
 
 
-def test_edit_features_weigh_entries_as_values_do(scored):
-    one, shape = row(scored), HYPER.config.context
+def test_edit_features_weigh_entries_as_values_do(support):
+    one, shape = row(support), HYPER.config.past.context
     scores = np.random.default_rng(1).normal(size=one.entries.valid.shape).astype(np.float32)
     scores = np.where(one.entries.valid, scores, 0.0)
     expected = preferences.variant_values(
         scores,
         one.contexts,
-        window=shape.window,
+        window=shape.history,
         block_size=shape.block_size,
         max_lod=shape.max_lod,
         recent_tokens=shape.recent_tokens,
     )
-    free = one.contexts.start < shape.window - shape.recent_tokens
+    free = one.contexts.start < shape.history - shape.recent_tokens
     for v in range(len(expected)):
         entries = jax.tree.map(lambda leaf, v=v: leaf[v], one.entries)
         found = adaptation.edit_features(scores[v][:, None], entries, max_lod=shape.max_lod, free=free[v])
         np.testing.assert_allclose(found, expected[v][None], rtol=1e-5, atol=1e-6)
 
 
-def test_the_baseline_and_duplicates_are_not_known(scored):
-    one = dataclasses.replace(row(scored), distinct=jnp.asarray([True, True, False, True, True]))
+def test_what_a_support_keeps_in_full_is_no_choice_of_its_variants(support):
+    params, one = HYPER.state().params, row(support)
+    found = jit(lambda one: adaptation.document_edits(HYPER.models, params["lens"], one, config=HYPER.config))(one)
+    shape = HYPER.config.past.context
+    for v in range(len(found)):
+        entries = jax.tree.map(lambda leaf, v=v: leaf[v], one.entries)
+        read = (entries.embeddings, entries.lods, entries.spans, entries.distances, entries.valid)
+        _, features = HYPER.models.lens.apply_with_features(params["lens"], *read)
+        free = entries.valid & (one.contexts.start[v] < shape.history - shape.recent_tokens)
+        expected = adaptation.edit_features(features, entries, max_lod=shape.max_lod, free=free)
+        np.testing.assert_allclose(found[v], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_baseline_and_duplicates_are_not_known(support):
+    one = dataclasses.replace(row(support), distinct=jnp.asarray([True, True, False, True, True]))
     np.testing.assert_array_equal(adaptation.known_variants(one), [False, True, False, True, True])
 
 
@@ -99,37 +127,62 @@ def test_hidden_and_output_layers_are_targets(head):
     assert sum(moved) == 3
 
 
-# What it may not know
-
-
-def test_nothing_of_a_held_out_variant_reaches_its_scores(scored):
-    params, one = HYPER.state().params, row(scored)
-    before = left_out(params, one)
-    assert before[0].shape == (2, 5, one.entries.valid.shape[1])
-    for held, other in ((0, 1), (1, 0)):
-        losses = one.losses.at[1 + held].add(0.3)
-        after = left_out(params, dataclasses.replace(one, losses=losses))
-        np.testing.assert_array_equal(after[0][held], before[0][held])
-        assert not np.array_equal(after[0][other], before[0][other])
-        # Nor what it shows: only its own row of scores is of its own entries.
-        moved = dataclasses.replace(one.entries, embeddings=one.entries.embeddings.at[1 + held].add(1.0))
-        after = left_out(params, dataclasses.replace(one, entries=moved))
-        assert same(row(after[1], held), row(before[1], held))
-        assert not same(row(after[1], other), row(before[1], other))
-
-
-def test_all_rollouts_are_read_for_a_document(scored):
-    params, one = HYPER.state().params, row(scored)
-    before = whole(params, one)
+def test_all_rollouts_of_the_support_are_read(support):
+    params, one = HYPER.state().params, row(support)
+    before = deltas_of(params, one)
     for variant, is_known in enumerate([False, True, True, True, True]):
-        after = whole(params, dataclasses.replace(one, losses=one.losses.at[variant].add(0.3)))
+        after = deltas_of(params, dataclasses.replace(one, losses=one.losses.at[variant].add(0.3)))
         assert same(after, before) != is_known
 
 
-def test_deltas_of_zero_leave_lensnet_as_it_is(scored):
+def test_the_support_is_measured_one_horizon_before_the_cursor(support):
+    shape = HYPER.config.context
+    ends = jnp.max(jnp.where(support.contexts.valid, support.contexts.start, -1), axis=-1)
+    np.testing.assert_array_equal(ends, shape.history - shape.horizon - 1)
+    tokens, params = batch()["tokens"], HYPER.state().params
+    for place, is_scored in ((-shape.horizon - 1, True), (-shape.horizon, False)):
+        after = measure_supports(params, tokens.at[:, place].set((tokens[:, place] + 1) % 4))
+        assert bool((after.losses != support.losses).all()) == is_scored
+        # What variants show ends before it.
+        assert same(after.entries, support.entries)
+
+
+# What it may not know
+
+
+@jit
+def causal_parts(params, tokens):
+    """Deltas, adapted scores of the variants, and adapted picks of the first of int32[B, T]."""
+    deltas = adaptation.document_deltas(HYPER.models, params, row(supports(params, tokens)), config=HYPER.config)
+    lens = adaptation.adapted(params["lens"], deltas)
+    scored = score_variants(HYPER.models, params, tokens[0], jax.random.key(1), 16, 0.3, config=HYPER.config)
+    history = split(tokens[0], horizon=HYPER.config.context.horizon).history
+    tree = build_tree(HYPER.models, params, history, HYPER.config)
+    picks = policy_contexts(HYPER.models, lens, tree, 16, config=HYPER.config, capacity=16)
+    return {"deltas": deltas, "scores": policy_scores(HYPER.models, lens, scored.entries), "picks": picks}
+
+
+def test_nothing_behind_the_cursor_reaches_deltas_scores_or_picks():
+    shape, params, tokens = HYPER.config.context, HYPER.state().params, batch()["tokens"]
+    before = causal_parts(params, tokens)
+    changed = {
+        "horizon": tokens.at[:, shape.history :].set((tokens[:, shape.history :] + 1) % 4),
+        "end of the history": tokens.at[:, shape.history - 1].set((tokens[:, shape.history - 1] + 1) % 4),
+        "beginning": tokens.at[:, 0].set((tokens[:, 0] + 1) % 4),
+    }
+    after = {name: causal_parts(params, other) for name, other in changed.items()}
+    assert same(after["horizon"], before)
+    for name in ("end of the history", "beginning"):
+        for part in ("deltas", "scores"):
+            assert not same(after[name][part], before[part]), (name, part)
+    # Not every token that changes moves a pick.
+    assert not all(same(one["picks"], before["picks"]) for one in after.values())
+
+
+def test_deltas_of_zero_leave_lensnet_as_it_is(scored, support):
     params, one = HYPER.state().params, row(scored)
     score = jit(lambda lens: policy_scores(HYPER.models, lens, one.entries))
-    deltas = whole(params, one)
+    deltas = deltas_of(params, row(support))
     plain = score(params["lens"])
     np.testing.assert_array_equal(score(adaptation.adapted(params["lens"], hyperlora.zeroed(deltas))), plain)
     assert not np.array_equal(score(adaptation.adapted(params["lens"], deltas)), plain)
@@ -138,32 +191,21 @@ def test_deltas_of_zero_leave_lensnet_as_it_is(scored):
 # What it trains
 
 
-def test_the_loss_is_that_of_the_pairs_with_the_held_out_variant(scored):
-    state = HYPER.state()
-    random = np.random.default_rng(2)
-    scores = np.tanh(random.normal(size=(3, 2, *scored.entries.valid.shape[1:]))).astype(np.float32)
-    scores = np.where(scored.entries.valid[:, None], scores, 0.0)
-    found, report = jit(
-        lambda scores: objective.held_out_loss(
-            scored,
-            scores,
-            scores[:, 0],
-            normaliser=state.normaliser,
-            temperature=0.7,
-            hyper=state.hyper,
-            config=HYPER.config,
+def test_the_loss_is_that_of_the_pairs_at_the_cursor(scored):
+    state, random = HYPER.state(), np.random.default_rng(2)
+    scores = np.tanh(random.normal(size=scored.entries.valid.shape)).astype(np.float32)
+    scores = np.where(scored.entries.valid, scores, 0.0)
+    found, agreement = jit(
+        lambda scores: objective.pair_loss(
+            scored, scores, normaliser=state.normaliser, temperature=0.7, hyper=state.hyper, config=HYPER.config
         )
     )(scores)
-    terms = [
-        slow_objective.held_out_pairs(row(scored, slice(b, b + 1)), scores[b, held][None], 1 + held, 0.7, HYPER.config)
-        for b in range(3)
-        for held in range(2)
-    ]
-    preference, rank, wins = (list(itertools.chain(*values)) for values in zip(*terms, strict=True))
-    assert len(wins) > 6
-    expected = np.mean(preference) + HYPER.config.hyper.rank_weight * np.mean(rank)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-    np.testing.assert_allclose(report["adapted_agreement"], np.mean(wins), rtol=1e-5)
+    expected = slow_objective.objective(
+        scored, scores, None, advantage_moments=None, balance_average=None, temperature=0.7, config=HYPER.config
+    )
+    total = expected["mc/preference_loss"] + HYPER.config.hyper.rank_weight * expected["mc/rank_loss"]
+    np.testing.assert_allclose(found, total, rtol=1e-5)
+    np.testing.assert_allclose(agreement, expected["mc/preference_agreement"], rtol=1e-5)
 
 
 def test_lensnet_begins_and_learns_as_it_does_without_a_hypernetwork(scored):
@@ -171,11 +213,13 @@ def test_lensnet_begins_and_learns_as_it_does_without_a_hypernetwork(scored):
     assert same(params["lens"], Run(**{"context.rollouts": 4}).state().params["lens"])
 
     def total(params):
-        return jnp.sum(adaptation.leave_one_out_scores(HYPER.models, params, row(scored), config=HYPER.config)[0])
+        support = row(supports(params, batch()["tokens"]))
+        deltas = adaptation.document_deltas(HYPER.models, params, support, config=HYPER.config)
+        return jnp.sum(policy_scores(HYPER.models, adaptation.adapted(params["lens"], deltas), row(scored).entries))
 
-    grads = jit(jax.grad(total))({name: params[name] for name in ("lens", "hyper")})
-    assert not any(leaf.any() for leaf in jax.tree.leaves(grads["lens"]))
-    assert any(leaf.any() for leaf in jax.tree.leaves(grads["hyper"]))
+    # Nor does the base model learn from what is measured for it.
+    for part, gradient in jit(jax.grad(total))(params).items():
+        assert any(leaf.any() for leaf in jax.tree.leaves(gradient)) == (part == "hyper"), part
 
 
 def test_the_hypernetwork_learns_what_pays():
@@ -188,13 +232,14 @@ def test_the_hypernetwork_learns_what_pays():
     assert losses[-1] < 0.9 * losses[0]
     assert float(report["lora_diversity"]) > 0
     assert {"adapted_agreement", "plain_agreement", "lora_magnitude"} <= set(report)
+    assert float(report["plain_agreement"]) == float(report["mc/preference_agreement"])
 
 
 def test_what_it_picks_is_measured_beside_what_lensnet_picks():
     step = jit(
         lambda state, rows, key: evaluation.eval_step(state, rows, key, config=HYPER.config, models=HYPER.models)
     )
-    rows = batch() | {"answer": jnp.asarray([0, 2, 4], jnp.int32)}
+    rows = batch() | {"answers": jnp.asarray([[0], [2], [4]], jnp.int32)}
     state, key = HYPER.state(), jax.random.key(0)
     report = step(state, rows, key)
     assert {"nll_policy_adapted", "hit_rate_adapted"} <= set(report)
@@ -207,8 +252,15 @@ def test_what_it_picks_is_measured_beside_what_lensnet_picks():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"context.rollouts": 2}, "context.rollouts must be at least 3, got 2"),
-        ({"adaptation.held_out": 5, "context.rollouts": 4}, "must be at least 5, got 4"),
+        ({"context.rollouts": 1}, "context.rollouts must be at least 2, got 1"),
+        (
+            {"context.window": 17, "hyper.context_start": 1.0, "hyper.context_end": 1.0},
+            "context.window must hold a block, context.recent_tokens and two horizons, at least 18",
+        ),
+        (
+            {"context.max_lod": 1, "hyper.context_end": 0.63},
+            r"hyper.context_end \(one context.horizon before the cursor, .* asks for 17 entries.* 28 tokens.* are 18",
+        ),
         ({"objective.name": "grpo", "context.rollouts": 4}, "set objective.name to spans, got grpo"),
         (
             {"objective.pair_weights": "importance", "context.rollouts": 3},
@@ -223,8 +275,8 @@ def test_settings_that_cannot_be_are_refused(changes, message):
         configs.replace(SMALL, trainable=("lens", "hyper"), **changes)
 
 
-def test_without_a_hypernetwork_there_are_no_deltas(scored):
+def test_without_a_hypernetwork_there_are_no_deltas(support):
     with pytest.raises(ValueError, match="name hyper in trainable"):
-        adaptation.document_deltas(Run().models, HYPER.state().params, row(scored), config=SMALL)
+        adaptation.document_deltas(Run().models, HYPER.state().params, row(support), config=SMALL)
     with pytest.raises(ValueError, match="params may hold base, gist, lens, got hyper"):
         train.init_train_state(jax.random.key(0), config=SMALL, models=Run().models, params={"hyper": {}})
