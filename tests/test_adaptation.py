@@ -102,8 +102,7 @@ def test_what_a_support_keeps_in_full_is_no_choice_of_its_variants(support):
     shape = HYPER.config.past.context
     for v in range(len(found)):
         entries = jax.tree.map(lambda leaf, v=v: leaf[v], one.entries)
-        read = (entries.embeddings, entries.lods, entries.spans, entries.distances, entries.valid)
-        _, features = HYPER.models.lens.apply_with_features(params["lens"], *read)
+        _, features = HYPER.models.lens.apply_with_features(params["lens"], entries)
         free = entries.valid & (one.contexts.start[v] < shape.history - shape.recent_tokens)
         expected = adaptation.edit_features(features, entries, max_lod=shape.max_lod, free=free)
         np.testing.assert_allclose(found[v], expected, rtol=1e-4, atol=1e-5)

@@ -142,7 +142,7 @@ def influence(shift):
         picked = jax.vmap(lambda one: contexts.materialise(tree, one))(made)
         entries = jax.tree.map(lambda *rows: jnp.concatenate(rows), scored.entries, picked)
         scores = jax.vmap(
-            lambda one: MODELS.lens.apply(params["lens"], one.embeddings, one.lods, one.spans, one.distances, one.valid)
+            lambda one: MODELS.lens.apply(params["lens"], one)
         )(entries)
         return jnp.sum(scores**2)
 

@@ -91,9 +91,7 @@ def test_features_say_what_was_seen_and_send_no_gradient_to_the_policy():
 
     one = jax.tree.map(lambda leaf: leaf[0, 1], (episode.entries, episode.contexts))
     entries, context = one
-    _, hidden = models().lens.apply_with_features(
-        params()["lens"], entries.embeddings, entries.lods, entries.spans, entries.distances, entries.valid
-    )
+    _, hidden = models().lens.apply_with_features(params()["lens"], entries)
     is_tail = np.asarray(context.valid & (context.start >= 32 - 8))
     is_rest = np.asarray(context.valid) & ~is_tail
     pooled = np.concatenate([np.asarray(hidden)[where].mean(0) for where in (is_tail, is_rest)])
