@@ -15,7 +15,7 @@ STAMP := $(VENV)/$(TAG).stamp
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo recall evaluate-recall evaluate-stdlib stream ablate rlan arc adapt quiet-star \
+.PHONY: help venv demo recall query evaluate-recall evaluate-tracking evaluate-stdlib stream ablate rlan arc adapt quiet-star \
     test test-fast test-matrix lint format release constraints clean
 
 help: ## List the targets
@@ -54,8 +54,23 @@ evaluate-stdlib: $(STAMP) ## All policies at 2x to 16x on the standard library, 
 	$(RUN) -m experiments.train stdlib --output-dir runs/stdlib
 	$(RUN) -m experiments.evaluate runs/stdlib --sequences 256 --oracle-rounds 1
 
-stream: $(STAMP) ## Read a million tokens through a session, into runs/stream
-	$(RUN) -m experiments.stream --tokens 1000000 --output-dir runs/stream
+evaluate-tracking: $(STAMP) ## All policies at 2x and 4x on variable tracking of 1, 2 and 4 hops, three seeds, into runs/tracking
+	for hops in 1 2 4; do sizes="--data.hops $$hops --context.horizon $$hops --context.window $$((258 + hops))"; \
+	  folder=runs/tracking/$$hops; $(RUN) -m experiments.train tracking $$sizes --steps 0 --output-dir $$folder/base || exit 1; \
+	  for seed in 0 1 2; do $(RUN) -m experiments.train tracking $$sizes --base-run $$folder/base --seed $$seed \
+	      --output-dir $$folder/$$seed || exit 1; done; \
+	  $(RUN) -m experiments.evaluate $$folder/0 $$folder/1 $$folder/2 --budgets 2 4 \
+	      --sequences 128 --oracle-rounds 1 --merged $$folder/evaluation || exit 1; done
+
+query: $(STAMP) ## Why recall is slow to learn without the answer in hand, and what helps, into runs/query
+	$(RUN) -m experiments.train recall --steps 0 --output-dir runs/query/base
+	$(RUN) -m experiments.recognise --run runs/query/base
+	$(RUN) -m experiments.ablate query --base-run runs/query/base --output-dir runs/query/sweep
+
+stream: $(STAMP) ## What a session of the demo's models is worth, and what a million tokens cost, into runs/stream
+	[ -d runs/demo ] || $(MAKE) demo
+	$(RUN) -m experiments.stream --run runs/demo --output-dir runs/stream/demo
+	$(RUN) -m experiments.stream --tokens 1000000 --output-dir runs/stream/fresh
 
 ablate: $(STAMP) ## What each knob changes, on recall and on the standard library, into runs/ablations
 	$(RUN) -m experiments.train recall --steps 0 --output-dir runs/ablations/recall-base
