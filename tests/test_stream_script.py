@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -199,6 +200,20 @@ def test_the_losses_that_are_compared(done):
     held = [entries[cursor] for cursor in CURSORS]
     assert rows["session"]["entries"] == rows["random_scores"]["entries"] == pytest.approx(np.mean(held))
     assert rows["whole_window"]["entries"] == 29
+
+
+def test_a_sliding_window_has_the_entries_of_the_context_that_was_decided_at_its_cursor(done, tmp_path, monkeypatch):
+    session, _ = done
+    asked = []
+    monkeypatch.setattr(script, "POLICIES", {})
+    monkeypatch.setattr(script, "stream_quality", lambda *_: None)
+    monkeypatch.setattr(script, "_of_windows", lambda *given: asked.append(given[2:]) or np.zeros(len(given[2])))
+    steps = TOKENS // INTERVAL
+    watch = SimpleNamespace(entries=np.arange(1, steps + 1), losses=np.arange(float(steps)))  # step s is number s - 1
+    script._compare(session, tokens_of(session), watch, "", tmp_path)
+    (cursors, entries), (_, whole) = asked
+    assert cursors.tolist() == list(CURSORS) and set(whole) == {29}
+    np.testing.assert_array_equal(entries * INTERVAL, cursors)
 
 
 def test_the_table_of_the_comparison(done, arguments):
