@@ -1,6 +1,6 @@
 """Variable tracking: which of 64 statements answer the question, when the second one needed stands in the first?
 
-    python experiments/train.py tracking
+python experiments/train.py tracking
 """
 
 from lensjax.config import BaseConfig, Config, ContextConfig, DataConfig, Hyperparameters, PretrainConfig
