@@ -26,7 +26,7 @@ CONFIG = Config(
     eval_steps=3,
     save_steps=3,
     base=BaseConfig(vocab_size=32),
-    context=ContextConfig(window=16, block_size=4, max_lod=1, horizon=3, recent_tokens=4),
+    context=ContextConfig(window=16, block_size=4, max_lod=1, horizon=2, recent_tokens=4),
     optimizer=OptimizerConfig(warmup_steps=0),
     data=DataConfig(task="recall"),
 )

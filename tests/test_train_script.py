@@ -512,7 +512,7 @@ def test_the_metrics_of_a_run(real):
         *((phase, step, kind) for phase in ("lens", "online") for step, kinds in enumerate(both, 1) for kind in kinds),
     ]
     lengths = [row["context_length"] for row in rows if "context_length" in row]
-    assert lengths == [29, 26, 23, 23, 23]
+    assert lengths == [27, 24, 21, 21, 21]
 
 
 def test_each_program_compiles_once_in_a_whole_run(real):
