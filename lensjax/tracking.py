@@ -40,8 +40,8 @@ class TrackingSource:
     name, and `END` to the end of the block.
 
     For pretraining, a sequence holds fewer statements, and behind them questions as the last one, each in blocks of its
-    own (filled up with `END`), which ask for all chains equally often. The number of chains is uniform from one to as
-    many as have room for a question each: few of them and many questions teach to look up, many of them to look far.
+    own (filled up with `END`), which ask for all chains equally often. The number of chains is log-uniform from one to
+    as many as have room for a question each: few of them, asked for often, teach to look up; many, to look among many.
 
     Args:
       context: window [T], block size [K], recent tokens and horizon [H].
@@ -118,7 +118,7 @@ class TrackingSource:
         chains, questions = self._statements // hops, 1
         if self.pretraining:
             most = (self._statements + blocks) // (hops + blocks)  # chains with room for a question for each
-            chains = int(rng.integers(1, most, endpoint=True))
+            chains = int((most + 1) ** rng.random())
             questions += (self._statements - chains * hops) // blocks
         count = self._statements - (questions - 1) * blocks
         names, values = self._definitions(rng, count, chains)

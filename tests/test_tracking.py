@@ -120,15 +120,16 @@ def test_statements_that_fill_no_chain_are_literals():
 
 @pytest.mark.parametrize(("hops", "most"), [(1, 32), (2, 21), (4, 11)])
 def test_pretraining_asks_for_all_chains_equally_often(hops, most):
-    examples, sizes = source(hops=hops, pretraining=True), set()
-    for index in range(300):
+    examples, sizes = source(hops=hops, pretraining=True), []
+    for index in range(1000):
         found, questions = read(examples[index]["tokens"].tolist(), 4)
         asked = Counter(name for name, *_ in questions)
         assert set(asked) == {name for name in found if len(solve(found, name)[0]) == hops}
         assert max(asked.values()) - min(asked.values()) <= 1
-        sizes.add(len(asked))
-    # Statements stand before the questions, and each of up to that many chains has room for one.
-    assert sizes == set(range(1, most + 1))
+        sizes.append(len(asked))
+    # Each of up to `most` chains has room for a question; as many sequences have few chains as have many.
+    assert set(sizes) == set(range(1, most + 1))
+    assert abs(np.mean(np.asarray(sizes) < (most + 1) ** 0.5) - 0.5) < 0.1
 
 
 def test_an_example_depends_on_seed_split_and_index_alone():
