@@ -30,7 +30,6 @@ import numpy as np
 import tyro
 from rich.console import Console
 from rich.progress import Progress
-from scipy.special import stdtrit  # type: ignore[import-untyped]
 
 from experiments import command
 from experiments.stream_watch import Watch
@@ -41,6 +40,7 @@ from lensjax.config import BaseConfig, Config, ContextConfig, DataConfig, Hyperp
 from lensjax.maps import stream_map
 from lensjax.models import build_models
 from lensjax.session import Session
+from lensjax.statistics import estimate
 from lensjax.stream_plots import StreamQuality, stream_quality
 
 FRESH = Config(
@@ -271,17 +271,13 @@ def quality_rows(losses: dict[str, np.ndarray], entries: dict[str, float]) -> li
         row: Row = {"policy": name, "information": rivals.information(name), "entries": entries[name]}
         row["nats"] = float(own.mean())
         for other in (SESSION, SLIDING):
-            found = (None,) * 3 if name == other else paired_interval(own - stretches[other])
+            found: tuple[float | None, ...] = (None,) * 3
+            if name != other:
+                difference = estimate(own - stretches[other])
+                found = difference.mean, *difference.interval
             row |= {f"minus_{other}{end}": value for end, value in zip(ENDS, found, strict=True)}
         rows.append(row | {"stretches": STRETCHES})
     return rows
-
-
-def paired_interval(differences: np.ndarray) -> tuple[float, float, float]:
-    """Mean of paired differences float[n], and its 95 % interval by Student's t with n - 1 degrees of freedom."""
-    count, mean = len(differences), float(differences.mean())
-    half = float(stdtrit(count - 1, 0.975) * differences.std(ddof=1) / np.sqrt(count))
-    return mean, mean - half, mean + half
 
 
 def _write_summary(folder: Path, summary: Row) -> None:
