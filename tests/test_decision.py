@@ -57,6 +57,14 @@ def maps(state, tokens, key):
     return {name: drawn[name] for name in ("cuts", "scores")}
 
 
+def report(state, tokens, key):
+    """What a run and a sweep report of decisions (`sweep.evaluate` is `eval_step` of every arm)."""
+    batch = {"tokens": tokens[None], "answers": jnp.zeros((1, 1), jnp.int32)}
+    found = evaluation.eval_step(state, batch, key, config=CONFIG, models=MODELS)
+    names = ("hit_rate", "hit_rate_random", "mc/swap_rate", "mc/edit_wish_rate", "mc/policy_score_abs_mean")
+    return {name: found[name] for name in names}
+
+
 def in_hindsight(state, tokens, key):
     window = split(tokens, horizon=SHAPE.horizon)
     options = {"length": LENGTH, "draws": DRAWS, "config": CONFIG}
@@ -92,7 +100,7 @@ def changed_by(where, decide):
     return found
 
 
-@pytest.mark.parametrize("decide", [by_history, variants, episode, maps])
+@pytest.mark.parametrize("decide", [by_history, variants, episode, maps, report])
 def test_no_decision_depends_on_the_horizon(decide):
     assert changed_by(HORIZON, decide) == set()
 
@@ -105,6 +113,7 @@ def test_no_decision_depends_on_the_horizon(decide):
         (variants, {"contexts", "distinct"}),
         (episode, set()),
         (maps, set()),
+        (report, {"hit_rate_random"}),
     ],
 )
 def test_decisions_depend_on_the_history(decide, blind):
