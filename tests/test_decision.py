@@ -141,9 +141,7 @@ def influence(shift):
         made = policy_contexts(MODELS, params["lens"], tree, LENGTH, config=CONFIG, capacity=CONFIG.context_capacity)
         picked = jax.vmap(lambda one: contexts.materialise(tree, one))(made)
         entries = jax.tree.map(lambda *rows: jnp.concatenate(rows), scored.entries, picked)
-        scores = jax.vmap(
-            lambda one: MODELS.lens.apply(params["lens"], one)
-        )(entries)
+        scores = jax.vmap(lambda one: MODELS.lens.apply(params["lens"], one))(entries)
         return jnp.sum(scores**2)
 
     gradient = jit(jax.grad(total))(state.params["base"]["embedding"]["embedding"])

@@ -592,7 +592,7 @@ def reference_scores(params: Params, config: LensConfig, entries: Entries) -> np
 
     shown = content(entries.embeddings)
     blocks = content(entries.blocks) if config.blocks else shown
-    x = shown + blocks @ params["block"]["kernel"] if config.blocks else shown
+    x = shown + blocks @ params["block"]["kernel"] if config.blocks else shown.copy()
     for i, (lod, span, age) in enumerate(zip(entries.lods, entries.spans, ages, strict=True)):
         waves = [wave(frequency * age) for wave in (math.sin, math.cos) for frequency in FREQUENCIES]
         features = np.asarray([math.log(span), age, *waves]) @ params["features"]["kernel"]
