@@ -61,7 +61,9 @@ def step_cost(config: Config, *, fused_attention: bool = False) -> StepCost:
                                           and read again; none in a fused kernel
         4 ((2 + 2 g) D^2 + 3 D M)         bytes of float32 weights, read once a step and not once a variant
 
-    Norms, softmax and rotations are no operations here. The base model's last layer computes queries, attention and
+    LensNet projects embeddings, and blocks if it sees them, to its width, blocks once more beside them; a pointer takes
+    a query and a key of each entry and a weight for each head. Norms, softmax, rotations and the sums of single numbers
+    are no operations here. The base model's last layer computes queries, attention and
     MLP at the H scored rows alone.
 
     Args:
@@ -121,5 +123,13 @@ def _lens_forward(lens: LensConfig, width: int, entries: int, variants: int, siz
             + 4 * (4 * dim**2 + 3 * dim * hidden)
         ),
     )
-    content = Cost(float(variants * 2 * entries * width * dim), float(variants * entries * (width + dim) * size))
-    return content + lens.layers * layer
+
+    def product(inputs: int, outputs: int) -> Cost:
+        """Every entry times one matrix of weights."""
+        once = 4.0 * inputs * outputs
+        each = variants * entries
+        return Cost(2.0 * each * inputs * outputs, float(each * (inputs + outputs) * size) + once)
+
+    content = (1 + lens.blocks) * product(width, dim) + lens.blocks * product(dim, dim)
+    pointer = lens.pointer * (2 * product(dim, dim) + product(dim, lens.heads))
+    return content + lens.layers * layer + pointer

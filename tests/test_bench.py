@@ -11,6 +11,7 @@ import pytest
 from experiments import bench as script
 from lensjax import config as configs
 from lensjax import train
+from lensjax.context import Entries
 from lensjax.cost import step_cost
 from lensjax.models import build_models
 from tests.small import SMALL
@@ -90,6 +91,22 @@ def test_the_cost_on_paper_is_what_the_compiler_counts(shape):
         assert part.traffic < counts["bytes accessed"] < 2.5 * part.traffic
     assert step_cost(config, fused_attention=True).total.traffic < 0.7 * cost.total.traffic
     assert cost.lens == 3.0 * cost.anchor and cost.total == cost.base + cost.lens + cost.anchor + cost.gist
+
+
+@pytest.mark.parametrize("switch", ["lens.blocks", "lens.pointer"])
+def test_the_cost_of_what_lensnet_may_have_is_what_the_compiler_counts(switch):
+    def flops(config):
+        models, shape = build_models(config), (config.batch_size, config.context.rollouts + 1, config.context_capacity)
+        floats, wide = (jnp.zeros(shape + rest) for rest in ((), (config.base.dim,)))
+        levels, valid = jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool)
+        entries = Entries(wide, wide, floats, levels, floats, floats, valid)
+        params = jax.eval_shape(models.lens.init, jax.random.key(0))
+        gradient = jax.jit(lambda lens: script._lens_gradient(models, lens, entries, floats))
+        return gradient.lower(params).cost_analysis()["flops"], step_cost(config).lens.flops
+
+    (counted, paper), (counted_off, paper_off) = (flops(configs.replace(TINY, **{switch: on})) for on in (True, False))
+    # The compiler counts the elementwise operations as well.
+    assert paper - paper_off < counted - counted_off < 1.2 * (paper - paper_off)
 
 
 def test_a_file_that_is_there_is_kept(tmp_path):

@@ -90,6 +90,9 @@ def test_materialise_equals_the_reference():
         tokens = reference.covered((start, lod), 2)
         expected = reference.node(leaves, lambda children: children.mean(axis=0), start, lod, 2)
         np.testing.assert_allclose(entries.embeddings[row], expected, rtol=1e-6)
+        if lod == 0 and start < 16:  # token 16 is the first of a block
+            expected = reference.node(leaves, lambda children: children.mean(axis=0), start // 2 * 2, 1, 2)
+        np.testing.assert_allclose(entries.blocks[row], expected, rtol=1e-6)
         assert float(entries.positions[row]) == np.mean(tokens)
         assert float(entries.distances[row]) == 16 - np.mean(tokens)
         assert float(entries.spans[row]) == len(tokens)
@@ -102,6 +105,21 @@ def test_the_cursor_is_the_last_token_held():
     tree = dataclasses.replace(tree, length=jnp.asarray(6, jnp.int32))
     entries = materialise(tree, working_context([(0, 1), (2, 0), (5, 0)], window=32))
     assert entries.distances.tolist() == [4.5, 3.0, 0.0]
+
+
+@pytest.mark.parametrize("length", [5, 7])
+def test_the_block_of_a_token_is_its_gist_once_there_is_one(length):
+    # Nothing in the tree is zero, not even where nothing is held yet: a wrong row would be noticed.
+    tree = trees.build(
+        np.arange(1.0, 9.0, dtype=np.float32)[:, None], lambda children: children.sum(axis=1), block_size=2, max_lod=2
+    )
+    assert [level[:, 0].tolist() for level in tree.levels] == [[1, 2, 3, 4, 5, 6, 7, 8], [3, 7, 11, 15], [10, 26]]
+    tree = dataclasses.replace(tree, length=jnp.asarray(length, jnp.int32))
+    held = [(0, 2), (0, 1), (0, 0), (1, 0), (2, 0), (3, 0), (4, 0)]
+    entries = materialise(tree, working_context(held, window=8, capacity=9))
+    # Gists stand for themselves; token 4 waits for token 5.
+    assert entries.blocks[:, 0].tolist() == [10, 3, 3, 3, 7, 7, 5 if length == 5 else 11, 0, 0]
+    assert entries.embeddings[:, 0].tolist() == [10, 3, 1, 2, 3, 4, 5, 0, 0]
 
 
 def test_every_legal_cut_holds_the_invariants():

@@ -3,17 +3,19 @@ import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import Array
 
 from lensjax.config import BaseConfig, Config, GistConfig, LensConfig, replace
+from lensjax.context import Entries
 from lensjax.models import BaseModel, GistModel, LensModel, Params, build_models, transformer
-from lensjax.models.lensnet import time_features
+from lensjax.models.lensnet import FREQUENCIES, Pointer, time_features
 
 # Widths are shared, for initialisation without jit compiles once per shape.
 BASE = BaseConfig(vocab_size=29, dim=16, layers=2, heads=4, kv_heads=2, mlp_dim=48, conv_width=3)
@@ -33,7 +35,12 @@ GISTS = {
     for pooling in ("mean", "query", "cls")
     for head, layers in (("linear", 0), ("mlp", 1))
 }
-LENSES = {"linear": LENS, "mlp": dataclasses.replace(LENS, head="mlp", layers=1)}
+LENSES = {
+    "blocks and pointer": LENS,
+    "blocks": dataclasses.replace(LENS, layers=1, pointer=False),
+    "pointer": dataclasses.replace(LENS, layers=1, head="mlp", blocks=False),
+    "neither": dataclasses.replace(LENS, layers=1, head="mlp", blocks=False, pointer=False),
+}
 
 bases = pytest.mark.parametrize("config", BASES.values(), ids=BASES)
 gists = pytest.mark.parametrize("config", GISTS.values(), ids=GISTS)
@@ -73,21 +80,22 @@ def compiled_apply(model: Any) -> Callable[..., Array]:
 
 
 @functools.cache
-def compiled_gradients(model: Any) -> Callable[..., tuple[Params, Array]]:
-    def loss(params: Params, first: Array, *others: Array) -> Array:
+def compiled_gradients(model: Any) -> Callable[..., tuple[Params, Any]]:
+    def loss(params: Params, first: Any, *others: Array) -> Array:
         output = model.apply(params, first, *others)
         return jnp.sum(output * jnp.cos(jnp.arange(1.0, output.size + 1)).reshape(output.shape))
 
-    return jax.jit(jax.grad(loss, argnums=(0, 1)))
+    return jax.jit(jax.grad(loss, argnums=(0, 1), allow_int=True))
 
 
-def run(model: Any, params: Params, *arguments: Array) -> np.ndarray:
+def run(model: Any, params: Params, *arguments: Any) -> np.ndarray:
     return np.asarray(compiled_apply(model)(params, *arguments))
 
 
-def gradients(model: Any, params: Params, *arguments: Array) -> tuple[Params, Array]:
-    """Of a generic loss of the output, with respect to the parameters and the first argument."""
-    return compiled_gradients(model)(params, *arguments)
+def gradients(model: Any, params: Params, *arguments: Any) -> tuple[Params, Any]:
+    """Of a generic loss of the output, with respect to the parameters and the floats of the first argument."""
+    found = compiled_gradients(model)(params, *arguments)
+    return jax.tree.map(lambda leaf: None if leaf.dtype == jax.dtypes.float0 else leaf, found)
 
 
 def assert_close(actual: Any, expected: Any) -> None:
@@ -105,31 +113,26 @@ def base_inputs() -> tuple[Array, Array, Array]:
     return jnp.asarray(embeddings), jnp.asarray(np.cumsum(spans) - (spans + 1) / 2), jnp.asarray(spans)
 
 
-class LensInputs(NamedTuple):
-    embeddings: Array
-    lods: Array
-    spans: Array
-    distances: Array
-    valid: Array
-
-
-def lens_inputs(padding: int = PADDING) -> LensInputs:
-    """The same entries for LensNet, followed by padding."""
+def lens_inputs(padding: int = PADDING) -> Entries:
+    """The same entries for LensNet, followed by padding: four tokens have a gist, the last four not yet."""
     embeddings, centres, spans = base_inputs()
-    lods = jnp.asarray([2, 1, 1] + [0] * (S - 3))
-    entries = LensInputs(embeddings, lods, spans, spans.sum() - centres, jnp.ones(S, bool))
+    gist = jnp.asarray(np.random.default_rng(7).normal(size=D).astype("f"))
+    lods, valid = jnp.asarray([2, 1, 1] + [0] * (S - 3)), jnp.ones(S, bool)
+    blocks = embeddings.at[3:7].set(gist)
+    # From the centres to the last token, as in `materialise`.
+    entries = Entries(embeddings, blocks, centres, lods, spans, spans.sum() - 1 - centres, valid)
     return jax.tree.map(lambda x: jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1)), entries)
 
 
 CHILDREN = jnp.asarray(np.random.default_rng(2).normal(size=(3, K, D)).astype("f"))
 
 
-def example(kind: str) -> tuple[Any, tuple[Array, ...]]:
+def example(kind: str) -> tuple[Any, tuple[Any, ...]]:
     """A model of each kind with arguments of `apply`."""
     return {
         "base": (BaseModel(BASE), (*base_inputs(), ROWS)),
         "gist": (gist_model(GISTS["query, mlp, 1 layers"]), (CHILDREN,)),
-        "lens": (lens_model(), lens_inputs()),
+        "lens": (lens_model(), (lens_inputs(),)),
     }[kind]
 
 
@@ -182,8 +185,9 @@ def test_equal_query_and_key_parameters_own_their_buffers() -> None:
 @kinds
 def test_vmap_equals_a_loop(kind: str) -> None:
     model, arguments = example(kind)
-    other = (-arguments[0], *arguments[1:])
-    both = [np.stack(rows) for rows in zip(arguments, other, strict=True)]
+    (embeddings, *others), structure = jax.tree.flatten(arguments)
+    other = jax.tree.unflatten(structure, [-embeddings, *others])
+    both = jax.tree.map(lambda *rows: np.stack(rows), arguments, other)
     mapped = jax.jit(jax.vmap(model.apply, in_axes=(None, *(0 for _ in arguments))))(trained(model), *both)
     assert_close(mapped, np.stack([run(model, trained(model), *each) for each in (arguments, other)]))
     assert not np.allclose(mapped[0], mapped[1])
@@ -230,10 +234,12 @@ def test_every_parameter_of_a_fresh_gistnet_learns(config: GistConfig) -> None:
 @lenses
 def test_every_parameter_of_a_fresh_lensnet_learns(config: LensConfig) -> None:
     model = lens_model(config)
-    gradient = gradients(model, fresh(model), *lens_inputs())[0]
+    gradient = gradients(model, fresh(model), lens_inputs())[0]
     assert_all_learn(gradient)
-    attention = gradient["transformer"]["block_0"]["attention"]
-    assert not np.allclose(attention["query"]["kernel"], attention["key"]["kernel"]), "they would never part"
+    assert ("block" in gradient) == config.blocks and ("pointer" in gradient) == config.pointer
+    for pair in (gradient["transformer"]["block_0"]["attention"], gradient.get("pointer")):
+        if pair is not None:
+            assert not np.allclose(pair["query"]["kernel"], pair["key"]["kernel"]), "they would never part"
 
 
 def test_equal_configurations_are_one_static_argument(
@@ -267,8 +273,14 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         base.embed({}, jnp.zeros((2, 3), jnp.int32))
     with pytest.raises(ValueError, match=r"children must have shape \[any, 4, 16\].*\(3, 3, 16\)"):
         gist_model(GistConfig()).apply({}, CHILDREN[:, 1:])
-    with pytest.raises(ValueError, match=r"valid must have shape \[14\]"):
-        lens.apply({}, *lens_inputs()._replace(valid=jnp.ones(3, bool)))
+    entries = lens_inputs()
+    for name, wrong, shape in (
+        ("valid", entries.valid[:3], r"\[14\].*\(3,\)"),
+        ("blocks", entries.blocks[:, 1:], r"\[14, 16\].*\(14, 15\)"),
+        ("embeddings", entries.embeddings[None], r"\[any, 16\].*vmap.*\(1, 14, 16\)"),
+    ):
+        with pytest.raises(ValueError, match=rf"entries\.{name} must have shape {shape}"):
+            lens.apply({}, dataclasses.replace(entries, **{name: wrong}))
     with pytest.raises(ValueError, match="dim must be a multiple of heads, got 16 and 3"):
         gist_model(GistConfig(heads=3))
 
@@ -558,29 +570,109 @@ def test_zero_children_have_finite_gists_and_gradients(config: GistConfig) -> No
 # LensNet.
 
 
+def reference_scores(params: Params, config: LensConfig, entries: Entries) -> np.ndarray:
+    """LensNet as loops over entries and heads, in float64; no entry is padding."""
+    params, entries = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (params, entries))
+    width, count = config.dim // config.heads, len(entries.valid)
+    heads = [slice(head * width, (head + 1) * width) for head in range(config.heads)]
+    ages = [math.log(1 + distance) for distance in entries.distances]
+
+    def norm(x: np.ndarray, weights: Params) -> np.ndarray:
+        return np.stack([row / np.sqrt(np.mean(row**2) + 1e-8) for row in x]) * weights["scale"]
+
+    def softmax(logits: Any) -> np.ndarray:
+        return np.exp(logits) / np.sum(np.exp(logits))
+
+    def swiglu(x: np.ndarray, weights: Params) -> np.ndarray:
+        gate, up = np.split(x @ weights["gate_up"]["kernel"], 2, axis=-1)
+        return (gate / (1 + np.exp(-gate)) * up) @ weights["down"]["kernel"]
+
+    def content(x: np.ndarray) -> np.ndarray:
+        return norm(x, params["embedding_norm"]) @ params["content"]["kernel"]
+
+    shown = content(entries.embeddings)
+    blocks = content(entries.blocks) if config.blocks else shown
+    x = shown + blocks @ params["block"]["kernel"] if config.blocks else shown.copy()
+    for i, (lod, span, age) in enumerate(zip(entries.lods, entries.spans, ages, strict=True)):
+        waves = [wave(frequency * age) for wave in (math.sin, math.cos) for frequency in FREQUENCIES]
+        features = np.asarray([math.log(span), age, *waves]) @ params["features"]["kernel"]
+        x[i] = x[i] + params["lod"]["embedding"][int(lod)] + features
+    for layer in range(config.layers):
+        block = params["transformer"][f"block_{layer}"]
+        weights = {name: child["kernel"] for name, child in block["attention"].items()}
+        normed = norm(x, block["attention_norm"])
+        query, key, value = (normed @ weights[name] for name in ("query", "key", "value"))
+        mixed = np.zeros_like(x)
+        for own in heads:
+            for i in range(count):
+                logits = [query[i, own] @ key[j, own] / math.sqrt(width) for j in range(count)]
+                mixed[i, own] = softmax(logits) @ value[:, own]
+        x = x + mixed @ weights["out"]
+        x = x + swiglu(norm(x, block["mlp_norm"]), block["mlp"])
+    x = norm(x, params["norm"])
+    head = params["head"]
+    scores = (x @ head["kernel"] + head["bias"] if config.head == "linear" else swiglu(x, head))[:, 0]
+    if config.pointer:
+        pointer = params["pointer"]
+        for h, own in enumerate(heads):
+            weights = softmax([x[j] @ pointer["weight"]["kernel"][:, h] - 2 * ages[j] for j in range(count)])
+            asked = sum(weights[j] * shown[j] @ pointer["query"]["kernel"][:, own] for j in range(count))
+            for i in range(count):
+                match = asked @ (blocks[i] @ pointer["key"]["kernel"][:, own]) / math.sqrt(width)
+                scores[i] += pointer["gain"][h] * match
+    return np.tanh(scores)
+
+
 @lenses
-def test_scores_are_bounded_and_zero_at_padding(config: LensConfig) -> None:
+def test_lensnet_equals_a_slow_reference(config: LensConfig) -> None:
     model = lens_model(config)
-    scores = run(model, trained(model), *lens_inputs())
-    assert scores.shape == (S + PADDING,) and scores.dtype == np.float32
-    assert (np.abs(scores) <= 1).all() and (scores[:S] != 0).all() and (scores[S:] == 0).all()
-    undecided = run(model, fresh(model), *lens_inputs())
-    assert 0 < np.abs(undecided).max() < 0.5
+    # Small enough that tanh does not hide the scores.
+    params = trained(model) | {"norm": {"scale": 0.2 * trained(model)["norm"]["scale"]}}
+    if config.pointer:
+        params["pointer"] = params["pointer"] | {"gain": np.asarray([0.02, -0.03], np.float32)}
+    expected = reference_scores(params, config, lens_inputs(padding=0))
+    assert np.abs(expected).max() < 0.99
+    scores = run(model, params, lens_inputs())
+    assert_close(scores[:S], expected)
+    assert scores.dtype == np.float32 and (scores[:S] != 0).all() and (scores[S:] == 0).all()
 
 
-def test_every_score_depends_on_every_entry_and_on_no_padding() -> None:
-    model, (embeddings, *others) = lens_model(), lens_inputs()
-    jacobian = jax.jit(jax.jacrev(model.apply, argnums=1))(fresh(model), embeddings, *others)
-    influence = np.abs(jacobian).sum(axis=-1)
-    assert (influence[:S, :S] > 0).all()
-    assert (influence[S:] == 0).all() and (influence[:, S:] == 0).all()
+@lenses
+def test_scores_are_bounded_and_those_of_a_fresh_head_small(config: LensConfig) -> None:
+    model = lens_model(config)
+    assert (np.abs(run(model, trained(model), lens_inputs())) <= 1).all()
+    params = fresh(model)
+    if config.pointer:  # it has much to say of the last entries from the start
+        params = params | {"pointer": params["pointer"] | {"gain": 0 * params["pointer"]["gain"]}}
+    assert 0 < np.abs(run(model, params, lens_inputs())).max() < 0.5
+
+
+def test_every_score_depends_on_every_entry_and_its_block_and_on_no_padding() -> None:
+    model, inputs = lens_model(), lens_inputs()
+
+    def scores(embeddings: Array, blocks: Array) -> Array:
+        return model.apply(fresh(model), dataclasses.replace(inputs, embeddings=embeddings, blocks=blocks))
+
+    for jacobian in jax.jit(jax.jacrev(scores, argnums=(0, 1)))(inputs.embeddings, inputs.blocks):
+        influence = np.abs(jacobian).sum(axis=-1)
+        assert (influence[:S, :S] > 0).all()
+        assert (influence[S:] == 0).all() and (influence[:, S:] == 0).all()
+
+
+def test_blocks_are_heard_only_where_they_are_switched_on() -> None:
+    changed = dataclasses.replace(lens_inputs(), blocks=lens_inputs().blocks + 1)
+    for config in (LENSES["blocks"], LENSES["pointer"]):
+        model = lens_model(config)
+        before, after = (run(model, fresh(model), entries) for entries in (lens_inputs(), changed))
+        assert (np.abs(after - before).max() > 1e-3) == config.blocks
+        assert config.blocks or (after == before).all()
 
 
 @pytest.mark.parametrize(("feature", "value"), [("lods", 0), ("spans", 1.0), ("distances", 1.0)])
 def test_scores_depend_on_every_feature(feature: str, value: float) -> None:
     model, inputs = lens_model(), lens_inputs()
-    changed = inputs._replace(**{feature: getattr(inputs, feature).at[0].set(value)})
-    assert abs(run(model, fresh(model), *inputs)[0] - run(model, fresh(model), *changed)[0]) > 1e-4
+    changed = dataclasses.replace(inputs, **{feature: getattr(inputs, feature).at[0].set(value)})
+    assert abs(run(model, fresh(model), inputs)[0] - run(model, fresh(model), changed)[0]) > 1e-4
 
 
 def test_features_by_hand() -> None:
@@ -593,25 +685,36 @@ def test_features_by_hand() -> None:
 @pytest.mark.parametrize("garbage", [1e3, np.nan])
 def test_neither_content_nor_count_of_padding_matters(garbage: float) -> None:
     model, inputs = lens_model(), lens_inputs()
-    floats = {name: getattr(inputs, name).at[S:].set(garbage) for name in ("embeddings", "spans", "distances")}
-    padded = inputs._replace(lods=inputs.lods.at[S:].set(2), **floats)
-    expected = run(model, trained(model), *lens_inputs(padding=0))
-    assert_close(run(model, trained(model), *padded)[:S], expected)
-    assert_finite(gradients(model, trained(model), *padded))
+    names = ("embeddings", "blocks", "positions", "spans", "distances")
+    floats = {name: getattr(inputs, name).at[S:].set(garbage) for name in names}
+    padded = dataclasses.replace(inputs, lods=inputs.lods.at[S:].set(2), **floats)
+    expected = run(model, trained(model), lens_inputs(padding=0))
+    assert_close(run(model, trained(model), padded)[:S], expected)
+    assert_finite(gradients(model, trained(model), padded))
 
 
 def test_a_context_of_padding_alone_scores_zero_with_zero_gradients() -> None:
     model = lens_model()
-    nothing = lens_inputs()._replace(valid=jnp.zeros(S + PADDING, bool))
-    assert (run(model, trained(model), *nothing) == 0).all()
-    assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradients(model, trained(model), *nothing)))
+    nothing = dataclasses.replace(lens_inputs(), valid=jnp.zeros(S + PADDING, bool))
+    assert (run(model, trained(model), nothing) == 0).all()
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradients(model, trained(model), nothing)))
 
 
-def test_scores_move_with_their_entries() -> None:
-    model, inputs = lens_model(), lens_inputs()
+@lenses
+def test_scores_move_with_their_entries(config: LensConfig) -> None:
+    model, inputs = lens_model(config), lens_inputs()
     order = np.random.default_rng(5).permutation(S + PADDING)
     shuffled = jax.tree.map(lambda x: x[order], inputs)
-    assert_close(run(model, trained(model), *shuffled), run(model, trained(model), *inputs)[order])
+    assert_close(run(model, trained(model), shuffled), run(model, trained(model), inputs)[order])
+
+
+def test_a_fresh_pointer_finds_the_block_that_holds_what_the_end_resembles() -> None:
+    content = np.random.default_rng(8).normal(size=(20, 64)).astype("f")
+    blocks = jnp.asarray(content.reshape(5, 4, 64).mean(axis=1).repeat(4, axis=0)).at[8:12].add(content[-1] / 4)
+    distances, valid = jnp.arange(20.0)[::-1], jnp.ones(20, bool)
+    pointer = Pointer(64, 2, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    scores = np.asarray(pointer(jnp.asarray(content), blocks, jnp.asarray(content), distances, valid))[:16]
+    assert scores[8:12].min() > 1.5 * np.delete(scores, range(8, 12)).max()
 
 
 def test_lensnet_attention_begins_as_a_similarity_kernel() -> None:
@@ -624,5 +727,7 @@ def test_lensnet_attention_begins_as_a_similarity_kernel() -> None:
         logits = (entries @ query) @ (entries @ key).T
         assert (np.diag(logits) > logits.mean(axis=1)).all(), "an entry is like itself"
     assert not np.allclose(*kernels)
+    pointer = fresh(lens_model())["pointer"]
+    np.testing.assert_array_equal(pointer["query"]["kernel"], pointer["key"]["kernel"])
     base = fresh(BaseModel(BASES["no convolution, plain heads"]))["transformer"]["block_0"]["attention"]
     assert not np.allclose(base["query"]["kernel"], base["key"]["kernel"])

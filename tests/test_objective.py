@@ -54,7 +54,7 @@ def random_sequence(rng, *, with_duplicate):
     contexts = jax.tree.map(lambda *rows: np.stack(rows), *contexts)
     spans = np.where(contexts.valid, SHAPE.block_size**contexts.lod, 0).astype(np.float32)
     unread = np.full(spans.shape, np.nan, np.float32)
-    entries = Entries(unread[..., None], unread, contexts.lod, spans, unread, contexts.valid)
+    entries = Entries(unread[..., None], unread[..., None], unread, contexts.lod, spans, unread, contexts.valid)
     losses = (2 + 0.5 * rng.standard_normal(VARIANTS)).astype(np.float32)
     return ScoredVariants(contexts, distinct, entries, losses)
 
@@ -291,7 +291,7 @@ def test_the_advantage_of_a_span_by_hand():
     contexts = [reference.context_of(cut, window=SHAPE.history, capacity=SHAPE.history) for cut in cuts]
     contexts = jax.tree.map(lambda *rows: np.stack(rows)[None], *contexts)
     spans = np.where(contexts.valid, SHAPE.block_size**contexts.lod, 0).astype(np.float32)
-    entries = Entries(spans[..., None], spans, contexts.lod, spans, spans, contexts.valid)
+    entries = Entries(spans[..., None], spans[..., None], spans, contexts.lod, spans, spans, contexts.valid)
     distinct = np.asarray([[True, True, False, False]])
     scored = ScoredVariants(contexts, distinct, entries, np.asarray([[1.0, 2.0, np.nan, np.nan]], np.float32))
     alone = {name: 0.0 for name in ("rank_weight", "budget_weight", "smooth_weight")}

@@ -100,11 +100,10 @@ class LensNet(nnx.Module):
         """Scores float32[W] and features float32[W, dim]. See `lensjax.models.functional.LensModel`."""
         # A masked key still meets its value as 0 * v: whatever stands in padding must at least be finite.
         valid = entries.valid
-        shown = entries.embeddings, entries.blocks if self.config.blocks else entries.embeddings
-        embeddings, blocks = (jnp.where(valid[:, None], x, 0.0) for x in shown)
         lods = jnp.where(valid, entries.lods, 0)
         spans, distances = jnp.where(valid, entries.spans, 1.0), jnp.where(valid, entries.distances, 0.0)
-        content, block = (self.content(self.embedding_norm(x)) for x in (embeddings, blocks))
+        content = self._content(entries.embeddings, valid)
+        block = self._content(entries.blocks, valid) if self.config.blocks else content
         x = content + self.lod(lods) + self.features(time_features(spans, distances))
         x = x + self.block(block) if self.config.blocks else x
         x = self.norm(self.transformer(x, key_mask=valid))
@@ -113,6 +112,9 @@ class LensNet(nnx.Module):
             scores = scores + self.pointer(content, block, x, distances, valid)
         scores = jnp.where(valid, jnp.tanh(scores), 0.0)
         return scores, jnp.where(valid[:, None], x, 0.0).astype(jnp.float32)
+
+    def _content(self, embeddings: Array, valid: Array) -> Array:
+        return self.content(self.embedding_norm(jnp.where(valid[:, None], embeddings, 0.0)))
 
 
 def time_features(spans: Array, distances: Array) -> Array:
