@@ -54,8 +54,16 @@ def test_a_run_leaves_everything_behind(finished):
     files = {"config.json", "environment.json", "metrics.jsonl", "summary.json", "predictions.png"}
     assert files <= {path.name for path in folder.iterdir()}
     assert json.loads((folder / "summary.json").read_text()) == summary
-    named = {"exact", "exact_zeroed", "exact_foreign", "exact_copy", "loo_accuracy", "loo_lift", "loo_skipped_ratio"}
-    named |= {"lora_diversity", "lora_magnitude_output_head", "exact_mean_view", "pass@1", "pass@2", "pass@3"}
+    named = {"exact", "exact_zeroed", "exact_foreign", "exact_copy", "exact_table", "loo_accuracy", "loo_lift"}
+    named |= {
+        "lora_diversity",
+        "lora_magnitude_output_head",
+        "exact_mean_view",
+        "pass@1",
+        "pass@2",
+        "pass@3",
+        "loo_skipped_ratio",
+    }
     assert named <= summary.keys() and summary["pass@1"] <= summary["pass@2"] <= summary["pass@3"]
     assert summary["lora_diversity"] > 0 and summary["split"] == "test"
     training = [row for row in rows_of(folder) if "loss" in row]

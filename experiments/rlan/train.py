@@ -32,7 +32,7 @@ from lensjax.data import Split
 from lensjax.models import Params
 
 PHASE = "meta"
-HEADLINE = ("nll", "exact", "exact_copy", "loo_accuracy", "lora_diversity")
+HEADLINE = ("nll", "exact", "exact_copy", "exact_table", "loo_accuracy", "lora_diversity")
 """Held-out metrics to show while it trains."""
 SHOWN_TASKS = 6
 TRIES = (1, 2, 3)
@@ -138,7 +138,14 @@ def votes(config: RlanConfig, models: RlanModels, params: dict[str, Params], hel
 def over_all(summary: dict[str, Any], coverage: dict[str, int | float]) -> dict[str, int | float]:
     """What a summary of the tasks that fit says of all: those which do not are not solved."""
     share = coverage["tasks_that_fit"] / coverage["tasks"]
-    scores = ("exact", "exact_zeroed", "exact_foreign", "exact_copy", *(f"pass@{tries}" for tries in TRIES))
+    scores = (
+        "exact",
+        "exact_zeroed",
+        "exact_foreign",
+        "exact_copy",
+        "exact_table",
+        *(f"pass@{tries}" for tries in TRIES),
+    )
     return coverage | {f"{name}_of_all": share * summary[name] for name in scores}
 
 
