@@ -75,6 +75,26 @@ def test_a_run_leaves_everything_behind(finished):
 
 
 @pytest.mark.slow
+def test_balanced_families_are_measured_one_by_one(tmp_path, monkeypatch):
+    """Each on its own test rules: cells moved, where copies and tables are right by chance, and objects recoloured."""
+    monkeypatch.setattr(train, "votes", lambda *arguments: {})  # slow to compile
+    families = RulesConfig(families=("roll", "rank"), size=6, pairs=2, balanced=True)
+    config = replace(TINY, rules=families, eval_batches=8, output_dir=str(tmp_path / "run"))
+    summary = train.run(config, console=Console(file=io.StringIO()))
+    scores = {
+        f"{metric}{arm}" for metric in ("exact", "pixel") for arm in ("", "_zeroed", "_foreign", "_copy", "_table")
+    }
+    assert {name for name in summary if "/" in name} == {f"{name}/{x}" for name in ("roll", "rank") for x in scores}
+    assert summary["roll/pixel_copy"] < 0.2 < 0.6 < summary["rank/pixel_copy"]
+    assert summary["pixel_copy"] == pytest.approx(
+        (summary["roll/pixel_copy"] + summary["rank/pixel_copy"]) / 2, abs=0.05
+    )
+    unbalanced = replace(config, rules=replace(families, balanced=False))
+    assert config.balanced_families == ("roll", "rank") and unbalanced.balanced_families == ()
+    assert replace(config, tasks="arc").balanced_families == ()
+
+
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_bit(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "votes", lambda *arguments: {})  # slow to compile
     whole, summary = finished

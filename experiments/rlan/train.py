@@ -13,6 +13,7 @@ import functools
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def run(config: RlanConfig, *, resume: bool = False, console: Console | None = N
         state, seconds = loop.run_phase(
             phase, state, training, run_dir=folder, config=config, mesh=mesh, logger=logger, console=console
         )
-        report = measure(state, "test")
+        report = measure(state, "test") | by_family(config, functools.partial(measure, state))
     params = devices.to_host(state.params)
     summary = {"split": "test", "seed": config.seed, "steps": int(state.step), "training_seconds": round(seconds, 1)}
     summary |= report | votes(config, models, params, asked)
@@ -92,21 +93,33 @@ def run(config: RlanConfig, *, resume: bool = False, console: Console | None = N
     return summary
 
 
-def evaluator(config: RlanConfig, models: RlanModels, mesh: Mesh) -> Callable[[MetaState, Split], dict[str, float]]:
-    """Held-out metrics of a state, always on the same tasks of a split; compiled once for each shape of a batch.
+def evaluator(config: RlanConfig, models: RlanModels, mesh: Mesh) -> Callable[[MetaState, str], dict[str, float]]:
+    """Held-out metrics of a state, always on the same tasks of a split, or of one family's test rules, by its name.
 
-    All devices measure all tasks, of which there may be any number.
+    Compiled once for each shape of a batch. All devices measure all tasks, of which there may be any number.
     """
     step = jax.jit(functools.partial(meta.eval_step, models=models))
 
-    def batches(split: Split) -> list[Batch]:
+    def batches(config: RlanConfig, split: Split) -> list[Batch]:
         found = tasks.held_out(config, split, count=config.eval_batches * config.batch_size)
         size = len(found) if config.tasks == "arc" else config.batch_size
         stacked = (tasks.stacked(found[i : i + size]) for i in range(0, len(found), size))
         return [devices.place(jax.tree.map(jnp.asarray, batch), mesh, split=False) for batch in stacked]
 
-    held_out = {split: batches(split) for split in ("validation", "test")}
-    return lambda state, split: evaluation.mean_over_batches(step(state.params, batch) for batch in held_out[split])
+    held_out = {"validation": batches(config, "validation"), "test": batches(config, "test")}
+    for family in config.balanced_families:
+        held_out[family] = batches(replace(config, rules=replace(config.rules, families=(family,))), "test")
+    return lambda state, name: evaluation.mean_over_batches(step(state.params, batch) for batch in held_out[name])
+
+
+def by_family(config: RlanConfig, measure: Callable[[str], dict[str, float]]) -> dict[str, float]:
+    """The scores of each family's test rules as `family/score`; foreign deltas are those of the same family."""
+    return {
+        f"{family}/{name}": value
+        for family in config.balanced_families
+        for name, value in measure(family).items()
+        if name.startswith(("exact", "pixel"))
+    }
 
 
 def votes(config: RlanConfig, models: RlanModels, params: dict[str, Params], held_out: list[Task]) -> dict[str, float]:
