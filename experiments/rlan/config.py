@@ -90,16 +90,14 @@ class RlanConfig:
 PRESETS = {name: RlanConfig(hyperlora=section) for name, section in hyperlora.PRESETS.items()} | {
     "objects": RlanConfig(
         output_dir="runs/rlan/objects",
-        steps=600,
-        eval_steps=200,
+        steps=1500,
         eval_batches=16,
         rules=RulesConfig(families=OBJECTS, size=6, balanced=True),
     ),
     # Offsets and turns do not commute with turns: equal deltas would be wrong.
     "moves": RlanConfig(
         output_dir="runs/rlan/moves",
-        steps=600,
-        eval_steps=200,
+        steps=500,
         eval_batches=16,
         rules=RulesConfig(families=MOVES, size=6, balanced=True),
         hyperlora=replace(hyperlora.PRESETS["rlan_stable_safe"], equivariance_weight=0.0),

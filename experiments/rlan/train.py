@@ -2,6 +2,7 @@
 
     python experiments/rlan/train.py --output-dir runs/rlan/0
     python experiments/rlan/train.py rlan_stable --seed 1 --output-dir runs/rlan/published-1
+    python experiments/rlan/train.py objects --output-dir runs/rlan/objects-0
     python experiments/rlan/train.py arc --output-dir runs/rlan/arc
     python experiments/rlan/train.py --resume runs/rlan/0
 
