@@ -78,9 +78,11 @@ ablate: $(STAMP) ## What each knob changes, on recall and on the standard librar
 	$(RUN) -m experiments.train demo --steps 0 --output-dir runs/ablations/stdlib-base
 	$(RUN) -m experiments.ablate stdlib --base-run runs/ablations/stdlib-base --output-dir runs/ablations/stdlib
 
-rlan: $(STAMP) ## A grid model adapted per task, on held-out rules, three seeds and a control, into runs/rlan
+rlan: $(STAMP) ## A grid model adapted per task, on held-out rules of colours, objects and moves, into runs/rlan
 	for seed in 0 1 2; do $(RUN) -m experiments.rlan.train --seed $$seed --output-dir runs/rlan/$$seed || exit 1; done
 	$(RUN) -m experiments.rlan.train --hyperlora.loo-weight 0 --rules.queries 4 --output-dir runs/rlan/no-loo-0
+	for seed in 0 1; do $(RUN) -m experiments.rlan.train objects --seed $$seed --output-dir runs/rlan/objects-$$seed || exit 1; done
+	$(RUN) -m experiments.rlan.train moves --output-dir runs/rlan/moves-0
 
 arc: $(STAMP) ## The same model on ARC-1, reported on its evaluation tasks, one seed, into runs/rlan/arc
 	$(RUN) -m experiments.rlan.train arc --output-dir runs/rlan/arc

@@ -77,7 +77,7 @@ def test_tasks_that_do_not_fit_are_left_out_and_counted(publish):
     assert [task.name for task in arc.fitting(SMALL, "test")] == ["odd", "task 30", "task 31"]
     coverage = arc.coverage(SMALL)
     assert coverage == {"tasks": 4, "tasks_that_fit": 3, "size_rule_train": 1.0, "size_rule": 0.75}
-    scores = ("exact", "exact_zeroed", "exact_foreign", "exact_copy", "pass@1", "pass@2", "pass@3")
+    scores = ("exact", "exact_zeroed", "exact_foreign", "exact_copy", "exact_table", "pass@1", "pass@2", "pass@3")
     found = train.over_all(dict.fromkeys(scores, 0.5), coverage)
     assert found == coverage | {f"{name}_of_all": 0.375 for name in scores}
     with pytest.raises(ValueError, match=r"no train task of ARC has grids of at most 1 x 1: raise arc.size"):
@@ -175,5 +175,6 @@ def test_a_run(publish, tmp_path):
     assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
     # The answer is the input, and one of four tasks does not fit.
     assert summary["exact_copy"] == summary["pixel_copy"] == summary["loo_accuracy_copy"] == 1
-    assert summary["exact_copy_of_all"] == 0.75 and summary["tasks_that_fit"] == 3
+    assert summary["exact_table"] == summary["pixel_table"] == 1
+    assert summary["exact_copy_of_all"] == summary["exact_table_of_all"] == 0.75 and summary["tasks_that_fit"] == 3
     assert summary["exact"] == pytest.approx(summary["exact_first_view"])

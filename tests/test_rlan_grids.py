@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.rlan import grids, rules
+from experiments.rlan import grids, objects, rules
 from experiments.rlan.grids import PADDING
 
 SIDE = 5
@@ -127,30 +129,152 @@ def test_votes_go_to_distinct_grids_and_shape_is_part_of_them():
     np.testing.assert_array_equal(grids.vote(np.stack([three, one]))[0], three)  # the earlier view
 
 
+def test_the_table_of_colours_by_hand():
+    """1 becomes 7 twice and 8 once, 2 becomes 3 or 4 once each, and what is padding on either side says nothing."""
+    pairs = np.full((3, 2, 2, 3), PADDING)
+    pairs[0] = [[[1, 1, 2], [1, 2, 0]], [[7, 8, 4], [7, 3, 0]]]
+    pairs[1, :, 0, :2] = [[5, 6], [0, PADDING]]
+    found = grids.colour_table(pairs)
+    assert found.dtype == np.int32
+    assert found.tolist() == [0, 7, 3, 3, 4, 0, 6, 7, 8, 9, PADDING]
+
+
 # The rules
 
 
+def test_what_a_rule_does_by_hand():
+    named = {rule.name: rule for split in rules.SPLITS for rule in rules.rules(rules.FAMILIES, split)}
+    grid = np.asarray([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+    for name, expected in {
+        "swap 1 5": [[5, 2, 3], [4, 1, 6], [7, 8, 9]],
+        "recolour 1 5 to 9 9": [[9, 2, 3], [4, 9, 6], [7, 8, 9]],
+        "cycle 1 5 2": [[5, 1, 3], [4, 2, 6], [7, 8, 9]],
+        "double 1 5 2 3": [[5, 3, 2], [4, 1, 6], [7, 8, 9]],
+        "swap 1 5 down": [[7, 8, 9], [5, 2, 3], [4, 1, 6]],
+        "roll 1 2": [[8, 9, 7], [2, 3, 1], [5, 6, 4]],
+        "turn 1": [[3, 6, 9], [2, 5, 8], [1, 4, 7]],
+        "turn 4 swap 1 5": [[3, 2, 5], [6, 1, 4], [9, 8, 7]],
+    }.items():
+        np.testing.assert_array_equal(named[name].apply(grid), expected)
+    # Two cells of 3 at the corner, three of 5 within, and a single 3 that touches the first only across a corner.
+    grid = np.asarray([[3, 3, 0, 0, 0], [0, 0, 3, 0, 0], [0, 5, 0, 5, 0], [0, 5, 5, 5, 0], [0, 0, 0, 0, 0]])
+    for name, expected in {
+        "rank 7 8 9": [[8, 8, 0, 0, 0], [0, 0, 9, 0, 0], [0, 7, 0, 7, 0], [0, 7, 7, 7, 0], [0, 0, 0, 0, 0]],
+        "border 7 8": [[7, 7, 0, 0, 0], [0, 0, 8, 0, 0], [0, 8, 0, 8, 0], [0, 8, 8, 8, 0], [0, 0, 0, 0, 0]],
+        "border same 0": [[3, 3, 0, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]],
+        "flood largest same 1": [[1, 1, 5, 5, 5], [5, 5, 1, 5, 5], [5, 5, 5, 5, 5], [5, 5, 5, 5, 5], [5, 5, 5, 5, 5]],
+        "flood smallest 0 same": [[3, 3, 3, 3, 3], [3, 3, 0, 3, 3], [3, 5, 3, 5, 3], [3, 5, 5, 5, 3], [3, 3, 3, 3, 3]],
+    }.items():
+        np.testing.assert_array_equal(named[name].apply(grid), expected)
+
+
+def test_objects_are_cells_of_one_colour_side_by_side():
+    grid = np.asarray([[1, 0, 2], [1, 2, 2], [0, 0, 1]])
+    found = [[(int(row), int(column)) for row, column in zip(*cells, strict=True)] for cells in objects.find(grid)]
+    assert found == [[(0, 2), (1, 1), (1, 2)], [(0, 0), (1, 0)], [(2, 2)]]
+    assert objects.find(np.zeros((2, 2), int)) == []
+    # Of equally large ones that which comes first.
+    grid = np.asarray([[0, 4, 0], [0, 0, 3], [2, 0, 0]])
+    assert [int(grid[cells][0]) for cells in objects.find(grid)] == [4, 3, 2]
+
+
+@settings(max_examples=60)
+@given(seed=st.integers(0, 2**32 - 1), side=st.integers(objects.SMALLEST_SIDE, 9))
+def test_drawn_objects_are_told_apart_by_size_colour_and_border(seed, side):
+    grid = objects.draw(np.random.default_rng(seed), side)
+    assert grid.shape == (side, side) and grid.dtype == np.int32 and grid.min() == 0 and grid.max() < 10
+    found = objects.find(grid)
+    assert len({len(rows) for rows, _ in found}) == len({int(grid[cells][0]) for cells in found}) == 3
+    at_border = [bool({0, side - 1} & {*rows.tolist(), *columns.tolist()}) for rows, columns in found]
+    assert any(at_border) and not all(at_border)
+    for rows, columns in found:  # nothing else within a cell of it, not even across a corner
+        around = {(r + i, c + j) for r, c in zip(rows, columns, strict=True) for i in (-1, 0, 1) for j in (-1, 0, 1)}
+        inside = [grid[cell] for cell in around if min(cell) >= 0 and max(cell) < side]
+        assert np.count_nonzero(inside) == len(rows)
+
+
+COUNTS = {"swap": 36, "recolour": 2268, "cycle": 168, "double": 378, "shift": 144}
+COUNTS |= {"roll": 35, "turn": 259, "flood": 242, "rank": 504, "border": 110}
+LARGE = rules.RulesConfig(size=6, queries=2)
+
+
 def test_every_rule_is_in_one_split():
-    names = {split: {rule.name for rule in rules.rules(rules.FAMILIES, split)} for split in rules.SPLITS}
-    assert sum(map(len, names.values())) == len(set().union(*names.values())) == 36 + 2268 + 168 + 378 + 144
-    assert len(names["train"]) / 2994 == pytest.approx(0.7, abs=0.03)
-    assert len(names["test"]) / 2994 == pytest.approx(0.2, abs=0.03)
-    # Colour maps are different even where names are not looked at: no held-out rule is a trained one in disguise.
-    maps = [(rule.colours, rule.shift) for split in rules.SPLITS for rule in rules.rules(rules.FAMILIES, split)]
-    assert len(set(maps)) == len(maps)
+    found = {split: rules.rules(rules.FAMILIES, split) for split in rules.SPLITS}
+    names = {split: {rule.name for rule in found[split]} for split in rules.SPLITS}
+    total = sum(COUNTS.values())
+    assert sum(map(len, found.values())) == len(set().union(*names.values())) == total
+    assert len(names["train"]) / total == pytest.approx(0.7, abs=0.03)
+    assert len(names["test"]) / total == pytest.approx(0.2, abs=0.03)
+    # Rules are different even where names are not looked at: no held-out rule is a trained one in disguise.
+    random = np.random.default_rng(0)
+    for draw in (rules.noise, objects.draw):
+        probes = [draw(random, 6) for _ in range(3)]
+        shown = [rule for split in rules.SPLITS for rule in found[split] if rule.draw is draw]
+        answers = {b"".join(rule.apply(grid).tobytes() for grid in probes) for rule in shown}
+        assert len(answers) == len(shown) > 800
     assert "swap 1 2" in names["train"] and "swap 1 6" in names["test"]
 
 
-def test_a_task_shows_its_rule_and_no_other():
-    source = rules.RuleSource(rules.RulesConfig(families=rules.FAMILIES, queries=2), "test", 3)
-    held_out = rules.rules(rules.FAMILIES, "test")
-    for index in range(20):
+@pytest.mark.parametrize("family", rules.FAMILIES)
+def test_every_family_has_rules_to_train_on_and_to_hold_out(family):
+    counts = [len(rules.rules((family,), split)) for split in rules.SPLITS]
+    assert min(counts) > 1 and sum(counts) == COUNTS[family]
+
+
+@pytest.mark.parametrize("family", rules.FAMILIES)
+def test_a_rule_is_a_function_that_leaves_its_input_alone(family):
+    random = np.random.default_rng(1)
+    for rule in rules.rules((family,), "validation")[:20]:
+        grid = rule.draw(random, 6)
+        before, answer = grid.copy(), rule.apply(grid)
+        assert answer.shape == (6, 6) and answer.min() >= 0 and answer.max() < 10
+        np.testing.assert_array_equal(rule.apply(grid), answer)
+        np.testing.assert_array_equal(grid, before)
+
+
+@pytest.mark.parametrize("family", rules.FAMILIES)
+def test_a_table_of_colours_answers_rules_that_only_map_colours(family):
+    """Whole answers that are right on 100 tasks, of two questions each: all of them or next to none."""
+    source = rules.RuleSource(replace(LARGE, families=(family,)), "test", 0)
+    tables = jax.jit(jax.vmap(grids.colour_table))(np.stack([source[i]["support"] for i in range(100)]))
+    asked = [source[i]["query"] for i in range(100)]
+    right = [
+        (table[pair[0]] == pair[1]).all()
+        for table, pairs in zip(np.asarray(tables), asked, strict=True)
+        for pair in pairs
+    ]
+    if family in (*rules.MOVES, *rules.OBJECTS, "shift"):
+        assert np.mean(right) < 0.2
+    else:
+        assert np.mean(right) > 0.95
+
+
+@pytest.mark.parametrize("family", rules.FAMILIES)
+def test_a_task_shows_its_rule_and_no_other(family):
+    """Whatever rule of any split fits the examples answers the questions alike."""
+    source = rules.RuleSource(replace(LARGE, families=(family,)), "test", 3)
+    every = [rule for split in rules.SPLITS for rule in rules.rules((family,), split)]
+    for index in range(8):
         task = source[index]
-        assert task["support"].shape == (3, 2, 5, 5) and task["query"].shape == (2, 2, 5, 5)
+        assert task["support"].shape == (3, 2, 6, 6) and task["query"].shape == (2, 2, 6, 6)
         assert task["support"].dtype == task["query"].dtype == np.int32
-        pairs = np.concatenate([task["support"], task["query"]])
-        fitting = [rule for rule in held_out if all((rule.apply(pair[0]) == pair[1]).all() for pair in pairs)]
-        assert len(fitting) == 1
+        fitting = [rule for rule in every if all((rule.apply(pair[0]) == pair[1]).all() for pair in task["support"])]
+        assert fitting
+        for rule in fitting:
+            assert all((rule.apply(pair[0]) == pair[1]).all() for pair in task["query"]), rule.name
+
+
+def test_balanced_families_take_turns_and_all_rules_of_each_come():
+    config = replace(LARGE, families=("roll", "border"), balanced=True)
+    source, counts = rules.RuleSource(config, "test", 0), {"roll": 6, "border": 10}
+    for place, family in enumerate(config.families):
+        found = rules.rules((family,), "test")
+        assert len(found) == counts[family]
+        names = set()
+        for index in range(len(found)):
+            pairs = source[2 * index + place]["support"]
+            names |= {rule.name for rule in found if all((rule.apply(a) == b).all() for a, b in pairs)}
+        assert names == {rule.name for rule in found}
 
 
 def test_tasks_are_a_function_of_seed_split_and_index():
@@ -173,7 +297,11 @@ def test_tasks_are_a_function_of_seed_split_and_index():
 
 
 def test_settings_and_sizes_are_checked():
-    with pytest.raises(ValueError, match=r"families must name .* swap, recolour, cycle, double, shift, got \(\)"):
+    with pytest.raises(
+        ValueError, match=r"families must name .* swap, recolour, cycle, double, shift, roll, .*, got \(\)"
+    ):
         rules.RulesConfig(families=())
+    with pytest.raises(ValueError, match=r"rules.size must be 6 or more for the families roll, .* border, got 5"):
+        rules.RulesConfig(families=("swap", "rank"))
     with pytest.raises(ValueError, match=r"at most 2 x 2, got \(1, 3\)"):
         rules.padded(np.zeros((1, 3)), 2)

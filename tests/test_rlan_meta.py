@@ -1,4 +1,5 @@
 import functools
+from collections import Counter
 from dataclasses import replace
 
 import jax
@@ -353,9 +354,22 @@ def test_an_answer_counts_in_the_size_that_the_examples_say():
     found = jit(functools.partial(meta.eval_step, models=models))(STATE.params, batch)
     assert (float(found["exact"]), float(found["pixel"])) == ((1 + 0.5) / 2, (1 + 0.75) / 2)
     assert (float(found["exact_copy"]), float(found["pixel_copy"])) == (1, 1)
+    # What copies would copy: the table of grids that stay as they are leaves the answers as they are, padding too.
+    same = jit(functools.partial(meta.eval_step, models=models))(
+        STATE.params, {**batch, "support": support.at[:, :, 1].set(support[:, :, 0])}
+    )
+    assert (float(same["exact_table"]), float(same["pixel_table"])) == (1, 1)
     same_shape = float(jnp.mean(support[0, :, 0] == support[0, :, 1], dtype=jnp.float32))
     assert float(found["loo_accuracy_same_shape"]) == pytest.approx(same_shape)
     assert float(found["loo_accuracy"]) != pytest.approx(same_shape) and float(found["loo_lift_same_shape"]) == 0
+
+
+def answer_by_table(support, query):
+    """The first question with each colour replaced by what stands in its place most often."""
+    cells = list(zip(support[:, 0].ravel(), support[:, 1].ravel(), strict=True))
+    colours = [Counter(after for before, after in cells if before == colour) for colour in range(10)]
+    table = [max(sorted(found), key=found.get) if found else colour for colour, found in enumerate(colours)]
+    return np.asarray(table)[query[0, 0]]
 
 
 def test_held_out_metrics_and_their_controls():
@@ -370,6 +384,12 @@ def test_held_out_metrics_and_their_controls():
         scores = [score(delta, pair) for delta, pair in zip(used, batch["query"][:, 0], strict=True)]
         for metric, values in zip(("nll", "pixel", "exact"), zip(*scores, strict=True), strict=True):
             assert float(found[metric + name]) == pytest.approx(float(np.mean(values)), rel=1e-4), metric + name
+    mapped = [answer_by_table(*map(np.asarray, task)) for task in zip(batch["support"], batch["query"], strict=True)]
+    for name, asked in (("copy", batch["query"][:, 0, 0]), ("table", np.stack(mapped))):
+        right = np.asarray(asked == batch["query"][:, 0, 1])
+        expected = right.mean(), right.all(axis=(1, 2)).mean()
+        assert [float(found[f"{metric}_{name}"]) for metric in ("pixel", "exact")] == pytest.approx(expected), name
+    assert float(found["pixel_table"]) > float(found["pixel_copy"])
     copies = batch["support"][:, :, 0] == batch["support"][:, :, 1]
     assert float(found["loo_accuracy_copy"]) == pytest.approx(float(jnp.mean(copies, dtype=jnp.float32)))
     assert float(found["loo_lift"]) == pytest.approx(float(found["loo_accuracy"] - found["loo_accuracy_copy"]))

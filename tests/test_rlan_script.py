@@ -54,8 +54,16 @@ def test_a_run_leaves_everything_behind(finished):
     files = {"config.json", "environment.json", "metrics.jsonl", "summary.json", "predictions.png"}
     assert files <= {path.name for path in folder.iterdir()}
     assert json.loads((folder / "summary.json").read_text()) == summary
-    named = {"exact", "exact_zeroed", "exact_foreign", "exact_copy", "loo_accuracy", "loo_lift", "loo_skipped_ratio"}
-    named |= {"lora_diversity", "lora_magnitude_output_head", "exact_mean_view", "pass@1", "pass@2", "pass@3"}
+    named = {"exact", "exact_zeroed", "exact_foreign", "exact_copy", "exact_table", "loo_accuracy", "loo_lift"}
+    named |= {
+        "lora_diversity",
+        "lora_magnitude_output_head",
+        "exact_mean_view",
+        "pass@1",
+        "pass@2",
+        "pass@3",
+        "loo_skipped_ratio",
+    }
     assert named <= summary.keys() and summary["pass@1"] <= summary["pass@2"] <= summary["pass@3"]
     assert summary["lora_diversity"] > 0 and summary["split"] == "test"
     training = [row for row in rows_of(folder) if "loss" in row]
@@ -64,6 +72,26 @@ def test_a_run_leaves_everything_behind(finished):
         0
     ].keys()
     assert checkpoint.steps(loop.checkpoint_dir(folder, "meta")) == [2, 4]
+
+
+@pytest.mark.slow
+def test_balanced_families_are_measured_one_by_one(tmp_path, monkeypatch):
+    """Each on its own test rules: cells moved, where copies and tables are right by chance, and objects recoloured."""
+    monkeypatch.setattr(train, "votes", lambda *arguments: {})  # slow to compile
+    families = RulesConfig(families=("roll", "rank"), size=6, pairs=2, balanced=True)
+    config = replace(TINY, rules=families, eval_batches=8, output_dir=str(tmp_path / "run"))
+    summary = train.run(config, console=Console(file=io.StringIO()))
+    scores = {
+        f"{metric}{arm}" for metric in ("exact", "pixel") for arm in ("", "_zeroed", "_foreign", "_copy", "_table")
+    }
+    assert {name for name in summary if "/" in name} == {f"{name}/{x}" for name in ("roll", "rank") for x in scores}
+    assert summary["roll/pixel_copy"] < 0.2 < 0.6 < summary["rank/pixel_copy"]
+    assert summary["pixel_copy"] == pytest.approx(
+        (summary["roll/pixel_copy"] + summary["rank/pixel_copy"]) / 2, abs=0.05
+    )
+    unbalanced = replace(config, rules=replace(families, balanced=False))
+    assert config.balanced_families == ("roll", "rank") and unbalanced.balanced_families == ()
+    assert replace(config, tasks="arc").balanced_families == ()
 
 
 @pytest.mark.slow

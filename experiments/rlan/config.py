@@ -5,7 +5,7 @@ from typing import Literal
 
 from experiments.rlan.arc import ArcConfig
 from experiments.rlan.model import GridConfig
-from experiments.rlan.rules import RulesConfig
+from experiments.rlan.rules import MOVES, OBJECTS, Family, RulesConfig
 from lensjax import hyperlora
 from lensjax.config import OptimizerConfig, StoppingConfig
 from lensjax.hyperlora import HyperLoRAConfig
@@ -75,6 +75,11 @@ class RlanConfig:
         return self.arc if self.tasks == "arc" else self.rules
 
     @property
+    def balanced_families(self) -> tuple[Family, ...]:
+        """Families of rules that are equally frequent, each of which is measured alone."""
+        return self.rules.families if self.tasks == "rules" and self.rules.balanced else ()
+
+    @property
     def example_shapes(self) -> dict[str, tuple[int, ...]]:
         """What a training step is given of each task, as of `lensjax.loop.Settings`."""
         tasks = self.task_set
@@ -83,6 +88,20 @@ class RlanConfig:
 
 
 PRESETS = {name: RlanConfig(hyperlora=section) for name, section in hyperlora.PRESETS.items()} | {
+    "objects": RlanConfig(
+        output_dir="runs/rlan/objects",
+        steps=1500,
+        eval_batches=16,
+        rules=RulesConfig(families=OBJECTS, size=6, balanced=True),
+    ),
+    # Offsets and turns do not commute with turns: equal deltas would be wrong.
+    "moves": RlanConfig(
+        output_dir="runs/rlan/moves",
+        steps=500,
+        eval_batches=16,
+        rules=RulesConfig(families=MOVES, size=6, balanced=True),
+        hyperlora=replace(hyperlora.PRESETS["rlan_stable_safe"], equivariance_weight=0.0),
+    ),
     # Training turns and mirrors whole tasks already, so equivariance has no weight.
     "arc": RlanConfig(
         output_dir="runs/rlan/arc",
@@ -92,6 +111,6 @@ PRESETS = {name: RlanConfig(hyperlora=section) for name, section in hyperlora.PR
         eval_steps=100,
         save_steps=200,
         hyperlora=replace(hyperlora.PRESETS["rlan_stable_safe"], equivariance_weight=0.0),
-    )
+    ),
 }
 """By the name that a command line starts with."""

@@ -141,6 +141,22 @@ def answer_size(support: np.ndarray, grid: np.ndarray) -> Size:
     return output_size(pairs, size_of(grid)) or (0, 0)
 
 
+def colour_table(pairs: ArrayLike) -> Array:
+    """What stands in the place of each colour most often: a rule that looks at no cell but the one it answers.
+
+    Args:
+      pairs: int32[N, 2, S, S], examples and padding.
+
+    Returns:
+      int32[11]; of equally frequent colours the lowest. A colour that no input has stays, and so does padding.
+    """
+    source, target = (jnp.asarray(pairs)[:, side].ravel() for side in (0, 1))
+    counted = (source != PADDING) & (target != PADDING)
+    counts = jnp.zeros((PADDING + 1, PADDING + 1), jnp.int32).at[source, target].add(counted.astype(jnp.int32))
+    seen = jnp.any(counts > 0, axis=1)
+    return jnp.where(seen, jnp.argmax(counts, axis=1), jnp.arange(PADDING + 1)).astype(jnp.int32)
+
+
 def vote(grids: np.ndarray) -> list[np.ndarray]:
     """The distinct grids, the most frequent one first; of equally frequent ones, that of the earlier view.
 

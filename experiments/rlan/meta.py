@@ -241,10 +241,10 @@ def meta_step(state: MetaState, batch: Batch, *, config: RlanConfig, models: Rla
 
 
 def eval_step(params: dict[str, Params], batch: Batch, *, models: RlanModels) -> Metrics:
-    """Held-out metrics of a batch, with three controls: no deltas, those of the next task, and the copied input.
+    """Held-out metrics of a batch, with four controls: no deltas, those of the next task, the copied input, a table.
 
-    An answer is scored in the size that the examples say: what it lacks of the true one is wrong. Each metric is the
-    mean over the tasks of that over their inputs.
+    The table is `grids.colour_table` of the same examples. An answer is scored in the size that the examples say: what
+    it lacks of the true one is wrong. Each metric is the mean over the tasks of that over their inputs.
     """
     support, query, sizes = batch["support"], batch["query"], batch["size"]
     deltas, others, held_out = jax.vmap(lambda task: leave_one_out_deltas(models, params, task))(support)
@@ -266,8 +266,10 @@ def eval_step(params: dict[str, Params], batch: Batch, *, models: RlanModels) ->
         means = [jnp.mean(over_tasks(values, asked)) for values in scores]
         report |= dict(zip((f"nll{name}", f"pixel{name}", f"exact{name}"), means, strict=True))
     copied = jax.vmap(jax.vmap(grid_scores))
-    for name, values in zip(("pixel", "exact"), copied(query), strict=True):
-        report[f"{name}_copy"] = jnp.mean(over_tasks(values, asked))
+    mapped = jax.vmap(lambda table, task: task.at[:, 0].set(table[task[:, 0]]))
+    for name, pairs in (("copy", query), ("table", mapped(jax.vmap(grids.colour_table)(support), query))):
+        for metric, values in zip(("pixel", "exact"), copied(pairs), strict=True):
+            report[f"{metric}_{name}"] = jnp.mean(over_tasks(values, asked))
     can_hold_out = jnp.any(held_out, axis=1)
     loo, loo_copy = jax.vmap(jax.vmap(left_out))(others, support), copied(support)[0]
     # Copying is a baseline where answers have the shape of their inputs.

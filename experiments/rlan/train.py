@@ -2,6 +2,7 @@
 
     python experiments/rlan/train.py --output-dir runs/rlan/0
     python experiments/rlan/train.py rlan_stable --seed 1 --output-dir runs/rlan/published-1
+    python experiments/rlan/train.py objects --output-dir runs/rlan/objects-0
     python experiments/rlan/train.py arc --output-dir runs/rlan/arc
     python experiments/rlan/train.py --resume runs/rlan/0
 
@@ -13,6 +14,7 @@ import functools
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from lensjax.models import Params
 from lensjax.splits import Split
 
 PHASE = "meta"
-HEADLINE = ("nll", "exact", "exact_copy", "loo_accuracy", "lora_diversity")
+HEADLINE = ("nll", "exact", "exact_copy", "exact_table", "loo_accuracy", "lora_diversity")
 """Held-out metrics to show while it trains."""
 SHOWN_TASKS = 6
 TRIES = (1, 2, 3)
@@ -79,7 +81,7 @@ def run(config: RlanConfig, *, resume: bool = False, console: Console | None = N
         state, seconds = loop.run_phase(
             phase, state, training, run_dir=folder, config=config, mesh=mesh, logger=logger, console=console
         )
-        report = measure(state, "test")
+        report = measure(state, "test") | by_family(config, functools.partial(measure, state))
     params = devices.to_host(state.params)
     summary = {"split": "test", "seed": config.seed, "steps": int(state.step), "training_seconds": round(seconds, 1)}
     summary |= report | votes(config, models, params, asked)
@@ -92,21 +94,33 @@ def run(config: RlanConfig, *, resume: bool = False, console: Console | None = N
     return summary
 
 
-def evaluator(config: RlanConfig, models: RlanModels, mesh: Mesh) -> Callable[[MetaState, Split], dict[str, float]]:
-    """Held-out metrics of a state, always on the same tasks of a split; compiled once for each shape of a batch.
+def evaluator(config: RlanConfig, models: RlanModels, mesh: Mesh) -> Callable[[MetaState, str], dict[str, float]]:
+    """Held-out metrics of a state, always on the same tasks of a split, or of one family's test rules, by its name.
 
-    All devices measure all tasks, of which there may be any number.
+    Compiled once for each shape of a batch. All devices measure all tasks, of which there may be any number.
     """
     step = jax.jit(functools.partial(meta.eval_step, models=models))
 
-    def batches(split: Split) -> list[Batch]:
+    def batches(config: RlanConfig, split: Split) -> list[Batch]:
         found = tasks.held_out(config, split, count=config.eval_batches * config.batch_size)
         size = len(found) if config.tasks == "arc" else config.batch_size
         stacked = (tasks.stacked(found[i : i + size]) for i in range(0, len(found), size))
         return [devices.place(jax.tree.map(jnp.asarray, batch), mesh, split=False) for batch in stacked]
 
-    held_out = {split: batches(split) for split in ("validation", "test")}
-    return lambda state, split: evaluation.mean_over_batches(step(state.params, batch) for batch in held_out[split])
+    held_out = {"validation": batches(config, "validation"), "test": batches(config, "test")}
+    for family in config.balanced_families:
+        held_out[family] = batches(replace(config, rules=replace(config.rules, families=(family,))), "test")
+    return lambda state, name: evaluation.mean_over_batches(step(state.params, batch) for batch in held_out[name])
+
+
+def by_family(config: RlanConfig, measure: Callable[[str], dict[str, float]]) -> dict[str, float]:
+    """The scores of each family's test rules as `family/score`; foreign deltas are those of the same family."""
+    return {
+        f"{family}/{name}": value
+        for family in config.balanced_families
+        for name, value in measure(family).items()
+        if name.startswith(("exact", "pixel"))
+    }
 
 
 def votes(config: RlanConfig, models: RlanModels, params: dict[str, Params], held_out: list[Task]) -> dict[str, float]:
@@ -138,7 +152,14 @@ def votes(config: RlanConfig, models: RlanModels, params: dict[str, Params], hel
 def over_all(summary: dict[str, Any], coverage: dict[str, int | float]) -> dict[str, int | float]:
     """What a summary of the tasks that fit says of all: those which do not are not solved."""
     share = coverage["tasks_that_fit"] / coverage["tasks"]
-    scores = ("exact", "exact_zeroed", "exact_foreign", "exact_copy", *(f"pass@{tries}" for tries in TRIES))
+    scores = (
+        "exact",
+        "exact_zeroed",
+        "exact_foreign",
+        "exact_copy",
+        "exact_table",
+        *(f"pass@{tries}" for tries in TRIES),
+    )
     return coverage | {f"{name}_of_all": share * summary[name] for name in scores}
 
 
