@@ -334,7 +334,7 @@ CUTS = [
     Case("from_cut", lambda c: contexts.from_cut(c, block_size=2, capacity=CAPACITY), (cut,), "iib"),
     Case("to_cut", lambda c: contexts.to_cut(c, window=24), (working_context,), "i"),
     Case("spans", lambda c: contexts.spans(c, block_size=2), (working_context,), "i"),
-    Case("materialise", contexts.materialise, (full_tree, working_context), "ffiffb"),
+    Case("materialise", contexts.materialise, (full_tree, working_context), "fffiffb"),
     Case(
         "invariants",
         lambda c, n: contexts.invariants(c, length=n, **SHAPE),
@@ -362,7 +362,7 @@ NLL = [
         "variant_losses",
         functools.partial(nll.variant_losses, MODEL),
         (params, full_tree, variants, horizon),
-        "fffiffb",
+        "ffffiffb",
     ),
     Case("entry_losses", lambda *a: nll.entry_losses(MODEL, *a, horizon=HORIZON), (params, entries, tokens), "f"),
     Case("sequence_losses", lambda p, t: nll.sequence_losses(MODEL, p, t), (params, tokens), "f"),
