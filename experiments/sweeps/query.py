@@ -18,12 +18,11 @@ CHANGES: tuple[dict[str, Any], ...] = (
     {"lens.blocks": False},
     PLAIN,
     {**PLAIN, "steps": 600},
-    {"steps": 600},
+    {"context.local_edits": 0},
+    {**PLAIN, "context.local_edits": 0},
+    {"context.rollouts": 12},
     {"lens.heads": 1},
-    {"lens.heads": 4},
     {"hyper.temperature": 0.5, "hyper.temperature_end": 0.5},
-    {"context.rollouts": 8},
-    {"context.local_edits": 2},
 )
 
 
