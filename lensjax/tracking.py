@@ -39,9 +39,9 @@ class TrackingSource:
     Vocabulary: `VAR`, `END`, `ASK`; the rest is half names, half values. A statement is `VAR`, a name, a value or a
     name, and `END` to the end of the block.
 
-    For pretraining, a sequence holds fewer statements, and behind them questions as the last one, each in blocks of its
-    own (filled up with `END`), which ask for all chains equally often. The number of chains is log-uniform from one to
-    as many as have room for a question each: few of them, asked for often, teach to look up; many, to look among many.
+    For pretraining, the number of chains is log-uniform from one to as many as fit, and questions fill the rest, each
+    in blocks of its own that end with `END`; they ask for all chains equally often. Few chains, asked for many times,
+    teach to look up; many, to look among many.
 
     Args:
       context: window [T], block size [K], recent tokens and horizon [H].
@@ -117,8 +117,7 @@ class TrackingSource:
         blocks = -(-(_QUERY + hops) // size)  # of a question; the last one stands behind the cursor
         chains, questions = self._statements // hops, 1
         if self.pretraining:
-            most = (self._statements + blocks) // (hops + blocks)  # chains with room for a question for each
-            chains = int((most + 1) ** rng.random())
+            chains = int((chains + 1) ** rng.random())
             questions += (self._statements - chains * hops) // blocks
         count = self._statements - (questions - 1) * blocks
         names, values = self._definitions(rng, count, chains)
