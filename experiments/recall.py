@@ -7,12 +7,14 @@ The first tokens of an earlier block come again: the query. The rest of the bloc
 is scored. A rule solves it without learning, to look the query up (`lookup`); whether a policy can be taught to by
 preferences alone is the question. One base model is pretrained and shared; then LensNet is trained with span targets on
 both variants of a pair (`both`) and on the worse one alone (`worse_only`), everything else equal, for each seed. Prints
-two tables, of the arms and of all policies, and writes `summary.json`: for each arm and policy, lists over seeds.
+two tables, of the arms and of all policies, and writes `summary.json`, for each arm and policy lists over seeds, and
+`policies.csv`.
 """
 
 import functools
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import command
+from experiments.evaluate import write_csv
 from experiments.train import EVALUATION_SEED, load_params, load_preset, run
 from lensjax import comparison, data, rivals, run_folder
 from lensjax import config as configs
@@ -97,6 +100,7 @@ def compare(arguments: Arguments) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started, 1),
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_csv(policy_rows(policies, arguments.seeds), folder / "policies.csv")
     _print_table(console, summary)
     _print_policies(console, policies)
     return summary
@@ -131,6 +135,16 @@ def _policies(runs: dict[int, Config], console: Console) -> dict[str, dict[str, 
             row["nll"].append(float(np.mean([part[name].nll for part in parts])))
             row["hit_rate"].append(float(np.mean([part[name].hit for part in parts])))
     return found
+
+
+def policy_rows(policies: dict[str, dict[str, list[float]]], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """One row a policy and seed."""
+    return [
+        {"policy": name, "information": rivals.information(name), "seed": seed}
+        | {column: values[place] for column, values in row.items()}
+        for name, row in policies.items()
+        for place, seed in enumerate(seeds)
+    ]
 
 
 def _configs(arguments: Arguments) -> tuple[Config, dict[tuple[str, int], Config]]:

@@ -54,7 +54,7 @@ _TAIL, _ANSWER = "#f6efdc", "#B0005A"
 _EXPLANATION = (
     "Each row is one working context, all that the model reads of a text: parts of it in full (tall, dark), "
     "the rest as gists (low, light).\n"
-    "To the right is the model's loss on the text's last tokens, given that context; lower is better."
+    "To the right is the model's loss on the tokens behind the cursor, given that context; lower is better."
 )
 _SCORE_COLORS = "PuOr_r"
 

@@ -1,3 +1,4 @@
+import csv
 import json
 import re
 
@@ -5,6 +6,7 @@ import pytest
 
 from experiments import recall
 from lensjax import config as configs
+from lensjax import rivals
 from tests.runs import TINY, Killed, cheap_programs, contents, hook_run, outcome, request_stop
 
 PRESET = """
@@ -43,7 +45,7 @@ def summary_of(folder):
 
 def test_the_comparison_runs_each_arm_for_each_seed_on_one_base_model(whole):
     runs = ("base", "both-0", "both-1", "worse_only-0", "worse_only-1")
-    assert {path.name for path in whole.iterdir()} == {*runs, "summary.json"}
+    assert {path.name for path in whole.iterdir()} == {*runs, "summary.json", "policies.csv"}
     stored = {name: configs.load(whole / name / "config.json") for name in runs}
     expected = configs.replace(TINY, steps=4)
     assert stored["base"] == configs.replace(expected, steps=0, output_dir=str(whole / "base"))
@@ -74,6 +76,29 @@ def test_the_summary_has_a_list_over_seeds_for_each_arm(whole):
         assert summary["training_seconds"][arm] == [run["training_seconds"] for run in runs]
     assert summary["both"]["hit_rate"][0] != summary["both"]["hit_rate"][1]
     assert summary["base_nll_full_tail"] == summary_of(whole / "base")["nll_full_tail"]
+
+
+def test_the_summary_sets_lensnet_beside_every_policy_and_says_what_each_may_know(whole):
+    summary = summary_of(whole)
+    assert summary["query"] == TINY.data.query
+    policies, told = summary["policies"], summary["information"]
+    assert {"recency", "random", "bm25", "lookup", "snapkv", "lensnet_4", "lensnet_fresh", "answer"} <= set(policies)
+    assert told == {name: rivals.information(name) for name in policies} and told["answer"] == "hindsight"
+    for name, column in (("recency", "nll_baseline"), ("answer", "nll_oracle"), ("lensnet_4", "nll_policy")):
+        runs = [summary_of(whole / f"both-{seed}")[column] for seed in (0, 1)]
+        assert policies[name]["nll"] == pytest.approx(runs, rel=1e-4)
+    assert policies["lensnet_4"]["hit_rate"] == pytest.approx(summary["both"]["hit_rate"])
+    assert policies["answer"]["hit_rate"] == [1, 1]
+    with (whole / "policies.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["policy"], row["seed"]) for row in rows] == [(name, seed) for name in policies for seed in "01"]
+    assert all(row["information"] == told[row["policy"]] for row in rows)
+
+
+def test_a_query_of_another_length_changes_what_is_scored():
+    base, lens = recall._configs(recall.Arguments(query=5))
+    for config in (base, *lens.values()):
+        assert (config.data.query, config.context.recent_tokens, config.context.horizon) == (5, 5, 3)
 
 
 def test_the_table_shows_both_arms(whole, preset, capsys):
@@ -135,6 +160,7 @@ def test_results_of_another_configuration_are_not_taken(whole, preset):
     [
         ("--preset demo", "preset demo has data.task 'stdlib': expected one for recall"),
         ("--preset nosuch", "no config .*nosuch.py; name a file, or one of: demo, recall"),
+        ("--query 8", "horizon must be at least 1, got 0"),
         ("--steps 3", "steps must be above optimizer.warmup_steps 20, got 3"),
         ("--steps 0", "there is nothing to do; raise steps or drop base_run"),
         ("--seeds 1 1", "seeds must name one or more different seeds, got (1, 1)"),
