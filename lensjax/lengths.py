@@ -1,8 +1,8 @@
 """Which lengths a working context can have: integer arithmetic on the shape of the tree, no arrays.
 
 Every cut of a window arises from the uncompressed one by *collapses*; one collapse replaces K siblings by their
-parent and so saves K - 1 entries, at every level. A window of T tokens therefore reaches the lengths
-T - u (K - 1), where u runs from 0 to the number of blocks that lie wholly before the protected tail.
+parent and so saves K - 1 entries, at every level. A history of C tokens therefore reaches the lengths
+C - u (K - 1), where u runs from 0 to the number of blocks that lie wholly before the protected tail.
 """
 
 import math
@@ -15,7 +15,7 @@ ROUNDING = 1e-2
 
 @dataclass(frozen=True)
 class CutGeometry:
-    """The window that is cut: T tokens, K children per gist, levels up to L, a tail that stays in full."""
+    """What is cut, a history of C tokens (`window`): K children per gist, levels up to L, a tail that stays in full."""
 
     window: int
     block_size: int
