@@ -60,7 +60,7 @@ evaluate-tracking: $(STAMP) ## All policies at 2x and 4x on variable tracking of
 	  for seed in 0 1 2; do $(RUN) -m experiments.train tracking $$sizes --base-run $$folder/base --seed $$seed \
 	      --output-dir $$folder/$$seed || exit 1; done; \
 	  $(RUN) -m experiments.evaluate $$folder/0 $$folder/1 $$folder/2 --budgets 2 4 \
-	      --sequences 128 --oracle-rounds 1 --merged $$folder/evaluation || exit 1; done
+	      --sequences 128 --oracle-rounds 0 --merged $$folder/evaluation || exit 1; done
 
 query: $(STAMP) ## Why recall is slow to learn without the answer in hand, and what helps, into runs/query
 	$(RUN) -m experiments.train recall --steps 0 --output-dir runs/query/base

@@ -9,7 +9,7 @@ HOPS = 2
 
 CONFIG = Config(
     output_dir="runs/tracking",
-    steps=300,
+    steps=150,
     batch_size=32,
     eval_steps=50,
     eval_batches=4,
