@@ -16,8 +16,8 @@ FEATURE_STD = 0.3
 """Scale of the LOD embedding and of the feature map: time is heard beside content from the start. At 0.05 a LensNet on
 text had not noticed after 200 steps that what is recent matters."""
 HEAD_GAIN = 0.1
-"""Scale of what a fresh head says before tanh: small, so that no entry starts saturated by it. A fresh pointer speaks up:
-what resembles the query begins with a high score."""
+"""Scale of what a fresh head says before tanh: small, so that no entry starts saturated by it. A fresh pointer speaks
+up: what resembles the query begins with a high score."""
 _NEVER = -1e30
 """Logit of padding: finite, so that a context without entries has weights."""
 
