@@ -12,14 +12,12 @@ from lensjax.sweep import Sweep
 
 BLOCK = 8
 PLAIN = {"lens.blocks": False, "lens.pointer": False}
-CHANGES: tuple[dict[str, Any], ...] = (
-    {},
-    {"lens.pointer": False},
-    {"lens.blocks": False},
-    PLAIN,
-    {**PLAIN, "steps": 600},
+BEFORE = {**PLAIN, "context.local_edits": 0}
+"""LensNet and rollouts as they were when it saw the scored tokens."""
+POLICIES: tuple[dict[str, Any], ...] = ({}, {"lens.pointer": False}, {"lens.blocks": False}, PLAIN, BEFORE)
+TRAINING: tuple[dict[str, Any], ...] = (
     {"context.local_edits": 0},
-    {**PLAIN, "context.local_edits": 0},
+    {**PLAIN, "steps": 600},
     {"context.rollouts": 12},
     {"lens.heads": 1},
     {"hyper.temperature": 0.5, "hyper.temperature_end": 0.5},
@@ -35,5 +33,5 @@ SWEEP = Sweep(
     preset="recall",
     changes={"steps": 200, "batch_size": 16, "hyper.learning_rate": 2e-3},
     seeds=(0, 1, 2),
-    together=tuple(({} if query == 2 else asking(query)) | change for query in (2, 1, 4) for change in CHANGES),
+    together=(*POLICIES, *TRAINING, *(asking(query) | change for query in (1, 4) for change in POLICIES)),
 )
