@@ -42,7 +42,7 @@ class Pointer(nnx.Module):
         self.query = linear(dim, dim, dtype=dtype, rngs=nnx.Rngs(shared))
         self.key = linear(dim, dim, dtype=dtype, rngs=nnx.Rngs(shared))
         self.weight = linear(dim, heads, dtype=dtype, rngs=rngs)
-        self.gain = nnx.Param(jnp.full(heads, 1.0 / heads))
+        self.gain = nnx.Param(jnp.full(heads, 1.0 / heads, jnp.float32))
 
     def __call__(self, content: Array, blocks: Array, x: Array, distances: Array, valid: Array) -> Array:
         """float32[W] from entries, their blocks, what the layers made of them, [W, dim] each, and their age."""
