@@ -92,11 +92,9 @@ def measure(
     made = rivals.causal(models, params, window.history, rival_key, length=length, draws=draws, config=config)
     path = _path(models, params, tree, lens_key, length=length, config=config)
     fresh = {**params, "lens": models.lens.init(jax.random.fold_in(lens_key, FRESH_STREAM))}
-    made |= {
-        "lensnet_1": path[1],
-        f"lensnet_{config.focus.steps}": path[-1],
-        FRESH: _path(models, fresh, tree, lens_key, length=length, config=config)[-1],
-    }
+    untrained = _path(models, fresh, tree, lens_key, length=length, config=config)
+    paths = {"lensnet_1": path[:2], f"lensnet_{config.focus.steps}": path, FRESH: untrained}
+    made |= {name: steps[-1] for name, steps in paths.items()}
     made |= rivals.hindsight(
         models, params, window, made, answers, length=length, draws=draws, oracle_rounds=oracle_rounds, config=config
     )
@@ -106,7 +104,7 @@ def measure(
         return _measured(variants, losses, answers, config)
 
     report = {name: measured(variants) for name, variants in made.items()}
-    for name, steps in (("lensnet_1", path[:2]), (f"lensnet_{config.focus.steps}", path)):
+    for name, steps in paths.items():
         report[name] = replace(report[name], **_movement(steps, window=shape.history))
     return report
 

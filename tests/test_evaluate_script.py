@@ -89,7 +89,7 @@ def test_a_run_is_measured_from_its_checkpoint(runs, capsys):
     before = contents(folder)
     rows = evaluate.evaluate(evaluate.Arguments((folder,), budgets=(2,), sequences=4, batch_size=2, draws=2))
     found = rows_of(folder / "evaluation.csv")
-    assert [row["policy"] for row in found] == [*NAMES, "full"]
+    assert [row["policy"] for row in found] == [*NAMES[:11], "lensnet_fresh", *NAMES[11:-1], "answer", "oracle", "full"]
     assert {(row["entries"], row["budget_ratio"]) for row in found[:-1]} == {("15", "2")}
     assert all(math.isfinite(float(row["nll"])) for row in found) and len(rows) == len(found)
     assert {path.name for path in set(contents(folder)) - set(before)} == {

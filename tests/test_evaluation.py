@@ -29,10 +29,10 @@ class KnownScores:
     def init(self, key):
         return {"scores": jax.random.uniform(key, (BLOCKS,), minval=-0.9, maxval=0.9)}
 
-    def apply(self, params, embeddings, lods, spans, distances, valid):
-        start = SHAPE.history - 1 - distances - (spans - 1) / 2
+    def apply(self, params, entries):
+        start = SHAPE.history - 1 - entries.distances - (entries.spans - 1) / 2
         block = jnp.clip((start / SIZE).astype(jnp.int32), 0, BLOCKS - 1)
-        return jnp.where(valid & (lods <= 1), params["scores"][block], 0.0)
+        return jnp.where(entries.valid & (entries.lods <= 1), params["scores"][block], 0.0)
 
 
 # At 22 of 32 entries two blocks of twelve can be in full.

@@ -86,22 +86,22 @@ def test_rows_without_a_known_metric_are_refused(tmp_path):
 # Quality at each budget
 
 COLUMNS = (
-    *("task", "policy", "budget_ratio", "entries", "seed", "nll", "nll_ci_low", "nll_ci_high"),
+    *("task", "policy", "information", "budget_ratio", "entries", "seed", "nll", "nll_ci_low", "nll_ci_high"),
     *("gap_closed_oracle", "gap_closed_full", "hit_rate", "swap_rate"),
 )
 TABLE = """
-recall,recency,4,128,0,3.0,2.75,3.25,0.0,,0.0,
-recall,recency,8,64,0,4.0,3.5,4.5,0.0,,0.0,
-recall,lensnet_1,8,64,0,3.0,2.75,3.5,0.5,,0.75,0.1
-recall,lensnet_1,8,64,1,3.5,3.0,4.0,0.25,,0.25,0.2
-recall,lensnet_1,4,128,0,2.5,2.25,2.75,0.5,,1.0,
-recall,key_norm,8,64,0,8.0,,,-2.0,,0.0,
-recall,key_norm,4,128,0,2.75,2.5,3.0,,,,
-recall,key_norm,4,128,1,2.75,2.25,2.75,0.25,,0.0,
-recall,oracle,8,64,0,2.0,1.75,2.25,1.0,,1.0,
-recall,oracle,4,128,0,2.0,1.75,2.25,1.0,,1.0,
-recall,full,,,0,2.25,2.0,2.5,,,,
-recall,full,,,1,1.75,1.5,2.0,,,,
+recall,recency,causal,4,128,0,3.0,2.75,3.25,0.0,,0.0,
+recall,recency,causal,8,64,0,4.0,3.5,4.5,0.0,,0.0,
+recall,lensnet_1,causal,8,64,0,3.0,2.75,3.5,0.5,,0.75,0.1
+recall,lensnet_1,causal,8,64,1,3.5,3.0,4.0,0.25,,0.25,0.2
+recall,lensnet_1,causal,4,128,0,2.5,2.25,2.75,0.5,,1.0,
+recall,key_norm,causal,8,64,0,8.0,,,-2.0,,0.0,
+recall,key_norm,causal,4,128,0,2.75,2.5,3.0,,,,
+recall,key_norm,causal,4,128,1,2.75,2.25,2.75,0.25,,0.0,
+recall,oracle,hindsight,8,64,0,2.0,1.75,2.25,1.0,,1.0,
+recall,oracle,hindsight,4,128,0,2.0,1.75,2.25,1.0,,1.0,
+recall,full,causal,,,0,2.25,2.0,2.5,,,,
+recall,full,causal,,,1,1.75,1.5,2.0,,,,
 """
 
 
@@ -119,10 +119,12 @@ def test_quality_is_drawn_at_its_budget_with_its_interval(tmp_path):
     assert figure.get_suptitle() == "a$_$b"
     loss, gap, hits = panels(figure).values()
     lines = own_lines(loss)
-    assert list(lines) == ["recency", "lensnet_1", "key_norm", "oracle", "full"]
+    assert list(lines) == ["recency", "lensnet_1", "key_norm", "oracle in hindsight", "full"]
     means = {name: line.get_ydata().tolist() for name, line in lines.items() if name != "full"}
     # From 64 entries to 128, whatever the order of the rows; the mean over seeds.
-    assert means == {"recency": [4.0, 3.0], "lensnet_1": [3.25, 2.5], "key_norm": [8.0, 2.75], "oracle": [2.0, 2.0]}
+    policies = {"recency": [4.0, 3.0], "lensnet_1": [3.25, 2.5], "key_norm": [8.0, 2.75]}
+    assert means == policies | {"oracle in hindsight": [2.0, 2.0]}
+    assert {name for name, line in lines.items() if line.get_linestyle() == ":"} == {"oracle in hindsight"}
     assert set(lines["full"].get_ydata()) == {2.0} and lines["full"].get_xdata()[:] == [0, 1]
     dodges = [np.log2(lines[name].get_xdata() / [64, 128]) for name in means]
     assert (np.abs(dodges) <= 0.2).all() and (np.diff(dodges, axis=0) > 0.05).all()
@@ -153,9 +155,11 @@ def test_gaps_far_beyond_are_drawn_at_the_edge_and_named(tmp_path):
 def test_legend_stands_in_the_order_of_the_lines_and_lensnet_stands_out(tmp_path):
     names = ("full", "lensnet_1", "uniform", "random", "recent_random", "key_norm", "snapkv", "bm25", "lensnet_4")
     rows = [dict(results()[0], policy=name, nll=str(place)) for place, name in enumerate(names)]
+    rows += [dict(rows[0], policy="bm25_hindsight", information="hindsight", nll="4.5")]
     figure = plots.quality_at_budget(rows, tmp_path / "quality.svg")
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == [*reversed(names)]
+    # From worst to best; what knows the horizon is last, however good.
+    assert [text.get_text() for text in legend.get_texts()] == [*reversed(names), "bm25 in hindsight"]
     bold = {text.get_text() for text in legend.get_texts() if text.get_fontweight() == "bold"}
     lines = own_lines(figure.axes[0])
     widest = max(line.get_linewidth() for line in lines.values())
@@ -163,7 +167,7 @@ def test_legend_stands_in_the_order_of_the_lines_and_lensnet_stands_out(tmp_path
         bold == {name for name, line in lines.items() if line.get_linewidth() == widest} == {"lensnet_1", "lensnet_4"}
     )
     looks = {(line.get_color(), line.get_marker()) for line in lines.values()}
-    assert len(looks) == len({line.get_marker() for line in lines.values()}) == len(names)
+    assert len(looks) == len({line.get_marker() for line in lines.values()}) == len(names) + 1
     assert lines["full"].get_linestyle() == "--" and lines["full"].get_color() == plots.MUTED
 
 
@@ -178,9 +182,9 @@ def test_panels_without_values_are_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "0 rows, in which task, policy, entries, budget_ratio, nll, .* are missing"),
+        ([], "0 rows, in which task, policy, information, entries, budget_ratio, nll, .* are missing"),
         ([{**results()[0], "hit_rate": None}], "1 rows, in which hit_rate are missing"),
-        ([{"task": "recall", "policy": "recency"}], "in which entries, budget_ratio, nll, .* are missing"),
+        ([{"task": "recall", "policy": "recency"}], "in which information, entries, budget_ratio, nll, .* are missing"),
         ([*results(), *results(task="text")], "rows of one task, got those of recall, text"),
         (results(entries=""), "entries and budget_ratio above 0 in all rows but those of 'full', got .*'entries': ''"),
         (results(budget_ratio="0"), "entries and budget_ratio above 0 .* got .*'budget_ratio': '0'"),
