@@ -5,7 +5,15 @@
 `make recall` runs it for three seeds and both kinds of targets on one base model.
 """
 
-from lensjax.config import BaseConfig, Config, ContextConfig, DataConfig, Hyperparameters, PretrainConfig
+from lensjax.config import (
+    BaseConfig,
+    Config,
+    ContextConfig,
+    DataConfig,
+    FocusConfig,
+    Hyperparameters,
+    PretrainConfig,
+)
 
 CONFIG = Config(
     output_dir="runs/recall-single",
@@ -17,6 +25,8 @@ CONFIG = Config(
     save_steps=100,
     base=BaseConfig(dim=64, layers=2, heads=4, kv_heads=2, mlp_dim=192),
     context=ContextConfig(window=64, block_size=8, max_lod=1, horizon=6, recent_tokens=2, rollouts=6, local_edits=1),
+    # What was opened stays open: a second look takes the answer for less than it took the gist for.
+    focus=FocusConfig(cooldown=4),
     hyper=Hyperparameters(context_start=0.6, context_end=0.4),
     data=DataConfig(task="recall", query=2),
     pretrain=PretrainConfig(steps=800, batch_size=32),
