@@ -53,12 +53,12 @@ def test_scores_by_age_reach_from_the_oldest_token_to_the_newest():
     state, _ = session.append(session.init(), STREAM[:11])
     scores = np.array(stream_rivals.collapse_oldest({}, state))
     np.testing.assert_allclose(scores[:11], np.linspace(-1, 1, 11), atol=1e-6)
-    assert scores.shape == (18,) and not scores[11:].any()
+    assert scores.shape == (20,) and not scores[11:].any()
     state = read(stream_rivals.collapse_oldest)[-1]
     scores, length = np.array(stream_rivals.collapse_oldest({}, state)), int(state.context.length)
-    # Its first entry is a gist of tokens 0 to 3 of the 28 that are held.
+    # Its first entry is a gist of tokens 0 to 3 of the 32 that are held.
     assert (
-        scores[0] == pytest.approx(2 * 1.5 / 27 - 1)
+        scores[0] == pytest.approx(2 * 1.5 / 31 - 1)
         and scores[length - 1] == 1
         and (np.diff(scores[:length]) > 0).all()
     )
@@ -88,7 +88,7 @@ def test_windows_are_read_as_sequences_of_their_own():
     models, params = models_and_params()
     history, horizon = SMALL.context.history, SMALL.context.horizon
     whole = jit(functools.partial(nll.sequence_losses, models.base))
-    cursors, lengths = [28, 40, 86, 60], [28, 14, 14, 1]
+    cursors, lengths = [32, 40, 86, 60], [32, 14, 14, 1]
     found = losses_of(STREAM, cursors, lengths, history)
     for cursor, length, loss in zip(cursors, lengths, found, strict=True):
         tokens = jnp.asarray(STREAM[cursor - length : cursor + horizon], jnp.int32)

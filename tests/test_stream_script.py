@@ -24,7 +24,7 @@ from lensjax.models import build_models
 from lensjax.session import Session
 from tests.runs import contents, run_script, tiny_config, write_corpus
 
-INTERVAL, TOKENS = 4, 441
+INTERVAL, TOKENS, HISTORY = 4, 441, 30
 FILES = ("config.json", "environment.json", "metrics.jsonl", "summary.json", "stream_start.png")
 QUALITY_FILES = ("quality.csv", "quality.png")
 
@@ -103,7 +103,7 @@ def test_the_summary(done, arguments):
     steps = TOKENS // INTERVAL
     told = {name: summary[name] for name in ("task", "tokens", "seed", "interval", "history", "entries", "run")}
     assert told == {
-        **{"task": "text", "tokens": TOKENS, "seed": 3, "interval": INTERVAL, "history": 29, "entries": 20},
+        **{"task": "text", "tokens": TOKENS, "seed": 3, "interval": INTERVAL, "history": HISTORY, "entries": 21},
         "run": str(arguments.run),
     }
     assert (summary["refocus_steps"], summary["illegal_steps"], summary["first_illegal_step"]) == (steps, 0, None)
@@ -158,12 +158,12 @@ def test_what_is_drawn(done, monkeypatch):
     assert watch.entries.tolist() == [int(state.context.length) for state, _ in seen] and len(seen) == 20
     np.testing.assert_allclose(watch.losses, np.mean(np.reshape(losses, (20, INTERVAL)), axis=1), rtol=1e-5)
     drawn = watch.map_of_first_steps("title")
-    assert drawn.cursors.tolist() == [INTERVAL * step for step in range(1, 13)] and drawn.cuts.shape == (12, 29)
+    assert drawn.cursors.tolist() == [INTERVAL * step for step in range(1, 13)] and drawn.cuts.shape == (12, HISTORY)
     np.testing.assert_array_equal(drawn.nll, watch.losses[:12])
     for place, (state, report) in enumerate(seen[:12]):
         held = int(state.tree.length)
         assert drawn.first[place] == int(state.forgotten) == drawn.cursors[place] - held
-        np.testing.assert_array_equal(drawn.cuts[place, :held], contexts.to_cut(state.context, window=29)[:held])
+        np.testing.assert_array_equal(drawn.cuts[place, :held], contexts.to_cut(state.context, window=HISTORY)[:held])
         assert (drawn.cuts[place, held:] == MISSING).all() and drawn.swap_rate[place] == float(report.swap_rate)
 
 
@@ -193,13 +193,13 @@ def test_the_losses_that_are_compared(done):
         expected[name] = rival.append(rival.init(3), tokens)[1][scored].mean()
     entries = {int(state.read): int(state.context.length) for state in states}
     whole = jax.jit(lambda window: nll.sequence_losses(session.models.base, session.params["base"], window)[-INTERVAL:])
-    for name, lengths in (("sliding_window", entries), ("whole_window", dict.fromkeys(entries, 29))):
+    for name, lengths in (("sliding_window", entries), ("whole_window", dict.fromkeys(entries, HISTORY))):
         horizons = [whole(tokens[c - lengths[c] : c + INTERVAL]) for c in CURSORS]
         expected[name] = np.mean(horizons)
     assert {name: row["nats"] for name, row in rows.items()} == pytest.approx(expected, rel=1e-5)
     held = [entries[cursor] for cursor in CURSORS]
     assert rows["session"]["entries"] == rows["random_scores"]["entries"] == pytest.approx(np.mean(held))
-    assert rows["whole_window"]["entries"] == 29
+    assert rows["whole_window"]["entries"] == HISTORY
 
 
 def test_a_sliding_window_has_the_entries_of_the_context_that_was_decided_at_its_cursor(done, tmp_path, monkeypatch):
@@ -212,7 +212,7 @@ def test_a_sliding_window_has_the_entries_of_the_context_that_was_decided_at_its
     watch = SimpleNamespace(entries=np.arange(1, steps + 1), losses=np.arange(float(steps)))  # step s is number s - 1
     script._compare(session, tokens_of(session), watch, "", tmp_path)
     (cursors, entries), (_, whole) = asked
-    assert cursors.tolist() == list(CURSORS) and set(whole) == {29}
+    assert cursors.tolist() == list(CURSORS) and set(whole) == {HISTORY}
     np.testing.assert_array_equal(entries * INTERVAL, cursors)
 
 
