@@ -95,7 +95,9 @@ def _accuracies(
     @jax.jit
     def step(carry: Any, batch: data.Batch) -> Any:
         weights, state = carry
-        updates, state = optimizer.update(jax.grad(loss)(weights, batch), state)
+        # optax raises a decay to the power of an integer, which strict promotion refuses.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = optimizer.update(jax.grad(loss)(weights, batch), state)
         return optax.apply_updates(weights, updates), state
 
     examples = data.make_iterator(config, "train", seed=seed, batch_size=BATCH)
