@@ -1,8 +1,12 @@
 import csv
 
+import numpy as np
 import pytest
 
 from experiments import recognise, train
+from lensjax import config as configs
+from lensjax.models import build_models
+from lensjax.recall import RecallSource
 from tests.runs import cheap_programs, tiny_config, write_corpus
 
 
@@ -21,12 +25,29 @@ def small(monkeypatch):
     monkeypatch.setattr(recognise, "HELD_OUT", 256)
 
 
-def test_a_probe_learns_to_see_what_embeddings_alone_do_not_show(runs):
+def by_hand(folder, query, seed):
+    """Share of sequences in which the gist that resembles the query most stands for the block that it begins."""
+    config = configs.load(folder / "config.json")
+    shape = {"context.horizon": config.context.block_size - query, "context.recent_tokens": query}
+    config = configs.replace(config, **{"data.query": query}, **shape)
+    models = build_models(config)
+    params = train.load_params(folder, models, ("base", "gist"))
+    right = []
+    for example in (RecallSource(config.context, 256, "test", seed, query)[i] for i in range(256)):
+        embeddings = np.asarray(models.base.embed(params["base"], example["tokens"]), np.float64)
+        gists = np.asarray(models.gist.apply(params["gist"], embeddings[:28].reshape(7, 4, -1).astype("f")))
+        unit = [rows / np.sqrt((rows**2).mean(axis=1, keepdims=True)) for rows in (gists, embeddings[28 : 28 + query])]
+        right.append(np.argmax((unit[0] @ unit[1].T).sum(axis=1)) == example["answers"][0] // 4)
+    return np.mean(right)
+
+
+def test_embeddings_are_compared_as_they_are_and_then_through_a_probe(runs):
     arguments = recognise.Arguments(run=runs / "recall", queries=(2, 1), seeds=(0, 1), steps=60)
     rows = recognise.probe(arguments)
     assert [(row["query"], row["seed"]) for row in rows] == [(2, 0), (2, 1), (1, 0), (1, 1)]
-    assert all(0 <= row["embeddings"] <= 1 and 0 <= row["probe"] <= 1 for row in rows)
-    assert sum(row["probe"] for row in rows) > sum(row["embeddings"] for row in rows)
+    for row in rows[1:3]:
+        assert row["embeddings"] == pytest.approx(by_hand(runs / "recall", row["query"], row["seed"]), abs=0.01)
+    assert any(row["probe"] != row["embeddings"] for row in rows) and all(0 <= row["probe"] <= 1 for row in rows)
     with (runs / "recall" / "recognise.csv").open(newline="") as file:
         written = list(csv.DictReader(file))
     assert [float(row["probe"]) for row in written] == pytest.approx([row["probe"] for row in rows], rel=1e-5)
