@@ -1,7 +1,7 @@
 """Quality at a fixed budget: every policy on the same held-out sequences, at exactly the same number of entries.
 
     python experiments/evaluate.py runs/recall-long
-    python experiments/evaluate.py runs/a runs/b runs/c --merged docs/evaluation_recall
+    python experiments/evaluate.py runs/a runs/b runs/c --merged runs/three-seeds
 
 Leaves `evaluation.csv`, `evaluation.json` and `evaluation.png` in each run's folder: one row a policy and budget. With
 several runs, `--merged` also writes all of their rows into one table and one picture.

@@ -1,4 +1,4 @@
-"""Single-span recall: the tail repeats one of seven earlier blocks, so what is worth expanding is known.
+"""Single-span recall: the query begins one of seven earlier blocks again, so what is worth expanding is known.
 
     python experiments/train.py recall
 

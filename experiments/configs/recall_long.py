@@ -1,15 +1,11 @@
-"""Single-span recall over longer windows: which of 63 blocks does the tail repeat, at budgets from 2x to 16x?
+"""Single-span recall over longer windows: which of 63 blocks does the query begin, at budgets from 2x to 16x?
 
     make evaluate-recall
 
 LensNet is trained twice. On windows of 64 tokens first, where few spans differ between two variants and a preference
-says which of them mattered: that is where it learns to recognise what the tail repeats. Then on windows of 256, from
+says which of them mattered: that is where it learns to recognise what the query asks for. Then on windows of 256, from
 there on (`init`), with rollouts that differ from each other by a few swaps. GistNet stays the mean of a block, in
 which LensNet can recognise a token.
-
-Seeds 0, 1, 2 on one base model, about 10 minutes each on two busy cores. At 4x, 64 of 256 entries, on 128 test
-sequences, LensNet closes 0.87 (0.83 to 0.90) of the gap between recency and the search, BM25 0.74, SnapKV 0.88; all
-budgets and policies are in docs/evaluation_recall.csv.
 """
 
 from lensjax.config import BaseConfig, Config, ContextConfig, DataConfig, Hyperparameters, PretrainConfig
