@@ -1,6 +1,6 @@
 """Real text: the standard library of this Python, read as bytes, with a base model that gains from older context.
 
-    make evaluate-stdlib
+make evaluate-stdlib
 """
 
 from lensjax.config import BaseConfig, Config, ContextConfig, DataConfig, Hyperparameters, PretrainConfig
