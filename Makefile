@@ -38,7 +38,7 @@ demo: $(STAMP) ## Pretrain, train, evaluate and draw pictures, into the next fre
 	$(RUN) -m experiments.train demo --output-dir $$dir
 
 recall: $(STAMP) ## Prove on a task with known answers that LensNet learns, into runs/recall
-	$(RUN) -m experiments.recall
+	$(RUN) -m experiments.studies.recall
 
 evaluate-recall: $(STAMP) ## All policies at 2x to 16x on recall, three seeds, into runs/recall-long
 	$(RUN) -m experiments.train recall_long --steps 0 --output-dir runs/recall-long/base
@@ -64,19 +64,19 @@ evaluate-tracking: $(STAMP) ## All policies at 2x and 4x on variable tracking of
 
 query: $(STAMP) ## Why recall is slow to learn without the answer in hand, and what helps, into runs/query
 	$(RUN) -m experiments.train recall --steps 0 --output-dir runs/query/base
-	$(RUN) -m experiments.recognise --run runs/query/base
-	$(RUN) -m experiments.ablate query --base-run runs/query/base --output-dir runs/query/sweep
+	$(RUN) -m experiments.studies.recognise --run runs/query/base
+	$(RUN) -m experiments.studies.ablate query --base-run runs/query/base --output-dir runs/query/sweep
 
 stream: $(STAMP) ## What a session of the demo's models is worth, and what a million tokens cost, into runs/stream
 	[ -d runs/demo ] || $(MAKE) demo
-	$(RUN) -m experiments.stream --run runs/demo --output-dir runs/stream/demo
-	$(RUN) -m experiments.stream --tokens 1000000 --output-dir runs/stream/fresh
+	$(RUN) -m experiments.studies.stream --run runs/demo --output-dir runs/stream/demo
+	$(RUN) -m experiments.studies.stream --tokens 1000000 --output-dir runs/stream/fresh
 
 ablate: $(STAMP) ## What each knob changes, on recall and on the standard library, into runs/ablations
 	$(RUN) -m experiments.train recall --steps 0 --output-dir runs/ablations/recall-base
-	$(RUN) -m experiments.ablate recall --base-run runs/ablations/recall-base --output-dir runs/ablations/recall
+	$(RUN) -m experiments.studies.ablate recall --base-run runs/ablations/recall-base --output-dir runs/ablations/recall
 	$(RUN) -m experiments.train demo --steps 0 --output-dir runs/ablations/stdlib-base
-	$(RUN) -m experiments.ablate stdlib --base-run runs/ablations/stdlib-base --output-dir runs/ablations/stdlib
+	$(RUN) -m experiments.studies.ablate stdlib --base-run runs/ablations/stdlib-base --output-dir runs/ablations/stdlib
 
 rlan: $(STAMP) ## A grid model adapted per task, on held-out rules of colours, objects and moves, into runs/rlan
 	for seed in 0 1 2; do $(RUN) -m experiments.rlan.train --seed $$seed --output-dir runs/rlan/$$seed || exit 1; done
@@ -88,12 +88,12 @@ arc: $(STAMP) ## The same model on ARC-1, reported on its evaluation tasks, one 
 	$(RUN) -m experiments.rlan.train arc --output-dir runs/rlan/arc
 
 adapt: $(STAMP) ## LensNet adapted per document, on recall (of evaluate-recall) and on the standard library, into runs/adapt
-	$(RUN) -m experiments.adapt runs/recall-long/0 runs/recall-long/1 runs/recall-long/2 \
+	$(RUN) -m experiments.studies.adapt runs/recall-long/0 runs/recall-long/1 runs/recall-long/2 \
 	    --steps 150 --output-dir runs/adapt/recall
 	$(RUN) -m experiments.train demo --steps 0 --output-dir runs/adapt/stdlib-base
 	for seed in 0 1 2; do $(RUN) -m experiments.train demo --base-run runs/adapt/stdlib-base --seed $$seed --steps 100 \
 	    --hyper.context-end 0.25 --output-dir runs/adapt/stdlib-$$seed || exit 1; done
-	$(RUN) -m experiments.adapt runs/adapt/stdlib-0 runs/adapt/stdlib-1 runs/adapt/stdlib-2 \
+	$(RUN) -m experiments.studies.adapt runs/adapt/stdlib-0 runs/adapt/stdlib-1 runs/adapt/stdlib-2 \
 	    --steps 150 --output-dir runs/adapt/stdlib
 
 quiet-star: $(STAMP) ## Thoughts by REINFORCE on two tasks, with the reward shuffled as a control, into runs/quiet_star

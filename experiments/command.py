@@ -1,7 +1,7 @@
 """What the command lines of all training scripts share: a preset with flags, `--resume`, errors, and the run's folder.
 
-python experiments/<script>.py [preset] [--flag value ...]
-python experiments/<script>.py --resume runs/folder
+python -m experiments.<script> [preset] [--flag value ...]
+python -m experiments.<script> --resume runs/folder
 """
 
 import dataclasses
@@ -15,9 +15,11 @@ import jax
 import tyro
 from rich.console import Console
 
-from lensjax import checkpoint, devices, loop, run_folder
-from lensjax import config as configs
-from lensjax.logging import RunLogger
+from lensjax.runs import config as configs
+from lensjax.runs.engine import devices, loop
+from lensjax.runs.store import checkpoint
+from lensjax.runs.store import folder as run_folder
+from lensjax.runs.store.log import RunLogger
 
 
 class RunConfig(Protocol):
@@ -102,7 +104,7 @@ def open_run(
       The folder, and the log.
 
     Raises:
-      ValueError: as of `lensjax.run_folder`.
+      ValueError: as of `lensjax.runs.store.folder`.
       OSError: likewise.
     """
     folder = Path(config.output_dir)

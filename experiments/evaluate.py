@@ -1,12 +1,12 @@
 """Quality at a fixed budget: every policy on the same held-out sequences, at exactly the same number of entries.
 
-    python experiments/evaluate.py runs/recall-long
-    python experiments/evaluate.py runs/a runs/b runs/c --merged runs/three-seeds
+    python -m experiments.evaluate runs/recall-long
+    python -m experiments.evaluate runs/a runs/b runs/c --merged runs/three-seeds
 
 Leaves `evaluation.csv`, `evaluation.json` and `evaluation.png` in each run's folder: one row a policy and budget. With
 several runs, `--merged` also writes all of their rows into one table and one picture.
 
-The row of LensNet's last step also says whether its focus is theatre (`lensjax.theatre`): how far its entries are from
+The row of LensNet's last step also says whether its focus is theatre (`lensjax.evaluation.faithfulness`): how far its entries are from
 those of recency, what is lost without it or with another sequence's, whether its scores tell good rollouts from bad.
 """
 
@@ -30,14 +30,17 @@ from rich.progress import Progress
 
 from experiments import command
 from experiments.train import EVALUATION_SEED, load_params
-from lensjax import comparison, data, plots, rivals, run_folder, theatre
-from lensjax import config as configs
-from lensjax.comparison import FOREIGN, FULL, FocusEvidence, Measured
-from lensjax.config import Config, FocusConfig
-from lensjax.decision import split
+from lensjax.evaluation import compare, faithfulness, rivals
+from lensjax.evaluation.compare import FOREIGN, FULL, FocusEvidence, Measured
+from lensjax.evaluation.faithfulness import Evidence, TheatreConfig
+from lensjax.evaluation.statistics import estimate
 from lensjax.models import Models, Params, build_models
-from lensjax.statistics import estimate
-from lensjax.theatre import Evidence, TheatreConfig
+from lensjax.models.decision import split
+from lensjax.plots import curves
+from lensjax.runs import config as configs
+from lensjax.runs.config import Config, FocusConfig
+from lensjax.runs.data import batches as data
+from lensjax.runs.store import folder as run_folder
 
 CHECK_COLUMNS = (
     *(f"anti_theater_{one.name}" for one in fields(Evidence)),
@@ -216,8 +219,8 @@ def _over_batches(job: _Job, measure: Callable[..., Any], length: int | None, ti
 def _compiled(config: Config, models: Models, length: int | None, draws: int, rounds: int) -> Callable[..., Any]:
     def one(params: dict[str, Params], tokens: Array, answers: Array | None, key: Array) -> dict[str, Measured]:
         if length is None:
-            return {FULL: comparison.measure_full(models, params, tokens, answers, config=config)}
-        return comparison.measure(
+            return {FULL: compare.measure_full(models, params, tokens, answers, config=config)}
+        return compare.measure(
             models, params, tokens, answers, key, length=length, draws=draws, oracle_rounds=rounds, config=config
         )
 
@@ -228,9 +231,9 @@ def _compiled(config: Config, models: Models, length: int | None, draws: int, ro
 @functools.cache
 def _compiled_focus(config: Config, models: Models, length: int, draws: int) -> Callable[..., FocusEvidence]:
     def all_rows(params: dict[str, Params], tokens: Array, answers: Array | None, keys: Array) -> FocusEvidence:
-        focused = functools.partial(comparison.focused, models, params, length=length, config=config)
+        focused = functools.partial(compare.focused, models, params, length=length, config=config)
         histories = split(tokens, horizon=config.context.horizon).history
-        measure = functools.partial(comparison.measure_focus, models, params, length=length, draws=draws, config=config)
+        measure = functools.partial(compare.measure_focus, models, params, length=length, draws=draws, config=config)
         own = jax.lax.map(lambda row: focused(*row), (histories, keys))
         foreign = jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=0), own)
         return jax.lax.map(lambda row: measure(*row), (tokens, answers, keys, own, foreign))
@@ -258,10 +261,10 @@ def _check(job: _Job, arguments: Arguments, ratio: int, found: dict[str, Measure
     correlations = correlations[~np.isnan(correlations)]
     measured = Evidence(
         divergence=jnp.mean(divergences),
-        ablation=theatre.gain(-own, -recency),
+        ablation=faithfulness.gain(-own, -recency),
         # Undefined only where no sequence has one.
         correlation=jnp.mean(correlations) if correlations.size else jnp.full((), jnp.nan),
-        counterfactual=theatre.gain(-own, -foreign),
+        counterfactual=faithfulness.gain(-own, -foreign),
     )
     intervals = {
         "divergence": estimate(divergences).interval,
@@ -269,7 +272,7 @@ def _check(job: _Job, arguments: Arguments, ratio: int, found: dict[str, Measure
         "correlation": estimate(correlations).interval if correlations.size > 1 else None,
         "counterfactual": estimate(foreign - own).interval,
     }
-    values = theatre.metrics(measured, arguments.theatre, prefix="")
+    values = faithfulness.metrics(measured, arguments.theatre, prefix="")
     return {
         "policy": name,
         "budget_ratio": ratio,
@@ -278,7 +281,7 @@ def _check(job: _Job, arguments: Arguments, ratio: int, found: dict[str, Measure
         "correlation_defined_share": correlations.size / own.size,
         "intervals": intervals,
         "thresholds": asdict(arguments.theatre),
-        "passed": {name: bool(value) for name, value in theatre.passed(measured, arguments.theatre).items()},
+        "passed": {name: bool(value) for name, value in faithfulness.passed(measured, arguments.theatre).items()},
     }
 
 
@@ -304,8 +307,8 @@ def _rows(
             "nll": mean[name],
             "nll_ci_low": low,
             "nll_ci_high": high,
-            "gap_closed_oracle": comparison.gap_closed(mean[name], mean["recency"], mean["oracle"]),
-            "gap_closed_full": comparison.gap_closed(mean[name], mean["recency"], mean[FULL]),
+            "gap_closed_oracle": compare.gap_closed(mean[name], mean["recency"], mean["oracle"]),
+            "gap_closed_full": compare.gap_closed(mean[name], mean["recency"], mean[FULL]),
             "hit_rate": float(one.hit.mean()),
             "swap_rate": float(one.swap_rate.mean()),
         }
@@ -325,7 +328,7 @@ def _rows(
 
 def _draw(rows: Sequence[Row], path: Path, title: str = "") -> None:
     """Policies alone: another sequence's focus is a control."""
-    plots.quality_at_budget([row for row in rows if row["policy"] != FOREIGN], path, title=title)
+    curves.quality_at_budget([row for row in rows if row["policy"] != FOREIGN], path, title=title)
 
 
 def _number(value: Any) -> Any:

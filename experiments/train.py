@@ -1,15 +1,15 @@
 """Pretrains a base model (or takes one), trains LensNet by preferences, by its own edits, or by both, and measures it.
 
-    python experiments/train.py demo                              the standard library of this Python
-    python experiments/train.py recall --seed 1                   the task with known answers
-    python experiments/train.py --data.task text --data.path 'notes/**/*.md' --output-dir runs/notes
-    python experiments/train.py --resume runs/notes               go on with an interrupted run
-    python experiments/train.py recall --init runs/a --seed 2     start from the models of another run
-    python experiments/train.py recall --init runs/a --steps 0 --online.steps 200     and go on with its own edits alone
+    python -m experiments.train demo                              the standard library of this Python
+    python -m experiments.train recall --seed 1                   the task with known answers
+    python -m experiments.train --data.task text --data.path 'notes/**/*.md' --output-dir runs/notes
+    python -m experiments.train --resume runs/notes               go on with an interrupted run
+    python -m experiments.train recall --init runs/a --seed 2     start from the models of another run
+    python -m experiments.train recall --init runs/a --steps 0 --online.steps 200     and go on with its own edits alone
 
 Several processes, started with the same words, train together where `JAX_COORDINATOR_ADDRESS` asks for it (BUILD.md).
 
-The first argument names a file of `experiments/configs/` (or is the path of such a file, or of a run's
+The first argument names a file of `experiments/presets/` (or is the path of such a file, or of a run's
 `config.json`); flags change single fields. Everything that a run makes is in its own folder.
 """
 
@@ -29,17 +29,23 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from experiments import command
-from lensjax import checkpoint, data, devices, evaluation, loop, online, plots, pretrain, run_folder, train
-from lensjax import config as configs
-from lensjax import logging as run_logging
-from lensjax.config import Config
-from lensjax.maps import VariantMap, lod_maps
+from lensjax.evaluation import held_out
 from lensjax.models import Models, Params, build_models
+from lensjax.plots import curves
+from lensjax.plots.maps import VariantMap, lod_maps
+from lensjax.runs import config as configs
+from lensjax.runs.config import Config
+from lensjax.runs.data import batches as data
+from lensjax.runs.engine import devices, loop
+from lensjax.runs.store import checkpoint
+from lensjax.runs.store import folder as run_folder
+from lensjax.runs.store import log as run_logging
+from lensjax.training.steps import online, preference, pretrain
 
 Batches = list[dict[str, Array]]
 Kind = TypeVar("Kind")
 
-CONFIGS = Path(__file__).parent / "configs"
+PRESETS = Path(__file__).parent / "presets"
 # Streams of randomness that must not touch: each is folded into the run's seed.
 PRETRAIN_STREAM, LENS_STREAM, ONLINE_STREAM, EVALUATION_SEED = 0, 1, 2, 2026
 MAPPED_SEQUENCES = 4
@@ -67,10 +73,10 @@ def parse(words: list[str]) -> tuple[Config, bool]:
 
 
 def load_preset(name: str) -> Config:
-    """The config of a name in `experiments/configs/`, of a Python file with `CONFIG`, or of a JSON file."""
-    path = Path(name) if Path(name).suffix in (".py", ".json") else CONFIGS / f"{name}.py"
+    """The config of a name in `experiments/presets/`, of a Python file with `CONFIG`, or of a JSON file."""
+    path = Path(name) if Path(name).suffix in (".py", ".json") else PRESETS / f"{name}.py"
     if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.py")))
+        known = ", ".join(sorted(file.stem for file in PRESETS.glob("*.py")))
         raise FileNotFoundError(f"no config {path}; name a file, or one of: {known}")
     if path.suffix == ".json":
         return configs.load(path)
@@ -115,7 +121,9 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
             summary |= pretrain_report(params, inputs.test)
         if config.steps or config.online.steps:
             report = _evaluator(config, models)
-            state = train.init_train_state(stream(config, LENS_STREAM), config=config, models=models, params=params)
+            state = preference.init_train_state(
+                stream(config, LENS_STREAM), config=config, models=models, params=params
+            )
             for steps, train_by in ((config.steps, _by_preferences), (config.online.steps, _by_episodes)):
                 if steps:
                     state, phase_seconds = train_by(config, models, state, inputs, report, surroundings)
@@ -189,16 +197,16 @@ def _pretrain(
 def _by_preferences(
     config: Config,
     models: Models,
-    state: train.TrainState,
+    state: preference.TrainState,
     inputs: _Inputs,
-    report: Callable[[train.TrainState, Batches], dict[str, float]],
+    report: Callable[[preference.TrainState, Batches], dict[str, float]],
     surroundings: dict[str, Any],
-) -> tuple[train.TrainState, float]:
+) -> tuple[preference.TrainState, float]:
     phase = loop.Phase(
         name="lens",
         steps=config.steps,
         batch_size=config.batch_size,
-        step=functools.partial(train.train_step, config=config, models=models),
+        step=functools.partial(preference.train_step, config=config, models=models),
         evaluate=lambda state: report(state, inputs.validation),
         headline=HEADLINE,
         monitor="nll_policy",
@@ -209,15 +217,15 @@ def _by_preferences(
 def _by_episodes(
     config: Config,
     models: Models,
-    state: train.TrainState,
+    state: preference.TrainState,
     inputs: _Inputs,
-    report: Callable[[train.TrainState, Batches], dict[str, float]],
+    report: Callable[[preference.TrainState, Batches], dict[str, float]],
     surroundings: dict[str, Any],
-) -> tuple[train.TrainState, float]:
+) -> tuple[preference.TrainState, float]:
     """Goes on with the LensNet of a state; what is measured is measured as before."""
     state = devices.place(state, surroundings["mesh"], split=config.shard_parameters)
 
-    def with_lens(found: online.OnlineState) -> train.TrainState:
+    def with_lens(found: online.OnlineState) -> preference.TrainState:
         return replace(state, params={**state.params, "lens": found.params["lens"]})
 
     phase = loop.Phase(
@@ -234,18 +242,18 @@ def _by_episodes(
     return with_lens(found), seconds
 
 
-def _evaluator(config: Config, models: Models) -> Callable[[train.TrainState, Batches], dict[str, float]]:
+def _evaluator(config: Config, models: Models) -> Callable[[preference.TrainState, Batches], dict[str, float]]:
     """Held-out metrics of a state, always on the same rollouts of a batch; compiled once for all splits."""
-    step = jax.jit(functools.partial(evaluation.eval_step, config=config, models=models))
+    step = jax.jit(functools.partial(held_out.eval_step, config=config, models=models))
     keys = [jax.random.fold_in(jax.random.key(EVALUATION_SEED), i) for i in range(config.eval_batches)]
-    return lambda state, batches: evaluation.mean_over_batches(
+    return lambda state, batches: held_out.mean_over_batches(
         step(state, batch, key) for batch, key in zip(batches, keys, strict=True)
     )
 
 
 def _pretrain_evaluator(config: Config, models: Models) -> Callable[[dict[str, Params], Batches], dict[str, float]]:
-    step = jax.jit(functools.partial(evaluation.pretrain_eval_step, config=config, models=models))
-    return lambda params, batches: evaluation.mean_over_batches(step(params, batch) for batch in batches)
+    step = jax.jit(functools.partial(held_out.pretrain_eval_step, config=config, models=models))
+    return lambda params, batches: held_out.mean_over_batches(step(params, batch) for batch in batches)
 
 
 def load_start(config: Config, models: Models) -> dict[str, Params] | None:
@@ -298,9 +306,9 @@ def load_params(
     }
 
 
-def _variant_maps(state: train.TrainState, config: Config, models: Models, inputs: _Inputs) -> list[VariantMap]:
+def _variant_maps(state: preference.TrainState, config: Config, models: Models, inputs: _Inputs) -> list[VariantMap]:
     """What the baseline, the rollouts and the policy show of a few held-out sequences."""
-    compute = jax.jit(functools.partial(evaluation.variant_maps, config=config, models=models))
+    compute = jax.jit(functools.partial(held_out.variant_maps, config=config, models=models))
     batch = {name: value[:MAPPED_SEQUENCES] for name, value in devices.to_host(inputs.test[0]).items()}
     arrays = devices.to_host(compute(state, batch["tokens"], jax.random.key(EVALUATION_SEED)))
     labels = ["recency", *(f"rollout {i + 1}" for i in range(config.context.rollouts)), "LensNet's pick"]
@@ -324,7 +332,7 @@ def _write_results(folder: Path, summary: dict[str, Any], maps: list[VariantMap]
     """The pictures and the summary of a finished run."""
     if maps:
         lod_maps(maps, folder / "maps.png")
-    plots.training_curves(run_logging.read_rows(folder), folder / "training.png")
+    curves.training_curves(run_logging.read_rows(folder), folder / "training.png")
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import jax
 
-from lensjax.lengths import CutGeometry
+from lensjax.context.geometry import CutGeometry
 
 
 def require(ok: bool, message: str) -> None:
@@ -529,7 +529,7 @@ class OnlineConfig:
 
 @dataclass(frozen=True)
 class AdaptationConfig:
-    """Low-rank changes of LensNet for each document (`lensjax.adaptation`); trained where `trainable` names `hyper`."""
+    """Low-rank changes of LensNet for each document (`lensjax.training.steps.adaptation`); trained where `trainable` names `hyper`."""
 
     rank: int = 4
     init_scale: float = 0.1

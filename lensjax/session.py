@@ -27,14 +27,14 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax import context as contexts
-from lensjax import decision, focus
-from lensjax import tree as trees
-from lensjax.config import Config
-from lensjax.context import WorkingContext
-from lensjax.focus import FocusState
-from lensjax.models import KVCache, Models, Params
-from lensjax.tree import TreeState
+from lensjax.context import allocator
+from lensjax.context import tree as trees
+from lensjax.context import working as contexts
+from lensjax.context.allocator import FocusState
+from lensjax.context.tree import TreeState
+from lensjax.context.working import WorkingContext
+from lensjax.models import KVCache, Models, Params, decision
+from lensjax.runs.config import Config
 
 
 @jax.tree_util.register_dataclass
@@ -122,7 +122,7 @@ class Session:
         return SessionState(
             tree=trees.init(capacity=window, dim=base.dim, block_size=geometry.block_size, max_lod=geometry.max_lod),
             forgotten=jnp.zeros((), jnp.int32),
-            focus=focus.from_cut(start, geometry),
+            focus=allocator.from_cut(start, geometry),
             context=contexts.baseline(0, window=window, capacity=capacity),
             cache=self.models.base.init_cache(capacity),
             logits=jnp.zeros(base.vocab_size, jnp.float32),
@@ -285,7 +285,7 @@ class Session:
 
     def _refocus_now(self, params: dict[str, Params], state: SessionState) -> tuple[SessionState, Refocus]:
         settings = self.config.focus
-        focused, context, info = focus.step(
+        focused, context, info = allocator.step(
             state.focus,
             lambda _: self._policy(params, state),
             state.context,
@@ -298,7 +298,7 @@ class Session:
         )
         same = (context.start == state.context.start) & (context.lod == state.context.lod) & context.valid
         kept = jnp.minimum(jnp.argmin(jnp.append(same, False)).astype(jnp.int32), state.cache.length)
-        rate = focus.swap_rate(state.context, context, window=self.geometry.window)
+        rate = allocator.swap_rate(state.context, context, window=self.geometry.window)
         state = replace(state, focus=focused, context=context, cache=replace(state.cache, length=kept))
         return self._read_context(params, state), Refocus(rate, info.swaps, kept)
 
@@ -334,8 +334,8 @@ class Session:
 
         levels = tuple(drop(level, lod) for lod, level in enumerate(state.tree.levels))
         tree = replace(state.tree, levels=levels, length=state.tree.length - size)
-        focused = focus.drop_oldest(state.focus, size, geometry)
-        context = focus.to_context(focused, geometry, capacity=self._capacity, tokens=tree.length)
+        focused = allocator.drop_oldest(state.focus, size, geometry)
+        context = allocator.to_context(focused, geometry, capacity=self._capacity, tokens=tree.length)
         # The entries that are left stand elsewhere in the context now, and elsewhere in the window.
         cache = replace(state.cache, length=jnp.zeros((), jnp.int32))
         return replace(state, tree=tree, forgotten=state.forgotten + size, focus=focused, context=context, cache=cache)

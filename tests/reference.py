@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lensjax.config import FocusConfig
-from lensjax.context import WorkingContext
-from lensjax.lengths import CutGeometry
+from lensjax.context.geometry import CutGeometry
+from lensjax.context.working import WorkingContext
+from lensjax.runs.config import FocusConfig
 
 Entry = tuple[int, int]
 Gist = Callable[[np.ndarray], np.ndarray]

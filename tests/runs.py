@@ -18,8 +18,10 @@ import orbax.checkpoint as ocp
 import pytest
 
 from experiments import train as train_script
-from lensjax import checkpoint, evaluation, loop, online, plots, pretrain, splits, train
-from lensjax.config import (
+from lensjax.evaluation import held_out
+from lensjax.models import Models, build_models
+from lensjax.plots import curves
+from lensjax.runs.config import (
     BaseConfig,
     Config,
     ContextConfig,
@@ -30,8 +32,11 @@ from lensjax.config import (
     PretrainConfig,
     replace,
 )
-from lensjax.logging import PHASES, read_rows
-from lensjax.models import Models, build_models
+from lensjax.runs.data import splits
+from lensjax.runs.engine import loop
+from lensjax.runs.store import checkpoint
+from lensjax.runs.store.log import PHASES, read_rows
+from lensjax.training.steps import online, preference, pretrain
 
 ROOT = Path(__file__).parents[1]
 
@@ -103,13 +108,13 @@ def cheap_programs() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain, "pretrain_step", functools.partial(step, part="base"))
-        patch.setattr(train, "train_step", functools.partial(step, part="lens"))
+        patch.setattr(preference, "train_step", functools.partial(step, part="lens"))
         patch.setattr(online, "online_step", functools.partial(step, part="lens"))
-        patch.setattr(evaluation, "eval_step", eval_step)
-        patch.setattr(evaluation, "pretrain_eval_step", pretrain_eval_step)
+        patch.setattr(held_out, "eval_step", eval_step)
+        patch.setattr(held_out, "pretrain_eval_step", pretrain_eval_step)
         patch.setattr(train_script, "build_models", functools.cache(build_models))
         patch.setattr(train_script, "_variant_maps", lambda *arguments: [])
-        patch.setattr(plots, "training_curves", lambda rows, path: None)
+        patch.setattr(curves, "training_curves", lambda rows, path: None)
         yield
 
 

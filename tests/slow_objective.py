@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from lensjax.config import Config
-from lensjax.objective import MOST_PAIR_WEIGHT
-from lensjax.preferences import MIN_STD
-from lensjax.stability import EPS
-from lensjax.variants import ScoredVariants
+from lensjax.runs.config import Config
+from lensjax.training.objective import MOST_PAIR_WEIGHT
+from lensjax.training.optim.moving import EPS
+from lensjax.training.preferences import MIN_STD
+from lensjax.training.scoring import ScoredVariants
 from tests import reference
 from tests.reference import Entry
 

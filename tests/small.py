@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lensjax import config as configs
-from lensjax import decision, train, variants
-from lensjax.config import (
+from lensjax.models import GistModel, LensModel, Models, build_models, decision
+from lensjax.runs import config as configs
+from lensjax.runs.config import (
     BaseConfig,
     Config,
     ContextConfig,
@@ -25,9 +25,10 @@ from lensjax.config import (
     LensConfig,
     OptimizerConfig,
 )
-from lensjax.models import GistModel, LensModel, Models, build_models
-from lensjax.train import Batch, Metrics, TrainState
-from lensjax.variants import ScoredVariants
+from lensjax.training import scoring
+from lensjax.training.scoring import ScoredVariants
+from lensjax.training.steps import preference
+from lensjax.training.steps.preference import Batch, Metrics, TrainState
 from tests import reference
 
 VOCABULARY = 16
@@ -67,7 +68,7 @@ class Run:
 
     @functools.cached_property
     def train_step(self) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-        step = functools.partial(train.train_step, config=self.config, models=self.models)
+        step = functools.partial(preference.train_step, config=self.config, models=self.models)
         return jit(step, donate_argnums=0)
 
     def state(self, seed: int = 0, *, step: int = 0, **hyper: float) -> TrainState:
@@ -78,7 +79,7 @@ class Run:
 
     @functools.cache  # noqa: B019
     def _fresh(self, seed: int) -> TrainState:
-        return train.init_train_state(jax.random.key(seed), config=self.config, models=self.models)
+        return preference.init_train_state(jax.random.key(seed), config=self.config, models=self.models)
 
     def history(self, state: TrainState, steps: int) -> tuple[list[TrainState], list[Metrics]]:
         """All states of a run, the first one included, and the reports of its steps; step i reads `batch(i)`."""
@@ -95,7 +96,7 @@ class Run:
     def observe(self, state: TrainState, tokens: Batch) -> tuple[ScoredVariants, np.ndarray, np.ndarray | None]:
         """What the objective of the next step is given: variants, and scores of the policy and of its anchor."""
         keys = jax.random.split(jax.random.fold_in(state.key, state.step), tokens["tokens"].shape[0])
-        length = train.current_length(state.step, state.hyper, self.config)
+        length = preference.current_length(state.step, state.hyper, self.config)
         scored = self.score_variants(state.params, tokens["tokens"], keys, length, state.hyper.lod2_share)
         scores = self.policy_scores(state.params["lens"], scored.entries)
         anchor = None if state.anchor is None else self.policy_scores(state.anchor, scored.entries)
@@ -104,7 +105,7 @@ class Run:
     @functools.cached_property
     def score_variants(self) -> Callable[..., ScoredVariants]:
         def score(params: Any, tokens: Any, keys: Any, length: Any, lod2_share: Any) -> ScoredVariants:
-            one = functools.partial(variants.score_variants, self.models, params, config=self.config)
+            one = functools.partial(scoring.score_variants, self.models, params, config=self.config)
             return jax.vmap(lambda row, key: one(row, key, length, lod2_share))(tokens, keys)
 
         return jit(score)

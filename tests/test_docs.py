@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lensjax import rivals
+from lensjax.evaluation import rivals
 
 DOCS = Path(__file__).parents[1] / "docs"
 NAMES = ("policy", "pick")

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lensjax import config as configs
-from lensjax import context as contexts
-from lensjax import decision, focus, nll
-from lensjax import tree as trees
-from lensjax.models import build_models
+from lensjax.context import allocator
+from lensjax.context import tree as trees
+from lensjax.context import working as contexts
+from lensjax.models import build_models, decision
+from lensjax.runs import config as configs
 from lensjax.session import Session
+from lensjax.training import nll
 from tests.small import SMALL, VOCABULARY, jit
 
 CASES = {
@@ -308,8 +309,8 @@ def test_from_a_cold_start_it_is_that_of_training_to_the_bit(name):
     session, config = session_of(name), CASES[name]
     geometry, capacity = session.geometry, session.budget + session.interval
     scores = scores_of(session)
-    cold = focus.uniform(session.budget, geometry)
-    context = focus.to_context(cold, geometry, capacity=capacity)
+    cold = allocator.uniform(session.budget, geometry)
+    context = allocator.to_context(cold, geometry, capacity=capacity)
     build = jit(lambda tokens: decision.build_tree(session.models, session.params, tokens, config))
 
     @jit
@@ -340,7 +341,7 @@ def test_from_where_the_session_is_it_is_that_of_training_to_the_bit(name):
 
     @jit
     def decide(focused, context, tree, key):
-        return focus.step(
+        return allocator.step(
             focused,
             decision.policy(session.models, session.params["lens"], tree),
             context,
@@ -352,8 +353,8 @@ def test_from_where_the_session_is_it_is_that_of_training_to_the_bit(name):
             key=key,
         )[:2]
 
-    show = jit(functools.partial(focus.to_context, geometry=geometry, capacity=capacity))
-    drop = jit(functools.partial(focus.drop_oldest, tokens=session._forget_size, geometry=geometry))
+    show = jit(functools.partial(allocator.to_context, geometry=geometry, capacity=capacity))
+    drop = jit(functools.partial(allocator.drop_oldest, tokens=session._forget_size, geometry=geometry))
     kinds = set()
     for stream, _, before, after in random_streams(name):
         held, forgets = int(after.tree.length), int(after.forgotten) != int(before.forgotten)

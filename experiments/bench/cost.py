@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lensjax.config import BaseConfig, Config, LensConfig
+from lensjax.runs.config import BaseConfig, Config, LensConfig
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """How the time of a training step, and of a session's token, grows with one size at a time.
 
-    python experiments/scaling.py                       into runs/scaling, about 6 minutes on 2 cores
-    python experiments/scaling.py --series rollouts window --output-dir runs/two
+    python -m experiments.bench.scaling                       into runs/scaling, about 6 minutes on 2 cores
+    python -m experiments.bench.scaling --series rollouts window --output-dir runs/two
 
 Each series changes one size of a small shape: rollouts N, entries W, window T, block size K, levels L, width D; and,
 for a session that reads a stream, the history that it holds. About 240 entries are seen where W is not what changes.
@@ -23,12 +23,14 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 from rich.console import Console
 
-from experiments import bench, command
-from lensjax import config as configs
-from lensjax import plots, run_folder
-from lensjax.config import BaseConfig, Config, ContextConfig, Hyperparameters, OptimizerConfig
-from lensjax.cost import step_cost
+from experiments import command
+from experiments.bench import step as bench
+from experiments.bench.cost import step_cost
 from lensjax.models import build_models
+from lensjax.plots import curves
+from lensjax.runs import config as configs
+from lensjax.runs.config import BaseConfig, Config, ContextConfig, Hyperparameters, OptimizerConfig
+from lensjax.runs.store import folder as run_folder
 from lensjax.session import Session
 
 SHAPE = Config(
@@ -173,13 +175,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     names = list(dict.fromkeys(row["series"] for row in rows))
     columns = min(len(names), 4)
     lines = -(-len(names) // columns)
-    figure = plots.new_figure(3.0 * columns, 2.6 * lines)
+    figure = curves.new_figure(3.0 * columns, 2.6 * lines)
     axes = np.atleast_1d(figure.subplots(lines, columns, squeeze=False)).ravel()
     for ax, name in zip(axes, names, strict=False):
         _draw_series(ax, SERIES[name], [row for row in rows if row["series"] == name])
     for ax in axes[len(names) :]:
         ax.set_axis_off()
-    plots.write(figure, path)
+    curves.write(figure, path)
 
 
 def _draw_series(ax: Axes, series: Series, rows: list[dict[str, Any]]) -> None:
@@ -194,8 +196,8 @@ def _draw_series(ax: Axes, series: Series, rows: list[dict[str, Any]]) -> None:
         centre = len(rows) // 2
         paper = [row["flops"] / rows[centre]["flops"] * middle[centre] for row in rows]
         label = "operations on paper"
-    look: dict[str, Any] = {"color": plots.COLORS[0], "marker": "o", "markersize": 4, "linewidth": 1.4}
-    ax.plot(values, paper, "--", color=plots.MUTED, linewidth=1, label=label)
+    look: dict[str, Any] = {"color": curves.COLORS[0], "marker": "o", "markersize": 4, "linewidth": 1.4}
+    ax.plot(values, paper, "--", color=curves.MUTED, linewidth=1, label=label)
     ax.errorbar(values, middle, spread, label="measured", **look)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
@@ -204,8 +206,8 @@ def _draw_series(ax: Axes, series: Series, rows: list[dict[str, Any]]) -> None:
     ax.set_xticks(values, [f"{value:,}" for value in values])
     ax.minorticks_off()
     ax.set_ylim(0.5 * min(*middle, *paper), 2 * max(*middle, *paper))
-    plots.dress(ax, series.title, "", "ms a token" if series.is_session else "ms a step")
-    ax.legend(fontsize=7, **plots.LEGEND)
+    curves.dress(ax, series.title, "", "ms a token" if series.is_session else "ms a step")
+    ax.legend(fontsize=7, **curves.LEGEND)
 
 
 if __name__ == "__main__":

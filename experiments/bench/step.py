@@ -1,8 +1,8 @@
 """How long a training step takes, and how much of it the mathematics cannot do without.
 
-    python experiments/bench.py                                   the two shapes for a CPU
-    python experiments/bench.py --shapes large --json bench.json  the one for an accelerator
-    python experiments/bench.py --shapes small --profile traces   and a trace for TensorBoard or Perfetto
+    python -m experiments.bench.step                                   the two shapes for a CPU
+    python -m experiments.bench.step --shapes large --json bench.json  the one for an accelerator
+    python -m experiments.bench.step --shapes small --profile traces   and a trace for TensorBoard or Perfetto
 
 The *floor* of a shape is one program of nothing but model passes: the base model forward on the entries of all variants
 with logits at the horizon, LensNet forward and backward on the same entries, the anchor's LensNet forward where its
@@ -31,15 +31,17 @@ from rich.progress import track
 from rich.table import Table
 
 from experiments import command
-from lensjax import context as contexts
-from lensjax import nll, objective, optimizer, train
-from lensjax.config import BaseConfig, Config, ContextConfig, Hyperparameters, OptimizerConfig
-from lensjax.cost import step_cost
-from lensjax.decision import Window, build_tree, policy_scores, split
+from experiments.bench.cost import step_cost
+from lensjax.context import working as contexts
+from lensjax.context.rollouts import sample_rollouts
 from lensjax.models import Models, Params, build_models
-from lensjax.rollouts import sample_rollouts
-from lensjax.train import TrainState
-from lensjax.variants import Batch, ScoredVariants
+from lensjax.models.decision import Window, build_tree, policy_scores, split
+from lensjax.runs.config import BaseConfig, Config, ContextConfig, Hyperparameters, OptimizerConfig
+from lensjax.training import nll, objective
+from lensjax.training.optim import optimizer
+from lensjax.training.scoring import Batch, ScoredVariants
+from lensjax.training.steps import preference
+from lensjax.training.steps.preference import TrainState
 
 Program = Callable[[], Any]
 """Runs what it measures once, on the arguments that it holds, and returns arrays to wait for."""
@@ -189,15 +191,15 @@ class Step:
     def __init__(self, config: Config, models: Models) -> None:
         self.config, self.models = config, models
         key = jax.random.key(0)
-        self.state = train.init_train_state(key, config=config, models=models)
+        self.state = preference.init_train_state(key, config=config, models=models)
         shape = (config.batch_size, config.context.window)
         self.batch = {"tokens": jax.random.randint(key, shape, 0, config.base.vocab_size, jnp.int32)}
         self.params: dict[str, Params] = jax.tree.map(jnp.copy, self.state.params)
         self.scored: ScoredVariants = jax.jit(
-            lambda params, state, batch: train.score_batch(params, state, batch, config=config, models=models)
+            lambda params, state, batch: preference.score_batch(params, state, batch, config=config, models=models)
         )(self.params, self.state, self.batch)
         began = time.perf_counter()
-        step = functools.partial(train.train_step, config=config, models=models)
+        step = functools.partial(preference.train_step, config=config, models=models)
         with Compiles() as compiles:
             self._compiled = jax.jit(step, donate_argnums=0).lower(self.state, self.batch).compile()
         self.compiles = compiles.count

@@ -1,7 +1,7 @@
 """What a training step takes with each objective, and on the policy's own edits, beside one with span targets.
 
-    python experiments/step_times.py                        the recall preset, into the terminal
-    python experiments/step_times.py --csv runs/times.csv
+    python -m experiments.bench.step_times                        the recall preset, into the terminal
+    python -m experiments.bench.step_times --csv runs/times.csv
 
 All programs take turns in one process, so that a slow moment of the machine falls on all of them.
 """
@@ -20,13 +20,13 @@ import tyro
 from rich.console import Console
 
 from experiments import command
-from experiments.bench import Program, turns
+from experiments.bench.step import Program, turns
 from experiments.evaluate import write_csv
 from experiments.train import load_preset
-from lensjax import config as configs
-from lensjax import online, train
-from lensjax.config import Config, ObjectiveConfig
 from lensjax.models import build_models
+from lensjax.runs import config as configs
+from lensjax.runs.config import Config, ObjectiveConfig
+from lensjax.training.steps import online, preference
 
 OBJECTIVES: tuple[str, ...] = typing.get_args(typing.get_type_hints(ObjectiveConfig)["name"])
 REFERENCE, OWN_EDITS = "spans", "own edits"
@@ -81,8 +81,8 @@ def measure(arguments: Arguments) -> list[dict[str, Any]]:
 def _step(config: Config) -> Program:
     """A compiled step on random tokens; on own edits where the config has them."""
     models, key = build_models(config), jax.random.key(0)
-    state: Any = train.init_train_state(key, config=config, models=models)
-    step: Callable[..., Any] = train.train_step
+    state: Any = preference.init_train_state(key, config=config, models=models)
+    step: Callable[..., Any] = preference.train_step
     if config.online.steps:
         state = online.init_online_state(key, config=config, params=state.params)
         step = online.online_step

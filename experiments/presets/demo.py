@@ -1,10 +1,10 @@
 """The main job in a few minutes on two cores: pretrain on the standard library of this Python, then train LensNet.
 
 make demo
-python experiments/train.py demo
+python -m experiments.train demo
 """
 
-from lensjax.config import BaseConfig, Config, ContextConfig, DataConfig, Hyperparameters, PretrainConfig
+from lensjax.runs.config import BaseConfig, Config, ContextConfig, DataConfig, Hyperparameters, PretrainConfig
 
 CONFIG = Config(
     output_dir="runs/demo",

@@ -1,11 +1,11 @@
 """Single-span recall: the query begins one of seven earlier blocks again, so what is worth expanding is known.
 
-    python experiments/train.py recall
+    python -m experiments.train recall
 
 `make recall` runs it for three seeds and both kinds of targets on one base model.
 """
 
-from lensjax.config import (
+from lensjax.runs.config import (
     BaseConfig,
     Config,
     ContextConfig,

@@ -8,7 +8,7 @@ there on (`init`), with rollouts that differ from each other by a few swaps. Gis
 which LensNet can recognise a token.
 """
 
-from lensjax.config import BaseConfig, Config, ContextConfig, DataConfig, Hyperparameters, PretrainConfig
+from lensjax.runs.config import BaseConfig, Config, ContextConfig, DataConfig, Hyperparameters, PretrainConfig
 
 CONFIG = Config(
     output_dir="runs/recall-long",

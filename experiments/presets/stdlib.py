@@ -3,7 +3,7 @@
 make evaluate-stdlib
 """
 
-from lensjax.config import BaseConfig, Config, ContextConfig, DataConfig, Hyperparameters, PretrainConfig
+from lensjax.runs.config import BaseConfig, Config, ContextConfig, DataConfig, Hyperparameters, PretrainConfig
 
 CONFIG = Config(
     output_dir="runs/stdlib",

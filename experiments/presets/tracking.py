@@ -1,9 +1,9 @@
 """Variable tracking: which of 64 statements answer the question, when the second one needed stands in the first?
 
-python experiments/train.py tracking
+python -m experiments.train tracking
 """
 
-from lensjax.config import BaseConfig, Config, ContextConfig, DataConfig, Hyperparameters, PretrainConfig
+from lensjax.runs.config import BaseConfig, Config, ContextConfig, DataConfig, Hyperparameters, PretrainConfig
 
 HOPS = 2
 

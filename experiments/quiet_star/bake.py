@@ -18,9 +18,9 @@ from jax import Array
 from experiments.quiet_star import thoughts
 from experiments.quiet_star.config import QuietStarConfig
 from experiments.quiet_star.model import ThoughtModel
-from lensjax import optimizer, schedules
-from lensjax.metrics import Metrics
 from lensjax.models import Params
+from lensjax.training.metrics import Metrics
+from lensjax.training.optim import optimizer, schedules
 
 Batch = dict[str, Array]
 """`prompt` int32[B, P], `trace` int32[B, L], `answer` and `conclusion` int32[B]."""

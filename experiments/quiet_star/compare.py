@@ -1,6 +1,6 @@
 """Finished runs of a task side by side: a table over seeds for each arm, and the curves of all of them.
 
-    python experiments/quiet_star/compare.py runs/quiet_star/pointer
+    python -m experiments.quiet_star.compare runs/quiet_star/pointer
 
 Runs are the folders `<seed>` and `<arm>-<seed>` in the one that is named. Leaves `report.md`, `results.csv` and
 `training.png` there.
@@ -18,8 +18,8 @@ import tyro
 from experiments import command
 from experiments.evaluate import write_csv
 from experiments.quiet_star import measure, pictures
-from lensjax import logging as run_logging
-from lensjax import theatre
+from lensjax.evaluation import faithfulness
+from lensjax.runs.store import log as run_logging
 
 Summary = dict[str, Any]
 
@@ -84,7 +84,7 @@ def compare(folder: Path) -> dict[str, list[Summary]]:
 
 def table(arms: Mapping[str, Sequence[Summary]]) -> str:
     """A Markdown table: mean and, of several seeds, range, as baked and after REINFORCE in each arm."""
-    limits = theatre.TheatreConfig()
+    limits = faithfulness.TheatreConfig()
     columns = {BAKED: [_baked(summary) for summary in arms[MAIN]], **arms}
     lines = [
         "| test split | " + " | ".join(columns) + " |",

@@ -1,4 +1,4 @@
-"""Configuration of a run that learns to think: frozen sections, as in `lensjax.config`, which reads and writes them."""
+"""Configuration of a run that learns to think: frozen sections, as in `lensjax.runs.config`, which reads and writes them."""
 
 import math
 from dataclasses import dataclass, field
@@ -6,9 +6,9 @@ from typing import Literal
 
 from experiments.quiet_star.model import ModelConfig
 from experiments.quiet_star.tasks import TaskConfig, task_of
-from lensjax.config import OptimizerConfig, StoppingConfig
-from lensjax.sections import require, require_choice, require_positive
-from lensjax.theatre import TheatreConfig
+from lensjax._settings import require, require_choice, require_positive
+from lensjax.evaluation.faithfulness import TheatreConfig
+from lensjax.runs.config import OptimizerConfig, StoppingConfig
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class QuietStarConfig:
 
     @property
     def example_shapes(self) -> dict[str, tuple[int, ...]]:
-        """What a step is given of each question, as of `lensjax.loop.Settings`."""
+        """What a step is given of each question, as of `lensjax.runs.engine.loop.Settings`."""
         task = task_of(self.task)
         return {"prompt": (task.prompt_length,), "answer": (), "trace": (task.thought_length,), "conclusion": ()}
 

@@ -17,9 +17,9 @@ from experiments.quiet_star.bake import Batch
 from experiments.quiet_star.config import QuietStarConfig
 from experiments.quiet_star.model import ThoughtModel
 from experiments.quiet_star.tasks import task_of
-from lensjax import theatre
+from lensjax.evaluation import faithfulness
+from lensjax.evaluation.faithfulness import Evidence
 from lensjax.models import Params
-from lensjax.theatre import Evidence
 
 ARMS = ("sampled", "greedy", "random", "foreign")
 """Whose thoughts a prompt is answered with."""
@@ -100,7 +100,7 @@ def report(batches: Sequence[Answers], config: QuietStarConfig) -> dict[str, flo
     numbers["injected"] = float(found["injected"].mean())
     numbers["difficulty"] = float(found["difficulty"].mean())
     evidence = _evidence(found, right, right_without)
-    checks = theatre.metrics(evidence, config.theatre, prefix="rl/")
+    checks = faithfulness.metrics(evidence, config.theatre, prefix="rl/")
     return numbers | {name: float(value) for name, value in checks.items()}
 
 
@@ -112,14 +112,16 @@ def _evidence(found: Answers, right: dict[str, np.ndarray], right_without: np.nd
     """
     own, without = found["sampled"], np.broadcast_to(found["without"][:, None], found["sampled"].shape)
     one = jnp.ones((), jnp.int32)
-    paths = jax.vmap(lambda a, b: theatre.divergence(a[None], one, b[None], one))(own.reshape(-1), without.reshape(-1))
+    paths = jax.vmap(lambda a, b: faithfulness.divergence(a[None], one, b[None], one))(
+        own.reshape(-1), without.reshape(-1)
+    )
     both = ("sampled", "foreign")
     return Evidence(
         divergence=jnp.mean(paths),
-        ablation=theatre.gain(right["sampled"].reshape(-1), np.repeat(right_without, own.shape[1])),
-        correlation=theatre.correlation(
+        ablation=faithfulness.gain(right["sampled"].reshape(-1), np.repeat(right_without, own.shape[1])),
+        correlation=faithfulness.correlation(
             np.concatenate([found[f"coherence_{name}"].reshape(-1) for name in both]),
             np.concatenate([right[name].reshape(-1) for name in both]),
         ),
-        counterfactual=theatre.gain(right["sampled"].reshape(-1), right["foreign"].reshape(-1)),
+        counterfactual=faithfulness.gain(right["sampled"].reshape(-1), right["foreign"].reshape(-1)),
     )

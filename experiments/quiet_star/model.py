@@ -16,9 +16,9 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
+from lensjax._settings import require, require_positive
 from lensjax.models import Functional, Params
-from lensjax.models.transformer import Memory, Transformer, TransformerConfig, linear, rms_norm
-from lensjax.sections import require, require_positive
+from lensjax.models.nn.transformer import Memory, Transformer, TransformerConfig, linear, rms_norm
 
 _POSITION_STD = 1.0
 """Of fresh embeddings of tokens and places alike: which place a token names is half of the task."""

@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lensjax.logging import Row
-from lensjax.plots import COLORS, LEGEND, MUTED, dress, new_figure, noise_width, running_mean, write
+from lensjax.plots.curves import COLORS, LEGEND, MUTED, dress, new_figure, noise_width, running_mean, write
+from lensjax.runs.store.log import Row
 
 _ACCURACIES = {
     "accuracy_sampled": "own thoughts",

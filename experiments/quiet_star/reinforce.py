@@ -2,7 +2,7 @@
 
     reward = log p(answer | thought) - log p(answer | none), with the last token of the thought
 
-The actions are the tokens of sampled thoughts; `lensjax.actor_critic` has the loss. The answer itself is not trained
+The actions are the tokens of sampled thoughts; `lensjax.training.steps.actor_critic` has the loss. The answer itself is not trained
 any more. Letters are those of the model, and B prompts in a batch.
 """
 
@@ -21,10 +21,11 @@ from experiments.quiet_star.bake import Batch
 from experiments.quiet_star.config import QuietStarConfig, RLConfig
 from experiments.quiet_star.model import ThoughtModel
 from experiments.quiet_star.thoughts import Judged
-from lensjax import actor_critic, optimizer, schedules, stability
-from lensjax.metrics import Metrics, masked_mean
 from lensjax.models import Params, ValueModel
-from lensjax.stability import Window
+from lensjax.training.metrics import Metrics, masked_mean
+from lensjax.training.optim import moving, optimizer, schedules
+from lensjax.training.optim.moving import Window
+from lensjax.training.steps import actor_critic
 
 _RECENT = 100
 """Episodes that `rl/avg_reward_100` is a mean of."""
@@ -87,7 +88,7 @@ def init_state(key: Array, *, config: QuietStarConfig, baked: Params) -> RLState
         params=params,
         opt_state=optimizer.init(config.optimizer, params),
         reference=jax.tree.map(jnp.copy, baked),
-        recent=stability.init_window(_RECENT),
+        recent=moving.init_window(_RECENT),
         key=run_key,
     )
 
@@ -120,11 +121,11 @@ def rl_step(state: RLState, batch: Batch, *, config: QuietStarConfig, model: Tho
         config.optimizer, grads, state.opt_state, state.params, learning_rate=rate, weight_decay=0.0
     )
     reward = jnp.mean(episode.gains)
-    recent = stability.update_window(state.recent, reward)
+    recent = moving.update_window(state.recent, reward)
     report |= {
         "rl/episode": state.step + 1,
         "rl/reward": reward,
-        "rl/avg_reward_100": stability.window_mean(recent),
+        "rl/avg_reward_100": moving.window_mean(recent),
         "rl/num_thoughts": settings.thoughts * jnp.mean(episode.injected, dtype=jnp.float32),
         "rl/learning_rate": rate,
         "grad_norm": optax.tree.norm(grads["lm"]),

@@ -14,9 +14,9 @@ from typing import Literal
 import grain
 import numpy as np
 
-from lensjax import splits
-from lensjax.sections import require, require_choice
-from lensjax.splits import Split
+from lensjax._settings import require, require_choice
+from lensjax.runs.data import splits
+from lensjax.runs.data.splits import Split
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 TRAIN_SHARE, VALIDATION_SHARE = 0.7, 0.1

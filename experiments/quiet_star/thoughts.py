@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from experiments.quiet_star.model import ThoughtModel
 from lensjax.models import Params
-from lensjax.models.transformer import Memory
+from lensjax.models.nn.transformer import Memory
 
 
 @jax.tree_util.register_dataclass

@@ -1,9 +1,9 @@
 """Bakes a small language model on traces, trains its thoughts by REINFORCE, and measures them on held-out questions.
 
-    python experiments/quiet_star/train.py --output-dir runs/quiet_star/0
-    python experiments/quiet_star/train.py arithmetic --seed 1 --output-dir runs/quiet_star/arithmetic-1
-    python experiments/quiet_star/train.py --resume runs/quiet_star/0
-    python experiments/quiet_star/train.py --init runs/quiet_star/0 --rl.shuffle-rewards --output-dir runs/shuffled
+    python -m experiments.quiet_star.train --output-dir runs/quiet_star/0
+    python -m experiments.quiet_star.train arithmetic --seed 1 --output-dir runs/quiet_star/arithmetic-1
+    python -m experiments.quiet_star.train --resume runs/quiet_star/0
+    python -m experiments.quiet_star.train --init runs/quiet_star/0 --rl.shuffle-rewards --output-dir runs/shuffled
 
 The last one is the control: rewards go to the wrong thoughts.
 
@@ -28,11 +28,16 @@ from experiments.quiet_star import bake, measure, pictures, reinforce, tasks
 from experiments.quiet_star.bake import Batch
 from experiments.quiet_star.config import QuietStarConfig
 from experiments.quiet_star.model import ThoughtModel
-from lensjax import checkpoint, data, devices, evaluation, loop, run_folder, stability
-from lensjax import config as configs
-from lensjax import logging as run_logging
+from lensjax.evaluation import held_out
 from lensjax.models import Params
-from lensjax.splits import Split
+from lensjax.runs import config as configs
+from lensjax.runs.data import batches as data
+from lensjax.runs.data.splits import Split
+from lensjax.runs.engine import devices, loop
+from lensjax.runs.store import checkpoint
+from lensjax.runs.store import folder as run_folder
+from lensjax.runs.store import log as run_logging
+from lensjax.training.optim import moving
 
 BAKE, RL = PHASES = ("bake", "rl")
 EVALUATION_SEED = 2026
@@ -75,7 +80,7 @@ def run(config: QuietStarConfig, *, resume: bool = False, console: Console | Non
     console = console or Console(quiet=not devices.is_first())
     model, mesh = build_model(config), devices.make_mesh({"batch_size": config.batch_size})
     taken = load_baked(config, model)
-    batches = held_out(config, mesh)
+    batches = held_out_questions(config, mesh)
     measured = evaluator(config, model, batches)
     with command.open_run(config, PHASES, resume=resume, console=console) as (folder, logger):
         surroundings = {"run_dir": folder, "config": config, "mesh": mesh, "logger": logger, "console": console}
@@ -113,7 +118,7 @@ def _bake(
 
     def evaluate(state: bake.BakeState) -> dict[str, float]:
         params = state.params["lm"]
-        losses = evaluation.mean_over_batches({"loss": loss(params, batch)} for batch in batches("validation"))
+        losses = held_out.mean_over_batches({"loss": loss(params, batch)} for batch in batches("validation"))
         return losses | measured(params, "validation")
 
     phase = loop.Phase(
@@ -135,7 +140,7 @@ def _reinforce(
 ) -> tuple[Params, float]:
     def evaluate(state: reinforce.RLState) -> dict[str, float]:
         # Stopping looks for the lowest value.
-        missed = -float(stability.window_mean(state.recent))
+        missed = -float(moving.window_mean(state.recent))
         return measured(state.params["lm"], "validation") | {"rl/missed_reward_100": missed}
 
     phase = loop.Phase(
@@ -163,7 +168,7 @@ def questions(config: QuietStarConfig, seed: int) -> Any:
     return data.iterate(tasks.dataset(config.task, "train", seed=seed), batch_size=config.batch_size, share=share)
 
 
-def held_out(config: QuietStarConfig, mesh: Mesh) -> Callable[[Split], list[Batch]]:
+def held_out_questions(config: QuietStarConfig, mesh: Mesh) -> Callable[[Split], list[Batch]]:
     """The questions of a split, the same ones for all seeds."""
     share = (jax.process_index(), jax.process_count())
 

@@ -15,9 +15,9 @@ import numpy as np
 
 from experiments.rlan import grids
 from experiments.rlan.rules import SPLITS, padded
-from lensjax import splits
-from lensjax.sections import require_positive
-from lensjax.splits import Split
+from lensjax._settings import require_positive
+from lensjax.runs.data import splits
+from lensjax.runs.data.splits import Split
 
 Pair = tuple[np.ndarray, np.ndarray]
 """Input and output, int32[rows, columns] each."""

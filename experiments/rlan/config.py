@@ -1,4 +1,4 @@
-"""Configuration of a grid run: frozen sections, as in `lensjax.config`, which also reads and writes them."""
+"""Configuration of a grid run: frozen sections, as in `lensjax.runs.config`, which also reads and writes them."""
 
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -6,10 +6,10 @@ from typing import Literal
 from experiments.rlan.arc import ArcConfig
 from experiments.rlan.model import GridConfig
 from experiments.rlan.rules import MOVES, OBJECTS, Family, RulesConfig
-from lensjax import hyperlora
-from lensjax.config import OptimizerConfig, StoppingConfig
-from lensjax.hyperlora import HyperLoRAConfig
-from lensjax.sections import require, require_choice, require_positive
+from lensjax._settings import require, require_choice, require_positive
+from lensjax.models import hyperlora
+from lensjax.models.hyperlora import HyperLoRAConfig
+from lensjax.runs.config import OptimizerConfig, StoppingConfig
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class RlanConfig:
 
     @property
     def example_shapes(self) -> dict[str, tuple[int, ...]]:
-        """What a training step is given of each task, as of `lensjax.loop.Settings`."""
+        """What a training step is given of each task, as of `lensjax.runs.engine.loop.Settings`."""
         tasks = self.task_set
         grids = (2, tasks.size, tasks.size)
         return {"support": (tasks.pairs, *grids), "query": (tasks.queries, *grids)}

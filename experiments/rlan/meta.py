@@ -19,10 +19,10 @@ from experiments.rlan import grids
 from experiments.rlan.config import RlanConfig
 from experiments.rlan.grids import PADDING
 from experiments.rlan.model import GridModel, best_step
-from lensjax import hyperlora, optimizer, schedules
-from lensjax.hyperlora import Deltas
-from lensjax.metrics import Metrics, masked_mean
-from lensjax.models import HyperLoRAModel, Params
+from lensjax.models import HyperLoRAModel, Params, hyperlora
+from lensjax.models.hyperlora import Deltas
+from lensjax.training.metrics import Metrics, masked_mean
+from lensjax.training.optim import optimizer, schedules
 
 Batch = dict[str, Array]
 """`support` int32[B, N, 2, S, S] and `query` int32[B, Q, 2, S, S]; an example of padding alone counts for nothing. To

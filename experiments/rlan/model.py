@@ -12,10 +12,10 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from experiments.rlan.grids import COLOURS, PADDING
-from lensjax.hyperlora import Deltas, mix
-from lensjax.metrics import masked_mean
+from lensjax._settings import require_positive
 from lensjax.models import Params
-from lensjax.sections import require_positive
+from lensjax.models.hyperlora import Deltas, mix
+from lensjax.training.metrics import masked_mean
 
 TARGETS = ("gru_reset", "gru_update", "gru_candidate", "output_head")
 """What is adapted: the outputs of these layers, each of width D."""

@@ -9,7 +9,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from experiments.rlan.grids import PADDING, size_of
-from lensjax.plots import INK, MUTED, new_figure, write
+from lensjax.plots.curves import INK, MUTED, new_figure, write
 
 COLORS = ListedColormap(
     ["#1d1d1d", "#0074d9", "#ff4136", "#2ecc40", "#ffdc00", "#aaaaaa", "#f012be", "#ff851b", "#7fdbff", "#870c25"]

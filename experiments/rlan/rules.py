@@ -16,9 +16,9 @@ import numpy as np
 
 from experiments.rlan import grids, objects
 from experiments.rlan.grids import COLOURS, PADDING
-from lensjax import splits
-from lensjax.sections import require, require_positive
-from lensjax.splits import Split
+from lensjax._settings import require, require_positive
+from lensjax.runs.data import splits
+from lensjax.runs.data.splits import Split
 
 Family = Literal["swap", "recolour", "cycle", "double", "shift", "roll", "turn", "flood", "rank", "border"]
 SPLITS: tuple[Split, ...] = get_args(Split)

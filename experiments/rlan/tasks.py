@@ -5,7 +5,7 @@ import numpy as np
 
 from experiments.rlan import arc, grids, rules
 from experiments.rlan.config import RlanConfig
-from lensjax.splits import Split
+from lensjax.runs.data.splits import Split
 
 EVALUATION_SEED = 2026
 """Of held-out rules' grids."""

@@ -1,10 +1,10 @@
 """Meta-trains a grid model whose weights a hypernetwork adapts to each task, and measures it on held-out tasks.
 
-    python experiments/rlan/train.py --output-dir runs/rlan/0
-    python experiments/rlan/train.py rlan_stable --seed 1 --output-dir runs/rlan/published-1
-    python experiments/rlan/train.py objects --output-dir runs/rlan/objects-0
-    python experiments/rlan/train.py arc --output-dir runs/rlan/arc
-    python experiments/rlan/train.py --resume runs/rlan/0
+    python -m experiments.rlan.train --output-dir runs/rlan/0
+    python -m experiments.rlan.train rlan_stable --seed 1 --output-dir runs/rlan/published-1
+    python -m experiments.rlan.train objects --output-dir runs/rlan/objects-0
+    python -m experiments.rlan.train arc --output-dir runs/rlan/arc
+    python -m experiments.rlan.train --resume runs/rlan/0
 
 The first argument names a preset of `experiments/rlan/config.py`; flags change single fields. Everything that a run
 makes is in its own folder.
@@ -29,9 +29,11 @@ from experiments.rlan import arc, grids, meta, pictures, tasks
 from experiments.rlan.config import PRESETS, RlanConfig
 from experiments.rlan.meta import Batch, MetaState, RlanModels
 from experiments.rlan.tasks import Task
-from lensjax import data, devices, evaluation, hyperlora, loop
-from lensjax.models import Params
-from lensjax.splits import Split
+from lensjax.evaluation import held_out
+from lensjax.models import Params, hyperlora
+from lensjax.runs.data import batches as data
+from lensjax.runs.data.splits import Split
+from lensjax.runs.engine import devices, loop
 
 PHASE = "meta"
 HEADLINE = ("nll", "exact", "exact_copy", "exact_table", "loo_accuracy", "lora_diversity")
@@ -107,10 +109,10 @@ def evaluator(config: RlanConfig, models: RlanModels, mesh: Mesh) -> Callable[[M
         stacked = (tasks.stacked(found[i : i + size]) for i in range(0, len(found), size))
         return [devices.place(jax.tree.map(jnp.asarray, batch), mesh, split=False) for batch in stacked]
 
-    held_out = {"validation": batches(config, "validation"), "test": batches(config, "test")}
+    splits = {"validation": batches(config, "validation"), "test": batches(config, "test")}
     for family in config.balanced_families:
-        held_out[family] = batches(replace(config, rules=replace(config.rules, families=(family,))), "test")
-    return lambda state, name: evaluation.mean_over_batches(step(state.params, batch) for batch in held_out[name])
+        splits[family] = batches(replace(config, rules=replace(config.rules, families=(family,))), "test")
+    return lambda state, name: held_out.mean_over_batches(step(state.params, batch) for batch in splits[name])
 
 
 def by_family(config: RlanConfig, measure: Callable[[str], dict[str, float]]) -> dict[str, float]:

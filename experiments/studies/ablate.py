@@ -1,7 +1,7 @@
 """Trains LensNet under many settings and seeds on one frozen base model, and reports what each setting changes.
 
-    python experiments/ablate.py recall --base-run runs/recall/base --output-dir runs/ablation
-    python experiments/ablate.py recall --base-run runs/recall/base --output-dir runs/ablation --resume
+    python -m experiments.studies.ablate recall --base-run runs/recall/base --output-dir runs/ablation
+    python -m experiments.studies.ablate recall --base-run runs/recall/base --output-dir runs/ablation --resume
 
 The first argument names a file of `experiments/sweeps/` (or is the path of such a file) that defines `SWEEP`. Settings
 that differ in hyperparameters only are arms of one compiled program; each other difference makes one more program. All
@@ -34,16 +34,19 @@ from rich.progress import Progress
 from experiments import command
 from experiments.evaluate import write_csv
 from experiments.train import EVALUATION_SEED, LENS_STREAM, load_object, load_preset, load_start, stream
-from lensjax import comparison, data, effects, evaluation, run_folder, sweep
-from lensjax import config as configs
-from lensjax.config import Config
-from lensjax.devices import AXIS, place
-from lensjax.forest import forest
-from lensjax.metrics import Metrics
+from lensjax.evaluation import compare, effects, held_out
 from lensjax.models import Models, Params, build_models
-from lensjax.sweep import Setting, Sweep, SweepState
+from lensjax.plots.effects import forest
+from lensjax.runs import config as configs
+from lensjax.runs import sweep
+from lensjax.runs.config import Config
+from lensjax.runs.data import batches as data
+from lensjax.runs.engine.devices import AXIS, place
+from lensjax.runs.store import folder as run_folder
+from lensjax.runs.sweep import Setting, Sweep, SweepState
+from lensjax.training.metrics import Metrics
 
-SWEEPS = Path(__file__).parent / "sweeps"
+SWEEPS = Path(__file__).parents[1] / "sweeps"
 METRICS = {
     "preference_agreement": "mc/preference_agreement",
     "preference_agreement_lod_only": "mc/preference_agreement_lod_only",
@@ -272,7 +275,7 @@ def _train(
             "setting": arm.setting,
             "seed": arm.config.seed,
             "diverged": diverged,
-            "metrics": _strict(evaluation.mean_over_batches(mine)),
+            "metrics": _strict(held_out.mean_over_batches(mine)),
             "nll_by_batch": None if diverged else losses,
         }
         _write(_file(folder, arm), json.dumps(result, indent=2) + "\n")
@@ -312,7 +315,7 @@ def _write(path: Path, text: str) -> None:
 def _row(arm: Arm, bounds: tuple[float, float], swept: Sequence[str], folder: Path) -> Row:
     stored = json.loads(_file(folder, arm).read_text())
     metrics, diverged = stored["metrics"], stored["diverged"]
-    gap = None if diverged else comparison.gap_closed(metrics["nll_policy"], *bounds)
+    gap = None if diverged else compare.gap_closed(metrics["nll_policy"], *bounds)
     row: Row = {name: _value(arm.config, name) for name in swept}
     row |= {"seed": arm.config.seed, "nll": metrics["nll_policy"], "gap_closed_oracle": gap}
     row |= {column: metrics[name] for column, name in METRICS.items() if name in metrics}
@@ -332,7 +335,7 @@ def _bounds(config: Config, params: dict[str, Params]) -> tuple[float, float]:
 
     def one(row: tuple[Array, Array | None, Array]) -> tuple[Array, Array]:
         tokens, answers, key = row
-        return comparison.bounds(
+        return compare.bounds(
             models, params, tokens, answers, key, length=length, draws=DRAWS, oracle_rounds=ROUNDS, config=config
         )
 
@@ -368,7 +371,9 @@ def _report(arguments: Arguments, plan: Sweep, arms: Sequence[Arm], table: Seque
         measured.append(effects.Measured(arms[first].setting, losses, others, diverged))
     found = effects.effects(measured)
     title = f"{plan.preset}: {len(measured)} settings, {count} seeds"
-    command = f"python experiments/ablate.py {arguments.sweep} --base-run {arguments.base_run} --output-dir {folder}"
+    command = (
+        f"python -m experiments.studies.ablate {arguments.sweep} --base-run {arguments.base_run} --output-dir {folder}"
+    )
     default = {name: _value(arms[0].config, name) for name in swept}
     report = effects.markdown(found, default=default, title=title, columns=columns, command=command)
     (folder / "report.md").write_text(report)

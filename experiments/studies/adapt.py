@@ -1,8 +1,8 @@
 """Does LensNet do better on a document when its weights are adapted to that document, from a few measured variants?
 
-    python experiments/adapt.py runs/recall-long/0 runs/recall-long/1 runs/recall-long/2 --output-dir runs/adapt/recall
+    python -m experiments.studies.adapt runs/recall-long/0 runs/recall-long/1 runs/recall-long/2 --output-dir runs/adapt/recall
 
-The LensNet of each run is trained on, and with it a hypernetwork that adapts it (`lensjax.adaptation`). On test
+The LensNet of each run is trained on, and with it a hypernetwork that adapts it (`lensjax.training.steps.adaptation`). On test
 documents, all at one number of entries, what LensNet picks by itself is compared with what it picks adapted to variants
 that were measured one horizon before the cursor, with deltas of zero, and with another document's. For as many passes
 of the base model one may also credit spans with the losses of the variants that showed them. What knows the losses at
@@ -27,17 +27,23 @@ from rich.console import Console
 from experiments import command
 from experiments import train as runs
 from experiments.evaluate import write_csv
-from experiments.recall import run_once
-from lensjax import adaptation, data, effects, evaluation, focus, forest, hyperlora, nll, policies, rivals, run_folder
-from lensjax import config as configs
-from lensjax import context as contexts
-from lensjax.config import Config
-from lensjax.context import WorkingContext
-from lensjax.decision import build_tree, policy_contexts, split
-from lensjax.effects import Measured
-from lensjax.hyperlora import Deltas
-from lensjax.models import Models, Params, build_models
-from lensjax.variants import Batch, ScoredVariants, score_variants
+from experiments.studies.recall import run_once
+from lensjax.context import allocator
+from lensjax.context import working as contexts
+from lensjax.context.working import WorkingContext
+from lensjax.evaluation import baselines, effects, held_out, rivals
+from lensjax.evaluation.effects import Measured
+from lensjax.models import Models, Params, build_models, hyperlora
+from lensjax.models.decision import build_tree, policy_contexts, split
+from lensjax.models.hyperlora import Deltas
+from lensjax.plots import effects as forest
+from lensjax.runs import config as configs
+from lensjax.runs.config import Config
+from lensjax.runs.data import batches as data
+from lensjax.runs.store import folder as run_folder
+from lensjax.training import nll
+from lensjax.training.scoring import Batch, ScoredVariants, score_variants
+from lensjax.training.steps import adaptation
 
 PLAIN, ADAPTED, ZEROED, FOREIGN, CREDIT = "plain", "adapted", "zeroed", "foreign", "credit"
 BEST, BEST_PLAIN, BEST_ADAPTED = "best_hindsight", "best_or_plain_hindsight", "best_or_adapted_hindsight"
@@ -196,7 +202,7 @@ def pick(
         def hits(variants: WorkingContext) -> Array:
             if answers is None:
                 return jnp.full(variants.start.shape[:1], jnp.nan)
-            shown = jax.vmap(lambda variant: evaluation.shows_in_full(variant, answers, config))(variants)
+            shown = jax.vmap(lambda variant: held_out.shows_in_full(variant, answers, config))(variants)
             return shown.astype(jnp.float32)
 
         variants = jax.tree.map(lambda *leaves: jnp.stack(leaves), *made.values())
@@ -242,7 +248,7 @@ def _length(config: Config) -> int:
 
 def _by_scores(scores: Array, config: Config) -> WorkingContext:
     length, geometry = _length(config), config.context.geometry
-    return focus.to_context(policies.by_scores(scores, length, geometry), geometry, capacity=length)
+    return allocator.to_context(baselines.by_scores(scores, length, geometry), geometry, capacity=length)
 
 
 def _measurer(
@@ -279,7 +285,7 @@ def _report(arguments: Arguments, rows: list[dict[str, Any]], losses: dict[int, 
         f"--output-dir {folder}",
         *(f"--{name} {value}" for name, value in given.items()),
     ]
-    command = f"python experiments/adapt.py {' '.join(words)}"
+    command = f"python -m experiments.studies.adapt {' '.join(words)}"
 
     def measured(count: int, name: str, setting: dict[str, Any]) -> Measured:
         hits = [row["hit_rate"] for row in rows if (row["measured"], row["pick"]) == (count, name)]

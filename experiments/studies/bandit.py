@@ -1,6 +1,6 @@
 """Which objectives find a known optimum from data that another policy drew?
 
-    python experiments/bandit.py                          ten bandits, into runs/bandit, 50 seconds on 2 cores
+    python -m experiments.studies.bandit                          ten bandits, into runs/bandit, 50 seconds on 2 cores
 
 A policy over ten arms starts at a reference policy and is to maximise the expected reward minus beta times its KL
 divergence from the reference. The optimum is known: pi ~ pi_ref exp(r / beta). All it sees is a fixed set of groups of
@@ -29,8 +29,10 @@ from jax import Array
 from rich.console import Console
 
 from experiments import command
-from lensjax import advantages, losses, plots
-from lensjax.statistics import estimate
+from lensjax import losses
+from lensjax.evaluation.statistics import estimate
+from lensjax.losses import advantages
+from lensjax.plots import curves
 
 
 @dataclass(frozen=True)
@@ -230,19 +232,19 @@ def picture(shares: dict[str, np.ndarray], path: Path) -> None:
     """The way of every objective, its mean and 95 % interval over the seeds."""
     columns = 4
     lines = -(-len(shares) // columns)
-    figure = plots.new_figure(2.4 * columns, 2.3 * lines)
+    figure = curves.new_figure(2.4 * columns, 2.3 * lines)
     axes = np.atleast_1d(figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)).ravel()
     for ax, (name, all_) in zip(axes, shares.items(), strict=False):
         steps = np.unique(np.linspace(0, all_.shape[1] - 1, 60).astype(int))
         low, high = np.transpose([estimate(all_[:, step]).interval for step in steps])
-        ax.axhline(1, color=plots.MUTED, linewidth=0.8, linestyle="--")
-        ax.fill_between(steps, low, high, color=plots.COLORS[0], alpha=0.25, linewidth=0)
-        ax.plot(steps, all_[:, steps].mean(axis=0), color=plots.COLORS[0], linewidth=1.4)
+        ax.axhline(1, color=curves.MUTED, linewidth=0.8, linestyle="--")
+        ax.fill_between(steps, low, high, color=curves.COLORS[0], alpha=0.25, linewidth=0)
+        ax.plot(steps, all_[:, steps].mean(axis=0), color=curves.COLORS[0], linewidth=1.4)
         ax.set_ylim(-1, 1.15)
-        plots.dress(ax, name.replace(", ", ",\n"), "step", "share of the way" if ax in axes[::columns] else "")
+        curves.dress(ax, name.replace(", ", ",\n"), "step", "share of the way" if ax in axes[::columns] else "")
     for ax in axes[len(shares) :]:
         ax.set_axis_off()
-    plots.write(figure, path)
+    curves.write(figure, path)
 
 
 if __name__ == "__main__":

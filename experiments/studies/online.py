@@ -1,7 +1,7 @@
 """Preferences, a policy's own edits, or first the ones and then the others: which LensNet is the better one?
 
-    python experiments/train.py recall --steps 0 --output-dir runs/online/base
-    python experiments/online.py --base-run runs/online/base --output-dir runs/online/arms
+    python -m experiments.train recall --steps 0 --output-dir runs/online/base
+    python -m experiments.studies.online --base-run runs/online/base --output-dir runs/online/arms
 
 Every seed trains a LensNet on preferences (`start`). From there it goes on with as many steps, on preferences or on its
 own edits with one of three kinds of advantages; another one learns from its own edits alone, for as many steps in all.
@@ -23,13 +23,18 @@ from rich.console import Console
 from experiments import command
 from experiments import train as runs
 from experiments.evaluate import write_csv
-from experiments.recall import run_once
-from lensjax import comparison, data, effects, evaluation, forest, run_folder, train
-from lensjax import config as configs
-from lensjax.config import Config
-from lensjax.effects import Measured
-from lensjax.metrics import Metrics
+from experiments.studies.recall import run_once
+from lensjax.evaluation import compare as comparison
+from lensjax.evaluation import effects, held_out
+from lensjax.evaluation.effects import Measured
 from lensjax.models import build_models
+from lensjax.plots import effects as forest
+from lensjax.runs import config as configs
+from lensjax.runs.config import Config
+from lensjax.runs.data import batches as data
+from lensjax.runs.store import folder as run_folder
+from lensjax.training.metrics import Metrics
+from lensjax.training.steps import preference
 
 START, ON, GAE = "start", "preferences", "gae"
 """The arm that the others go on from, the one that goes on as it began, and the one on own edits with the defaults."""
@@ -84,7 +89,7 @@ def compare(arguments: Arguments) -> list[dict[str, Any]]:
             seconds = run_once(config, console)["training_seconds"]
             reports = measure(Path(config.output_dir))
             losses[name].append(np.asarray([report["nll_policy"] for report in reports]))
-            mean = evaluation.mean_over_batches(reports)
+            mean = held_out.mean_over_batches(reports)
             nll = mean["nll_policy"]
             rows.append(
                 {
@@ -143,7 +148,7 @@ def plan(arguments: Arguments) -> dict[str, list[Config]]:
 def _on_test(config: Config) -> Callable[[Path], list[Metrics]]:
     """What measures a finished run on the test batches of one configuration, a report a batch."""
     models = build_models(config)
-    step = jax.jit(functools.partial(evaluation.eval_step, config=config, models=models))
+    step = jax.jit(functools.partial(held_out.eval_step, config=config, models=models))
     batches = data.fixed_batches(
         config, "test", batch_size=config.batch_size, count=config.eval_batches, seed=runs.EVALUATION_SEED
     )
@@ -151,7 +156,7 @@ def _on_test(config: Config) -> Callable[[Path], list[Metrics]]:
 
     def measure(folder: Path) -> list[Metrics]:
         params = runs.load_params(folder, models, ("base", "gist", "lens"))
-        state = train.init_train_state(key, config=config, models=models, params=params)
+        state = preference.init_train_state(key, config=config, models=models, params=params)
         return [
             jax.device_get(step(state, batch, jax.random.fold_in(key, index))) for index, batch in enumerate(batches)
         ]
@@ -168,7 +173,7 @@ def _report(arguments: Arguments, rows: list[dict[str, Any]], losses: dict[str, 
         return Measured(setting, np.stack(losses[name]), others, np.zeros(seeds, bool))
 
     command = (
-        f"python experiments/online.py --base-run {arguments.base_run} --output-dir {folder} --steps {arguments.steps} "
+        f"python -m experiments.studies.online --base-run {arguments.base_run} --output-dir {folder} --steps {arguments.steps} "
         f"--seeds {' '.join(map(str, arguments.seeds))} --arms {' '.join(arguments.arms)}"
     )
     reports = []

@@ -1,7 +1,7 @@
 """A test of the machinery on a task with known answers: does the policy learn which span the query asks for?
 
     make recall
-    python experiments/recall.py --output-dir runs/recall-2 --query 4
+    python -m experiments.studies.recall --output-dir runs/recall-2 --query 4
 
 The first tokens of an earlier block come again: the query. The rest of the block comes behind the cursor, and is what
 is scored. A rule solves it without learning, to look the query up (`lookup`); whether a policy can be taught to by
@@ -29,11 +29,14 @@ from rich.table import Table
 from experiments import command
 from experiments.evaluate import write_csv
 from experiments.train import EVALUATION_SEED, load_params, load_preset, run
-from lensjax import comparison, data, rivals, run_folder
-from lensjax import config as configs
-from lensjax.comparison import Measured
-from lensjax.config import Config
+from lensjax.evaluation import compare as comparison
+from lensjax.evaluation import rivals
+from lensjax.evaluation.compare import Measured
 from lensjax.models import Params, build_models
+from lensjax.runs import config as configs
+from lensjax.runs.config import Config
+from lensjax.runs.data import batches as data
+from lensjax.runs.store import folder as run_folder
 
 DRAWS = 8
 """Contexts of each random policy."""

@@ -1,6 +1,6 @@
 """Can a query be recognised in a gist at all? A bound for LensNet on recall, without any preference.
 
-    python experiments/recognise.py --run runs/recall/base
+    python -m experiments.studies.recognise --run runs/recall/base
 
 Of the gists of all blocks of a sequence one stands for the block that the query begins. Two scorers point at it: the
 product of the embeddings themselves, which nobody has trained, and a linear probe, two matrices between them that are
@@ -24,10 +24,11 @@ from rich.console import Console
 from experiments import command
 from experiments.evaluate import write_csv
 from experiments.train import load_params
-from lensjax import config as configs
-from lensjax import data, run_folder
-from lensjax.config import Config
 from lensjax.models import Models, Params, build_models
+from lensjax.runs import config as configs
+from lensjax.runs.config import Config
+from lensjax.runs.data import batches as data
+from lensjax.runs.store import folder as run_folder
 
 BATCH, HELD_OUT = 256, 2048
 

@@ -1,7 +1,7 @@
 """Reads a long stream through a session: what are its working contexts worth, are they legal, and what do they cost?
 
-    python experiments/stream.py --run runs/stdlib --tokens 100000 --output-dir runs/stream
-    python experiments/stream.py --tokens 1000000 --output-dir runs/stream-fresh       models that nobody has trained
+    python -m experiments.studies.stream --run runs/stdlib --tokens 100000 --output-dir runs/stream
+    python -m experiments.studies.stream --tokens 1000000 --output-dir runs/stream-fresh       models that nobody has trained
 
 Text runs read the files of their test split one after another, recall runs random tokens in which earlier blocks come
 again. Every context is checked, and every token's cost taken. Of a run, `summary.json` and `quality.csv` also compare
@@ -32,16 +32,18 @@ from rich.console import Console
 from rich.progress import Progress
 
 from experiments import command
-from experiments.stream_watch import Watch
+from experiments.studies.stream_watch import Watch
 from experiments.train import load_params
-from lensjax import config as configs
-from lensjax import data, rivals, run_folder, stream_rivals
-from lensjax.config import BaseConfig, Config, ContextConfig, DataConfig, Hyperparameters, LensConfig
-from lensjax.maps import stream_map
+from lensjax.evaluation import rivals, streams
+from lensjax.evaluation.statistics import estimate
 from lensjax.models import build_models
+from lensjax.plots.maps import stream_map
+from lensjax.plots.stream import StreamQuality, stream_quality
+from lensjax.runs import config as configs
+from lensjax.runs.config import BaseConfig, Config, ContextConfig, DataConfig, Hyperparameters, LensConfig
+from lensjax.runs.data import batches as data
+from lensjax.runs.store import folder as run_folder
 from lensjax.session import Session
-from lensjax.statistics import estimate
-from lensjax.stream_plots import StreamQuality, stream_quality
 
 FRESH = Config(
     base=BaseConfig(dim=32, layers=2, heads=4, kv_heads=2, mlp_dim=64),
@@ -55,7 +57,7 @@ PERCENT = range(1, 101)
 STRETCHES = 20
 ENDS = ("", "_low", "_high")
 SESSION, SLIDING, WHOLE = "session", "sliding_window", "whole_window"
-POLICIES = {"collapse_oldest": stream_rivals.collapse_oldest, "random_scores": stream_rivals.random_scores}
+POLICIES = {"collapse_oldest": streams.collapse_oldest, "random_scores": streams.random_scores}
 Row = dict[str, Any]
 
 
@@ -250,7 +252,7 @@ def _compare(session: Session, tokens: np.ndarray, watch: Watch, title: str, fol
 def _of_windows(session: Session, tokens: np.ndarray, cursors: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Of the last tokens before each cursor in full."""
     measure = functools.partial(
-        stream_rivals.window_losses, session.models, capacity=int(lengths.max()), config=session.config
+        streams.window_losses, session.models, capacity=int(lengths.max()), config=session.config
     )
     return np.asarray(jax.jit(measure)(session.params, tokens, cursors.astype(np.int32), lengths.astype(np.int32)))
 

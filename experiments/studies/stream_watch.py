@@ -9,9 +9,9 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax import context as contexts
-from lensjax.context import MISSING
-from lensjax.maps import StreamMap
+from lensjax.context import working as contexts
+from lensjax.context.working import MISSING
+from lensjax.plots.maps import StreamMap
 from lensjax.session import Refocus, Session, SessionState
 
 # Refocus steps that are drawn, at most.

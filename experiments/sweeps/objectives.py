@@ -1,12 +1,12 @@
 """Each objective in the place of the preference term, on the task with known answers.
 
-    python experiments/ablate.py objectives --base-run runs/ablations/recall-base --output-dir runs/objectives
+    python -m experiments.studies.ablate objectives --base-run runs/ablations/recall-base --output-dir runs/objectives
 
 The default is that of `recall.py` without its rank loss, which is made of span targets and would help the others along.
 Each objective has two scales, since it is not known beforehand how far apart the values of two variants should be.
 """
 
-from lensjax.sweep import Sweep
+from lensjax.runs.sweep import Sweep
 
 SCALES = {
     "logistic": (2.0, 8.0),

@@ -7,7 +7,7 @@ tail and three times the learning rate.
 """
 
 from experiments.sweeps.recall import KNOBS, TOGETHER
-from lensjax.sweep import Sweep
+from lensjax.runs.sweep import Sweep
 
 SWEEP = Sweep(
     preset="demo",

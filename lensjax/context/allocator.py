@@ -4,7 +4,7 @@ An edit acts on one node of the tree: *expanding* a gist replaces it by its K ch
 *collapsing* a block replaces its K children by their gist (K - 1 fewer), at every level alike. One expansion paid for
 by one collapse is a *swap*, and leaves the number of entries as it was, exactly.
 
-A context is kept as one flag a node (see `lensjax.nodes`); of equal scores the first one is taken.
+A context is kept as one flag a node (see `lensjax.context.nodes`); of equal scores the first one is taken.
 
 Only the order of the scores counts, and every float32 has a place in it: +inf is expanded first and collapsed last,
 -inf the other way round. A NaN says nothing of a node, and what nothing is known of is worth no detail: it is as -inf.
@@ -19,12 +19,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax import context as contexts
-from lensjax import nodes
-from lensjax.config import FocusConfig
-from lensjax.context import MISSING, WorkingContext
-from lensjax.lengths import CutGeometry
-from lensjax.rollouts import collapses_for_length, cut_from_priorities, level_counts
+from lensjax.context import nodes
+from lensjax.context import working as contexts
+from lensjax.context.geometry import CutGeometry
+from lensjax.context.rollouts import collapses_for_length, cut_from_priorities, level_counts
+from lensjax.context.working import MISSING, WorkingContext
+from lensjax.runs.config import FocusConfig
 
 # Multiples of it, modulo 1, are spread evenly however many are taken.
 _GOLDEN = (5**0.5 - 1) / 2

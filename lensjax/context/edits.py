@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax import nodes
-from lensjax.focus import FocusState
-from lensjax.lengths import CutGeometry
+from lensjax.context import nodes
+from lensjax.context.allocator import FocusState
+from lensjax.context.geometry import CutGeometry
 
 # Far below every logit, and still finite: a gradient through it is 0 and not NaN.
 _NEVER = -1e30

@@ -13,8 +13,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax.context import WorkingContext
-from lensjax.lengths import CutGeometry
+from lensjax.context.geometry import CutGeometry
+from lensjax.context.working import WorkingContext
 
 
 class Nodes(NamedTuple):

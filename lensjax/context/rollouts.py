@@ -12,9 +12,9 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax import context as contexts
-from lensjax.context import WorkingContext
-from lensjax.lengths import CutGeometry
+from lensjax.context import working as contexts
+from lensjax.context.geometry import CutGeometry
+from lensjax.context.working import WorkingContext
 
 
 def collapses_for_length(length: ArrayLike, geometry: CutGeometry) -> Array:

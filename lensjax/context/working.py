@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax import tree as trees
-from lensjax.tree import TreeState
+from lensjax.context import tree as trees
+from lensjax.context.tree import TreeState
 
 MISSING = -1
 

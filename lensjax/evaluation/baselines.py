@@ -12,14 +12,15 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax import context as contexts
-from lensjax import focus, nll, nodes, rollouts
-from lensjax.config import Config, FocusConfig
-from lensjax.context import WorkingContext
-from lensjax.focus import FocusState
-from lensjax.lengths import CutGeometry
+from lensjax.context import allocator, nodes, rollouts
+from lensjax.context import working as contexts
+from lensjax.context.allocator import FocusState
+from lensjax.context.geometry import CutGeometry
+from lensjax.context.tree import TreeState
+from lensjax.context.working import WorkingContext
 from lensjax.models import BaseModel, Models, Params
-from lensjax.tree import TreeState
+from lensjax.runs.config import Config, FocusConfig
+from lensjax.training import nll
 
 BM25_K1 = 1.5
 """How fast a repeated term saturates."""
@@ -29,7 +30,7 @@ def by_scores(scores: ArrayLike, length: ArrayLike, geometry: CutGeometry) -> Fo
     """The cut of one length that collapses the lowest-scored blocks, and their parents, first.
 
     Args:
-      scores: float32[T], worth of each token in full, of any size (see `lensjax.focus` on those that are not finite);
+      scores: float32[T], worth of each token in full, of any size (see `lensjax.context.allocator` on those that are not finite);
         a block has the mean of its tokens (`nodes.pool_tokens`), of equal blocks the oldest goes first.
       length: int32[], entries wanted, rounded down to a reachable length; may be traced.
       geometry: the window.
@@ -37,8 +38,8 @@ def by_scores(scores: ArrayLike, length: ArrayLike, geometry: CutGeometry) -> Fo
     Returns:
       `FocusState`.
     """
-    in_full = focus.from_cut(jnp.zeros(geometry.window, jnp.int32), geometry)
-    return focus.fit(in_full, nodes.pool_tokens(scores, geometry), length, geometry)
+    in_full = allocator.from_cut(jnp.zeros(geometry.window, jnp.int32), geometry)
+    return allocator.fit(in_full, nodes.pool_tokens(scores, geometry), length, geometry)
 
 
 def recent_random(
@@ -183,7 +184,7 @@ def greedy_oracle(
 
     def loss(collapsed: Array, capacity: int) -> Array:
         state = FocusState(collapsed, jnp.zeros(collapsed.shape, jnp.int32))
-        context = focus.to_context(state, geometry, capacity=capacity)
+        context = allocator.to_context(state, geometry, capacity=capacity)
         entries = contexts.materialise(tree, context)
         return nll.token_losses(models.base, params["base"], entries, horizon).mean()
 
@@ -195,7 +196,7 @@ def greedy_oracle(
         scores = jnp.where(collapsed, best - expanded, expanded - best)
         state = FocusState(collapsed, jnp.zeros(collapsed.shape, jnp.int32))
         settings = [FocusConfig(max_edits=2**power) for power in range(_DOUBLINGS)]
-        tried = jnp.stack([focus.swap(state, scores, geometry, settings=one)[0].collapsed for one in settings])
+        tried = jnp.stack([allocator.swap(state, scores, geometry, settings=one)[0].collapsed for one in settings])
         losses = jax.vmap(lambda row: loss(row, length))(tried)
         winner = jnp.argmin(losses)
         is_better = losses[winner] < best

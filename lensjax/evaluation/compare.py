@@ -8,13 +8,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lensjax import context as contexts
-from lensjax import evaluation, focus, nll, preferences, rivals, rollouts, theatre
-from lensjax.config import Config
-from lensjax.context import WorkingContext
-from lensjax.decision import build_tree, policy_contexts, policy_scores, split
+from lensjax.context import allocator, rollouts
+from lensjax.context import working as contexts
+from lensjax.context.tree import TreeState
+from lensjax.context.working import WorkingContext
+from lensjax.evaluation import faithfulness, held_out, rivals
 from lensjax.models import Models, Params
-from lensjax.tree import TreeState
+from lensjax.models.decision import build_tree, policy_contexts, policy_scores, split
+from lensjax.runs.config import Config
+from lensjax.training import nll, preferences
 
 FULL = "full"
 """Name of the whole history in full, which is no policy and has no budget."""
@@ -220,7 +222,7 @@ def measure_focus(
     recency = contexts.baseline(length, window=shape.history, capacity=length)
     return FocusEvidence(
         foreign=_measured(_one(foreign), losses[:1], answers, config),
-        divergence=theatre.divergence(symbols(own), own.length, symbols(recency), recency.length),
+        divergence=faithfulness.divergence(symbols(own), own.length, symbols(recency), recency.length),
         changed_edits=_changed_edits(own, foreign, length=length, config=config),
         correlation=jnp.where(is_defined, found, jnp.nan),
     )
@@ -229,11 +231,11 @@ def measure_focus(
 def _changed_edits(own: WorkingContext, foreign: WorkingContext, *, length: int, config: Config) -> Array:
     """Jaccard distance of two contexts' edits of the cold start, float32[]; 0 where there are none."""
     geometry = config.context.geometry
-    start = focus.uniform(length, geometry).collapsed
+    start = allocator.uniform(length, geometry).collapsed
 
     def edited(context: WorkingContext) -> Array:
         cut = contexts.to_cut(context, window=geometry.window)
-        return focus.from_cut(cut, geometry).collapsed != start
+        return allocator.from_cut(cut, geometry).collapsed != start
 
     by_own, by_foreign = edited(own), edited(foreign)
     changed, either = (jnp.sum(x, dtype=jnp.float32) for x in (by_own ^ by_foreign, by_own | by_foreign))
@@ -262,7 +264,7 @@ def _measured(variants: WorkingContext, losses: Array, answers: Array | None, co
     nothing = jnp.full((), jnp.nan)
     hit = nothing
     if answers is not None:
-        shown = jax.vmap(lambda one: evaluation.shows_in_full(one, answers, config))(variants)
+        shown = jax.vmap(lambda one: held_out.shows_in_full(one, answers, config))(variants)
         hit = jnp.mean(shown, dtype=jnp.float32)
     entries = jnp.stack([variants.length.min(), variants.length.max()])
     return Measured(losses.mean(), hit, nothing, nothing, entries)
@@ -271,7 +273,7 @@ def _measured(variants: WorkingContext, losses: Array, answers: Array | None, co
 def _movement(path: list[WorkingContext], *, window: int) -> dict[str, Array]:
     """How much a sequence of contexts of one length moves."""
     rates = [
-        jax.vmap(lambda a, b: focus.swap_rate(a, b, window=window))(before, after)[0]
+        jax.vmap(lambda a, b: allocator.swap_rate(a, b, window=window))(before, after)[0]
         for before, after in itertools.pairwise(path)
     ]
     # Of n contexts of W entries, W + new entries stays begin; together they last n W steps.

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lensjax.statistics import LEVEL, estimate
+from lensjax.evaluation.statistics import LEVEL, estimate
 
 DEFAULT = "default"
 """What `Effect.knob` says of the setting that changes nothing."""
@@ -54,7 +54,7 @@ class Effect:
     mean: float
     """Loss, nats per token; as all means, NaN without a seed."""
     low: float | None
-    """95 % interval of the mean over seeds and batches (`lensjax.statistics`); as all intervals, None with fewer than
+    """95 % interval of the mean over seeds and batches (`lensjax.evaluation.statistics`); as all intervals, None with fewer than
     two seeds."""
     high: float | None
     difference: float

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax import preferences
-from lensjax.metrics import Metrics
-from lensjax.sections import require
+from lensjax._settings import require
+from lensjax.training import preferences
+from lensjax.training.metrics import Metrics
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,20 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax import adaptation, focus, nll, nodes, objective
-from lensjax import context as contexts
-from lensjax.config import Config
-from lensjax.context import WorkingContext
-from lensjax.decision import build_tree, policy_contexts, policy_scores, split
-from lensjax.focus import FocusState
-from lensjax.hyperlora import Deltas
-from lensjax.lengths import CutGeometry
-from lensjax.metrics import Metrics
+from lensjax.context import allocator, nodes
+from lensjax.context import working as contexts
+from lensjax.context.allocator import FocusState
+from lensjax.context.geometry import CutGeometry
+from lensjax.context.working import WorkingContext
 from lensjax.models import Models, Params
-from lensjax.train import TrainState, current_length, objective_key, score_supports
-from lensjax.variants import Batch, score_variants
+from lensjax.models.decision import build_tree, policy_contexts, policy_scores, split
+from lensjax.models.hyperlora import Deltas
+from lensjax.runs.config import Config
+from lensjax.training import nll, objective
+from lensjax.training.metrics import Metrics
+from lensjax.training.scoring import Batch, score_variants
+from lensjax.training.steps import adaptation
+from lensjax.training.steps.preference import TrainState, current_length, objective_key, score_supports
 
 
 def eval_step(state: TrainState, batch: Batch, key: Array, *, config: Config, models: Models) -> Metrics:
@@ -81,7 +83,9 @@ def oracle_state(answers: ArrayLike, length: ArrayLike, geometry: CutGeometry) -
     tokens, answers = jnp.arange(geometry.window), jnp.asarray(answers)
     is_answer = jnp.any(tokens[None, :] // geometry.block_size == answers[:, None] // geometry.block_size, axis=0)
     wish = jnp.where(is_answer, 1.0, tokens / geometry.window - 1)
-    return focus.fit(focus.uniform(geometry.window, geometry), nodes.pool_tokens(wish, geometry), length, geometry)
+    return allocator.fit(
+        allocator.uniform(geometry.window, geometry), nodes.pool_tokens(wish, geometry), length, geometry
+    )
 
 
 def shows_in_full(context: WorkingContext, answers: ArrayLike, config: Config) -> Array:
@@ -118,11 +122,11 @@ def _pick_metrics(
         made = policy_contexts(models, lens, tree, length, config=config, capacity=capacity, key=_lens_key(key))
         picked = [jax.tree.map(lambda leaf: leaf[-1], made)]
         if has_answer:
-            picked.append(focus.to_context(oracle_state(answers, length, geometry), geometry, capacity=capacity))
+            picked.append(allocator.to_context(oracle_state(answers, length, geometry), geometry, capacity=capacity))
         variants = jax.tree.map(lambda *leaves: jnp.stack(leaves), *picked)
         losses, _ = nll.variant_losses(models.base, params["base"], tree, variants, window.horizon)
         before, after = jax.tree.map(lambda leaf: leaf[:-1], made), jax.tree.map(lambda leaf: leaf[1:], made)
-        rates = jax.vmap(functools.partial(focus.swap_rate, window=geometry.window))(before, after)
+        rates = jax.vmap(functools.partial(allocator.swap_rate, window=geometry.window))(before, after)
         return losses, shows_in_full(picked[0], answers, config), rates
 
     losses, hits, rates = jax.vmap(measure)(batch["tokens"], answers, keys, deltas)

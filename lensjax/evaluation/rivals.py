@@ -6,14 +6,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lensjax import context as contexts
-from lensjax import evaluation, focus, nll, policies, rollouts
-from lensjax.config import Config
-from lensjax.context import WorkingContext
-from lensjax.decision import Window, build_tree
-from lensjax.focus import FocusState
-from lensjax.lengths import CutGeometry
+from lensjax.context import allocator, rollouts
+from lensjax.context import working as contexts
+from lensjax.context.allocator import FocusState
+from lensjax.context.geometry import CutGeometry
+from lensjax.context.working import WorkingContext
+from lensjax.evaluation import baselines, held_out
 from lensjax.models import Models, Params
+from lensjax.models.decision import Window, build_tree
+from lensjax.runs.config import Config
+from lensjax.training import nll
 
 
 def causal(
@@ -44,18 +46,18 @@ def causal(
     random_key, recent_key = jax.random.split(key)
     drawn, _ = rollouts.sample_rollouts(random_key, length, share, rollouts=draws, geometry=geometry, capacity=length)
     query = slice(-geometry.recent_tokens, None)
-    attention, key_norm = policies.attention(models.base, params["base"], history, query, geometry)
+    attention, key_norm = baselines.attention(models.base, params["base"], history, query, geometry)
     scored = {
         "key_norm": key_norm,
         "snapkv": attention,
-        "bm25": policies.bm25(history, history[query], geometry),
-        "lookup": policies.lookup(history, geometry),
+        "bm25": baselines.bm25(history, history[query], geometry),
+        "lookup": baselines.lookup(history, geometry),
     }
     return {
         "recency": _one(contexts.baseline(length, window=geometry.window, capacity=length)),
-        "uniform": _one(focus.to_context(focus.uniform(length, geometry), geometry, capacity=length)),
+        "uniform": _one(allocator.to_context(allocator.uniform(length, geometry), geometry, capacity=length)),
         "random": drawn,
-        "recent_random": policies.recent_random(recent_key, length, share, draws=draws, geometry=geometry),
+        "recent_random": baselines.recent_random(recent_key, length, share, draws=draws, geometry=geometry),
         **{name: _by_scores(scores, length, geometry) for name, scores in scored.items()},
     }
 
@@ -94,10 +96,10 @@ def hindsight(
     tokens = jnp.concatenate([window.history, window.horizon])
     # The rows that predict the horizon: those of its tokens but the last, and of the token before it.
     query = slice(geometry.window - 1, -1)
-    attention, _ = policies.attention(models.base, params["base"], tokens, query, geometry)
+    attention, _ = baselines.attention(models.base, params["base"], tokens, query, geometry)
     losses, _ = nll.variant_losses(models.base, params["base"], tree, rivals["random"], window.horizon)
     best = jnp.argmin(losses)
-    found = policies.greedy_oracle(
+    found = baselines.greedy_oracle(
         models,
         params,
         tree,
@@ -109,10 +111,10 @@ def hindsight(
     )
     return {
         "snapkv_hindsight": _by_scores(attention, length, geometry),
-        "bm25_hindsight": _by_scores(policies.bm25(window.history, window.horizon, geometry), length, geometry),
+        "bm25_hindsight": _by_scores(baselines.bm25(window.history, window.horizon, geometry), length, geometry),
         **({} if answers is None else {"answer": _one(_in_full(answers, length, geometry))}),
         f"best_of_{draws}": jax.tree.map(lambda leaf: leaf[best][None], rivals["random"]),
-        "oracle": _one(focus.to_context(found, geometry, capacity=length)),
+        "oracle": _one(allocator.to_context(found, geometry, capacity=length)),
     }
 
 
@@ -150,19 +152,19 @@ def _starts(made: dict[str, WorkingContext], answers: Array | None, length: int,
     covering = [context for name, context in made.items() if name != "recency"]
     variants = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *covering)
     cuts = jax.vmap(lambda one: contexts.to_cut(one, window=geometry.window))(variants)
-    starts = jax.vmap(lambda cut: focus.from_cut(cut, geometry))(cuts)
+    starts = jax.vmap(lambda cut: allocator.from_cut(cut, geometry))(cuts)
     if answers is None:
         return starts
-    known = evaluation.oracle_state(answers, length, geometry)
+    known = held_out.oracle_state(answers, length, geometry)
     return jax.tree.map(lambda many, one: jnp.concatenate([many, one[None]]), starts, known)
 
 
 def _in_full(answers: Array, length: int, geometry: CutGeometry) -> WorkingContext:
-    return focus.to_context(evaluation.oracle_state(answers, length, geometry), geometry, capacity=length)
+    return allocator.to_context(held_out.oracle_state(answers, length, geometry), geometry, capacity=length)
 
 
 def _by_scores(scores: Array, length: int, geometry: CutGeometry) -> WorkingContext:
-    return _one(focus.to_context(policies.by_scores(scores, length, geometry), geometry, capacity=length))
+    return _one(allocator.to_context(baselines.by_scores(scores, length, geometry), geometry, capacity=length))
 
 
 def _one(context: WorkingContext) -> WorkingContext:

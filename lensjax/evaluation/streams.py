@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax import context as contexts
-from lensjax import decision, nll
-from lensjax.config import Config
-from lensjax.models import Models, Params
+from lensjax.context import working as contexts
+from lensjax.models import Models, Params, decision
+from lensjax.runs.config import Config
 from lensjax.session import SessionState
+from lensjax.training import nll
 
 _AT_ONCE = 16
 """Windows that the base model reads at a time."""

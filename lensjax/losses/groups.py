@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax.advantages import group_advantages
+from lensjax.losses.advantages import group_advantages
 from lensjax.losses.policy import clipped_surrogate, policy_gradient
-from lensjax.metrics import masked_mean
+from lensjax.training.metrics import masked_mean
 
 # Far below every logit, and still finite: a gradient through it is 0 and not NaN.
 _NEVER = -1e30

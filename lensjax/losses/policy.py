@@ -1,11 +1,11 @@
-"""Policy-gradient losses of sampled actions; the advantages come from `lensjax.advantages`."""
+"""Policy-gradient losses of sampled actions; the advantages come from `lensjax.losses.advantages`."""
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax.metrics import masked_mean
+from lensjax.training.metrics import masked_mean
 
 # A ratio beyond exp(20) says nothing that one of exp(20) does not, and would overflow.
 _MOST_LOG_RATIO = 20.0

@@ -1,6 +1,5 @@
 """Base language model, GistNet, LensNet and HyperLoRA, as pure functions over parameter dicts."""
 
-from lensjax.models.cache import KVCache
 from lensjax.models.functional import (
     BaseModel,
     Functional,
@@ -12,6 +11,7 @@ from lensjax.models.functional import (
     ValueModel,
     build_models,
 )
+from lensjax.models.nn.cache import KVCache
 
 __all__ = [
     "BaseModel",

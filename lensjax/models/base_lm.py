@@ -5,10 +5,10 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from lensjax.config import BaseConfig
-from lensjax.models.cache import KVCache
-from lensjax.models.rope import rotary
-from lensjax.models.transformer import Rotary, Transformer, TransformerConfig, rms_norm
+from lensjax.models.nn.cache import KVCache
+from lensjax.models.nn.rope import rotary
+from lensjax.models.nn.transformer import Rotary, Transformer, TransformerConfig, rms_norm
+from lensjax.runs.config import BaseConfig
 
 # Small enough that a fresh model is near uniform over the vocabulary, far enough from 0 that no two contexts
 # get the same loss: equal losses would leave the policy without a single preference.

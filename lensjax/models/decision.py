@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax import context as contexts
-from lensjax import focus
-from lensjax import tree as trees
-from lensjax.config import Config
-from lensjax.context import Entries, WorkingContext
+from lensjax.context import allocator
+from lensjax.context import tree as trees
+from lensjax.context import working as contexts
+from lensjax.context.tree import TreeState
+from lensjax.context.working import Entries, WorkingContext
 from lensjax.models import Models, Params
-from lensjax.tree import TreeState
+from lensjax.runs.config import Config
 
 
 @jax.tree_util.register_dataclass
@@ -123,8 +123,8 @@ def policy_contexts(
       `WorkingContext` with leading axis `config.focus.steps` + 1.
     """
     geometry, settings = config.context.geometry, config.focus
-    _, made = focus.iterate(
-        focus.uniform(length, geometry),
+    _, made = allocator.iterate(
+        allocator.uniform(length, geometry),
         policy(models, lens_params, tree),
         length,
         geometry,

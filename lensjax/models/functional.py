@@ -15,15 +15,15 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax.config import BaseConfig, Config, GistConfig, LensConfig
-from lensjax.context import Entries
-from lensjax.hyperlora import Deltas, HyperLoRAConfig
+from lensjax.context.working import Entries
 from lensjax.models.base_lm import BaseLM
-from lensjax.models.cache import KVCache
 from lensjax.models.gistnet import GistNet
-from lensjax.models.hypernet import HyperNet
+from lensjax.models.hyperlora import Deltas, HyperLoRAConfig
 from lensjax.models.lensnet import LensNet
-from lensjax.models.value import ValueNet
+from lensjax.models.nn.cache import KVCache
+from lensjax.models.nn.hypernet import HyperNet
+from lensjax.models.nn.value import ValueNet
+from lensjax.runs.config import BaseConfig, Config, GistConfig, LensConfig
 
 Params = dict[str, Any]
 """Nested dict with string keys; the leaves are float32 arrays."""

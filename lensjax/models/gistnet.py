@@ -6,8 +6,8 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from lensjax.config import GistConfig
-from lensjax.models.transformer import SwiGLU, Transformer, TransformerConfig, linear, rms_norm
+from lensjax.models.nn.transformer import SwiGLU, Transformer, TransformerConfig, linear, rms_norm
+from lensjax.runs.config import GistConfig
 
 MLP_RATIO = 3
 FRESH_GAIN = 1e-4

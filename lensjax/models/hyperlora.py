@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax.metrics import masked_mean
-from lensjax.sections import require, require_choice, require_positive
+from lensjax._settings import require, require_choice, require_positive
+from lensjax.training.metrics import masked_mean
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from lensjax.config import LensConfig
-from lensjax.context import Entries
-from lensjax.models.transformer import SwiGLU, Transformer, TransformerConfig, linear, rms_norm
+from lensjax.context.working import Entries
+from lensjax.models.nn.transformer import SwiGLU, Transformer, TransformerConfig, linear, rms_norm
+from lensjax.runs.config import LensConfig
 
 FREQUENCIES = (0.5, 1.0, 2.0, 4.0)
 """Radians per unit of log1p(distance), for the sine and cosine features."""

@@ -13,8 +13,20 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from lensjax.context import MISSING
-from lensjax.plots import COLORS, FAINT, INK, LEGEND, MUTED, dress, new_figure, noise_width, running_mean, soften, write
+from lensjax.context.working import MISSING
+from lensjax.plots.curves import (
+    COLORS,
+    FAINT,
+    INK,
+    LEGEND,
+    MUTED,
+    dress,
+    new_figure,
+    noise_width,
+    running_mean,
+    soften,
+    write,
+)
 
 
 @dataclass(frozen=True)

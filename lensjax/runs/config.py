@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from lensjax.sections import (
+from lensjax._settings import (
     AdaptationConfig,
     BaseConfig,
     ContextConfig,
@@ -178,7 +178,7 @@ class Config:
 
     @property
     def past(self) -> "Config":
-        """This run at the cursor one horizon earlier: its window is this one's history (see `lensjax.adaptation`)."""
+        """This run at the cursor one horizon earlier: its window is this one's history (see `lensjax.training.steps.adaptation`)."""
         earlier = dataclasses.replace(self.context, window=self.context.history)
         return dataclasses.replace(self, context=earlier, trainable=("lens",))
 

@@ -16,13 +16,14 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lensjax import evaluation, train
-from lensjax.config import Config
-from lensjax.devices import AXIS
-from lensjax.metrics import Metrics
+from lensjax.evaluation import held_out
 from lensjax.models import Models, Params
-from lensjax.train import TrainState
-from lensjax.variants import Batch, ScoredVariants
+from lensjax.runs.config import Config
+from lensjax.runs.engine.devices import AXIS
+from lensjax.training.metrics import Metrics
+from lensjax.training.scoring import Batch, ScoredVariants
+from lensjax.training.steps import preference
+from lensjax.training.steps.preference import TrainState
 
 Setting = dict[str, Any]
 """Changed fields of a config by dotted name; empty for the default."""
@@ -136,7 +137,7 @@ def init(
     """
     fresh = {}
     for seed, key in keys.items():
-        state = train.init_train_state(key, config=config, models=models, params=params)
+        state = preference.init_train_state(key, config=config, models=models, params=params)
         fresh[seed] = replace(state, params={"lens": state.params["lens"]})
     arms = [replace(fresh[arm.seed], hyper=jax.tree.map(jnp.float32, arm.hyper)) for arm in configs]
     draws = [_draw(arm) for arm in configs]
@@ -223,13 +224,15 @@ def step(
 
     def score(one: tuple[Array, Array]) -> ScoredVariants:
         arm = jax.tree.map(lambda leaf: leaf[one[0]], state.arms)
-        return train.score_batch(state.frozen, arm, {"tokens": batch["tokens"][one[1]]}, config=config, models=models)
+        return preference.score_batch(
+            state.frozen, arm, {"tokens": batch["tokens"][one[1]]}, config=config, models=models
+        )
 
     scored = jax.lax.map(score, (state.drawer, state.row), batch_size=at_once)
 
     def update(one: tuple[TrainState, Array]) -> tuple[TrainState, Metrics]:
         read = jax.tree.map(lambda leaf: leaf[one[1]], scored)
-        return train.lens_step(one[0], read, config=config, models=models)
+        return preference.lens_step(one[0], read, config=config, models=models)
 
     arms, metrics = jax.lax.map(update, (state.arms, state.draw), batch_size=at_once)
     return replace(state, arms=arms), metrics
@@ -242,6 +245,6 @@ def evaluate(
 
     def one(arm: TrainState) -> Metrics:
         whole = replace(arm, params={**state.frozen, **arm.params})
-        return evaluation.eval_step(whole, batch, key, config=config, models=models)
+        return held_out.eval_step(whole, batch, key, config=config, models=models)
 
     return jax.lax.map(one, state.arms, batch_size=at_once)

@@ -15,10 +15,10 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax import context as contexts
-from lensjax.context import Entries, WorkingContext
+from lensjax.context import working as contexts
+from lensjax.context.tree import TreeState
+from lensjax.context.working import Entries, WorkingContext
 from lensjax.models import BaseModel, Params
-from lensjax.tree import TreeState
 
 
 class Reading(NamedTuple):

@@ -15,13 +15,15 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax import losses, metrics, preferences, stability
-from lensjax.advantages import most_varied
-from lensjax.config import Config, Hyperparameters
-from lensjax.context import WorkingContext
-from lensjax.preferences import PairTargets, PreferencePairs
-from lensjax.stability import EmaMoments
-from lensjax.variants import ScoredVariants
+from lensjax import losses
+from lensjax.context.working import WorkingContext
+from lensjax.losses.advantages import most_varied
+from lensjax.runs.config import Config, Hyperparameters
+from lensjax.training import metrics, preferences
+from lensjax.training.optim import moving
+from lensjax.training.optim.moving import EmaMoments
+from lensjax.training.preferences import PairTargets, PreferencePairs
+from lensjax.training.scoring import ScoredVariants
 
 MOST_PAIR_WEIGHT = 10.0
 """Bound on the importance weight of a pair."""
@@ -71,7 +73,7 @@ def lens_objective(
     scored = jax.lax.stop_gradient(scored)
     shape = config.context
     variants, distinct = scored.contexts, scored.distinct
-    advantages = stability.normalise(normaliser, preferences.advantage_deltas(scored.losses))
+    advantages = moving.normalise(normaliser, preferences.advantage_deltas(scored.losses))
     pairs, targets = jax.vmap(lambda one: _supervision(one, hyper, config))(scored)
     is_free = variants.valid & (variants.start < shape.history - shape.recent_tokens) & distinct[..., None]
 
@@ -139,7 +141,7 @@ def pair_loss(
       float32[], and float32[]: the share of the pairs in which it asks for the better one.
     """
     scored = jax.lax.stop_gradient(scored)
-    advantages = stability.normalise(normaliser, preferences.advantage_deltas(scored.losses))
+    advantages = moving.normalise(normaliser, preferences.advantage_deltas(scored.losses))
     pairs, targets = jax.vmap(lambda one: _supervision(one, hyper, config))(scored)
     weights = jnp.ones(pairs.valid.shape)
     terms, _ = _pair_terms(scores, advantages, pairs, targets, weights, temperature, hyper, config)

@@ -8,9 +8,9 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax import context as contexts
-from lensjax.advantages import importance_weights
-from lensjax.context import MISSING, WorkingContext
+from lensjax.context import working as contexts
+from lensjax.context.working import MISSING, WorkingContext
+from lensjax.losses.advantages import importance_weights
 
 # Standard deviations below this are rounding noise of float32 means: a correlation with them is undefined.
 MIN_STD = 1e-5

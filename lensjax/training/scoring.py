@@ -7,14 +7,15 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax import context as contexts
-from lensjax import focus, nll
-from lensjax.config import Config, FocusConfig
-from lensjax.context import Entries, WorkingContext
-from lensjax.decision import build_tree, split
-from lensjax.lengths import CutGeometry
+from lensjax.context import allocator
+from lensjax.context import working as contexts
+from lensjax.context.geometry import CutGeometry
+from lensjax.context.rollouts import collapses_for_length, is_distinct, sample_cut, sample_rollouts
+from lensjax.context.working import Entries, WorkingContext
 from lensjax.models import Models, Params
-from lensjax.rollouts import collapses_for_length, is_distinct, sample_cut, sample_rollouts
+from lensjax.models.decision import build_tree, split
+from lensjax.runs.config import Config, FocusConfig
+from lensjax.training import nll
 
 Batch = dict[str, Array]
 """`tokens` int32[B, T]; where answers are known also `answers` int32[B, A], first tokens of the blocks to be shown."""
@@ -113,10 +114,10 @@ def local_rollouts(
     """
     cut_key, swap_key = jax.random.split(key)
     first = sample_cut(cut_key, collapses_for_length(length, geometry), lod2_share, geometry)
-    centre, settings = focus.from_cut(first, geometry), FocusConfig(max_edits=edits, cooldown=0)
+    centre, settings = allocator.from_cut(first, geometry), FocusConfig(max_edits=edits, cooldown=0)
 
     def swapped(scores: Array) -> Array:
-        return focus.to_cut(focus.swap(centre, scores, geometry, settings=settings)[0], geometry)
+        return allocator.to_cut(allocator.swap(centre, scores, geometry, settings=settings)[0], geometry)
 
     # The allocator makes the swaps that random scores of blocks ask for. A gist of gists has the best score of its
     # blocks, and so is opened down to the tokens: halfway the model sees little more, and no preference comes of it.

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from lensjax import context as contexts
-from lensjax import focus, nodes
-from lensjax.config import FocusConfig
-from lensjax.context import MISSING
-from lensjax.focus import FocusState
-from lensjax.lengths import CutGeometry
+from lensjax.context import allocator, nodes
+from lensjax.context import working as contexts
+from lensjax.context.allocator import FocusState
+from lensjax.context.geometry import CutGeometry
+from lensjax.context.working import MISSING
+from lensjax.runs.config import FocusConfig
 from tests import reference
 from tests.small import jit
 
@@ -83,7 +83,7 @@ def row_of(state, index):
     return jax.tree.map(lambda leaf: leaf[index], state)
 
 
-def allocator(cases, index, geometry):
+def slow_allocator(cases, index, geometry):
     cooling = zip(reference.nodes(geometry), np.asarray(cases.state.cooling)[index].tolist(), strict=True)
     return reference.Allocator(cases.entries[index], geometry, dict(cooling))
 
@@ -105,7 +105,7 @@ def assert_same_state(state, slow, geometry):
 @functools.cache
 def compiled_fit(geometry):
     def fit(state, scores, length, cooldown, held):
-        return focus.fit(state, scores, length, geometry, cooldown=cooldown, tokens=held)
+        return allocator.fit(state, scores, length, geometry, cooldown=cooldown, tokens=held)
 
     return jit(jax.vmap(fit, in_axes=(0, 0, 0, None, 0)))
 
@@ -113,7 +113,7 @@ def compiled_fit(geometry):
 @functools.cache
 def compiled_swap(geometry, settings):
     def swap(state, scores, held, key):
-        return focus.swap(state, scores, geometry, settings=settings, tokens=held, key=key)
+        return allocator.swap(state, scores, geometry, settings=settings, tokens=held, key=key)
 
     run = jit(jax.vmap(swap))
 
@@ -135,7 +135,7 @@ def swap_once(entries, scores, geometry, settings, cooling=0):
 
 @functools.cache
 def compiled_contexts(geometry):
-    return jit(jax.vmap(lambda state: focus.to_context(state, geometry, capacity=geometry.window)))
+    return jit(jax.vmap(lambda state: allocator.to_context(state, geometry, capacity=geometry.window)))
 
 
 def listed(states, geometry):
@@ -149,11 +149,11 @@ def compiled_refocus(geometry, settings):
 
     @jit
     def refocus(state, scores, length, held, key):
-        context = focus.to_context(state, geometry, capacity=geometry.window, tokens=held)
+        context = allocator.to_context(state, geometry, capacity=geometry.window, tokens=held)
         pooled = nodes.pool_scores(scores, context, geometry)
         options = {"settings": settings, "tokens": held, "key": key if settings.temperature else None}
-        after, info = focus.refocus(state, scores, context, length, geometry, **options)
-        context = focus.to_context(after, geometry, capacity=geometry.window, tokens=held)
+        after, info = allocator.refocus(state, scores, context, length, geometry, **options)
+        context = allocator.to_context(after, geometry, capacity=geometry.window, tokens=held)
         shape = {"window": held, "block_size": geometry.block_size, "recent_tokens": geometry.recent_tokens}
         return after, info, pooled, context, contexts.invariants(context, length=length, **shape)
 
@@ -182,9 +182,9 @@ def test_cuts_and_states_are_two_views_of_one_thing(geometry):
     @jit
     @jax.vmap
     def there_and_back(cut):
-        state = focus.from_cut(cut, geometry)
-        context = focus.to_context(state, geometry, capacity=geometry.window)
-        return state, focus.to_cut(state, geometry), context
+        state = allocator.from_cut(cut, geometry)
+        context = allocator.to_context(state, geometry, capacity=geometry.window)
+        return state, allocator.to_cut(state, geometry), context
 
     states, back, context = there_and_back(cuts)
     np.testing.assert_array_equal(states.collapsed, state_of(legal, geometry).collapsed)
@@ -195,9 +195,9 @@ def test_cuts_and_states_are_two_views_of_one_thing(geometry):
 
 def test_tokens_that_are_not_there_yet_are_missing():
     state = row_of(state_of([[(0, 1)]], HAND), 0)
-    cut = jit(lambda held: focus.to_cut(state, HAND, tokens=held))(np.int32(6))
+    cut = jit(lambda held: allocator.to_cut(state, HAND, tokens=held))(np.int32(6))
     assert cut.tolist() == [1, 1, 0, 0, 0, 0, *[MISSING] * 4]
-    context = jit(lambda held: focus.to_context(state, HAND, capacity=8, tokens=held))(np.int32(6))
+    context = jit(lambda held: allocator.to_context(state, HAND, capacity=8, tokens=held))(np.int32(6))
     assert reference.entries_of(context) == [(0, 1), (2, 0), (3, 0), (4, 0), (5, 0)]
 
 
@@ -206,7 +206,7 @@ def test_tokens_that_are_not_there_yet_are_missing():
 
 def uniform(lengths, geometry):
     """The entries of a cold start of each length."""
-    states = jit(jax.vmap(lambda length: focus.uniform(length, geometry)))(np.asarray(lengths, np.int32))
+    states = jit(jax.vmap(lambda length: allocator.uniform(length, geometry)))(np.asarray(lengths, np.int32))
     return listed(states, geometry)
 
 
@@ -292,7 +292,7 @@ def test_fit_reaches_every_length_from_every_start_as_the_reference_does(geometr
     wanted = np.asarray(wanted, np.int32)
     found = jax.device_get(compiled_fit(geometry)(cases.state, cases.scores, wanted, np.int32(2), cases.held))
     for index, length in enumerate(wanted.tolist()):
-        slow = allocator(cases, index, geometry)
+        slow = slow_allocator(cases, index, geometry)
         slow.fit(by_node(cases.scores[index], geometry), length, held=geometry.window, cooldown=2)
         assert len(slow.entries) == geometry.length(max(length, geometry.shortest))
         assert_same_state(row_of(found, index), slow, geometry)
@@ -305,7 +305,7 @@ def test_fit_of_a_partly_filled_window_equals_the_reference(geometry):
     wanted = rng.integers(0, cases.held + 3).astype(np.int32)
     found = jax.device_get(compiled_fit(geometry)(cases.state, cases.scores, wanted, np.int32(0), cases.held))
     for index, (length, held) in enumerate(zip(wanted.tolist(), cases.held.tolist(), strict=True)):
-        slow = allocator(cases, index, geometry)
+        slow = slow_allocator(cases, index, geometry)
         slow.fit(by_node(cases.scores[index], geometry), length, held=held, cooldown=0)
         assert_same_state(row_of(found, index), slow, geometry)
         cut = tuple(sorted(slow.entries))
@@ -339,7 +339,7 @@ def test_swaps_equal_the_reference(geometry, settings):
     after, info = jax.device_get(compiled_swap(geometry, settings)(cases.state, cases.scores, cases.held))
     counts = set()
     for index, held in enumerate(cases.held.tolist()):
-        slow = allocator(cases, index, geometry)
+        slow = slow_allocator(cases, index, geometry)
         swaps = slow.swap(by_node(cases.scores[index], geometry), settings, held=held)
         assert_same_state(row_of(after, index), slow, geometry)
         done = row_of(info, index)
@@ -532,7 +532,7 @@ def test_a_low_temperature_is_greedy(geometry):
 def test_sampling_without_a_key_is_an_error():
     state, scores = row_of(state_of([[(0, 1)]], HAND), 0), np.zeros(6, np.float32)
     with pytest.raises(ValueError, match=r"temperature 0\.5 .*key"):
-        jax.eval_shape(lambda one: focus.swap(one, scores, HAND, settings=SAMPLED), state)
+        jax.eval_shape(lambda one: allocator.swap(one, scores, HAND, settings=SAMPLED), state)
 
 
 # Scores that are not finite, or nearly not.
@@ -564,10 +564,10 @@ def test_extreme_scores_have_their_place_in_the_order(geometry, settings):
     scores = np.where(np.isnan(scores), -np.inf, scores)
     for index, length in enumerate(lengths.tolist()):
         by_hand = by_node(scores[index], geometry)
-        slow = allocator(cases, index, geometry)
+        slow = slow_allocator(cases, index, geometry)
         slow.fit(by_hand, length, held=geometry.window, cooldown=1)
         assert_same_state(row_of(fitted, index), slow, geometry)
-        slow = allocator(cases, index, geometry)
+        slow = slow_allocator(cases, index, geometry)
         slow.swap(by_hand, settings, held=geometry.window)
         assert_same_state(row_of(swapped, index), slow, geometry)
 
@@ -666,7 +666,7 @@ def compiled_iterate(settings):
     def iterate(state, weight, length, key):
         score = functools.partial(taste, weight=weight)
         shape = {"steps": 5, "capacity": DEEP.window}
-        return focus.iterate(state, score, length, DEEP, settings=settings, key=key, **shape)
+        return allocator.iterate(state, score, length, DEEP, settings=settings, key=key, **shape)
 
     return iterate
 
@@ -709,9 +709,9 @@ def test_each_sampled_step_draws_anew_and_the_same_key_draws_the_same():
 
     @jit
     def walk(key):
-        start = focus.uniform(12, FLAT)
+        start = allocator.uniform(12, FLAT)
         even = {"policy": lambda context: jnp.zeros(FLAT.window), "length": 12, "geometry": FLAT}
-        return focus.iterate(start, **even, steps=100, capacity=FLAT.window, settings=settings, key=key)[1]
+        return allocator.iterate(start, **even, steps=100, capacity=FLAT.window, settings=settings, key=key)[1]
 
     one, again, other = (reference.unstack(walk(jax.random.key(seed))) for seed in (0, 0, 1))
     assert one == again != other
@@ -729,7 +729,7 @@ def test_swap_rate_by_hand():
     before = [(0, 1), (2, 1), *((token, 0) for token in range(4, 10))]
     swapped = [(0, 0), (1, 0), (2, 1), (4, 1), *((token, 0) for token in range(6, 10))]
     merged = [(0, 2), *before[2:]]
-    rate = jit(functools.partial(focus.swap_rate, window=10))
+    rate = jit(functools.partial(allocator.swap_rate, window=10))
     first, *later = (reference.context_of(cut, window=10, capacity=9) for cut in (before, swapped, merged))
     assert [float(rate(first, after)) for after in later] == [3 / 8, np.float32(1 / 7)]
 
@@ -738,7 +738,7 @@ def test_swap_rate_is_the_share_of_new_entries():
     legal = legal_cuts(WIDE)
     batch = [reference.context_of(cut, window=WIDE.window, capacity=WIDE.window) for cut in legal]
     batch = jax.tree.map(lambda *rows: np.stack(rows), *batch)
-    rate = functools.partial(focus.swap_rate, window=WIDE.window)
+    rate = functools.partial(allocator.swap_rate, window=WIDE.window)
     found = jit(jax.vmap(jax.vmap(rate, in_axes=(None, 0)), in_axes=(0, None)))(batch, batch)
     expected = [[len(set(after) - set(before)) / len(after) for after in legal] for before in legal]
     np.testing.assert_allclose(found, expected, rtol=1e-6)

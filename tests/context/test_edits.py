@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
+from tests.context.test_allocator import DEEP, FLAT, HAND, WIDE, by_node, flags, random_cases, row_of, state_of
 
-from lensjax import edits, focus
-from lensjax.config import FocusConfig
-from lensjax.edits import Swaps
-from lensjax.focus import FocusState
+from lensjax.context import allocator, edits
+from lensjax.context.allocator import FocusState
+from lensjax.context.edits import Swaps
+from lensjax.runs.config import FocusConfig
 from tests import reference
 from tests.small import jit
-from tests.test_focus import DEEP, FLAT, HAND, WIDE, by_node, flags, random_cases, row_of, state_of
 
 geometries = pytest.mark.parametrize("geometry", [DEEP, WIDE, FLAT], ids=["deep", "wide", "flat"])
 TEMPERATURE = 0.3
@@ -200,7 +200,7 @@ def test_cold_draws_swap_the_pair_of_largest_difference_while_it_is_above_0(geom
 def test_where_no_gist_is_inside_a_block_cold_draws_are_those_of_the_allocator():
     cases, _, scores, (state, _) = cold_draws(FLAT, 6)
     settings = FocusConfig(max_edits=3, cooldown=1, expand_threshold=-math.inf, collapse_threshold=math.inf)
-    greedy = jit(jax.vmap(lambda state, scores: focus.swap(state, scores, FLAT, settings=settings)[0]))
+    greedy = jit(jax.vmap(lambda state, scores: allocator.swap(state, scores, FLAT, settings=settings)[0]))
     chex_equal(state, greedy(cases.state, scores))
 
 

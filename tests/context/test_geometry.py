@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lensjax.lengths import CutGeometry
+from lensjax.context.geometry import CutGeometry
 from tests import reference
 
 # Windows that are and are not multiples of the block size, with and without blocks at every level.

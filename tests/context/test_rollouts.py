@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lensjax import context as contexts
-from lensjax import rollouts
-from lensjax.lengths import CutGeometry
+from lensjax.context import rollouts
+from lensjax.context import working as contexts
+from lensjax.context.geometry import CutGeometry
 from tests import reference
 
 # Windows that are and are not multiples of the block size, tails that are and are not, and levels without a block.

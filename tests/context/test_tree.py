@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lensjax import tree as trees
+from lensjax.context import tree as trees
 from tests import reference
 
 DIM = 3

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lensjax import context as contexts
-from lensjax import tree as trees
-from lensjax.context import MISSING
-from lensjax.lengths import CutGeometry
+from lensjax.context import tree as trees
+from lensjax.context import working as contexts
+from lensjax.context.geometry import CutGeometry
+from lensjax.context.working import MISSING
 from tests import reference
 
 GEOMETRY = CutGeometry(window=17, block_size=2, max_lod=3, recent_tokens=4)

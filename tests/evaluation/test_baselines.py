@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lensjax import context as contexts
-from lensjax import focus, nll, policies
-from lensjax.decision import build_tree, split
-from lensjax.lengths import CutGeometry
+from lensjax.context import allocator
+from lensjax.context import working as contexts
+from lensjax.context.geometry import CutGeometry
+from lensjax.evaluation import baselines
+from lensjax.models.decision import build_tree, split
+from lensjax.training import nll
 from tests import reference
 from tests.small import LENS, Run, batch, jit, tiny_models
 
@@ -22,11 +24,11 @@ LENGTHS = range(GEOMETRY.window, GEOMETRY.shortest - 1, 1 - GEOMETRY.block_size)
 
 @functools.cache
 def by_scores():
-    return jit(functools.partial(policies.by_scores, geometry=GEOMETRY))
+    return jit(functools.partial(baselines.by_scores, geometry=GEOMETRY))
 
 
 def cut_of(scores, length):
-    return np.asarray(focus.to_cut(by_scores()(jnp.asarray(scores, jnp.float32), length), GEOMETRY))
+    return np.asarray(allocator.to_cut(by_scores()(jnp.asarray(scores, jnp.float32), length), GEOMETRY))
 
 
 def test_a_cut_by_scores_has_exactly_the_length_and_is_legal():
@@ -77,7 +79,7 @@ def slow_bm25(tokens, query, geometry):
 @pytest.mark.parametrize("vocabulary", [3, 8, 40])
 def test_bm25_is_that_of_a_slow_count(vocabulary):
     geometry = CutGeometry(window=30, block_size=4, max_lod=1, recent_tokens=5)
-    score = jit(functools.partial(policies.bm25, geometry=geometry))
+    score = jit(functools.partial(baselines.bm25, geometry=geometry))
     for seed in range(5):
         tokens = np.random.default_rng(seed).integers(0, vocabulary, 34)
         # The end of the history, or, in hindsight, what comes behind it.
@@ -91,16 +93,16 @@ def test_bm25_by_hand():
     tokens = jnp.asarray([5, 5, 5, 1, 2, 3, 5])
     # The term is in two of three blocks: ln(1 + 1.5 / 2.5), once twice and once alone. Asked twice it counts once.
     expected = math.log(1.6) * np.asarray([2 * 2.5 / 3.5] * 2 + [1.0] * 2 + [0] * 3)
-    np.testing.assert_allclose(policies.bm25(tokens, [5], geometry), expected, rtol=1e-6)
-    np.testing.assert_allclose(policies.bm25(tokens, [5, 5], geometry), expected, rtol=1e-6)
+    np.testing.assert_allclose(baselines.bm25(tokens, [5], geometry), expected, rtol=1e-6)
+    np.testing.assert_allclose(baselines.bm25(tokens, [5, 5], geometry), expected, rtol=1e-6)
     # Another query, in one block of three: ln(1 + 2.5 / 1.5).
     expected = math.log(8 / 3) * np.asarray([0] * 4 + [1.0] * 2 + [0])
-    np.testing.assert_allclose(policies.bm25(tokens, [3, 7], geometry), expected, rtol=1e-6)
+    np.testing.assert_allclose(baselines.bm25(tokens, [3, 7], geometry), expected, rtol=1e-6)
 
 
 def test_lookup_by_hand():
     geometry = CutGeometry(window=10, block_size=2, max_lod=1, recent_tokens=3)
-    scores = policies.lookup(jnp.asarray([7, 8, 9, 4, 6, 9, 5, 7, 8, 9]), geometry)
+    scores = baselines.lookup(jnp.asarray([7, 8, 9, 4, 6, 9, 5, 7, 8, 9]), geometry)
     # Before the 4 stand 7 8 9, all of the query; before the 5 a 9 alone. Nothing else follows a 9.
     assert scores.tolist() == [0, 0, 0, 3, 0, 0, 1, 0, 0, 0]
 
@@ -108,7 +110,7 @@ def test_lookup_by_hand():
 def test_lookup_matches_no_longer_than_the_query_and_not_around_the_beginning():
     tokens = jnp.asarray([9, 1, 8, 9, 2, 8, 9])
     one, two, three = (
-        policies.lookup(tokens, CutGeometry(window=7, block_size=2, max_lod=1, recent_tokens=recent)).tolist()
+        baselines.lookup(tokens, CutGeometry(window=7, block_size=2, max_lod=1, recent_tokens=recent)).tolist()
         for recent in (1, 2, 3)
     )
     assert one == [0, 1, 0, 0, 1, 0, 0]
@@ -121,11 +123,11 @@ def test_lookup_opens_the_block_that_goes_on_from_the_longest_match():
     tokens = np.random.default_rng(0).permutation(40)[:32]
     tokens[30:], tokens[20] = tokens[4:6], tokens[5]
     geometry = CutGeometry(window=32, block_size=2, max_lod=2, recent_tokens=2)
-    scores = policies.lookup(jnp.asarray(tokens), geometry)
+    scores = baselines.lookup(jnp.asarray(tokens), geometry)
     # The pair stands before token 6; its last token alone before token 21.
     assert np.flatnonzero(scores).tolist() == [6, 21] and scores[6] == 2 and scores[21] == 1
-    context = policies.by_scores(scores, geometry.shortest + 2, geometry)
-    assert (np.asarray(focus.to_cut(context, geometry))[6:8] == 0).all()
+    context = baselines.by_scores(scores, geometry.shortest + 2, geometry)
+    assert (np.asarray(allocator.to_cut(context, geometry))[6:8] == 0).all()
 
 
 @pytest.mark.parametrize("is_hindsight", [False, True], ids=["query", "horizon"])
@@ -142,7 +144,7 @@ def test_the_base_models_attention_is_that_of_the_query(is_hindsight):
         places = jnp.arange(len(tokens), dtype=jnp.float32)
         embeddings = models.base.embed(params, tokens)
         probe = models.base.attention(params, embeddings, places, jnp.ones(len(tokens)), rows)
-        return policies.attention(models.base, params, tokens, query, geometry), probe
+        return baselines.attention(models.base, params, tokens, query, geometry), probe
 
     (attention, minus_norms), (weights, norms) = jax.device_get(both(params))
     by_hand = weights.reshape(-1, *weights.shape[2:]).mean(axis=(0, 1))
@@ -154,7 +156,7 @@ def test_the_base_models_attention_is_that_of_the_query(is_hindsight):
 
 
 def recent_random(length, geometry, *, draws):
-    draw = functools.partial(policies.recent_random, length=length, draws=draws, geometry=geometry)
+    draw = functools.partial(baselines.recent_random, length=length, draws=draws, geometry=geometry)
     return jit(lambda key: draw(key, lod2_share=0.3))(jax.random.key(0))
 
 
@@ -200,7 +202,7 @@ def search(rounds):
     def one(params, tokens, starts):
         window = split(tokens, horizon=3)
         tree = build_tree(models, params, window.history, config)
-        return policies.greedy_oracle(
+        return baselines.greedy_oracle(
             models, params, tree, window.horizon, starts, length=LENGTH, rounds=rounds, config=config
         )
 
@@ -232,10 +234,10 @@ def test_the_search_is_bounded_by_the_best_of_all_cuts_and_never_worse_than_its_
     tokens = jnp.asarray(np.random.default_rng(seed).integers(0, 7, 17), jnp.int32)
     cuts, geometry = all_cuts(), TINY.config.context.geometry
     losses = np.asarray(loss_of_cuts()(params, tokens, cuts))
-    starts = jax.vmap(lambda cut: focus.from_cut(cut, geometry))(cuts[:3])
+    starts = jax.vmap(lambda cut: allocator.from_cut(cut, geometry))(cuts[:3])
     found = []
     for rounds in (0, 1, 4):
-        cut = np.asarray(focus.to_cut(search(rounds)(params, tokens, starts), geometry))
+        cut = np.asarray(allocator.to_cut(search(rounds)(params, tokens, starts), geometry))
         (place,) = np.flatnonzero((np.asarray(cuts) == cut).all(axis=1))  # a legal cut, of exactly the length
         found.append(losses[place])
     assert found[0] == losses[:3].min()
@@ -244,12 +246,12 @@ def test_the_search_is_bounded_by_the_best_of_all_cuts_and_never_worse_than_its_
 
 def test_the_search_finds_better_contexts_than_it_starts_from():
     cuts, geometry = all_cuts(), TINY.config.context.geometry
-    starts = jax.tree.map(lambda leaf: leaf[None], focus.from_cut(cuts[0], geometry))
+    starts = jax.tree.map(lambda leaf: leaf[None], allocator.from_cut(cuts[0], geometry))
     gains = []
     for seed in range(4):
         params = TINY.state(seed).params
         tokens = jnp.asarray(np.random.default_rng(seed).integers(0, 7, 17), jnp.int32)
-        found = focus.to_cut(search(4)(params, tokens, starts), geometry)
+        found = allocator.to_cut(search(4)(params, tokens, starts), geometry)
         before, after = loss_of_cuts()(params, tokens, jnp.stack([cuts[0], found]))
         gains.append(before - after)
     assert max(gains) > 1e-3

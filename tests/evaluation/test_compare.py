@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lensjax import comparison, focus, nll, policies, preferences, rollouts
-from lensjax import context as contexts
-from lensjax.decision import build_tree, policy_scores, split
+from lensjax.context import allocator, rollouts
+from lensjax.context import working as contexts
+from lensjax.evaluation import baselines, compare
+from lensjax.models.decision import build_tree, policy_scores, split
+from lensjax.training import nll, preferences
 from tests import reference
 from tests.small import Run, batch, jit
 
@@ -28,7 +30,7 @@ RANDOM_KEY = jax.random.split(jax.random.split(KEY)[0])[0]
 @functools.cache
 def measured(has_answer):
     options = {"length": LENGTH, "draws": DRAWS, "oracle_rounds": 1, "config": RUN.config}
-    run = jit(functools.partial(comparison.measure, RUN.models, **options))
+    run = jit(functools.partial(compare.measure, RUN.models, **options))
     answers = jnp.asarray(ANSWERS) if has_answer else None
     return jax.device_get(run(RUN.state().params, batch()["tokens"][0], answers, KEY))
 
@@ -69,27 +71,27 @@ def test_each_policy_is_the_one_it_is_called():
         tree = build_tree(models, params, window.history, config)
 
         def of_state(state):
-            return focus.to_context(state, GEOMETRY, capacity=LENGTH)
+            return allocator.to_context(state, GEOMETRY, capacity=LENGTH)
 
         # The query is the last 8 tokens of the history of 32; those that predict the 4 behind it begin with its last.
         query, knowing = window.history[24:], slice(31, 35)
-        attention, norms = policies.attention(models.base, params["base"], window.history, slice(24, 32), GEOMETRY)
-        in_hindsight, _ = policies.attention(models.base, params["base"], tokens, knowing, GEOMETRY)
+        attention, norms = baselines.attention(models.base, params["base"], window.history, slice(24, 32), GEOMETRY)
+        in_hindsight, _ = baselines.attention(models.base, params["base"], tokens, knowing, GEOMETRY)
         drawn, _ = rollouts.sample_rollouts(
             RANDOM_KEY, LENGTH, config.hyper.lod2_share, rollouts=DRAWS, geometry=GEOMETRY, capacity=LENGTH
         )
         single = [
             contexts.baseline(LENGTH, window=SHAPE.history, capacity=LENGTH),
-            of_state(focus.uniform(LENGTH, GEOMETRY)),
+            of_state(allocator.uniform(LENGTH, GEOMETRY)),
             *(
-                of_state(policies.by_scores(scores, LENGTH, GEOMETRY))
+                of_state(baselines.by_scores(scores, LENGTH, GEOMETRY))
                 for scores in (
                     norms,
                     attention,
-                    policies.bm25(window.history, query, GEOMETRY),
-                    policies.lookup(window.history, GEOMETRY),
+                    baselines.bm25(window.history, query, GEOMETRY),
+                    baselines.lookup(window.history, GEOMETRY),
                     in_hindsight,
-                    policies.bm25(window.history, window.horizon, GEOMETRY),
+                    baselines.bm25(window.history, window.horizon, GEOMETRY),
                 )
             ),
         ]
@@ -106,7 +108,7 @@ def test_each_policy_is_the_one_it_is_called():
 
 def test_the_bounds_are_those_of_recency_and_of_the_search():
     options = {"length": LENGTH, "draws": DRAWS, "oracle_rounds": 1, "config": RUN.config}
-    run = jit(functools.partial(comparison.bounds, RUN.models, **options))
+    run = jit(functools.partial(compare.bounds, RUN.models, **options))
     recency, oracle = run(RUN.state().params, batch()["tokens"][0], None, KEY)
     found = measured(False)
     assert float(recency) == pytest.approx(found["recency"].nll, rel=1e-5)
@@ -117,7 +119,7 @@ def test_the_bounds_are_those_of_recency_and_of_the_search():
 
 def test_the_full_context_is_the_ordinary_loss_of_the_horizon():
     params, tokens = RUN.state().params, batch()["tokens"][0]
-    measure = jit(functools.partial(comparison.measure_full, RUN.models, config=RUN.config))
+    measure = jit(functools.partial(compare.measure_full, RUN.models, config=RUN.config))
     found = measure(params, tokens, jnp.asarray(ANSWERS))
     whole = jit(functools.partial(nll.sequence_losses, RUN.models.base))(params["base"], tokens)
     assert float(found.nll) == pytest.approx(float(whole[-SHAPE.horizon :].mean()), rel=1e-5)
@@ -126,13 +128,13 @@ def test_the_full_context_is_the_ordinary_loss_of_the_horizon():
 
 @functools.cache
 def focused(row):
-    run = jit(functools.partial(comparison.focused, RUN.models, length=LENGTH, config=RUN.config))
+    run = jit(functools.partial(compare.focused, RUN.models, length=LENGTH, config=RUN.config))
     return run(RUN.state().params, batch()["tokens"][row, : SHAPE.history], KEY)
 
 
 @functools.cache
 def focus_program():
-    return jit(functools.partial(comparison.measure_focus, RUN.models, length=LENGTH, draws=DRAWS, config=RUN.config))
+    return jit(functools.partial(compare.measure_focus, RUN.models, length=LENGTH, draws=DRAWS, config=RUN.config))
 
 
 def focus_evidence(own, foreign):
@@ -179,7 +181,7 @@ def test_what_a_focus_changes_is_counted_by_entries_and_by_edits():
         for one in (focused(0), contexts.baseline(LENGTH, window=SHAPE.history, capacity=LENGTH))
     )
     assert found.divergence == pytest.approx(reference.edit_distance(own, recency) / LENGTH)
-    cold = collapsed(focus.to_context(focus.uniform(LENGTH, GEOMETRY), GEOMETRY, capacity=LENGTH))
+    cold = collapsed(allocator.to_context(allocator.uniform(LENGTH, GEOMETRY), GEOMETRY, capacity=LENGTH))
     edits, others = (collapsed(focused(row)) ^ cold for row in (0, 1))
     assert edits and edits != others
     assert found.changed_edits == pytest.approx(len(edits ^ others) / len(edits | others))
@@ -215,9 +217,9 @@ def test_the_correlation_is_over_the_rollouts_of_the_table():
     [(4.0, 4.0, 1.0, 0), (1.0, 4.0, 1.0, 1), (2.0, 4.0, 1.0, 2 / 3), (5.0, 4.0, 1.0, -1 / 3)],
 )
 def test_the_gap_by_hand(policy, recency, reference, expected):
-    assert comparison.gap_closed(policy, recency, reference) == pytest.approx(expected)
+    assert compare.gap_closed(policy, recency, reference) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("reference", [4.0, 4.5])
 def test_without_a_gap_nothing_is_closed(reference):
-    assert math.isnan(comparison.gap_closed(3.0, 4.0, reference))
+    assert math.isnan(compare.gap_closed(3.0, 4.0, reference))

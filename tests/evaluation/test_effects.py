@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lensjax import effects as effect_module
-from lensjax.effects import Effect, Measured, effects, holm, markdown
-from lensjax.statistics import estimate
+from lensjax.evaluation import effects as effect_module
+from lensjax.evaluation.effects import Effect, Measured, effects, holm, markdown
+from lensjax.evaluation.statistics import estimate
 
 KNOB = {"hyper.temperature": 0.5}
 

@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lensjax import theatre
-from lensjax.theatre import Evidence, TheatreConfig
+from lensjax.evaluation import faithfulness
+from lensjax.evaluation.faithfulness import Evidence, TheatreConfig
 from tests import reference
 from tests.small import jit
 
 NAN = math.nan
 CAPACITY = 6
-distance_of = jit(theatre.edit_distance)
-divergence_of = jit(theatre.divergence)
+distance_of = jit(faithfulness.edit_distance)
+divergence_of = jit(faithfulness.divergence)
 
 
 def padded(symbols):
@@ -70,23 +70,27 @@ def test_the_distance_is_a_metric(one, other, third):
 def test_sequences_of_other_shapes_and_many_at_a_time():
     wide = jnp.asarray([[1, 2, 3, 4], [1, 1, 0, 0]], jnp.int32)
     narrow = jnp.asarray([[2, 3], [1, 0]], jnp.int32)
-    found = jax.vmap(theatre.divergence)(wide, jnp.asarray([4, 2]), narrow, jnp.asarray([2, 1]))
+    found = jax.vmap(faithfulness.divergence)(wide, jnp.asarray([4, 2]), narrow, jnp.asarray([2, 1]))
     np.testing.assert_allclose(found, [2 / 4, 1 / 2])
     nothing = jnp.zeros(0, jnp.int32)
-    assert theatre.edit_distance(nothing, 0, narrow[0], 2) == theatre.edit_distance(narrow[0], 2, nothing, 0) == 2
+    assert (
+        faithfulness.edit_distance(nothing, 0, narrow[0], 2)
+        == faithfulness.edit_distance(narrow[0], 2, nothing, 0)
+        == 2
+    )
 
 
 def test_gains_by_hand():
     right, control = jnp.asarray([True, True, False, True]), jnp.asarray([False, True, False, False])
-    assert float(theatre.gain(right, control)) == 0.5
-    assert float(theatre.gain([-1.0, -2.0], [-0.5, -0.5])) == -1.0
+    assert float(faithfulness.gain(right, control)) == 0.5
+    assert float(faithfulness.gain([-1.0, -2.0], [-0.5, -0.5])) == -1.0
 
 
 def test_correlations_by_hand():
     # Means of 2 and 5, half of them in each group, and a variance of 2.75.
     right = jnp.asarray([False, True, False, True])
-    assert float(theatre.correlation([1.0, 5.0, 3.0, 5.0], right)) == pytest.approx((5 - 2) / math.sqrt(2.75) / 2)
-    assert float(theatre.correlation([1.0, 2.0, 3.0], [9.0, 7.0, 5.0])) == pytest.approx(-1)
+    assert float(faithfulness.correlation([1.0, 5.0, 3.0, 5.0], right)) == pytest.approx((5 - 2) / math.sqrt(2.75) / 2)
+    assert float(faithfulness.correlation([1.0, 2.0, 3.0], [9.0, 7.0, 5.0])) == pytest.approx(-1)
 
 
 @settings(max_examples=20)
@@ -94,8 +98,8 @@ def test_correlations_by_hand():
 def test_the_correlation_is_that_of_numpy_and_knows_no_scale(seed):
     values, scores = np.random.default_rng(seed).normal(size=(2, 9)).astype("f")
     expected = np.corrcoef(values, scores)[0, 1]
-    assert float(theatre.correlation(values, scores)) == pytest.approx(expected, abs=1e-5)
-    assert float(theatre.correlation(100 + 3 * values, scores)) == pytest.approx(expected, abs=1e-3)
+    assert float(faithfulness.correlation(values, scores)) == pytest.approx(expected, abs=1e-5)
+    assert float(faithfulness.correlation(100 + 3 * values, scores)) == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +111,7 @@ def test_the_correlation_is_that_of_numpy_and_knows_no_scale(seed):
     ],
 )
 def test_a_correlation_with_a_constant_is_undefined(values, scores):
-    assert math.isnan(theatre.correlation(jnp.asarray(values, jnp.float32), jnp.asarray(scores)))
+    assert math.isnan(faithfulness.correlation(jnp.asarray(values, jnp.float32), jnp.asarray(scores)))
 
 
 ALL_GOOD = Evidence(*(jnp.float32(value) for value in (0.5, 0.1, 0.6, 0.1)))
@@ -115,9 +119,9 @@ NAMES = ("divergence", "ablation", "correlation", "counterfactual")
 
 
 def test_what_is_above_every_threshold_passes():
-    found = theatre.passed(ALL_GOOD, TheatreConfig())
+    found = faithfulness.passed(ALL_GOOD, TheatreConfig())
     assert set(found) == {*NAMES, "all_passed"} and all(found.values())
-    logged = theatre.metrics(ALL_GOOD, TheatreConfig(), prefix="rl/")
+    logged = faithfulness.metrics(ALL_GOOD, TheatreConfig(), prefix="rl/")
     expected = {"divergence": 0.5, "ablation": 0.1, "correlation": 0.6, "counterfactual": 0.1, "all_passed": 1.0}
     assert {name: float(value) for name, value in logged.items()} == {
         f"rl/anti_theater_{name}": pytest.approx(value) for name, value in expected.items()
@@ -130,9 +134,9 @@ def test_one_that_is_not_above_fails_alone_and_all_with_it(name, value):
     thresholds = TheatreConfig()
     value = getattr(thresholds, name) if value == "at the threshold" else value
     evidence = replace(ALL_GOOD, **{name: jnp.float32(value)})
-    found = jit(functools.partial(theatre.passed, thresholds=thresholds))(evidence)
+    found = jit(functools.partial(faithfulness.passed, thresholds=thresholds))(evidence)
     assert {key for key, good in found.items() if not good} == {name, "all_passed"}
-    assert theatre.metrics(evidence, thresholds, prefix="")["anti_theater_all_passed"] == 0
+    assert faithfulness.metrics(evidence, thresholds, prefix="")["anti_theater_all_passed"] == 0
 
 
 @pytest.mark.parametrize(

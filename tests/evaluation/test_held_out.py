@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lensjax import config as configs
-from lensjax import context as contexts
-from lensjax import evaluation, focus
-from lensjax.decision import build_tree, policy_contexts, split
+from lensjax.context import allocator
+from lensjax.context import working as contexts
+from lensjax.evaluation import held_out
 from lensjax.models import build_models
+from lensjax.models.decision import build_tree, policy_contexts, split
+from lensjax.runs import config as configs
 from tests import reference
 from tests.small import FULL, SMALL, Run, batch, jit
 
@@ -45,7 +46,7 @@ KEY = jax.random.key(11)
 
 @functools.cache
 def eval_step():
-    return jit(functools.partial(evaluation.eval_step, config=RUN.config, models=RUN.models))
+    return jit(functools.partial(held_out.eval_step, config=RUN.config, models=RUN.models))
 
 
 def state_that_scores(scores):
@@ -86,7 +87,7 @@ def test_the_policys_contexts_lead_from_the_cold_start_to_what_it_wishes():
         made = walk(params, length)
         assert np.asarray(made.length).tolist() == [length] * (run.config.focus.steps + 1)
         cuts = np.asarray(jax.vmap(lambda one: contexts.to_cut(one, window=SHAPE.history))(made))
-        np.testing.assert_array_equal(cuts[0], focus.to_cut(focus.uniform(length, GEOMETRY), GEOMETRY))
+        np.testing.assert_array_equal(cuts[0], allocator.to_cut(allocator.uniform(length, GEOMETRY), GEOMETRY))
         assert (cuts[-1, 4 * SIZE : 5 * SIZE] == 0).all()
 
 
@@ -124,8 +125,8 @@ def test_the_hit_rate_is_that_of_a_policy_whose_scores_are_known(answers, rate):
 
 
 def test_the_oracle_shows_the_answer_and_then_the_most_recent_blocks():
-    state = evaluation.oracle_state([4 * SIZE], 22, GEOMETRY)
-    cut = np.asarray(focus.to_cut(state, GEOMETRY))
+    state = held_out.oracle_state([4 * SIZE], 22, GEOMETRY)
+    cut = np.asarray(allocator.to_cut(state, GEOMETRY))
     assert (cut == 0).sum() + sum((cut == lod).sum() // SIZE**lod for lod in (1, 2)) == 22
     assert (cut[4 * SIZE : 5 * SIZE] == 0).all()
     # Blocks 0 to 3 and 6 to 9 as gists of two; 5 alone, as its parent holds the answer; what is newer in full.
@@ -134,7 +135,7 @@ def test_the_oracle_shows_the_answer_and_then_the_most_recent_blocks():
 
 def test_the_oracle_shows_all_of_several_answers():
     answers = jnp.asarray([2 * SIZE, 5 * SIZE])
-    cut = np.asarray(focus.to_cut(evaluation.oracle_state(answers, 22, GEOMETRY), GEOMETRY))
+    cut = np.asarray(allocator.to_cut(held_out.oracle_state(answers, 22, GEOMETRY), GEOMETRY))
     assert (cut[4:6] == 0).all() and (cut[10:12] == 0).all() and (cut[:4] > 0).all()
 
 
@@ -149,16 +150,16 @@ def test_a_context_shows_a_block_in_full_or_it_does_not():
     cut = np.zeros(SHAPE.history, np.int32)
     cut[4:8] = 2
     context = contexts.from_cut(cut, block_size=SIZE, capacity=SHAPE.history)
-    shown = [bool(evaluation.shows_in_full(context, [start], SMALL)) for start in range(0, 12, SIZE)]
+    shown = [bool(held_out.shows_in_full(context, [start], SMALL)) for start in range(0, 12, SIZE)]
     assert shown == [True, True, False, False, True, True]
     # Of several blocks all must be shown.
-    assert evaluation.shows_in_full(context, [2, 8], SMALL) and not evaluation.shows_in_full(context, [2, 6], SMALL)
+    assert held_out.shows_in_full(context, [2, 8], SMALL) and not held_out.shows_in_full(context, [2, 6], SMALL)
     late = contexts.baseline(10, window=SHAPE.history, capacity=10)
-    assert not evaluation.shows_in_full(late, [20], SMALL) and evaluation.shows_in_full(late, [22], SMALL)
+    assert not held_out.shows_in_full(late, [20], SMALL) and held_out.shows_in_full(late, [22], SMALL)
 
 
 def test_without_answers_nothing_is_said_about_them():
-    run = functools.partial(evaluation.eval_step, config=RUN.config, models=RUN.models)
+    run = functools.partial(held_out.eval_step, config=RUN.config, models=RUN.models)
     names = set(jax.eval_shape(run, RUN.state(), batch(), KEY))
     assert set(evaluate(wish(0))) - names == {"hit_rate", "hit_rate_random", "nll_oracle"}
     assert "nll_policy" in names
@@ -166,7 +167,7 @@ def test_without_answers_nothing_is_said_about_them():
 
 def test_an_allocator_that_samples_is_measured_too():
     config = configs.replace(RUN.config, **{"focus.temperature": 0.5})
-    step = jit(functools.partial(evaluation.eval_step, config=config, models=RUN.models))
+    step = jit(functools.partial(held_out.eval_step, config=config, models=RUN.models))
     losses = [
         float(step(state_that_scores(wish(5)), batch(), jax.random.key(seed))["nll_policy"]) for seed in (1, 1, 2)
     ]
@@ -192,7 +193,7 @@ def test_at_the_length_of_the_history_it_is_the_ordinary_loss_of_the_horizon():
     run = Run(**{"hyper.context_start": 1.0, "hyper.context_end": 1.0})
     state = run.state()
     scored, _, _ = run.observe(state, batch())
-    pretrained = jit(functools.partial(evaluation.pretrain_eval_step, config=run.config, models=run.models))
+    pretrained = jit(functools.partial(held_out.pretrain_eval_step, config=run.config, models=run.models))
     report = pretrained(state.params, batch())
     tails = np.asarray(scored.losses)
     assert float(report["nll_full_tail"]) == pytest.approx(tails[:, 0].mean(), rel=1e-5)
@@ -236,7 +237,7 @@ def test_means_over_batches():
     for name, values in (("max", (0.9, math.nan, 0.2)), ("min", (-0.5, math.nan, -0.75))):
         for row, value in zip(rows, values, strict=True):
             row[f"mc/preference_corr_{name}"] = value
-    found = evaluation.mean_over_batches({name: jnp.float32(x) for name, x in row.items()} for row in rows)
+    found = held_out.mean_over_batches({name: jnp.float32(x) for name, x in row.items()} for row in rows)
     assert found == pytest.approx(
         {
             "nll_policy": 3.0,
@@ -254,7 +255,7 @@ def test_only_correlations_may_be_undefined_in_a_mean():
         {"nll_policy": np.float32(1), "mc/preference_corr_mean": np.float32("nan")},
         {"nll_policy": np.float32("nan"), "mc/preference_corr_mean": np.float32("nan")},
     ]
-    found = evaluation.mean_over_batches(rows)
+    found = held_out.mean_over_batches(rows)
     assert math.isnan(found["nll_policy"]) and math.isnan(found["mc/preference_corr_mean"])
 
 
@@ -264,7 +265,7 @@ def test_only_correlations_may_be_undefined_in_a_mean():
 def test_maps_show_the_baseline_the_rollouts_and_the_pick():
     scores = np.linspace(-0.9, 0.9, BLOCKS)
     state = state_that_scores(scores)
-    draw = jit(functools.partial(evaluation.variant_maps, config=RUN.config, models=RUN.models))
+    draw = jit(functools.partial(held_out.variant_maps, config=RUN.config, models=RUN.models))
     maps = jax.device_get(draw(state, batch()["tokens"], KEY))
     shape = (3, SHAPE.rollouts + 2, SHAPE.history)
     assert (maps["cuts"].shape, maps["scores"].shape, maps["nll"].shape) == (shape, shape, shape[:2])

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lensjax.statistics import LEVEL, estimate
+from lensjax.evaluation.statistics import LEVEL, estimate
 
 TRIALS = 4000
 

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lensjax import nll, stream_rivals
+from lensjax.evaluation import streams
 from lensjax.models import build_models
 from lensjax.session import Session
+from lensjax.training import nll
 from tests.small import SMALL, VOCABULARY, jit
 
 STREAM = np.random.default_rng(0).integers(0, VOCABULARY, 90)
@@ -39,23 +40,23 @@ def shown(states):
 
 
 def test_the_oldest_collapse_first_and_furthest():
-    states = read(stream_rivals.collapse_oldest)
+    states = read(streams.collapse_oldest)
     for state in states:
         lods = np.array(state.context.lod)[: int(state.context.length)]
         assert (np.diff(lods) <= 0).all(), (int(state.read), lods)
     assert any(set(lod.tolist()) == {0, 1, 2} for _, lod in shown(states))
     # Whatever the tokens are.
-    np.testing.assert_array_equal(shown(states), shown(read(stream_rivals.collapse_oldest, STREAM[::-1])))
+    np.testing.assert_array_equal(shown(states), shown(read(streams.collapse_oldest, STREAM[::-1])))
 
 
 def test_scores_by_age_reach_from_the_oldest_token_to_the_newest():
-    session = session_of(stream_rivals.collapse_oldest)
+    session = session_of(streams.collapse_oldest)
     state, _ = session.append(session.init(), STREAM[:11])
-    scores = np.array(stream_rivals.collapse_oldest({}, state))
+    scores = np.array(streams.collapse_oldest({}, state))
     np.testing.assert_allclose(scores[:11], np.linspace(-1, 1, 11), atol=1e-6)
     assert scores.shape == (20,) and not scores[11:].any()
-    state = read(stream_rivals.collapse_oldest)[-1]
-    scores, length = np.array(stream_rivals.collapse_oldest({}, state)), int(state.context.length)
+    state = read(streams.collapse_oldest)[-1]
+    scores, length = np.array(streams.collapse_oldest({}, state)), int(state.context.length)
     # Its first entry is a gist of tokens 0 to 3 of the 32 that are held.
     assert (
         scores[0] == pytest.approx(2 * 1.5 / 31 - 1)
@@ -65,18 +66,18 @@ def test_scores_by_age_reach_from_the_oldest_token_to_the_newest():
 
 
 def test_random_scores_are_drawn_anew_at_every_step_and_from_the_seed():
-    states = read(stream_rivals.random_scores)
-    drawn = np.array([stream_rivals.random_scores({}, state) for state in states])
+    states = read(streams.random_scores)
+    drawn = np.array([streams.random_scores({}, state) for state in states])
     assert len(np.unique(drawn)) > 0.99 * drawn.size and -1 <= drawn.min() < -0.9 and 0.9 < drawn.max() < 1
     assert abs(drawn.mean()) < 0.1
-    same, other = read(stream_rivals.random_scores), read(stream_rivals.random_scores, seed=1)
+    same, other = read(streams.random_scores), read(streams.random_scores, seed=1)
     np.testing.assert_array_equal(shown(same), shown(states))
     assert any((one != two).any() for (one, _), (two, _) in zip(shown(states), shown(other), strict=True))
 
 
 @functools.cache
 def measure(capacity):
-    return jit(functools.partial(stream_rivals.window_losses, models_and_params()[0], capacity=capacity, config=SMALL))
+    return jit(functools.partial(streams.window_losses, models_and_params()[0], capacity=capacity, config=SMALL))
 
 
 def losses_of(tokens, cursors, lengths, capacity):

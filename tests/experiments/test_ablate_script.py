@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import ablate as script
 from experiments import train as train_script
-from lensjax import config as configs
-from lensjax.logging import read_rows
-from lensjax.sweep import Sweep
+from experiments.studies import ablate as script
+from lensjax.runs import config as configs
+from lensjax.runs.store.log import read_rows
+from lensjax.runs.sweep import Sweep
 from tests.runs import ROOT, TINY, contents
 
 SWEEP = """
@@ -213,29 +213,32 @@ def test_structures_are_separate_programs():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("SWEEP = 3", "must define SWEEP, a lensjax.sweep.Sweep; got 3"),
+        ("SWEEP = 3", "must define SWEEP, a lensjax.runs.sweep.Sweep; got 3"),
         (
-            "from lensjax.sweep import Sweep\nSWEEP = Sweep(preset='recall', one_at_a_time={'hyper.heat': (1,)})",
+            "from lensjax.runs.sweep import Sweep\nSWEEP = Sweep(preset='recall', one_at_a_time={'hyper.heat': (1,)})",
             "unknown config key hyper.heat",
         ),
         (
-            "from lensjax.sweep import Sweep\nSWEEP = Sweep(preset='recall', one_at_a_time={'hyper.margin': (-1,)})",
+            "from lensjax.runs.sweep import Sweep\nSWEEP = Sweep(preset='recall', one_at_a_time={'hyper.margin': (-1,)})",
             "margin must be finite and at least 0, got -1",
         ),
         (
-            "from lensjax.sweep import Sweep\nSWEEP = Sweep(preset='recall', changes={'objective.name': 'ipo'}, "
+            "from lensjax.runs.sweep import Sweep\nSWEEP = Sweep(preset='recall', changes={'objective.name': 'ipo'}, "
             "one_at_a_time={'hyper.kl_weight': (0.5,)})",
             "set objective.anchor to fixed or ema, or hyper.kl_weight to 0",
         ),
         (
-            "from lensjax.sweep import Sweep\nSWEEP = Sweep(preset='recall', changes={'stopping.patience': 3})",
+            "from lensjax.runs.sweep import Sweep\nSWEEP = Sweep(preset='recall', changes={'stopping.patience': 3})",
             "arms are compared after the same number of steps: stopping.patience must be None in a sweep, got 3",
         ),
         (
-            "from lensjax.sweep import Sweep\nSWEEP = Sweep(preset='recall', changes={'eval_batches': 1})",
+            "from lensjax.runs.sweep import Sweep\nSWEEP = Sweep(preset='recall', changes={'eval_batches': 1})",
             "eval_batches must be 2 or more, got 1",
         ),
-        ("from lensjax.sweep import Sweep\nSWEEP = Sweep(preset='recall')", "holds no run .config.json is missing."),
+        (
+            "from lensjax.runs.sweep import Sweep\nSWEEP = Sweep(preset='recall')",
+            "holds no run .config.json is missing.",
+        ),
     ],
 )
 def test_a_bad_sweep_ends_the_command_before_anything_is_written(text, message, tmp_path):

@@ -1,4 +1,4 @@
-"""`experiments/adapt.py`: which runs it makes, what its picks are, and what it writes."""
+"""`experiments.studies.adapt`: which runs it makes, what its picks are, and what it writes."""
 
 import csv
 import functools
@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import adapt
-from experiments.adapt import Arguments
-from lensjax import config as configs
-from lensjax import rivals, train
+from experiments.studies import adapt
+from experiments.studies.adapt import Arguments
+from lensjax.evaluation import rivals
 from lensjax.models import build_models
+from lensjax.runs import config as configs
+from lensjax.training.steps import preference
 from tests import reference
 from tests.small import SMALL, batch, jit
 
@@ -84,7 +85,7 @@ LARGE = configs.replace(
 def step():
     """`pick` of one model, from a batch to losses and hits by name."""
     models = build_models(LARGE)
-    params = train.init_train_state(jax.random.key(0), config=LARGE, models=models).params
+    params = preference.init_train_state(jax.random.key(0), config=LARGE, models=models).params
     compiled = jit(functools.partial(adapt.pick, models, config=LARGE))
     return lambda rows: jax.device_get(compiled(params, rows, jax.random.key(1)))
 

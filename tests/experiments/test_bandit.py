@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import bandit as script
+from experiments.studies import bandit as script
 
 SMALL = script.Arguments(arms=5, groups=64, steps=400, seeds=2, learning_rate=0.05)
 

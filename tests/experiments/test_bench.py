@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import bench as script
-from lensjax import config as configs
-from lensjax import train
-from lensjax.context import Entries
-from lensjax.cost import step_cost
+from experiments.bench import step as script
+from experiments.bench.cost import step_cost
+from lensjax.context.working import Entries
 from lensjax.models import build_models
+from lensjax.runs import config as configs
+from lensjax.training.steps import preference
 from tests.small import SMALL
 
 TINY = configs.replace(SMALL, **{"hyper.kl_weight": 0.1, "base.vocab_size": 509, "data.task": "recall"})
@@ -58,8 +58,8 @@ def test_the_cost_on_paper_is_what_the_compiler_counts(shape):
     models = build_models(config)
     entries = jax.eval_shape(
         lambda key: (
-            train.score_batch(
-                *((state := train.init_train_state(key, config=config, models=models)).params, state),
+            preference.score_batch(
+                *((state := preference.init_train_state(key, config=config, models=models)).params, state),
                 {"tokens": jnp.zeros((1, config.context.window), jnp.int32)},
                 config=config,
                 models=models,
@@ -124,9 +124,11 @@ def test_no_repetition_is_refused():
 
 def test_the_compiled_step_holds_no_logits_of_all_entries():
     models = build_models(TINY)
-    state = jax.eval_shape(functools.partial(train.init_train_state, config=TINY, models=models), jax.random.key(0))
+    state = jax.eval_shape(
+        functools.partial(preference.init_train_state, config=TINY, models=models), jax.random.key(0)
+    )
     batch = {"tokens": jax.ShapeDtypeStruct((TINY.batch_size, TINY.context.window), jnp.int32)}
-    step = functools.partial(train.train_step, config=TINY, models=models)
+    step = functools.partial(preference.train_step, config=TINY, models=models)
     text = jax.jit(step).lower(state, batch).compile().as_text()
     sizes = [
         (shape, functools.reduce(lambda x, y: x * y, map(int, shape.split(","))))

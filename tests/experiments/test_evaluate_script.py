@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from experiments import evaluate, train
-from lensjax import comparison
-from lensjax.comparison import FocusEvidence, Measured
-from lensjax.context import WorkingContext
+from lensjax.context.working import WorkingContext
+from lensjax.evaluation import compare
+from lensjax.evaluation.compare import FocusEvidence, Measured
 from tests.runs import cheap_programs, contents, tiny_config, write_corpus
 
 COLUMNS = (
@@ -66,9 +66,9 @@ def known(monkeypatch):
         found = Measured((20.0 - 9 + lost).astype(jnp.float32), nothing, nothing, nothing, jnp.full(2, length))
         return FocusEvidence(found, jnp.full((), 0.5), changed, jnp.full((), jnp.nan if answers is None else 0.75))
 
-    monkeypatch.setattr(comparison, "measure", measure)
-    monkeypatch.setattr(comparison, "focused", focused)
-    monkeypatch.setattr(comparison, "measure_focus", measure_focus)
+    monkeypatch.setattr(compare, "measure", measure)
+    monkeypatch.setattr(compare, "focused", focused)
+    monkeypatch.setattr(compare, "measure_focus", measure_focus)
     for program in (evaluate._compiled, evaluate._compiled_focus):
         program.cache_clear()
     yield
@@ -175,7 +175,7 @@ def test_a_longer_window_than_in_training(runs, known):
 
 
 def test_a_policy_that_misses_the_budget_is_an_error(runs, known, monkeypatch):
-    measure = comparison.measure
+    measure = compare.measure
 
     def cheat(*args, **kwargs):
         found = measure(*args, **kwargs)
@@ -184,14 +184,14 @@ def test_a_policy_that_misses_the_budget_is_an_error(runs, known, monkeypatch):
         )
         return found
 
-    monkeypatch.setattr(comparison, "measure", cheat)
+    monkeypatch.setattr(compare, "measure", cheat)
     with pytest.raises(SystemExit, match="error: bm25 made contexts of 15 to 16 entries, not 15"):
         evaluate.main([str(runs / "recall-0"), "--name", "cheat", "--budgets", "2", *QUICK])
     assert not (runs / "recall-0" / "cheat.csv").exists()
 
 
 def test_nan_is_an_error_that_names_the_policy(runs, known, monkeypatch):
-    measure = comparison.measure
+    measure = compare.measure
 
     def broken(*args, **kwargs):
         found = measure(*args, **kwargs)
@@ -201,7 +201,7 @@ def test_nan_is_an_error_that_names_the_policy(runs, known, monkeypatch):
         )
         return found
 
-    monkeypatch.setattr(comparison, "measure", broken)
+    monkeypatch.setattr(compare, "measure", broken)
     with pytest.raises(SystemExit, match="error: the loss of snapkv at 2x is not finite"):
         evaluate.main([str(runs / "recall-0"), "--name", "nan", "--budgets", "2", *QUICK])
 

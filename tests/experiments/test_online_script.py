@@ -1,13 +1,13 @@
-"""`experiments/online.py`: which runs it makes, and what it writes."""
+"""`experiments.studies.online`: which runs it makes, and what it writes."""
 
 import csv
 from pathlib import Path
 
 import pytest
 
-from experiments import online
-from experiments.online import Arguments
-from lensjax import config as configs
+from experiments.studies import online
+from experiments.studies.online import Arguments
+from lensjax.runs import config as configs
 from tests.small import SMALL
 
 

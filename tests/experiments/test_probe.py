@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lensjax.config import BaseConfig
 from lensjax.models import BaseModel, Params
+from lensjax.runs.config import BaseConfig
 from tests.small import jit
 
 TWO = BaseConfig(vocab_size=29, dim=16, layers=2, heads=4, kv_heads=2, mlp_dim=48, conv_width=3)

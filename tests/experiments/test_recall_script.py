@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from experiments import recall
-from lensjax import config as configs
-from lensjax import rivals
+from experiments.studies import recall
+from lensjax.evaluation import rivals
+from lensjax.runs import config as configs
 from tests.runs import TINY, Killed, cheap_programs, contents, hook_run, outcome, request_stop
 
 PRESET = """

@@ -3,10 +3,11 @@ import csv
 import numpy as np
 import pytest
 
-from experiments import recognise, train
-from lensjax import config as configs
+from experiments import train
+from experiments.studies import recognise
 from lensjax.models import build_models
-from lensjax.recall import RecallSource
+from lensjax.runs import config as configs
+from lensjax.runs.data.recall import RecallSource
 from tests.runs import cheap_programs, tiny_config, write_corpus
 
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from experiments import scaling as script
-from lensjax import config as configs
-from lensjax.cost import step_cost
+from experiments.bench import scaling as script
+from experiments.bench.cost import step_cost
+from lensjax.runs import config as configs
 from tests.small import SMALL
 
 TINY = configs.replace(SMALL, **{"hyper.kl_weight": 0.1, "data.task": "recall"})

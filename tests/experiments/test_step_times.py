@@ -5,8 +5,8 @@ import csv
 import jax
 import pytest
 
-from experiments import step_times as script
-from lensjax import config as configs
+from experiments.bench import step_times as script
+from lensjax.runs import config as configs
 from tests.small import SMALL
 
 

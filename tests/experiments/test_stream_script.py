@@ -12,16 +12,23 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from experiments import stream as script
-from experiments import stream_watch
-from experiments.stream_watch import Watch
-from lensjax import checkpoint, data, loop, nll, plots, run_folder, splits, stream_rivals
-from lensjax import config as configs
-from lensjax import context as contexts
-from lensjax.config import DataConfig
-from lensjax.context import MISSING
+from experiments.studies import stream as script
+from experiments.studies import stream_watch
+from experiments.studies.stream_watch import Watch
+from lensjax.context import working as contexts
+from lensjax.context.working import MISSING
+from lensjax.evaluation import streams
 from lensjax.models import build_models
+from lensjax.plots import curves
+from lensjax.runs import config as configs
+from lensjax.runs.config import DataConfig
+from lensjax.runs.data import batches as data
+from lensjax.runs.data import splits
+from lensjax.runs.engine import loop
+from lensjax.runs.store import checkpoint
+from lensjax.runs.store import folder as run_folder
 from lensjax.session import Session
+from lensjax.training import nll
 from tests.runs import contents, run_script, tiny_config, write_corpus
 
 INTERVAL, TOKENS, HISTORY = 4, 441, 30
@@ -54,7 +61,7 @@ def done(arguments):
     """A session that is compiled, and what it left."""
     session, _ = prepared = script._prepare(arguments)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "_DPI", 40)
+        patch.setattr(curves, "_DPI", 40)
         patch.setattr(stream_watch, "FIRST_STEPS", 12)
         patch.setattr(script, "_prepare", lambda _: prepared)
         patch.setattr(script, "Session", lambda *given, **options: kept(Session(*given, **options)))
@@ -72,7 +79,7 @@ def kept(session):
 
 def again(monkeypatch, session):
     """Lets a second command read the same stream with models that are compiled already."""
-    monkeypatch.setattr(plots, "_DPI", 20)
+    monkeypatch.setattr(curves, "_DPI", 20)
     monkeypatch.setattr(script, "_prepare", lambda _: (session, tokens_of(session)))
     monkeypatch.setattr(script, "_compare", lambda *_: pytest.fail("a broken session was compared"))
 
@@ -189,7 +196,7 @@ def test_the_losses_that_are_compared(done):
     scored = slice(CURSORS[0], CURSORS[-1] + INTERVAL)
     expected = {"session": own[scored].mean()}
     for rival, name in zip(SESSIONS, ("collapse_oldest", "random_scores"), strict=True):
-        assert rival._policy is getattr(stream_rivals, name) and rival.config == session.config
+        assert rival._policy is getattr(streams, name) and rival.config == session.config
         expected[name] = rival.append(rival.init(3), tokens)[1][scored].mean()
     entries = {int(state.read): int(state.context.length) for state in states}
     whole = jax.jit(lambda window: nll.sequence_losses(session.models.base, session.params["base"], window)[-INTERVAL:])
@@ -378,7 +385,7 @@ def test_help(capsys):
 @pytest.mark.slow
 def test_the_command_as_a_whole(tmp_path):
     done = run_script(
-        "--tokens", "3300", "--output-dir", tmp_path / "run", script="stream", cache=tmp_path / "compiled"
+        "--tokens", "3300", "--output-dir", tmp_path / "run", script="studies.stream", cache=tmp_path / "compiled"
     )
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "run").iterdir()} == set(FILES)

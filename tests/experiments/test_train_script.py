@@ -12,11 +12,14 @@ import pytest
 from rich.console import Console
 
 from experiments import train as script
-from lensjax import checkpoint, loop, online, pretrain, run_folder, train
-from lensjax import config as configs
-from lensjax.config import Config
-from lensjax.logging import read_rows
 from lensjax.models import build_models
+from lensjax.runs import config as configs
+from lensjax.runs.config import Config
+from lensjax.runs.engine import loop
+from lensjax.runs.store import checkpoint
+from lensjax.runs.store import folder as run_folder
+from lensjax.runs.store.log import read_rows
+from lensjax.training.steps import online, preference, pretrain
 from tests.runs import (
     TINY,
     Killed,
@@ -32,7 +35,7 @@ from tests.runs import (
     write_corpus,
 )
 
-PRESETS = sorted(path.stem for path in script.CONFIGS.glob("*.py"))
+PRESETS = sorted(path.stem for path in script.PRESETS.glob("*.py"))
 SUMMARY_KEYS = {
     "nll_baseline",
     "nll_rollout_mean",
@@ -56,7 +59,7 @@ def test_presets_are_whole_configs(name):
     assert isinstance(preset, Config)
     assert configs.from_json(configs.to_json(preset)) == preset
     assert script.parse([name]) == (preset, False)
-    assert script.load_preset(str(script.CONFIGS / f"{name}.py")) == preset
+    assert script.load_preset(str(script.PRESETS / f"{name}.py")) == preset
     build_models(preset)
 
 
@@ -160,8 +163,8 @@ BAD_COMMANDS = [
     ("{tmp}/none.json", "no config {tmp}/none.json; name a file, or one of: demo, recall"),
     ("{tmp}/torn.json", "{tmp}/torn.json is not JSON"),
     ("{tmp}/typo.json", "{tmp}/typo.json: unknown key stepps; known keys: adaptation, base, base_run"),
-    ("{tmp}/empty.py", "{tmp}/empty.py must define CONFIG, a lensjax.config.Config; got None"),
-    ("{tmp}/dict.py", "{tmp}/dict.py must define CONFIG, a lensjax.config.Config; got {'steps': 3}"),
+    ("{tmp}/empty.py", "{tmp}/empty.py must define CONFIG, a lensjax.runs.config.Config; got None"),
+    ("{tmp}/dict.py", "{tmp}/dict.py must define CONFIG, a lensjax.runs.config.Config; got {'steps': 3}"),
     (
         "recall --output-dir {tmp}/base",
         "{tmp}/base is not empty: choose another --output-dir, or go on .* --resume {tmp}/base",
@@ -424,7 +427,7 @@ def test_undefined_values_are_strict_json(whole):
 def test_a_loss_that_is_not_finite_ends_the_command(cheap, tmp_path, monkeypatch, phase, step, advice):
     module, name = {
         "pretrain": (pretrain, "pretrain_step"),
-        "lens": (train, "train_step"),
+        "lens": (preference, "train_step"),
         "online": (online, "online_step"),
     }[phase]
     good = getattr(module, name)

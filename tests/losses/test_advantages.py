@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lensjax import advantages, schedules
+from lensjax.losses import advantages
+from lensjax.training.optim import schedules
 
 KINDS = ("mean", "standardised", "leave_one_out")
 

@@ -11,13 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lensjax import advantages, hyperlora, losses, nll, preferences, rollouts, schedules, stability
-from lensjax import context as contexts
-from lensjax import tree as trees
-from lensjax.context import WorkingContext
-from lensjax.lengths import CutGeometry
-from lensjax.preferences import PairTargets, PreferencePairs
-from lensjax.variants import local_rollouts
+from lensjax import losses
+from lensjax.context import rollouts
+from lensjax.context import tree as trees
+from lensjax.context import working as contexts
+from lensjax.context.geometry import CutGeometry
+from lensjax.context.working import WorkingContext
+from lensjax.losses import advantages
+from lensjax.models import hyperlora
+from lensjax.training import nll, preferences
+from lensjax.training.optim import moving, schedules
+from lensjax.training.preferences import PairTargets, PreferencePairs
+from lensjax.training.scoring import local_rollouts
 from tests import reference
 
 BATCH = 3
@@ -103,8 +108,8 @@ def pair_targets(rng: np.random.Generator) -> PairTargets:
     return PairTargets(signs.astype(np.float32), where, spans.astype(np.float32))
 
 
-def moments(rng: np.random.Generator) -> stability.EmaMoments:
-    return stability.EmaMoments(*(np.asarray(x, np.float32) for x in (0.5, rng.uniform(0, 0.2), 0.4)))
+def moments(rng: np.random.Generator) -> moving.EmaMoments:
+    return moving.EmaMoments(*(np.asarray(x, np.float32) for x in (0.5, rng.uniform(0, 0.2), 0.4)))
 
 
 def params(rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -258,13 +263,13 @@ ADVANTAGES = [
 ]
 
 STABILITY = [
-    Case("update_moments", stability.update_moments, (moments, SCORES, WHERE, UNIT), "fff"),
-    Case("normalise", stability.normalise, (moments, SCORES), "f"),
-    Case("init_anchor", stability.init_anchor, (params,), "ff"),
+    Case("update_moments", moving.update_moments, (moments, SCORES, WHERE, UNIT), "fff"),
+    Case("normalise", moving.normalise, (moments, SCORES), "f"),
+    Case("init_anchor", moving.init_anchor, (params,), "ff"),
     *(
         Case(
             f"update_anchor {kind}",
-            lambda a, b, c, beta, kind=kind: stability.update_anchor(a, b, c, kind=kind, beta=beta),
+            lambda a, b, c, beta, kind=kind: moving.update_anchor(a, b, c, kind=kind, beta=beta),
             (params, params, params, UNIT),
             "ff",
         )

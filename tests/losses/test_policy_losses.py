@@ -5,7 +5,7 @@ import pytest
 from jax.test_util import check_grads
 
 from lensjax import losses
-from lensjax.advantages import group_advantages
+from lensjax.losses.advantages import group_advantages
 
 WHERE = jnp.asarray([True, True, True, False])
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lensjax.config import BaseConfig
 from lensjax.models import BaseModel, KVCache, Params
-from lensjax.models.transformer import Transformer, TransformerConfig
+from lensjax.models.nn.transformer import Transformer, TransformerConfig
+from lensjax.runs.config import BaseConfig
 from tests.small import jit
 
 BASE = BaseConfig(vocab_size=29, dim=16, layers=2, heads=4, kv_heads=2, mlp_dim=48, conv_width=3)

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lensjax import comparison, episodes, evaluation, rivals
-from lensjax import context as contexts
-from lensjax.decision import build_tree, policy_contexts, policy_scores, split
-from lensjax.variants import score_variants
+from lensjax.context import working as contexts
+from lensjax.evaluation import compare, held_out, rivals
+from lensjax.models.decision import build_tree, policy_contexts, policy_scores, split
+from lensjax.training.scoring import score_variants
+from lensjax.training.steps import episodes
 from tests.small import SMALL, VOCABULARY, Run, jit
 
 RUN = Run(**{"focus.steps": 2, "online.refocus_steps": 2, "online.steps": 12})
@@ -32,7 +33,7 @@ def by_history(state, tokens, key, *, shift=0):
     return {
         "lensnet": made,
         "lensnet_scores": policy_scores(MODELS, state.params["lens"], entries),
-        "focused": comparison.focused(MODELS, state.params, history, key, length=LENGTH, config=CONFIG),
+        "focused": compare.focused(MODELS, state.params, history, key, length=LENGTH, config=CONFIG),
         **rivals.causal(MODELS, state.params, history, key, length=LENGTH, draws=DRAWS, config=CONFIG),
     }
 
@@ -53,14 +54,14 @@ def episode(state, tokens, key):
 
 
 def maps(state, tokens, key):
-    drawn = evaluation.variant_maps(state, tokens[None], key, config=CONFIG, models=MODELS)
+    drawn = held_out.variant_maps(state, tokens[None], key, config=CONFIG, models=MODELS)
     return {name: drawn[name] for name in ("cuts", "scores")}
 
 
 def report(state, tokens, key):
     """What a run and a sweep report of decisions (`sweep.evaluate` is `eval_step` of every arm)."""
     batch = {"tokens": tokens[None], "answers": jnp.zeros((1, 1), jnp.int32)}
-    found = evaluation.eval_step(state, batch, key, config=CONFIG, models=MODELS)
+    found = held_out.eval_step(state, batch, key, config=CONFIG, models=MODELS)
     names = ("hit_rate", "hit_rate_random", "mc/swap_rate", "mc/edit_wish_rate", "mc/policy_score_abs_mean")
     return {name: found[name] for name in names}
 

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from lensjax import hyperlora
-from lensjax.hyperlora import PRESETS, Delta, HyperLoRAConfig
-from lensjax.models import HyperLoRAModel
+from lensjax.models import HyperLoRAModel, hyperlora
+from lensjax.models.hyperlora import PRESETS, Delta, HyperLoRAConfig
 from tests.small import jit
 
 DIM, TARGETS = 32, (("square", 32, 32), ("wide", 32, 96))

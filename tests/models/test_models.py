@@ -12,10 +12,11 @@ import pytest
 from flax import nnx
 from jax import Array
 
-from lensjax.config import BaseConfig, Config, GistConfig, LensConfig, replace
-from lensjax.context import Entries
-from lensjax.models import BaseModel, GistModel, LensModel, Params, build_models, transformer
+from lensjax.context.working import Entries
+from lensjax.models import BaseModel, GistModel, LensModel, Params, build_models
 from lensjax.models.lensnet import FREQUENCIES, Pointer, time_features
+from lensjax.models.nn import transformer
+from lensjax.runs.config import BaseConfig, Config, GistConfig, LensConfig, replace
 
 # Widths are shared, for initialisation without jit compiles once per shape.
 BASE = BaseConfig(vocab_size=29, dim=16, layers=2, heads=4, kv_heads=2, mlp_dim=48, conv_width=3)

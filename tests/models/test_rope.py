@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lensjax.models.rope import apply_rotary, rotary
+from lensjax.models.nn.rope import apply_rotary, rotary
 
 
 def test_angles_by_hand() -> None:

@@ -7,19 +7,19 @@ import matplotlib
 import numpy as np
 import pytest
 
-from lensjax import plots
+from lensjax.plots import curves
 
 
 @pytest.fixture(autouse=True)
 def _small_pictures(monkeypatch):
-    monkeypatch.setattr(plots, "_DPI", 40)
+    monkeypatch.setattr(curves, "_DPI", 40)
 
 
 def panels(figure):
     return {ax.get_title(loc="left"): ax for ax in figure.axes}
 
 
-def curves(ax):
+def drawn(ax):
     """Points by label; lines without one (faint values, levels) are left out."""
     lines = [line for line in ax.lines if not line.get_label().startswith("_")]
     return {line.get_label(): np.stack(line.get_data(), axis=1).tolist() for line in lines}
@@ -41,7 +41,7 @@ def test_curves_hold_the_values_and_gaps_of_the_rows(tmp_path):
         {"phase": "lens", "step": 15, "mc/lens_loss": "-inf", "eval/nll_oracle": 1.5, "eval/nll_baseline": 2.0},
         {"phase": "lens", "step": 20, "mc/lens_loss": 0.25, "eval/nll_oracle": "n/a", "eval/nll_baseline": 2},
     ]
-    shown = panels(plots.training_curves(rows, tmp_path / "curves.png"))
+    shown = panels(curves.training_curves(rows, tmp_path / "curves.png"))
     assert is_png(tmp_path / "curves.png")
     assert list(shown) == [
         "Pretraining loss",
@@ -52,19 +52,19 @@ def test_curves_hold_the_values_and_gaps_of_the_rows(tmp_path):
     ]
     pretraining, terms, held_out, agreement, rate = shown.values()
     gap = pytest.approx(math.nan, nan_ok=True)
-    assert curves(pretraining) == {"train": [[5, 5.0]]}
-    assert curves(terms) == {"total": [[5, 0.5], [10, gap], [15, gap], [20, 0.25]], "rank": [[5, 0.25], [10, 0.5]]}
-    assert curves(held_out) == {"recency": [[15, 2.0], [20, 2.0]], "oracle": [[15, 1.5], [20, gap]]}
-    assert curves(agreement) == {"LensNet": [[10, 0.75]]}
+    assert drawn(pretraining) == {"train": [[5, 5.0]]}
+    assert drawn(terms) == {"total": [[5, 0.5], [10, gap], [15, gap], [20, 0.25]], "rank": [[5, 0.25], [10, 0.5]]}
+    assert drawn(held_out) == {"recency": [[15, 2.0], [20, 2.0]], "oracle": [[15, 1.5], [20, gap]]}
+    assert drawn(agreement) == {"LensNet": [[10, 0.75]]}
     assert [0.5, 0.5] in [list(line.get_ydata()) for line in agreement.lines]
-    assert curves(rate) == {"pretraining": [[5, 0.1]]}
+    assert drawn(rate) == {"pretraining": [[5, 0.1]]}
 
 
 def test_noisy_training_metrics_get_a_running_mean_and_others_do_not(tmp_path):
     rows = [
         {"phase": "lens", "step": step, "mc/lens_loss": float(step % 2), "lr": float(step % 2)} for step in range(1, 41)
     ]
-    loss, rate = plots.training_curves(rows, tmp_path / "curves.png").axes
+    loss, rate = curves.training_curves(rows, tmp_path / "curves.png").axes
     raw, mean = (line.get_ydata() for line in loss.lines)
     assert raw.tolist() == rate.lines[0].get_ydata().tolist() == [1.0, 0.0] * 20
     assert mean.tolist() == pytest.approx([1 / 2, *([2 / 3, 1 / 3] * 19), 1 / 2])
@@ -72,14 +72,14 @@ def test_noisy_training_metrics_get_a_running_mean_and_others_do_not(tmp_path):
 
 def test_running_mean_by_hand():
     values = np.array([1.0, 3.0, math.nan, 5.0, 0.0])
-    mean = plots.running_mean(values, width=3)
+    mean = curves.running_mean(values, width=3)
     assert mean.tolist() == pytest.approx([2.0, 2.0, math.nan, 2.5, 2.5], nan_ok=True)
 
 
 def test_rows_without_a_known_metric_are_refused(tmp_path):
     rows = [{"phase": "lens", "step": 1, "perf/steps_per_second": 1.0, "eval/mc/preference_corr_mean": "n/a"}]
     with pytest.raises(ValueError, match="none of 1 rows holds a metric to draw"):
-        plots.training_curves(rows, tmp_path / "curves.png")
+        curves.training_curves(rows, tmp_path / "curves.png")
     assert not (tmp_path / "curves.png").exists()
 
 
@@ -114,7 +114,7 @@ def own_lines(ax):
 
 
 def test_quality_is_drawn_at_its_budget_with_its_interval(tmp_path):
-    figure = plots.quality_at_budget(results(), tmp_path / "quality.png", title="a$_$b")
+    figure = curves.quality_at_budget(results(), tmp_path / "quality.png", title="a$_$b")
     assert is_png(tmp_path / "quality.png")
     assert figure.get_suptitle() == "a$_$b"
     loss, gap, hits = panels(figure).values()
@@ -142,7 +142,7 @@ def test_quality_is_drawn_at_its_budget_with_its_interval(tmp_path):
 
 
 def test_gaps_far_beyond_are_drawn_at_the_edge_and_named(tmp_path):
-    gap = plots.quality_at_budget(results(), tmp_path / "quality.png").axes[1]
+    gap = curves.quality_at_budget(results(), tmp_path / "quality.png").axes[1]
     lines = own_lines(gap)
     assert lines["lensnet_1"].get_ydata().tolist() == [0.375, 0.5]
     assert lines["key_norm"].get_ydata().tolist() == [-0.5, 0.25]
@@ -156,7 +156,7 @@ def test_legend_stands_in_the_order_of_the_lines_and_lensnet_stands_out(tmp_path
     names = ("full", "lensnet_1", "uniform", "random", "recent_random", "key_norm", "snapkv", "bm25", "lensnet_4")
     rows = [dict(results()[0], policy=name, nll=str(place)) for place, name in enumerate(names)]
     rows += [dict(rows[0], policy="bm25_hindsight", information="hindsight", nll="4.5")]
-    figure = plots.quality_at_budget(rows, tmp_path / "quality.svg")
+    figure = curves.quality_at_budget(rows, tmp_path / "quality.svg")
     (legend,) = figure.legends
     # From worst to best; what knows the horizon is last, however good.
     assert [text.get_text() for text in legend.get_texts()] == [*reversed(names), "bm25 in hindsight"]
@@ -168,14 +168,14 @@ def test_legend_stands_in_the_order_of_the_lines_and_lensnet_stands_out(tmp_path
     )
     looks = {(line.get_color(), line.get_marker()) for line in lines.values()}
     assert len(looks) == len({line.get_marker() for line in lines.values()}) == len(names) + 1
-    assert lines["full"].get_linestyle() == "--" and lines["full"].get_color() == plots.MUTED
+    assert lines["full"].get_linestyle() == "--" and lines["full"].get_color() == curves.MUTED
 
 
 def test_panels_without_values_are_left_out(tmp_path):
-    figure = plots.quality_at_budget(results(gap_closed_oracle="", hit_rate=""), tmp_path / "quality.png")
+    figure = curves.quality_at_budget(results(gap_closed_oracle="", hit_rate=""), tmp_path / "quality.png")
     assert list(panels(figure)) == ["Held-out loss (lower is better)"]
     numbers = [row | {"entries": 64, "budget_ratio": 8, "nll": 2.5} for row in results()[:1]]
-    (line,) = plots.quality_at_budget(numbers, tmp_path / "quality.png").axes[0].get_lines()
+    (line,) = curves.quality_at_budget(numbers, tmp_path / "quality.png").axes[0].get_lines()
     assert line.get_ydata().tolist() == [2.5]
 
 
@@ -194,14 +194,14 @@ def test_panels_without_values_are_left_out(tmp_path):
 )
 def test_tables_that_cannot_be_drawn_are_refused(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message):
-        plots.quality_at_budget(rows, tmp_path / "quality.png")
+        curves.quality_at_budget(rows, tmp_path / "quality.png")
     assert not (tmp_path / "quality.png").exists()
 
 
 def test_global_state_stays_as_it_was(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
     before = dict(matplotlib.rcParams)
-    plots.training_curves([{"phase": "lens", "step": 1, "lr": 1.0}], tmp_path / "curves.png")
-    plots.quality_at_budget(results(), tmp_path / "quality.png")
+    curves.training_curves([{"phase": "lens", "step": 1, "lr": 1.0}], tmp_path / "curves.png")
+    curves.quality_at_budget(results(), tmp_path / "quality.png")
     assert "matplotlib.pyplot" not in sys.modules
     assert dict(matplotlib.rcParams) == before

@@ -5,17 +5,17 @@ import sys
 import matplotlib
 import numpy as np
 import pytest
+from tests.plots.test_curves import is_png, panels
 
-from lensjax import forest as forests
-from lensjax import plots
-from lensjax.effects import Effect
-from lensjax.forest import forest
-from tests.test_plots import is_png, panels
+from lensjax.evaluation.effects import Effect
+from lensjax.plots import curves
+from lensjax.plots import effects as forests
+from lensjax.plots.effects import forest
 
 
 @pytest.fixture(autouse=True)
 def _small_pictures(monkeypatch):
-    monkeypatch.setattr(plots, "_DPI", 40)
+    monkeypatch.setattr(curves, "_DPI", 40)
 
 
 def effect(knob, value, difference, half=0.01, *, p=1.0, seeds=3, diverged=0):

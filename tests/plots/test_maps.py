@@ -5,14 +5,14 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgba
+from tests.plots.test_curves import is_png, panels
 
-from lensjax import maps, plots
-from tests.test_plots import is_png, panels
+from lensjax.plots import curves, maps
 
 
 @pytest.fixture(autouse=True)
 def _small_pictures(monkeypatch):
-    monkeypatch.setattr(plots, "_DPI", 40)
+    monkeypatch.setattr(curves, "_DPI", 40)
 
 
 # Variants of a sequence

@@ -11,8 +11,8 @@ from experiments.quiet_star.config import BakeConfig, QuietStarConfig, RLConfig
 from experiments.quiet_star.model import ModelConfig, Reading
 from experiments.quiet_star.tasks import TASKS, WORDS, QuestionSource, TaskConfig
 from experiments.quiet_star.train import PRESETS, build_model
-from lensjax import theatre
-from lensjax.config import OptimizerConfig, StoppingConfig
+from lensjax.evaluation import faithfulness
+from lensjax.runs.config import OptimizerConfig, StoppingConfig
 from tests.small import jit
 
 CONFIG = QuietStarConfig(
@@ -473,7 +473,7 @@ def test_bad_settings_are_named(section, values, message):
 
 
 def test_thresholds_are_those_of_the_library():
-    assert CONFIG.theatre == theatre.TheatreConfig(0.30, 0.02, 0.5, 0.02)
+    assert CONFIG.theatre == faithfulness.TheatreConfig(0.30, 0.02, 0.5, 0.02)
 
 
 def test_the_presets_can_stop_and_a_patience_that_cannot_run_out_is_refused():

@@ -11,9 +11,10 @@ from rich.console import Console
 from experiments.quiet_star import compare, pictures, train
 from experiments.quiet_star.config import BakeConfig, QuietStarConfig, RLConfig
 from experiments.quiet_star.model import ModelConfig
-from lensjax import checkpoint, loop
-from lensjax.config import OptimizerConfig, StoppingConfig
-from lensjax.logging import read_rows
+from lensjax.runs.config import OptimizerConfig, StoppingConfig
+from lensjax.runs.engine import loop
+from lensjax.runs.store import checkpoint
+from lensjax.runs.store.log import read_rows
 from tests.runs import saved_arrays
 
 # A rate that harms at once: the first evaluation stays the best one.

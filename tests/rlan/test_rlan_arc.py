@@ -13,8 +13,8 @@ from experiments.rlan.arc import ArcConfig
 from experiments.rlan.config import PRESETS
 from experiments.rlan.grids import PADDING
 from experiments.rlan.model import GridConfig
-from lensjax.config import OptimizerConfig
-from lensjax.hyperlora import HyperLoRAConfig
+from lensjax.models.hyperlora import HyperLoRAConfig
+from lensjax.runs.config import OptimizerConfig
 
 SMALL = ArcConfig(size=4, pairs=2)
 

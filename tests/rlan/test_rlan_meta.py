@@ -13,10 +13,10 @@ from experiments.rlan.config import RlanConfig
 from experiments.rlan.grids import PADDING
 from experiments.rlan.model import GridConfig, GridModel
 from experiments.rlan.rules import RulesConfig
-from lensjax import hyperlora, optimizer
-from lensjax.config import OptimizerConfig
-from lensjax.hyperlora import Delta, HyperLoRAConfig
-from lensjax.models import HyperLoRAModel
+from lensjax.models import HyperLoRAModel, hyperlora
+from lensjax.models.hyperlora import Delta, HyperLoRAConfig
+from lensjax.runs.config import OptimizerConfig
+from lensjax.training.optim import optimizer
 from tests.small import jit
 
 CONFIG = RlanConfig(

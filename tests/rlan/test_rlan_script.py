@@ -11,10 +11,11 @@ from experiments.rlan import pictures, rules, train
 from experiments.rlan.config import RlanConfig
 from experiments.rlan.model import GridConfig
 from experiments.rlan.rules import RulesConfig
-from lensjax import checkpoint, loop
-from lensjax.config import OptimizerConfig
-from lensjax.hyperlora import PRESETS, HyperLoRAConfig
-from lensjax.logging import read_rows
+from lensjax.models.hyperlora import PRESETS, HyperLoRAConfig
+from lensjax.runs.config import OptimizerConfig
+from lensjax.runs.engine import loop
+from lensjax.runs.store import checkpoint
+from lensjax.runs.store.log import read_rows
 from tests.runs import saved_arrays
 
 TINY = RlanConfig(

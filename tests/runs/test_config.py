@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lensjax import config as configs
-from lensjax.config import Config, ContextConfig, DataConfig, Hyperparameters, LensConfig, ObjectiveConfig
-from lensjax.lengths import CutGeometry
+from lensjax.context.geometry import CutGeometry
+from lensjax.runs import config as configs
+from lensjax.runs.config import Config, ContextConfig, DataConfig, Hyperparameters, LensConfig, ObjectiveConfig
 
 CHANGED = Config(
     output_dir="runs/other",

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lensjax import data, recall, splits
-from lensjax.config import Config, ContextConfig, DataConfig
+from lensjax.runs.config import Config, ContextConfig, DataConfig
+from lensjax.runs.data import batches as data
+from lensjax.runs.data import recall, splits
 
 SPLITS = ("train", "validation", "test")
 RECALL = ContextConfig(window=64, block_size=8, horizon=6, recent_tokens=2)

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from lensjax import checkpoint, devices
-from lensjax import config as configs
-from lensjax.logging import read_rows
+from lensjax.runs import config as configs
+from lensjax.runs.engine import devices
+from lensjax.runs.store import checkpoint
+from lensjax.runs.store.log import read_rows
 from tests.runs import TINY, run_script
 
 STEPS = 20

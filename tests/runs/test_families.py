@@ -3,8 +3,9 @@ from itertools import combinations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lensjax import data, splits
-from lensjax.families import LONG, MOST_FILES, families
+from lensjax.runs.data import batches as data
+from lensjax.runs.data import splits
+from lensjax.runs.data.families import LONG, MOST_FILES, families
 
 
 def lines(*numbers: int, width: int = 40) -> bytes:

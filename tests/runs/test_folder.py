@@ -8,8 +8,8 @@ import sys
 import jax
 import pytest
 
-from lensjax import run_folder
-from lensjax.config import Config, load, replace
+from lensjax.runs.config import Config, load, replace
+from lensjax.runs.store import folder as run_folder
 
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 

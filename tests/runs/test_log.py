@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from lensjax.logging import PHASES, UNDEFINED, RunLogger, check_finite, read_rows
-from lensjax.metrics import HISTOGRAMS, MAY_BE_UNDEFINED
+from lensjax.runs.store.log import PHASES, UNDEFINED, RunLogger, check_finite, read_rows
+from lensjax.training.metrics import HISTOGRAMS, MAY_BE_UNDEFINED
 
 
 def lines(run_dir: Path) -> list[str]:

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from lensjax import checkpoint, data, devices, loop
-from lensjax.config import BaseConfig, Config, ContextConfig, DataConfig, OptimizerConfig, StoppingConfig
-from lensjax.logging import RunLogger, read_rows
+from lensjax.runs.config import BaseConfig, Config, ContextConfig, DataConfig, OptimizerConfig, StoppingConfig
+from lensjax.runs.data import batches as data
+from lensjax.runs.engine import devices, loop
+from lensjax.runs.store import checkpoint
+from lensjax.runs.store.log import RunLogger, read_rows
 from tests.runs import Killed, request_stop
 
 CONFIG = Config(
@@ -517,7 +519,7 @@ def test_a_patient_run_that_is_interrupted_at_every_step_stops_at_the_same_one(t
 
 @pytest.mark.parametrize("report", [{"loss": 1.0}, {"nll": math.nan}])
 def test_an_evaluation_without_the_metric_to_monitor_is_refused(run, monkeypatch, report):
-    monkeypatch.setattr("lensjax.logging.check_finite", lambda rows, advice: None)
+    monkeypatch.setattr("lensjax.runs.store.log.check_finite", lambda rows, advice: None)
     run.config = PATIENT
     with pytest.raises(ValueError, match=r"phase lens monitors nll, and its evaluation gives no such number: \{'"):
         run.start(evaluate=lambda state: report)

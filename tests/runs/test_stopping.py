@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lensjax import stopping
+from lensjax.runs.engine import stopping
 
 NAN = math.nan
 

@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lensjax import config as configs
-from lensjax import devices, sweep, train
 from lensjax.models import build_models
+from lensjax.runs import config as configs
+from lensjax.runs import sweep
+from lensjax.runs.engine import devices
+from lensjax.training.steps import preference
 from tests.small import SMALL, batch, jit
 
 STEPS = 50
@@ -63,8 +65,8 @@ def arm_of(state, index):
 @pytest.mark.parametrize("index", [5, 6])
 def test_an_arm_is_a_run_of_its_own(index):
     config = ARMS[index]
-    step = jit(functools.partial(train.train_step, config=config, models=models()), donate_argnums=0)
-    state = train.init_train_state(KEYS[config.seed], config=config, models=models(), params=params())
+    step = jit(functools.partial(preference.train_step, config=config, models=models()), donate_argnums=0)
+    state = preference.init_train_state(KEYS[config.seed], config=config, models=models(), params=params())
     swept_state, reports = swept()
     for done in range(STEPS):
         state, alone = step(state, {"tokens": tokens_of(config.seed, done)})
@@ -125,7 +127,7 @@ def test_the_states_of_several_devices_have_one_shape():
 def test_the_initial_state_of_an_arm_is_that_of_its_run():
     state = start()
     for index, config in enumerate(ARMS):
-        alone = train.init_train_state(KEYS[config.seed], config=PROGRAM, models=models(), params=params())
+        alone = preference.init_train_state(KEYS[config.seed], config=PROGRAM, models=models(), params=params())
         alone = replace(alone, params={"lens": alone.params["lens"]}, hyper=jax.tree.map(jnp.float32, config.hyper))
         jax.tree.map(np.testing.assert_array_equal, replace(arm_of(state, index), key=None), replace(alone, key=None))
 

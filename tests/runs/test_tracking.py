@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.configs.tracking import CONFIG
-from lensjax import data
-from lensjax.config import Config, ContextConfig, DataConfig
-from lensjax.tracking import TrackingSource
+from experiments.presets.tracking import CONFIG
+from lensjax.runs.config import Config, ContextConfig, DataConfig
+from lensjax.runs.data import batches as data
+from lensjax.runs.data.tracking import TrackingSource
 
 VOCABULARY = 160
 """Three words, 78 names from 3 on, 79 values from 81 on."""

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lensjax import adaptation, evaluation, hyperlora, objective, preferences, train
-from lensjax import config as configs
-from lensjax.config import LensConfig
-from lensjax.decision import build_tree, policy_contexts, policy_scores, split
-from lensjax.models import LensModel
-from lensjax.variants import score_variants
+from lensjax.evaluation import held_out
+from lensjax.models import LensModel, hyperlora
+from lensjax.models.decision import build_tree, policy_contexts, policy_scores, split
+from lensjax.runs import config as configs
+from lensjax.runs.config import LensConfig
+from lensjax.training import objective, preferences
+from lensjax.training.scoring import score_variants
+from lensjax.training.steps import adaptation, preference
 from tests import slow_objective
 from tests.small import SMALL, Run, batch, jit
 
@@ -235,9 +237,7 @@ def test_the_hypernetwork_learns_what_pays():
 
 
 def test_what_it_picks_is_measured_beside_what_lensnet_picks():
-    step = jit(
-        lambda state, rows, key: evaluation.eval_step(state, rows, key, config=HYPER.config, models=HYPER.models)
-    )
+    step = jit(lambda state, rows, key: held_out.eval_step(state, rows, key, config=HYPER.config, models=HYPER.models))
     rows = batch() | {"answers": jnp.asarray([[0], [2], [4]], jnp.int32)}
     state, key = HYPER.state(), jax.random.key(0)
     report = step(state, rows, key)
@@ -278,4 +278,4 @@ def test_without_a_hypernetwork_there_are_no_deltas(support):
     with pytest.raises(ValueError, match="name hyper in trainable"):
         adaptation.document_deltas(Run().models, HYPER.state().params, row(support), config=SMALL)
     with pytest.raises(ValueError, match="params may hold base, gist, lens, got hyper"):
-        train.init_train_state(jax.random.key(0), config=SMALL, models=Run().models, params={"hyper": {}})
+        preference.init_train_state(jax.random.key(0), config=SMALL, models=Run().models, params={"hyper": {}})

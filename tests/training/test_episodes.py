@@ -6,11 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from lensjax import config as configs
-from lensjax import context as contexts
-from lensjax import episodes, focus, nll
-from lensjax.decision import build_tree, split
+from lensjax.context import allocator
+from lensjax.context import working as contexts
 from lensjax.models import build_models
+from lensjax.models.decision import build_tree, split
+from lensjax.runs import config as configs
+from lensjax.training import nll
+from lensjax.training.steps import episodes
 from tests.small import SMALL, batch, jit
 
 CONFIG = configs.replace(SMALL, **{"online.steps": 12, "online.edit_cost": 0.25, "online.refocus_steps": 3})
@@ -45,7 +47,7 @@ def judge(lens_params, reference=None):
 
 def test_an_episode_begins_cold_and_every_context_has_the_length():
     episode, geometry = played(), CONFIG.context.geometry
-    cold = focus.uniform(LENGTH, geometry)
+    cold = allocator.uniform(LENGTH, geometry)
     np.testing.assert_array_equal(
         episode.states.collapsed[:, 0], np.broadcast_to(cold.collapsed, (3, len(cold.collapsed)))
     )
@@ -54,7 +56,7 @@ def test_an_episode_begins_cold_and_every_context_has_the_length():
     for row in range(3):
         for step in range(3):
             state, context = jax.tree.map(lambda leaf: leaf[row, step], (episode.states, episode.contexts))  # noqa: B023
-            again = focus.to_context(state, geometry, capacity=LENGTH)
+            again = allocator.to_context(state, geometry, capacity=LENGTH)
             jax.tree.map(np.testing.assert_array_equal, context, again)
 
 

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from lensjax import metrics
+from lensjax.training import metrics
 
 NAN = float("nan")
 

@@ -5,10 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lensjax import losses, stability
+from lensjax import losses
+from lensjax.training.optim import moving
 from tests import reference
 
-update_moments = jax.jit(stability.update_moments)
+update_moments = jax.jit(moving.update_moments)
 
 
 def mean_and_variance(moments):
@@ -17,7 +18,7 @@ def mean_and_variance(moments):
 
 def moments_after(batches, betas, size=6):
     """Moments after a run of batches, each padded with values that must not be read."""
-    moments = stability.init_moments()
+    moments = moving.init_moments()
     for batch, beta in zip(batches, betas, strict=True):
         values = np.full(size, np.nan, np.float32)
         values[: len(batch)] = batch
@@ -26,10 +27,10 @@ def moments_after(batches, betas, size=6):
 
 
 def test_empty_moments_normalise_nothing():
-    moments = stability.init_moments()
+    moments = moving.init_moments()
     assert mean_and_variance(moments) == [0.0, 1.0]
     values = np.asarray([0.5, -2.0], np.float32)
-    np.testing.assert_allclose(stability.normalise(moments, values), values, rtol=1e-6)
+    np.testing.assert_allclose(moving.normalise(moments, values), values, rtol=1e-6)
 
 
 def test_moments_by_hand():
@@ -40,7 +41,7 @@ def test_moments_by_hand():
     variance = (0.09 * 5 + 0.1 * 25) / 0.19 - mean**2
     assert mean_and_variance(moments) == pytest.approx([mean, variance], rel=1e-5)
     assert float(moments.decay_product) == pytest.approx(0.81)
-    z = stability.normalise(moments, np.asarray([mean, mean + 2 * variance**0.5], np.float32))
+    z = moving.normalise(moments, np.asarray([mean, mean + 2 * variance**0.5], np.float32))
     assert z.tolist() == pytest.approx([0.0, 2.0], abs=1e-5)
 
 
@@ -60,9 +61,9 @@ def test_moments_are_those_of_the_weighted_sample_in_double_precision():
     batches, betas = random.normal(3, 2, (40, 7)), random.uniform(0.5, 0.99, 40)
     # Counts are in single precision, and exact.
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        moments = stability.init_moments()
+        moments = moving.init_moments()
         for batch, beta in zip(batches, betas, strict=True):
-            moments = stability.update_moments(moments, batch, np.ones(7, bool), beta)
+            moments = moving.update_moments(moments, batch, np.ones(7, bool), beta)
         assert moments.variance.dtype == np.float64
     assert mean_and_variance(moments) == pytest.approx(reference.ema_mean_var(batches, betas), rel=1e-10)
 
@@ -84,36 +85,34 @@ def test_a_batch_without_valid_values_changes_nothing():
 
 def test_equal_values_are_normalised_without_dividing_by_zero():
     moments = moments_after([[0.3, 0.3]], [0.9])
-    assert stability.normalise(moments, np.full(2, 0.3, np.float32)).tolist() == pytest.approx([0, 0], abs=1e-2)
+    assert moving.normalise(moments, np.full(2, 0.3, np.float32)).tolist() == pytest.approx([0, 0], abs=1e-2)
 
 
 def test_a_nan_among_valid_values_stays():
-    moments = stability.update_moments(
-        stability.init_moments(), np.asarray([1.0, np.nan], np.float32), np.ones(2, bool), 0.9
-    )
+    moments = moving.update_moments(moving.init_moments(), np.asarray([1.0, np.nan], np.float32), np.ones(2, bool), 0.9)
     assert np.isnan(mean_and_variance(moments)).all()
 
 
 def test_a_fresh_state_can_be_donated():
-    moments = stability.init_moments()
+    moments = moving.init_moments()
     buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(moments)]
     assert len(set(buffers)) == 3
     params = {"w": jnp.ones(3)}
-    anchor = stability.init_anchor(params)
+    anchor = moving.init_anchor(params)
     np.testing.assert_array_equal(anchor["w"], params["w"])
     assert anchor["w"].unsafe_buffer_pointer() != params["w"].unsafe_buffer_pointer()
 
 
 # The mean of the last values
 
-update_window = jax.jit(stability.update_window)
-window_mean = jax.jit(stability.window_mean)
+update_window = jax.jit(moving.update_window)
+window_mean = jax.jit(moving.window_mean)
 
 
 @settings(max_examples=40)
 @given(values=st.lists(st.floats(-4, 4, width=16), max_size=12), size=st.integers(1, 5))
 def test_a_window_gives_the_mean_of_the_last_values(values, size):
-    window = stability.init_window(size)
+    window = moving.init_window(size)
     assert float(window_mean(window)) == 0
     for index, value in enumerate(values, start=1):
         window = update_window(window, np.float32(value))
@@ -125,17 +124,17 @@ def test_a_window_in_a_scan_forgets_what_left_it():
     series = np.asarray([np.nan, 1e30, 1.0, 2.0, 3.0, 4.0], np.float32)
 
     def step(window, value):
-        window = stability.update_window(window, value)
-        return window, stability.window_mean(window)
+        window = moving.update_window(window, value)
+        return window, moving.window_mean(window)
 
-    window, means = jax.lax.scan(step, stability.init_window(3), series)
+    window, means = jax.lax.scan(step, moving.init_window(3), series)
     assert np.isnan(means[:3]).all() and means[3] == np.float32(1e30) / 3 and means[4:].tolist() == [2.0, 3.0]
     assert int(window.count) == 6 and window.values.dtype == np.float32
 
 
 def test_a_window_of_nothing_is_refused():
     with pytest.raises(ValueError, match="a window must hold at least 1 value, got 0"):
-        stability.init_window(0)
+        moving.init_window(0)
 
 
 # The policy anchor, over a run in which the parameter is the number of updates made.
@@ -144,12 +143,12 @@ def test_a_window_of_nothing_is_refused():
 def anchors_of_a_run(kind, beta=0.75, steps=4):
     """The parameter and the anchor that each step's loss sees."""
     params = {"w": jnp.asarray(0.0)}
-    anchor = stability.init_anchor(params)
+    anchor = moving.init_anchor(params)
     seen = []
     for _ in range(steps):
         seen.append((float(params["w"]), float(anchor["w"])))
         after = {"w": params["w"] + 1}
-        anchor = stability.update_anchor(anchor, params, after, kind=kind, beta=beta)
+        anchor = moving.update_anchor(anchor, params, after, kind=kind, beta=beta)
         params = after
     return seen
 
@@ -178,4 +177,4 @@ def test_the_kl_against_the_previous_policy_is_positive_after_a_step():
 
 def test_an_unknown_anchor_is_refused():
     with pytest.raises(ValueError, match="anchor must be previous, ema or fixed, got 'cache'"):
-        stability.update_anchor({}, {}, {}, kind="cache", beta=0.9)
+        moving.update_anchor({}, {}, {}, kind="cache", beta=0.9)

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lensjax import context as contexts
-from lensjax import nll
-from lensjax import tree as trees
-from lensjax.config import BaseConfig
-from lensjax.lengths import CutGeometry
+from lensjax.context import tree as trees
+from lensjax.context import working as contexts
+from lensjax.context.geometry import CutGeometry
 from lensjax.models import BaseModel
+from lensjax.runs.config import BaseConfig
+from lensjax.training import nll
 from tests import reference
 
 HISTORY, HORIZON = 32, 3

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lensjax import config as configs
 from lensjax import losses
-from lensjax.context import Entries
-from lensjax.metrics import MAY_BE_UNDEFINED
-from lensjax.objective import lens_objective
-from lensjax.stability import EmaMoments
-from lensjax.variants import ScoredVariants
+from lensjax.context.working import Entries
+from lensjax.runs import config as configs
+from lensjax.training.metrics import MAY_BE_UNDEFINED
+from lensjax.training.objective import lens_objective
+from lensjax.training.optim.moving import EmaMoments
+from lensjax.training.scoring import ScoredVariants
 from tests import reference, slow_objective
 from tests.small import SMALL, jit
 

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tests.losses.test_advantages import slow_gae
 
-from lensjax import config as configs
-from lensjax import devices, episodes, online, train
-from lensjax.config import OnlineConfig
 from lensjax.models import build_models
+from lensjax.runs import config as configs
+from lensjax.runs.config import OnlineConfig
+from lensjax.runs.engine import devices
+from lensjax.training.steps import episodes, online, preference
 from tests.small import SMALL, batch, jit
-from tests.test_advantages import slow_gae
 
 REPORT = {
     *("loss", "grad_norm", "lr"),
@@ -43,7 +44,7 @@ class Played:
         self.loss = jit(functools.partial(online.episode_loss, **static))
 
     def state(self, seed=0):
-        start = train.init_train_state(jax.random.key(seed), config=self.config, models=self.models)
+        start = preference.init_train_state(jax.random.key(seed), config=self.config, models=self.models)
         return online.init_online_state(jax.random.key(seed + 1), config=self.config, params=start.params)
 
     def batch(self, seed=0):

@@ -6,9 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from lensjax import checkpoint, devices, optimizer
-from lensjax.config import OptimizerConfig
 from lensjax.models import build_models
+from lensjax.runs.config import OptimizerConfig
+from lensjax.runs.engine import devices
+from lensjax.runs.store import checkpoint
+from lensjax.training.optim import optimizer
 from tests.runs import TINY
 
 PARAMS = {"matrix": np.asarray([[1.0, -2.0]], np.float32), "scale": np.asarray([0.5], np.float32)}

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lensjax import config as configs
-from lensjax import train
-from lensjax.metrics import HISTOGRAMS, MAY_BE_UNDEFINED
 from lensjax.models import build_models
+from lensjax.runs import config as configs
+from lensjax.training.metrics import HISTOGRAMS, MAY_BE_UNDEFINED
+from lensjax.training.steps import preference
 from tests import reference, slow_objective
 from tests.small import FULL, HALF_PRECISION, LENS, OTHER, SMALL, Run, batch, jit
 
@@ -65,7 +65,7 @@ def moved(before, after):
 
 @pytest.mark.parametrize(("run", "extra"), [(LENS, set()), (FULL, KL | JOINT), (OTHER, KL | JOINT)])
 def test_the_names_of_the_report(run, extra):
-    step = functools.partial(train.train_step, config=run.config, models=run.models)
+    step = functools.partial(preference.train_step, config=run.config, models=run.models)
     _, report = jax.eval_shape(step, run.state(), batch())
     assert set(report) == REPORT | extra
     shapes = {name: (len(HISTOGRAMS[name]) - 1,) if name in HISTOGRAMS else () for name in report}
@@ -152,8 +152,8 @@ def test_every_trainable_leaf_moves_and_every_frozen_one_stays(run):
 def test_frozen_parts_are_passed_through_for_every_choice_of_trainable_parts(trainable):
     """Read off the program: the output for a frozen leaf is the input itself."""
     config = configs.replace(SMALL, trainable=trainable)
-    state = train.init_train_state(jax.random.key(0), config=config, models=LENS.models)
-    step = functools.partial(train.train_step, config=config, models=LENS.models)
+    state = preference.init_train_state(jax.random.key(0), config=config, models=LENS.models)
+    step = functools.partial(preference.train_step, config=config, models=LENS.models)
     program, (after, _) = jax.make_jaxpr(step, return_shape=True)(state, batch())
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
     assert names == [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(after)]
@@ -240,7 +240,7 @@ def test_without_divergence_there_is_no_anchor_and_no_second_pass(weight, applic
     run = Run(lambda config: replace(build_models(config), lens=lens), **{"hyper.kl_weight": weight})
     state = run.state()
     assert (state.anchor is None) == (weight == 0)
-    jax.eval_shape(functools.partial(train.train_step, config=run.config, models=run.models), state, batch())
+    jax.eval_shape(functools.partial(preference.train_step, config=run.config, models=run.models), state, batch())
     assert lens.applied == applications
 
 
@@ -250,7 +250,7 @@ def test_without_divergence_there_is_no_anchor_and_no_second_pass(weight, applic
 def lens_reports(run, steps):
     """Of single steps of LensNet alone, on the variants of the first one; and those variants with their scores."""
     scored, scores, _ = run.observe(run.state(step=steps[0]), batch())
-    step = jit(functools.partial(train.lens_step, config=run.config, models=run.models))
+    step = jit(functools.partial(preference.lens_step, config=run.config, models=run.models))
     return [numbers(step(run.state(step=i), scored)[1]) for i in steps], scored, scores
 
 
@@ -270,7 +270,7 @@ def test_the_schedule_of_the_temperature_reaches_info_nce():
 def test_each_step_draws_new_rankings_from_a_key_that_no_sequence_has():
     key = jax.random.key(7)
     rows = jax.random.key_data(jax.random.split(key, 4096)).tolist()
-    assert jax.random.key_data(train.objective_key(key)).tolist() not in rows
+    assert jax.random.key_data(preference.objective_key(key)).tolist() not in rows
     run = Run(**{"objective.name": "pg_rank", "context.rollouts": 6})
     terms = [report["mc/preference_loss"] for report in lens_reports(run, (3, 3, 4))[0]]
     assert terms[0] == terms[1] != terms[2] and np.isfinite(terms).all()
@@ -284,7 +284,7 @@ def test_each_step_draws_new_rankings_from_a_key_that_no_sequence_has():
 def test_what_takes_the_place_of_the_preference_loss_trains(changes):
     run = Run(steps=30, **changes, **{"hyper.rank_weight": 0.0, "hyper.learning_rate": 0.01})
     scored, _, _ = run.observe(run.state(), batch())
-    step = jit(functools.partial(train.lens_step, config=run.config, models=run.models))
+    step = jit(functools.partial(preference.lens_step, config=run.config, models=run.models))
     state, reports = run.state(), []
     for _ in range(run.config.steps):
         state, report = step(state, scored)
@@ -367,7 +367,7 @@ def test_several_settings_in_one_program_are_several_runs():
     # Second steps, so that there is an anchor, an average and a normaliser.
     states = [FULL.history(FULL.state(seed, **hyper), 1)[0][1] for seed, hyper in enumerate(settings)]
     together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-    step = functools.partial(train.train_step, config=FULL.config, models=FULL.models)
+    step = functools.partial(preference.train_step, config=FULL.config, models=FULL.models)
     found, reports = jit(jax.vmap(step, in_axes=(0, None)))(together, batch(1))
     for index, state in enumerate(states):
         expected, report = FULL.train_step(state, batch(1))
@@ -442,25 +442,25 @@ def test_padding_changes_nothing():
 def test_given_parts_are_taken_and_the_others_are_drawn():
     key = jax.random.key(3)
     base = LENS.models.base.init(jax.random.key(7))
-    drawn = train.init_train_state(key, config=LENS.config, models=LENS.models)
-    state = train.init_train_state(key, config=LENS.config, models=LENS.models, params={"base": base})
+    drawn = preference.init_train_state(key, config=LENS.config, models=LENS.models)
+    state = preference.init_train_state(key, config=LENS.config, models=LENS.models, params={"base": base})
     chex.assert_trees_all_equal(state.params, {**drawn.params, "base": base})
     assert int(state.step) == 0 and state.anchor is None
     assert float(state.hyper.context_end) == LENS.config.hyper.context_end
-    other = train.init_train_state(jax.random.key(4), config=LENS.config, models=LENS.models)
+    other = preference.init_train_state(jax.random.key(4), config=LENS.config, models=LENS.models)
     assert all(moved(drawn.params["lens"]["content"], other.params["lens"]["content"]).values())
 
 
 def test_given_parts_outlive_a_donated_state():
     params = jax.tree.map(jnp.copy, FULL.state().params)
-    state = train.init_train_state(jax.random.key(0), config=FULL.config, models=FULL.models, params=params)
+    state = preference.init_train_state(jax.random.key(0), config=FULL.config, models=FULL.models, params=params)
     FULL.train_step(state, batch())
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
 
 
 def test_unknown_parts_are_refused():
     with pytest.raises(ValueError, match="params may hold base, gist, lens, got head, tail"):
-        train.init_train_state(
+        preference.init_train_state(
             jax.random.key(0), config=LENS.config, models=LENS.models, params={"tail": {}, "head": {}, "base": {}}
         )
 
@@ -471,7 +471,7 @@ def test_lengths_of_the_curriculum_are_reachable_and_monotone(changes, start, en
     config = configs.replace(SMALL, **changes, **{"hyper.context_start": start, "hyper.context_end": end})
     hyper = jax.tree.map(jnp.float32, config.hyper)
     steps = np.arange(config.steps, dtype=np.int32)
-    lengths = jax.vmap(lambda step: train.current_length(step, hyper, config))(steps).tolist()
+    lengths = jax.vmap(lambda step: preference.current_length(step, hyper, config))(steps).tolist()
     geometry = config.context.geometry
     assert all(geometry.length(length) == length for length in lengths)
     assert lengths[0] == geometry.length_of_fraction(start)

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lensjax import preferences
-from lensjax.lengths import CutGeometry
-from lensjax.preferences import PreferencePairs
+from lensjax.context.geometry import CutGeometry
+from lensjax.training import preferences
+from lensjax.training.preferences import PreferencePairs
 from tests import reference
 
 variant_values = jax.jit(

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lensjax import context as contexts
-from lensjax import evaluation, nll, pretrain
-from lensjax.decision import build_tree, split
+from lensjax.context import working as contexts
+from lensjax.evaluation import held_out
+from lensjax.models.decision import build_tree, split
+from lensjax.training import nll
+from lensjax.training.steps import pretrain
 from tests import reference
 from tests.small import Run, batch, jit
 
@@ -77,14 +79,14 @@ def test_the_report(run):
 
 def test_its_loss_is_that_of_evaluation():
     first, _, reports = history(PLAIN)
-    measure = jit(functools.partial(evaluation.pretrain_eval_step, config=PLAIN.config, models=PLAIN.models))
-    held_out = measure(first.params, batch())
-    assert float(held_out["nll_full"]) == pytest.approx(reports[0]["token_loss"], rel=1e-5)
+    measure = jit(functools.partial(held_out.pretrain_eval_step, config=PLAIN.config, models=PLAIN.models))
+    measured = measure(first.params, batch())
+    assert float(measured["nll_full"]) == pytest.approx(reports[0]["token_loss"], rel=1e-5)
     of_a_row = jit(functools.partial(nll.sequence_losses, PLAIN.models.base, first.params["base"]))
     losses = [of_a_row(row) for row in batch()["tokens"]]
-    assert float(held_out["nll_full"]) == pytest.approx(float(np.mean(losses)), rel=1e-5)
+    assert float(measured["nll_full"]) == pytest.approx(float(np.mean(losses)), rel=1e-5)
     tail = np.asarray(losses)[:, -PLAIN.config.context.horizon :]
-    assert float(held_out["nll_full_tail"]) == pytest.approx(float(tail.mean()), rel=1e-5)
+    assert float(measured["nll_full_tail"]) == pytest.approx(float(tail.mean()), rel=1e-5)
 
 
 def test_it_is_one_program_and_repeats_to_the_bit(compiles):

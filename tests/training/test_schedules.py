@@ -5,8 +5,8 @@ import jax
 import numpy as np
 import pytest
 
-from lensjax import schedules
-from lensjax.lengths import CutGeometry
+from lensjax.context.geometry import CutGeometry
+from lensjax.training.optim import schedules
 
 GEOMETRY = CutGeometry(window=100, block_size=4, max_lod=2, recent_tokens=20)
 

@@ -6,11 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lensjax import context as contexts
-from lensjax import focus, train
-from lensjax.decision import build_tree, policy_scores
-from lensjax.lengths import CutGeometry
-from lensjax.variants import local_rollouts
+from lensjax.context import allocator
+from lensjax.context import working as contexts
+from lensjax.context.geometry import CutGeometry
+from lensjax.models.decision import build_tree, policy_scores
+from lensjax.training.scoring import local_rollouts
+from lensjax.training.steps import preference
 from tests import reference
 from tests.small import FULL, OTHER, SMALL, Run, batch, jit
 
@@ -22,7 +23,7 @@ def observed(run=OTHER, step=4):
     """A batch of variants under a base model whose loss the reference can compute, and the policy's scores."""
     state = run.state(step=step, lod2_share=0.5)
     scored, scores, _ = run.observe(state, batch())
-    length = int(train.current_length(state.step, state.hyper, run.config))
+    length = int(preference.current_length(state.step, state.hyper, run.config))
     return state, length, scored, np.asarray(scores)
 
 
@@ -106,7 +107,7 @@ def draw_local(edits):
 def test_local_rollouts_are_swaps_away_from_the_first(edits, length):
     drawn, distinct = draw_local(edits)(jax.random.split(jax.random.key(edits), 40), length, 0.4)
     cuts = np.asarray(jax.vmap(jax.vmap(lambda one: contexts.to_cut(one, window=LOCAL.window)))(drawn))
-    states = jax.vmap(jax.vmap(lambda cut: focus.from_cut(cut, LOCAL).collapsed))(cuts)
+    states = jax.vmap(jax.vmap(lambda cut: allocator.from_cut(cut, LOCAL).collapsed))(cuts)
     flipped = np.asarray(states != states[:, :1])
     expanded, collapsed = (flipped & (np.asarray(states) == to) for to in (False, True))
     # A swap expands one node and collapses another: the length stays.

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from lensjax import hyperlora
-from lensjax.hyperlora import Delta, Deltas, HyperLoRAConfig
+from lensjax.models import hyperlora
+from lensjax.models.hyperlora import Delta, Deltas, HyperLoRAConfig
 
 # The default of the framework that the published init_scale was chosen in.
 _HIDDEN_INIT = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")

@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from lensjax.models.rope import apply_rotary
+from lensjax.models.nn.rope import apply_rotary
 
 # Smaller blocks would keep a GPU waiting, more of them the compiler.
 _MIN_BLOCK, _MAX_BLOCKS = 128, 8

@@ -1,6 +1,6 @@
 """Token windows from text files or from a synthetic task, as deterministic grain iterators.
 
-Text is read as bytes. Each FAMILY of files with text in common (`lensjax.families`) belongs to one split: a hash of the
+Text is read as bytes. Each FAMILY of files with text in common (`lensjax.runs.data.families`) belongs to one split: a hash of the
 name of its first file decides, and so for most files, which share little with any other, a hash of their own name.
 The split depends neither on the machine nor on the order of the files, and no window of a held-out file, or of a
 near-duplicate of it, is ever trained on. Adding a file changes the split of others where it joins two families, or
@@ -17,11 +17,11 @@ from pathlib import Path
 import grain
 import numpy as np
 
-from lensjax.config import Config, DataConfig
-from lensjax.families import families
-from lensjax.recall import RecallSource
-from lensjax.splits import SPLITS, Split, digest, split_of
-from lensjax.tracking import TrackingSource
+from lensjax.runs.config import Config, DataConfig
+from lensjax.runs.data.families import families
+from lensjax.runs.data.recall import RecallSource
+from lensjax.runs.data.splits import SPLITS, Split, digest, split_of
+from lensjax.runs.data.tracking import TrackingSource
 
 Batch = dict[str, np.ndarray]
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lensjax.config import ContextConfig
-from lensjax.splits import SPLITS, Split
+from lensjax.runs.config import ContextConfig
+from lensjax.runs.data.splits import SPLITS, Split
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,12 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lensjax import checkpoint, devices, stopping
-from lensjax import logging as run_logging
-from lensjax.config import StoppingConfig
-from lensjax.logging import RunLogger
-from lensjax.metrics import HISTOGRAMS, MAY_BE_UNDEFINED
+from lensjax.runs.config import StoppingConfig
+from lensjax.runs.engine import devices, stopping
+from lensjax.runs.store import checkpoint
+from lensjax.runs.store import log as run_logging
+from lensjax.runs.store.log import RunLogger
+from lensjax.training.metrics import HISTOGRAMS, MAY_BE_UNDEFINED
 
 State = TypeVar("State")
 

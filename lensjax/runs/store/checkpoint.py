@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lensjax import devices
+from lensjax.runs.engine import devices
 
 Tree = TypeVar("Tree")
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import jax
 
 from lensjax import __version__
-from lensjax import config as config_lib
+from lensjax.runs import config as config_lib
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _CONFIG, _ENVIRONMENT = "config.json", "environment.json"

@@ -20,7 +20,7 @@ from tensorboardX import RecordWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import HistogramProto, Summary
 
-from lensjax.metrics import HISTOGRAMS, MAY_BE_UNDEFINED
+from lensjax.training.metrics import HISTOGRAMS, MAY_BE_UNDEFINED
 
 Row = dict[str, Any]
 

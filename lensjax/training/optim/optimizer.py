@@ -12,7 +12,7 @@ import optax
 import optax.contrib
 from jax.typing import ArrayLike
 
-from lensjax.config import OptimizerConfig
+from lensjax.runs.config import OptimizerConfig
 
 
 def init(config: OptimizerConfig, parts: dict[str, Any]) -> dict[str, Any]:

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax.lengths import ROUNDING, CutGeometry
-from lensjax.rollouts import collapses_for_length, length_for_collapses
+from lensjax.context.geometry import ROUNDING, CutGeometry
+from lensjax.context.rollouts import collapses_for_length, length_for_collapses
 
 
 def progress(step: ArrayLike, steps: int) -> Array:

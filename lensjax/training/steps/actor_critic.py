@@ -10,12 +10,14 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax import advantages, losses, schedules
-from lensjax.metrics import Metrics, masked_mean, masked_std
+from lensjax import losses
+from lensjax.losses import advantages
+from lensjax.training.metrics import Metrics, masked_mean, masked_std
+from lensjax.training.optim import schedules
 
 
 class Settings(Protocol):
-    """What is read of a configuration, such as `lensjax.config.OnlineConfig`."""
+    """What is read of a configuration, such as `lensjax.runs.config.OnlineConfig`."""
 
     @property
     def whiten(self) -> bool: ...  # noqa: D102

@@ -3,7 +3,7 @@
 The history is cut once more, one horizon before the cursor. Variants of what is before that earlier cursor, measured on
 the last H tokens of the history, are the document's **support**: all of it is known when the next context is chosen. A
 hypernetwork reads what those variants show and what they cost, and changes LensNet's layers by low-rank deltas
-(`lensjax.hyperlora`). It learns from the preferences at the true cursor, of which the support knows nothing. LensNet
+(`lensjax.models.hyperlora`). It learns from the preferences at the true cursor, of which the support knows nothing. LensNet
 itself learns from L_lens alone: without deltas it is the LensNet of a run that has no hypernetwork.
 
 The support tells what paid earlier in the document, and nothing of the query at the cursor, which comes later. Where
@@ -17,13 +17,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax import hyperlora
-from lensjax.config import Config
-from lensjax.context import Entries
-from lensjax.hyperlora import Deltas
-from lensjax.metrics import masked_mean, masked_std
-from lensjax.models import Models, Params
-from lensjax.variants import ScoredVariants, score_variants
+from lensjax.context.working import Entries
+from lensjax.models import Models, Params, hyperlora
+from lensjax.models.hyperlora import Deltas
+from lensjax.runs.config import Config
+from lensjax.training.metrics import masked_mean, masked_std
+from lensjax.training.scoring import ScoredVariants, score_variants
 
 NOISE_NATS = 0.02
 """Differences of the loss far below this are not worth adapting to."""

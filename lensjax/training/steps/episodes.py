@@ -13,15 +13,16 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax import context as contexts
-from lensjax import edits, focus, nll, nodes
-from lensjax.config import Config
-from lensjax.context import Entries, WorkingContext
-from lensjax.decision import build_tree, split
-from lensjax.edits import Judgement, Swaps
-from lensjax.focus import FocusState
-from lensjax.metrics import masked_mean
+from lensjax.context import allocator, edits, nodes
+from lensjax.context import working as contexts
+from lensjax.context.allocator import FocusState
+from lensjax.context.edits import Judgement, Swaps
+from lensjax.context.working import Entries, WorkingContext
 from lensjax.models import Models, Params
+from lensjax.models.decision import build_tree, split
+from lensjax.runs.config import Config
+from lensjax.training import nll
+from lensjax.training.metrics import masked_mean
 
 
 @jax.tree_util.register_dataclass
@@ -69,7 +70,7 @@ def run(
     tree = build_tree(models, params, window.history, config)
 
     def see(state: FocusState) -> tuple[WorkingContext, Entries, Array]:
-        context = focus.to_context(state, geometry, capacity=length)
+        context = allocator.to_context(state, geometry, capacity=length)
         entries = contexts.materialise(tree, context)
         losses = nll.token_losses(models.base, params["base"], entries, window.horizon)
         return context, entries, jnp.mean(losses)
@@ -92,7 +93,7 @@ def run(
         next_context, next_entries, loss = see(after)
         return (after, next_context, next_entries), (state, context, entries, swaps, judged.log_prob, loss)
 
-    start = focus.uniform(length, geometry)
+    start = allocator.uniform(length, geometry)
     context, entries, first = see(start)
     keys = jax.random.split(key, settings.refocus_steps)
     _, (states, seen, read, swaps, log_probs, losses) = jax.lax.scan(step, (start, context, entries), keys)

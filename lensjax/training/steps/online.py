@@ -14,13 +14,15 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from lensjax import actor_critic, advantages, episodes, optimizer, schedules, stability
-from lensjax.config import Config
-from lensjax.episodes import Episode
-from lensjax.metrics import Metrics, masked_mean
+from lensjax.losses import advantages
 from lensjax.models import Models, Params, ValueModel
-from lensjax.stability import Window
-from lensjax.variants import Batch
+from lensjax.runs.config import Config
+from lensjax.training.metrics import Metrics, masked_mean
+from lensjax.training.optim import moving, optimizer, schedules
+from lensjax.training.optim.moving import Window
+from lensjax.training.scoring import Batch
+from lensjax.training.steps import actor_critic, episodes
+from lensjax.training.steps.episodes import Episode
 
 _TRAINED = ("lens", "value")
 _RECENT = 100
@@ -71,7 +73,7 @@ def init_online_state(key: Array, *, config: Config, params: dict[str, Params]) 
         params=parts,
         opt_state=optimizer.init(config.optimizer, {name: parts[name] for name in _TRAINED}),
         reference=jax.tree.map(jnp.copy, parts["lens"]) if config.online.kl_weight > 0 else None,
-        recent=stability.init_window(_RECENT),
+        recent=moving.init_window(_RECENT),
         key=run_key,
     )
 
@@ -111,13 +113,13 @@ def online_step(state: OnlineState, batch: Batch, *, config: Config, models: Mod
         learning_rate=rate,
         weight_decay=config.hyper.weight_decay,
     )
-    recent = stability.update_window(state.recent, report["rl/reward"])
+    recent = moving.update_window(state.recent, report["rl/reward"])
     next_state = replace(
         state, step=state.step + 1, params={**state.params, **trainable}, opt_state=opt_state, recent=recent
     )
     report |= {
         "loss": loss,
-        "rl/avg_reward_100": stability.window_mean(recent),
+        "rl/avg_reward_100": moving.window_mean(recent),
         "grad_norm": optax.tree.norm(grads["lens"]),
         "lr": rate,
         "rl/learning_rate": rate,

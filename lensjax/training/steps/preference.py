@@ -11,13 +11,15 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax import adaptation, hyperlora, metrics, objective, optimizer, preferences, schedules, stability
-from lensjax.config import Config, Hyperparameters
-from lensjax.decision import policy_scores, split
-from lensjax.metrics import Metrics
-from lensjax.models import Models, Params
-from lensjax.stability import EmaMoments
-from lensjax.variants import Batch, ScoredVariants, score_variants
+from lensjax.models import Models, Params, hyperlora
+from lensjax.models.decision import policy_scores, split
+from lensjax.runs.config import Config, Hyperparameters
+from lensjax.training import metrics, objective, preferences
+from lensjax.training.metrics import Metrics
+from lensjax.training.optim import moving, optimizer, schedules
+from lensjax.training.optim.moving import EmaMoments
+from lensjax.training.scoring import Batch, ScoredVariants, score_variants
+from lensjax.training.steps import adaptation
 
 _Loss = tuple[Array, tuple[ScoredVariants, Array, Metrics]]
 """The loss; beside it the scored variants, the net demand of each, and scalars by name."""
@@ -84,9 +86,9 @@ def init_train_state(
         step=jnp.zeros((), jnp.int32),
         params=full,
         opt_state=optimizer.init(config.optimizer, {name: full[name] for name in config.trainable}),
-        normaliser=stability.init_moments(),
-        anchor=stability.init_anchor(full["lens"]) if uses_anchor(config) else None,
-        budget=stability.init_moments(),
+        normaliser=moving.init_moments(),
+        anchor=moving.init_anchor(full["lens"]) if uses_anchor(config) else None,
+        budget=moving.init_moments(),
         hyper=hyper,
         key=run_key,
     )
@@ -129,7 +131,7 @@ def lens_step(
 ) -> tuple[TrainState, Metrics]:
     """`train_step` on variants that are scored already, where LensNet alone is trained.
 
-    Many settings that draw the same rollouts then share one pass of the base model (see `lensjax.sweep`). The state
+    Many settings that draw the same rollouts then share one pass of the base model (see `lensjax.runs.sweep`). The state
     needs no other parameters than LensNet's.
 
     Args:
@@ -221,7 +223,7 @@ def _update(
     params = {**state.params, **trainable}
     anchor = state.anchor
     if uses_anchor(config):
-        anchor = stability.update_anchor(
+        anchor = moving.update_anchor(
             anchor,
             before=state.params["lens"],
             after=params["lens"],
@@ -234,9 +236,9 @@ def _update(
         step=state.step + 1,
         params=params,
         opt_state=opt_state,
-        normaliser=stability.update_moments(state.normaliser, deltas, scored.distinct, hyper.adv_norm_beta),
+        normaliser=moving.update_moments(state.normaliser, deltas, scored.distinct, hyper.adv_norm_beta),
         anchor=anchor,
-        budget=stability.update_moments(state.budget, balance, scored.distinct, hyper.budget_smooth_beta),
+        budget=moving.update_moments(state.budget, balance, scored.distinct, hyper.budget_smooth_beta),
     )
     report |= {
         "loss": loss,

@@ -8,13 +8,15 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from lensjax import context as contexts
-from lensjax import nll, optimizer, rollouts, schedules
-from lensjax.config import Config
-from lensjax.decision import build_tree, split
-from lensjax.metrics import Metrics
+from lensjax.context import rollouts
+from lensjax.context import working as contexts
 from lensjax.models import Models, Params
-from lensjax.variants import Batch
+from lensjax.models.decision import build_tree, split
+from lensjax.runs.config import Config
+from lensjax.training import nll
+from lensjax.training.metrics import Metrics
+from lensjax.training.optim import optimizer, schedules
+from lensjax.training.scoring import Batch
 
 ROLLOUTS_FROM = 0.5
 """Share of the steps after which rollouts are read too. Read from the start, their noisier gradient keeps a small model
