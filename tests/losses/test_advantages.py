@@ -59,17 +59,43 @@ def test_advantages_equal_the_sum_over_later_steps(seed, steps, discount, decay)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-# Its dependency tensorflow-probability asks JAX for a name that is on its way out, when it is imported.
-@pytest.mark.filterwarnings("ignore:jax.core.pytype_aval_mappings is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("seed", range(5))
-def test_advantages_equal_those_of_rlax(seed):
-    import rlax
+def test_advantages_by_hand_where_an_episode_ends():
+    found = advantages.generalised_advantages(
+        [1.0, 2.0, 3.0, 4.0],
+        [2.0, 1.0, 4.0, 2.0, 6.0],
+        jnp.asarray([True, False, True, True]),
+        discount=0.5,
+        trace_decay=0.25,
+    )
+    # delta = [1 + 0.5 * 1 - 2, 2 + 0 - 1, 3 + 0.5 * 2 - 4, 4 + 0.5 * 6 - 2] = [-0.5, 1, 0, 5]: the value after the end
+    # of the episode counts nothing. Each step back weighs 0.5 * 0.25 = 0.125, and nothing crosses the end:
+    # A_3 = 5,  A_2 = 0 + 0.125 * 5 = 0.625,  A_1 = 1,  A_0 = -0.5 + 0.125 * 1 = -0.375.
+    np.testing.assert_array_equal(found, [-0.375, 1.0, 0.625, 5.0])
 
+
+def slow_lambda_returns(rewards, values, continues, discount, decay):
+    """(1 - lambda) sum_n lambda^(n-1) G_n + lambda^(N-1) G_N: n rewards and a value, averaged over n (Eq. 16 before it
+    becomes a sum of errors)."""
+    found = []
+    for start in range(len(rewards)):
+        last, weight, gained, mixed = len(rewards) - start, 1.0, 0.0, 0.0
+        for n in range(1, last + 1):
+            t = start + n - 1
+            gained += weight * rewards[t]
+            weight *= discount * continues[t]
+            share = decay ** (n - 1) * (1 if n == last else 1 - decay)
+            mixed += share * (gained + weight * values[t + 1])
+        found.append(mixed)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_advantages_are_lambda_returns_minus_values(seed):
     random = np.random.default_rng(seed)
     rewards, values = random.normal(size=20).astype("f"), random.normal(size=21).astype("f")
     continues, (discount, decay) = random.random(20) < 0.8, random.uniform(0.5, 1, 2).astype("f")
     assert not continues.all()
-    expected = rlax.truncated_generalized_advantage_estimation(rewards, discount * continues.astype("f"), decay, values)
+    expected = slow_lambda_returns(rewards, values, continues, discount, decay) - values[:-1]
     found = advantages.generalised_advantages(rewards, values, continues, discount=discount, trace_decay=decay)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
