@@ -10,21 +10,48 @@ Only the order of the scores counts, and every float32 has a place in it: +inf i
 -inf the other way round. A NaN says nothing of a node, and what nothing is known of is worth no detail: it is as -inf.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from lensjax._settings import Bound, Count, NonNegative, PositiveInt, settings
 from lensjax.context import nodes
 from lensjax.context import working as contexts
-from lensjax.context.geometry import CutGeometry
+from lensjax.context.geometry import Geometry
 from lensjax.context.rollouts import collapses_for_length, cut_from_priorities, level_counts
 from lensjax.context.working import MISSING, WorkingContext
-from lensjax.runs.config import FocusConfig
+
+Threshold = Annotated[float, Bound(finite=False)]
+
+
+@settings("focus")
+class FocusConfig:
+    """How the allocator turns scores into edits; no part of training.
+
+    Example:
+      >>> import lensjax as lx
+      >>> lx.FocusConfig(max_edits=0)
+      Traceback (most recent call last):
+      ValueError: focus.max_edits must be at least 1, got 0
+    """
+
+    steps: PositiveInt = 4
+    """Refocus steps from a cold start."""
+    max_edits: PositiveInt = 64
+    """Swaps in one refocus step, at most."""
+    expand_threshold: Threshold = -1.0
+    """Scores below it are not expanded; scores lie in [-1, 1]."""
+    collapse_threshold: Threshold = 1.0
+    """Scores above it are not collapsed."""
+    cooldown: Count = 1
+    """Refocus steps for which an edited node is left alone; 0 for none."""
+    temperature: NonNegative = 0.0
+    """0 takes the best edits; above it they are sampled."""
+
 
 # Multiples of it, modulo 1, are spread evenly however many are taken.
 _GOLDEN = (5**0.5 - 1) / 2
@@ -33,7 +60,14 @@ _GOLDEN = (5**0.5 - 1) / 2
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FocusState:
-    """What is collapsed, and what was edited lately."""
+    """What is collapsed, and what was edited lately.
+
+    Example:
+      >>> import lensjax as lx
+      >>> geometry = lx.Geometry(history=8, block_size=2, max_lod=1, recent_tokens=2)
+      >>> lx.allocator.uniform(6, geometry).collapsed.tolist()  # of the three blocks before the tail
+      [False, True, True]
+    """
 
     collapsed: Array
     """bool[N]: only blocks all of whose children are collapsed (or tokens) can be."""
@@ -54,14 +88,20 @@ class FocusInfo:
     """int32[]: how many there were, one node of each kind in each."""
 
 
-def from_cut(cut: ArrayLike, geometry: CutGeometry) -> FocusState:
-    """The state that shows a cut int32[T] of the whole window; nothing cools."""
+def from_cut(cut: ArrayLike, geometry: Geometry) -> FocusState:
+    """The state that shows a cut int32[T] of the whole window; nothing cools.
+
+    Example:
+      >>> import lensjax as lx
+      >>> lx.allocator.from_cut([0, 0, 1, 1, 0, 0, 0, 0], lx.Geometry(8, 2, 1, recent_tokens=2)).collapsed.tolist()
+      [False, True, False]
+    """
     table = nodes.table(geometry)
     collapsed = jnp.asarray(cut)[table.start] >= table.lod
     return FocusState(collapsed, jnp.zeros(collapsed.shape, jnp.int32))
 
 
-def to_cut(state: FocusState, geometry: CutGeometry, *, tokens: ArrayLike | None = None) -> Array:
+def to_cut(state: FocusState, geometry: Geometry, *, tokens: ArrayLike | None = None) -> Array:
     """The level at which each token is shown.
 
     Args:
@@ -71,25 +111,38 @@ def to_cut(state: FocusState, geometry: CutGeometry, *, tokens: ArrayLike | None
 
     Returns:
       int32[T], `MISSING` for tokens that are not there yet.
+
+    Example:
+      >>> import lensjax as lx
+      >>> geometry = lx.Geometry(history=8, block_size=2, max_lod=1, recent_tokens=2)
+      >>> lx.allocator.to_cut(lx.allocator.uniform(6, geometry), geometry).tolist()
+      [0, 0, 1, 1, 1, 1, 0, 0]
     """
-    cut = jnp.zeros(geometry.window, jnp.int32)
+    cut = jnp.zeros(geometry.history, jnp.int32)
     for lod, flags in enumerate(nodes.by_level(state.collapsed, geometry), start=1):
         covered = jnp.repeat(flags, geometry.block_size**lod).astype(jnp.int32)
         cut = cut.at[: covered.shape[0]].add(covered)
     if tokens is None:
         return cut
-    return jnp.where(jnp.arange(geometry.window) < tokens, cut, MISSING)
+    return jnp.where(jnp.arange(geometry.history) < tokens, cut, MISSING)
 
 
 def to_context(
-    state: FocusState, geometry: CutGeometry, *, capacity: int, tokens: ArrayLike | None = None
+    state: FocusState, geometry: Geometry, *, capacity: int, tokens: ArrayLike | None = None
 ) -> WorkingContext:
-    """The working context of a state; `capacity` W is static and at least its length, `tokens` as in `to_cut`."""
+    """The working context of a state; `capacity` W is static and at least its length, `tokens` as in `to_cut`.
+
+    Example:
+      >>> import lensjax as lx
+      >>> geometry = lx.Geometry(history=8, block_size=2, max_lod=1, recent_tokens=2)
+      >>> lx.allocator.to_context(lx.allocator.uniform(6, geometry), geometry, capacity=6).start.tolist()
+      [0, 1, 2, 4, 6, 7]
+    """
     cut = to_cut(state, geometry, tokens=tokens)
-    return contexts.from_cut(cut, block_size=geometry.block_size, capacity=capacity)
+    return contexts.from_cut(cut, geometry, capacity=capacity)
 
 
-def uniform(length: ArrayLike, geometry: CutGeometry) -> FocusState:
+def uniform(length: ArrayLike, geometry: Geometry) -> FocusState:
     """The cold start: a context of one length that knows nothing, its detail spread evenly over the window.
 
     As few levels as the length allows: all is shown at two neighbouring levels where that works out.
@@ -100,6 +153,12 @@ def uniform(length: ArrayLike, geometry: CutGeometry) -> FocusState:
 
     Returns:
       `FocusState`.
+
+    Example:
+      >>> import lensjax as lx
+      >>> geometry = lx.Geometry(history=8, block_size=2, max_lod=1, recent_tokens=2)
+      >>> lx.allocator.to_cut(lx.allocator.uniform(7, geometry), geometry).tolist()
+      [0, 0, 1, 1, 0, 0, 0, 0]
     """
     table = nodes.table(geometry)
     spread = (table.start // geometry.block_size**table.lod) * _GOLDEN % 1.0
@@ -112,7 +171,7 @@ def fit(
     state: FocusState,
     scores: ArrayLike,
     length: ArrayLike,
-    geometry: CutGeometry,
+    geometry: Geometry,
     *,
     cooldown: ArrayLike = 0,
     tokens: ArrayLike | None = None,
@@ -125,17 +184,24 @@ def fit(
       state: what is collapsed.
       scores: float32[N], see `nodes.pool_scores`.
       length: int32[], entries wanted, rounded down to a reachable length. Where all that may be collapsed is, the
-        context stays longer: check static lengths with `CutGeometry.length`, which raises.
+        context stays longer: check static lengths with `Geometry.length`, which raises.
       geometry: the window.
       cooldown: int32[], steps for which edited nodes cool after the step that this begins.
       tokens: int32[], tokens that the window holds so far; None for all of it.
 
     Returns:
       `FocusState`.
+
+    Example:
+      >>> import jax.numpy as jnp, lensjax as lx
+      >>> geometry = lx.Geometry(history=8, block_size=2, max_lod=1, recent_tokens=2)
+      >>> state = lx.allocator.uniform(8, geometry)
+      >>> lx.allocator.fit(state, jnp.array([0.5, -0.5, 0.0]), 7, geometry).collapsed.tolist()
+      [False, True, False]
     """
-    scores = _ordered(scores)
+    scores = nodes.ordered(scores)
     eligible = nodes.eligible(geometry, tokens)
-    held = jnp.asarray(geometry.window if tokens is None else tokens, jnp.int32)
+    held = jnp.asarray(geometry.history if tokens is None else tokens, jnp.int32)
     step = geometry.block_size - 1
     target = jnp.clip(-((length - held) // step), 0, jnp.sum(eligible, dtype=jnp.int32))
     is_warm = state.cooling == 0
@@ -147,8 +213,8 @@ def fit(
         return jnp.sum(collapsed, dtype=jnp.int32) != target
 
     def edit(collapsed: Array) -> Array:
-        least = _argmin(scores, warm_first(nodes.collapsible(collapsed, eligible, geometry)))
-        most = _argmax(scores, warm_first(nodes.shown(collapsed, geometry)))
+        least = nodes.argmin(scores, warm_first(nodes.collapsible(collapsed, eligible, geometry)))
+        most = nodes.argmax(scores, warm_first(nodes.shown(collapsed, geometry)))
         is_long = jnp.sum(collapsed, dtype=jnp.int32) < target
         return collapsed.at[jnp.where(is_long, least, most)].set(is_long, mode="drop")
 
@@ -161,7 +227,7 @@ def fit(
 def swap(
     state: FocusState,
     scores: ArrayLike,
-    geometry: CutGeometry,
+    geometry: Geometry,
     *,
     settings: FocusConfig,
     tokens: ArrayLike | None = None,
@@ -178,9 +244,8 @@ def swap(
       scores: float32[N], see `nodes.pool_scores`.
       geometry: the window.
       settings: thresholds, edits a step, cool-down. With a `temperature` above 0, both sides are sampled without
-        replacement, each from its `top_k` best candidates (all of them if 0), with probability proportional to
-        exp(+-score / temperature): Gumbel noise on the scores does that. Thresholds and `top_k` go by the scores
-        themselves, whether a swap takes place by the noisy ones.
+        replacement with probability proportional to exp(+-score / temperature): Gumbel noise on the scores does that.
+        Thresholds go by the scores themselves, whether a swap takes place by the noisy ones.
       tokens: int32[], tokens that the window holds so far; None for all of it.
       key: PRNG key, consumed; needed where the temperature is above 0.
 
@@ -192,8 +257,16 @@ def swap(
 
     References:
       Kool et al., Stochastic Beams and Where to Find Them, arXiv:1903.06059, section 2.3 (Gumbel top-k).
+
+    Example:
+      >>> import jax.numpy as jnp, lensjax as lx
+      >>> geometry = lx.Geometry(history=8, block_size=2, max_lod=1, recent_tokens=2)
+      >>> state = lx.allocator.from_cut([1, 1, 0, 0, 0, 0, 0, 0], geometry)
+      >>> after, info = lx.allocator.swap(state, jnp.array([0.5, -0.5, 0.0]), geometry, settings=lx.FocusConfig())
+      >>> after.collapsed.tolist(), int(info.swaps)
+      ([False, True, False], 1)
     """
-    scores = _ordered(scores)
+    scores = nodes.ordered(scores)
     eligible, is_warm = nodes.eligible(geometry, tokens), state.cooling == 0
     up = is_warm & nodes.shown(state.collapsed, geometry) & (scores >= settings.expand_threshold)
     down = is_warm & nodes.collapsible(state.collapsed, eligible, geometry) & (scores <= settings.collapse_threshold)
@@ -202,14 +275,13 @@ def swap(
         if key is None:
             raise ValueError(f"swaps at temperature {settings.temperature} are sampled: pass a key")
         noise = settings.temperature * jax.random.gumbel(key, (2, *scores.shape))
-        up, down = _top(scores, up, settings.top_k), _top(-scores, down, settings.top_k)
         order_up, order_down = scores + noise[0], scores - noise[1]
 
     def one_swap(collapsed: Array, _: None) -> tuple[Array, Array]:
-        node = _argmax(order_up, up & nodes.shown(collapsed, geometry))
+        node = nodes.argmax(order_up, up & nodes.shown(collapsed, geometry))
         after = collapsed.at[node].set(False, mode="drop")
         # Looked up after the expansion: the parent of what was just expanded can no longer be collapsed.
-        block = _argmin(order_down, down & nodes.collapsible(after, eligible, geometry))
+        block = nodes.argmin(order_down, down & nodes.collapsible(after, eligible, geometry))
         gain = order_up.at[node].get(mode="fill", fill_value=-jnp.inf)
         cost = order_down.at[block].get(mode="fill", fill_value=jnp.inf)
         return jnp.where(gain > cost, after.at[block].set(True, mode="drop"), collapsed), gain > cost
@@ -221,12 +293,12 @@ def swap(
     return FocusState(collapsed, cooling), info
 
 
-def refocus(
+def edit(
     state: FocusState,
     scores: ArrayLike,
     context: WorkingContext,
     length: ArrayLike,
-    geometry: CutGeometry,
+    geometry: Geometry,
     *,
     settings: FocusConfig,
     tokens: ArrayLike | None = None,
@@ -246,124 +318,29 @@ def refocus(
 
     Returns:
       The next state, and what the swaps did.
+
+    Example:
+      >>> import jax.numpy as jnp, lensjax as lx
+      >>> geometry = lx.Geometry(history=8, block_size=2, max_lod=1, recent_tokens=2)
+      >>> state = lx.allocator.uniform(7, geometry)
+      >>> context, scores = lx.allocator.to_context(state, geometry, capacity=8), jnp.linspace(-1, 1, 8)
+      >>> after, _ = lx.allocator.edit(state, scores, context, 6, geometry, settings=lx.FocusConfig())
+      >>> lx.allocator.to_cut(after, geometry).tolist()
+      [1, 1, 1, 1, 0, 0, 0, 0]
     """
     pooled = nodes.pool_scores(scores, context, geometry)
     state = fit(state, pooled, length, geometry, cooldown=settings.cooldown, tokens=tokens)
     return swap(state, pooled, geometry, settings=settings, tokens=tokens, key=key)
 
 
-def step(
-    state: FocusState,
-    policy: Callable[[WorkingContext], Array],
-    context: WorkingContext,
-    length: ArrayLike,
-    geometry: CutGeometry,
-    *,
-    capacity: int,
-    settings: FocusConfig,
-    tokens: ArrayLike | None = None,
-    key: Array | None = None,
-) -> tuple[FocusState, WorkingContext, FocusInfo]:
-    """A policy's decision: it looks at a context, and gets another one.
+def drop_oldest(state: FocusState, tokens: int, geometry: Geometry) -> FocusState:
+    """The state of a window that has lost its first tokens, a multiple of K**L: all nodes move to the front.
 
-    Args:
-      state: what is collapsed.
-      policy: float32[W] for the W entries of a context.
-      context: the working context of `state`.
-      length: int32[], entries that the next context must have.
-      geometry: the history.
-      capacity: static number of entries of the next context.
-      settings: see `swap`.
-      tokens: int32[], tokens that the history holds so far; None for all of it.
-      key: PRNG key, consumed; needed where `settings.temperature` is above 0.
-
-    Returns:
-      The next state, its context, and what the swaps did.
+    Example:
+      >>> import lensjax as lx
+      >>> geometry = lx.Geometry(history=8, block_size=2, max_lod=1, recent_tokens=2)
+      >>> state = lx.allocator.from_cut([0, 0, 1, 1, 0, 0, 0, 0], geometry)
+      >>> lx.allocator.drop_oldest(state, 2, geometry).collapsed.tolist()
+      [True, False, False]
     """
-    state, info = refocus(state, policy(context), context, length, geometry, settings=settings, tokens=tokens, key=key)
-    return state, to_context(state, geometry, capacity=capacity, tokens=tokens), info
-
-
-def iterate(
-    state: FocusState,
-    policy: Callable[[WorkingContext], Array],
-    length: ArrayLike,
-    geometry: CutGeometry,
-    *,
-    steps: int,
-    capacity: int,
-    settings: FocusConfig,
-    key: Array | None = None,
-) -> tuple[FocusState, WorkingContext]:
-    """Several steps of one decision after the other: look, edit, look again.
-
-    Args:
-      state: where to start, at any length.
-      policy: float32[W] for the W entries of a context.
-      length: int32[], entries of every context but the first.
-      geometry: the window.
-      steps: static number of steps.
-      capacity: static number of entries W.
-      settings: see `swap`.
-      key: PRNG key, consumed; needed where `settings.temperature` is above 0.
-
-    Returns:
-      The last state, and all contexts in order, the first one included: leading axis `steps` + 1.
-    """
-    first = to_context(state, geometry, capacity=capacity)
-
-    def one(carry: tuple[FocusState, WorkingContext], index: Array) -> tuple[Any, WorkingContext]:
-        step_key = None if key is None else jax.random.fold_in(key, index)
-        state, context, _ = step(
-            carry[0], policy, carry[1], length, geometry, capacity=capacity, settings=settings, key=step_key
-        )
-        return (state, context), context
-
-    (state, _), later = jax.lax.scan(one, (state, first), jnp.arange(steps))
-    return state, jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), first, later)
-
-
-def drop_oldest(state: FocusState, tokens: int, geometry: CutGeometry) -> FocusState:
-    """The state of a window that has lost its first tokens, a multiple of K**L: all nodes move to the front."""
-
-    def moved(values: Array) -> Array:
-        levels = []
-        for lod, level in enumerate(nodes.by_level(values, geometry), start=1):
-            gone = min(tokens // geometry.block_size**lod, level.shape[0])
-            levels.append(jnp.concatenate([level[gone:], jnp.zeros_like(level[:gone])]))
-        return jnp.concatenate(levels)
-
-    return FocusState(moved(state.collapsed), moved(state.cooling))
-
-
-def swap_rate(before: WorkingContext, after: WorkingContext, *, window: int) -> Array:
-    """Share of a context's entries that the one before it did not hold, float32[]."""
-    # Spans of one level start where no other span of that level does: start and level name an entry.
-    was = jnp.take(contexts.to_cut(before, window=window), after.start, mode="clip")
-    is_new = after.valid & (was != after.lod)
-    return jnp.sum(is_new, dtype=jnp.float32) / jnp.maximum(after.length, 1).astype(jnp.float32)
-
-
-def _ordered(scores: ArrayLike) -> Array:
-    """Scores that can all be compared."""
-    scores = jnp.asarray(scores)
-    return jnp.where(jnp.isnan(scores), -jnp.inf, scores)
-
-
-def _argmax(values: Array, where: Array) -> Array:
-    """Index of the largest value among some, the first of equals; N, which no node has, if there is none."""
-    largest = jnp.max(jnp.where(where, values, -jnp.inf))
-    # The largest may itself be -inf, which all that is left out has as well.
-    return jnp.where(jnp.any(where), jnp.argmax(where & (values == largest)), values.shape[0])
-
-
-def _argmin(values: Array, where: Array) -> Array:
-    return _argmax(-values, where)
-
-
-def _top(values: Array, where: Array, count: int) -> Array:
-    """The `count` largest among some, ties included; all of them if 0."""
-    if count == 0:
-        return where
-    candidates = jnp.where(where, values, -jnp.inf)
-    return where & (candidates >= jax.lax.top_k(candidates, min(count, values.shape[0]))[0][-1])
+    return jax.tree.map(lambda values: nodes.drop_oldest(values, tokens, geometry), state)

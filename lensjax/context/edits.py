@@ -22,7 +22,7 @@ from jax.typing import ArrayLike
 
 from lensjax.context import nodes
 from lensjax.context.allocator import FocusState
-from lensjax.context.geometry import CutGeometry
+from lensjax.context.geometry import Geometry
 
 # Far below every logit, and still finite: a gradient through it is 0 and not NaN.
 _NEVER = -1e30
@@ -51,7 +51,7 @@ class Swaps:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Judgement:
+class ActionStats:
     """What a policy makes of the swaps of one refocus step, summed over the draws."""
 
     log_prob: Array
@@ -66,7 +66,7 @@ def draw(
     key: Array,
     state: FocusState,
     scores: ArrayLike,
-    geometry: CutGeometry,
+    geometry: Geometry,
     *,
     draws: int,
     temperature: ArrayLike,
@@ -103,15 +103,15 @@ def draw(
     return FocusState(collapsed, cooling), swaps
 
 
-def judge(
+def log_prob(
     swaps: Swaps,
     state: FocusState,
     scores: ArrayLike,
-    geometry: CutGeometry,
+    geometry: Geometry,
     *,
     temperature: ArrayLike,
     reference: ArrayLike | None = None,
-) -> Judgement:
+) -> ActionStats:
     """How probable a policy finds the swaps of one refocus step; differentiable in the scores.
 
     Entropy and divergence are exact for each choice, given the choices before it. Their gradients leave out that
@@ -126,48 +126,48 @@ def judge(
       reference: float32[N], scores of the reference policy, constants; None for none.
 
     Returns:
-      `Judgement`.
+      `ActionStats`.
     """
     logits = jnp.asarray(scores) / temperature
     others = logits if reference is None else jax.lax.stop_gradient(jnp.asarray(reference)) / temperature
     legal = _legal(state, geometry)
 
-    def one(collapsed: Array, swap: Swaps) -> tuple[Array, Judgement]:
+    def one(collapsed: Array, swap: Swaps) -> tuple[Array, ActionStats]:
         def both(choice: Any, where: Array) -> tuple[Array, Array]:
             ours, theirs = (choice(where, legal, values, geometry) for values in (logits, others))
             return jax.nn.log_softmax(ours), jax.nn.log_softmax(theirs)
 
         after = collapsed.at[swap.expanded].set(False, mode="drop")
         first, second = (
-            _judged(*both(_expansion_logits, collapsed), swap.expanded),
-            _judged(*both(_collapse_logits, after), swap.collapsed),
+            _stats(*both(_expansion_logits, collapsed), swap.expanded),
+            _stats(*both(_collapse_logits, after), swap.collapsed),
         )
         whole = jax.tree.map(lambda a, b: a + jnp.where(swap.changes, b, 0.0), first, second)
         return after.at[swap.collapsed].set(True, mode="drop"), whole
 
-    _, judged = jax.lax.scan(one, state.collapsed, swaps)
-    total: Judgement = jax.tree.map(jnp.sum, judged)
+    _, stats = jax.lax.scan(one, state.collapsed, swaps)
+    total: ActionStats = jax.tree.map(jnp.sum, stats)
     return total
 
 
-def _judged(log_probs: Array, reference: Array, choice: Array) -> Judgement:
+def _stats(log_probs: Array, reference: Array, choice: Array) -> ActionStats:
     """One categorical choice; masked options have probability 0, and log-probabilities that are finite."""
     probs = jnp.exp(log_probs)
-    return Judgement(
+    return ActionStats(
         log_prob=jnp.take(log_probs, choice, mode="clip"),
         entropy=-jnp.sum(probs * log_probs),
         divergence=jnp.sum(probs * (log_probs - reference)),
     )
 
 
-def _legal(state: FocusState, geometry: CutGeometry) -> tuple[Array, Array]:
+def _legal(state: FocusState, geometry: Geometry) -> tuple[Array, Array]:
     """bool[N] each: nodes that may be expanded, and blocks that may be collapsed, as the step finds them."""
     is_warm = state.cooling == 0
     blocks = nodes.collapsible(state.collapsed, nodes.eligible(geometry, None), geometry)
     return is_warm & nodes.shown(state.collapsed, geometry), is_warm & blocks
 
 
-def _expansion_logits(collapsed: Array, legal: tuple[Array, Array], logits: Array, geometry: CutGeometry) -> Array:
+def _expansion_logits(collapsed: Array, legal: tuple[Array, Array], logits: Array, geometry: Geometry) -> Array:
     """float32[N + 1]: of expanding each node, with all that may be collapsed for it, and of keeping the context."""
     up = legal[0] & nodes.shown(collapsed, geometry)
     down = nodes.collapsible(collapsed, legal[1], geometry)
@@ -181,7 +181,7 @@ def _expansion_logits(collapsed: Array, legal: tuple[Array, Array], logits: Arra
     return jnp.append(jnp.where(up, logits + rest, _NEVER), keep)
 
 
-def _collapse_logits(after: Array, legal: tuple[Array, Array], logits: Array, geometry: CutGeometry) -> Array:
+def _collapse_logits(after: Array, legal: tuple[Array, Array], logits: Array, geometry: Geometry) -> Array:
     """float32[N]: of collapsing each block, once a node is expanded."""
     return jnp.where(nodes.collapsible(after, legal[1], geometry), -logits, _NEVER)
 

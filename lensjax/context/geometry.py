@@ -14,17 +14,39 @@ ROUNDING = 1e-2
 
 
 @dataclass(frozen=True)
-class CutGeometry:
-    """What is cut, a history of C tokens (`window`): K children per gist, levels up to L, a tail that stays in full."""
+class Geometry:
+    """A history, and the cuts that it allows.
 
-    window: int
+    Example:
+      >>> import lensjax as lx
+      >>> geometry = lx.Geometry(history=64, block_size=4, max_lod=2, recent_tokens=17)
+      >>> geometry.shortest, geometry.length(60)
+      (25, 58)
+    """
+
+    history: int
+    """Tokens [C]."""
     block_size: int
+    """Children per gist [K]."""
     max_lod: int
+    """Highest level of detail [L]."""
     recent_tokens: int
+    """Last tokens, which stay in full: the query."""
+
+    def __post_init__(self) -> None:
+        least = {"history": 1, "block_size": 2, "max_lod": 1, "recent_tokens": 0}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"Geometry.{name} must be at least {low}, got {getattr(self, name)}")
+
+    @property
+    def tail(self) -> int:
+        """First token of the protected tail."""
+        return self.history - self.recent_tokens
 
     def blocks(self, lod: int) -> int:
         """Number of blocks of one level that may be collapsed: complete, and wholly before the protected tail."""
-        return (self.window - self.recent_tokens) // self.block_size**lod
+        return self.tail // self.block_size**lod
 
     @property
     def max_collapses(self) -> int:
@@ -34,7 +56,7 @@ class CutGeometry:
     @property
     def shortest(self) -> int:
         """Fewest entries that a cut can have."""
-        return self.window - self.max_collapses * (self.block_size - 1)
+        return self.history - self.max_collapses * (self.block_size - 1)
 
     def length(self, target: int, *, name: str = "length") -> int:
         """Rounds a target length down to the nearest reachable one.
@@ -51,16 +73,16 @@ class CutGeometry:
         """
         if target < self.shortest:
             step = self.block_size - 1
-            above = min(self.shortest + step, self.window)
+            above = min(self.shortest + step, self.history)
             raise ValueError(
-                f"{name} asks for {target} entries, which no cut of {self.window} tokens reaches with block_size "
+                f"{name} asks for {target} entries, which no cut of {self.history} tokens reaches with block_size "
                 f"{self.block_size}, max_lod {self.max_lod} and {self.recent_tokens} recent tokens kept in full: the "
                 f"nearest reachable lengths are {self.shortest} and {above}. Raise {name}, raise max_lod or keep "
                 "fewer recent tokens."
             )
-        collapses = -(-max(self.window - target, 0) // (self.block_size - 1))
-        return self.window - collapses * (self.block_size - 1)
+        collapses = -(-max(self.history - target, 0) // (self.block_size - 1))
+        return self.history - collapses * (self.block_size - 1)
 
     def length_of_fraction(self, fraction: float, *, name: str = "length") -> int:
-        """As `length`, for a target given as a fraction of the window."""
-        return self.length(math.floor(fraction * self.window + ROUNDING), name=name)
+        """As `length`, for a target given as a fraction of the history."""
+        return self.length(math.floor(fraction * self.history + ROUNDING), name=name)

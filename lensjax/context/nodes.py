@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax.context.geometry import CutGeometry
+from lensjax.context.geometry import Geometry
 from lensjax.context.working import WorkingContext
 
 
@@ -31,7 +31,7 @@ class Nodes(NamedTuple):
 
 
 @functools.cache
-def table(geometry: CutGeometry) -> Nodes:
+def table(geometry: Geometry) -> Nodes:
     """The nodes of a window that may be collapsed, level 1 first."""
     counts = [geometry.blocks(lod) for lod in range(1, geometry.max_lod + 1)]
     lod = np.repeat(np.arange(1, geometry.max_lod + 1), counts)
@@ -43,7 +43,7 @@ def table(geometry: CutGeometry) -> Nodes:
     return Nodes(*(a.astype(np.int32) for a in (lod, index * span, (index + 1) * span, parent)))
 
 
-def pool_scores(scores: ArrayLike, context: WorkingContext, geometry: CutGeometry) -> Array:
+def pool_scores(scores: ArrayLike, context: WorkingContext, geometry: Geometry) -> Array:
     """A score for every node from those of a context's entries.
 
     A shown gist has its own; a block has the mean of its members, weighted by the tokens they cover; what is inside a
@@ -57,12 +57,12 @@ def pool_scores(scores: ArrayLike, context: WorkingContext, geometry: CutGeometr
     Returns:
       float32[N].
     """
-    tokens = jnp.arange(geometry.window, dtype=jnp.int32)
+    tokens = jnp.arange(geometry.history, dtype=jnp.int32)
     entry = jnp.searchsorted(context.start, tokens, side="right").astype(jnp.int32) - 1
     return pool_tokens(jnp.take(jnp.asarray(scores), entry, mode="clip"), geometry)
 
 
-def pool_tokens(values: ArrayLike, geometry: CutGeometry) -> Array:
+def pool_tokens(values: ArrayLike, geometry: Geometry) -> Array:
     """Mean over the tokens of each node: float32[T] to float32[N].
 
     Where a token of it has +inf, a node has +inf; else, where one has -inf, -inf; and NaN wherever one has NaN.
@@ -83,25 +83,25 @@ def pool_tokens(values: ArrayLike, geometry: CutGeometry) -> Array:
     return jnp.concatenate(means)
 
 
-def by_level(values: Array, geometry: CutGeometry) -> list[Array]:
+def by_level(values: Array, geometry: Geometry) -> list[Array]:
     """Splits [N] into one array for each level 1..L."""
     sizes = np.cumsum([geometry.blocks(lod) for lod in range(1, geometry.max_lod)])
     return jnp.split(values, sizes)
 
 
-def eligible(geometry: CutGeometry, tokens: ArrayLike | None) -> Array:
+def eligible(geometry: Geometry, tokens: ArrayLike | None) -> Array:
     """bool[N]: nodes wholly before the protected tail of the tokens held so far."""
-    held = geometry.window if tokens is None else tokens
+    held = geometry.history if tokens is None else tokens
     return jnp.asarray(table(geometry).end) <= jnp.asarray(held) - geometry.recent_tokens
 
 
-def shown(collapsed: Array, geometry: CutGeometry) -> Array:
+def shown(collapsed: Array, geometry: Geometry) -> Array:
     """bool[N]: nodes that are entries of the context."""
     parent_is = collapsed.at[table(geometry).parent].get(mode="fill", fill_value=False)
     return collapsed & ~parent_is
 
 
-def collapsible(collapsed: Array, among: Array, geometry: CutGeometry) -> Array:
+def collapsible(collapsed: Array, among: Array, geometry: Geometry) -> Array:
     """bool[N]: blocks, `among` some, that are not collapsed and whose K children are all entries of the context."""
     levels = by_level(collapsed, geometry)
     ready = [jnp.ones_like(levels[0])]
@@ -110,3 +110,30 @@ def collapsible(collapsed: Array, among: Array, geometry: CutGeometry) -> Array:
         children = levels[lod - 2][: blocks * geometry.block_size]
         ready.append(jnp.all(children.reshape(blocks, geometry.block_size), axis=1))
     return jnp.concatenate(ready) & ~collapsed & among
+
+
+def drop_oldest(values: Array, tokens: int, geometry: Geometry) -> Array:
+    """[N] of a window that has lost its first tokens, a multiple of K**L: all move to the front, zeros come behind."""
+    levels = []
+    for lod, level in enumerate(by_level(values, geometry), start=1):
+        gone = min(tokens // geometry.block_size**lod, level.shape[0])
+        levels.append(jnp.concatenate([level[gone:], jnp.zeros_like(level[:gone])]))
+    return jnp.concatenate(levels)
+
+
+def ordered(scores: ArrayLike) -> Array:
+    """Scores that can all be compared."""
+    scores = jnp.asarray(scores)
+    return jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+
+
+def argmax(values: Array, where: Array) -> Array:
+    """Index of the largest value among some, the first of equals; N, which no node has, if there is none."""
+    largest = jnp.max(jnp.where(where, values, -jnp.inf))
+    # The largest may itself be -inf, which all that is left out has as well.
+    return jnp.where(jnp.any(where), jnp.argmax(where & (values == largest)), values.shape[0])
+
+
+def argmin(values: Array, where: Array) -> Array:
+    """As `argmax`, of the smallest value."""
+    return argmax(-values, where)

@@ -13,11 +13,11 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from lensjax.context import working as contexts
-from lensjax.context.geometry import CutGeometry
+from lensjax.context.geometry import Geometry
 from lensjax.context.working import WorkingContext
 
 
-def collapses_for_length(length: ArrayLike, geometry: CutGeometry) -> Array:
+def collapses_for_length(length: ArrayLike, geometry: Geometry) -> Array:
     """Collapses that bring a window to the longest reachable length that is at most `length`.
 
     Args:
@@ -26,19 +26,19 @@ def collapses_for_length(length: ArrayLike, geometry: CutGeometry) -> Array:
 
     Returns:
       int32[...], at most `geometry.max_collapses`: below the shortest length the shortest one is taken, so check
-      static lengths with `CutGeometry.length`, which raises.
+      static lengths with `Geometry.length`, which raises.
     """
-    saved = jnp.maximum(geometry.window - jnp.asarray(length, jnp.int32), 0)
+    saved = jnp.maximum(geometry.history - jnp.asarray(length, jnp.int32), 0)
     step = geometry.block_size - 1
     return jnp.minimum((saved + step - 1) // step, geometry.max_collapses)
 
 
-def length_for_collapses(collapses: ArrayLike, geometry: CutGeometry) -> Array:
+def length_for_collapses(collapses: ArrayLike, geometry: Geometry) -> Array:
     """Entries of a cut with that many collapses, int32[...]."""
-    return geometry.window - jnp.asarray(collapses, jnp.int32) * (geometry.block_size - 1)
+    return geometry.history - jnp.asarray(collapses, jnp.int32) * (geometry.block_size - 1)
 
 
-def level_counts(collapses: ArrayLike, optional: list[Array], geometry: CutGeometry) -> list[Array]:
+def level_counts(collapses: ArrayLike, optional: list[Array], geometry: Geometry) -> list[Array]:
     """How many blocks a cut shows at each level, within the bounds that make its length exact.
 
     A block shown at level l stands for s_l = 1 + K + ... + K**(l-1) collapses. From the top level down, with R
@@ -71,7 +71,7 @@ def level_counts(collapses: ArrayLike, optional: list[Array], geometry: CutGeome
     return counts[::-1]
 
 
-def cut_from_priorities(counts: list[Array], priorities: list[Array], geometry: CutGeometry) -> Array:
+def cut_from_priorities(counts: list[Array], priorities: list[Array], geometry: Geometry) -> Array:
     """The cut that shows the given number of blocks at each level, those of highest priority first.
 
     Args:
@@ -82,7 +82,7 @@ def cut_from_priorities(counts: list[Array], priorities: list[Array], geometry: 
     Returns:
       int32[T], the level at which each token is shown.
     """
-    size, window = geometry.block_size, geometry.window
+    size, window = geometry.block_size, geometry.history
     cut = jnp.zeros(window, jnp.int32)
     covered = jnp.zeros(geometry.blocks(geometry.max_lod), bool)
     for lod in range(geometry.max_lod, 0, -1):
@@ -99,29 +99,29 @@ def cut_from_priorities(counts: list[Array], priorities: list[Array], geometry: 
     return cut
 
 
-def sample_cut(key: Array, collapses: ArrayLike, lod2_share: ArrayLike, geometry: CutGeometry) -> Array:
+def sample_cut(key: Array, collapses: ArrayLike, high_lod_share: ArrayLike, geometry: Geometry) -> Array:
     """Draws one cut with exactly `collapses` collapses.
 
     Args:
       key: PRNG key, consumed.
       collapses: int32[], 0..`geometry.max_collapses`.
-      lod2_share: float32[], probability in [0, 1] of each optional block of level 2 and above; every cut of the length
-        can occur when it is strictly in between.
+      high_lod_share: float32[], probability in [0, 1] of each optional block of level 2 and above; every cut of the
+        length can occur when it is strictly in between.
       geometry: the window.
 
     Returns:
       int32[T], the level at which each token is shown.
     """
-    return _cut_from_noise(_noise(key, geometry), collapses, lod2_share, geometry)
+    return _cut_from_noise(_noise(key, geometry), collapses, high_lod_share, geometry)
 
 
 def sample_rollouts(
     key: Array,
     length: ArrayLike,
-    lod2_share: ArrayLike,
+    high_lod_share: ArrayLike,
     *,
     rollouts: int,
-    geometry: CutGeometry,
+    geometry: Geometry,
     capacity: int,
 ) -> tuple[WorkingContext, Array]:
     """Draws N random working contexts of exactly one length that keep the same recent tail.
@@ -133,43 +133,51 @@ def sample_rollouts(
     Args:
       key: PRNG key, consumed.
       length: int32[], entries wanted, rounded down to a reachable length; may be traced.
-      lod2_share: float32[], see `sample_cut`.
+      high_lod_share: float32[], see `sample_cut`.
       rollouts: N, static.
       geometry: the window.
       capacity: static number of entries W, at least the length.
 
     Returns:
       A `WorkingContext` with a leading axis N, and bool[N]: which of them differ from all before them.
+
+    Example:
+      >>> import functools, jax, lensjax as lx
+      >>> geometry = lx.Geometry(history=16, block_size=2, max_lod=2, recent_tokens=2)
+      >>> draw = jax.jit(functools.partial(lx.sample_rollouts, rollouts=3, geometry=geometry, capacity=12))
+      >>> variants, distinct = draw(jax.random.key(0), 12, 0.5)
+      >>> variants.length.tolist(), distinct.shape
+      ([12, 12, 12], (3,))
     """
     collapses = collapses_for_length(length, geometry)
     noise = _noise(key, geometry, rollouts)
-    cuts = jax.vmap(lambda row: _cut_from_noise(row, collapses, lod2_share, geometry))(noise)
+    cuts = jax.vmap(lambda row: _cut_from_noise(row, collapses, high_lod_share, geometry))(noise)
     if rollouts > 1:
         too_few = jnp.sum(is_distinct(cuts)) < 2
         aggressive = _aggressive_cut(noise[-1], cuts[0], collapses, geometry)
         cuts = cuts.at[-1].set(jnp.where(too_few, aggressive, cuts[-1]))
-    to_context = jax.vmap(lambda cut: contexts.from_cut(cut, block_size=geometry.block_size, capacity=capacity))
+    to_context = jax.vmap(lambda cut: contexts.from_cut(cut, geometry, capacity=capacity))
     return to_context(cuts), is_distinct(cuts)
 
 
-def _noise(key: Array, geometry: CutGeometry, *batch: int) -> Array:
+def _noise(key: Array, geometry: Geometry, *batch: int) -> Array:
     """All randomness of a cut in one draw: float32[*batch, 2, blocks of all levels], for counts and for priorities."""
     return jax.random.uniform(key, (*batch, 2, geometry.max_collapses))
 
 
-def _by_level(row: Array, geometry: CutGeometry) -> list[Array]:
+def _by_level(row: Array, geometry: Geometry) -> list[Array]:
     """Splits a row with one number for each block into one array for each level."""
     sizes = np.cumsum([geometry.blocks(lod) for lod in range(1, geometry.max_lod)])
     return jnp.split(row, sizes)
 
 
-def _cut_from_noise(noise: Array, collapses: ArrayLike, lod2_share: ArrayLike, geometry: CutGeometry) -> Array:
-    optional = [level < lod2_share for level in _by_level(noise[0], geometry)[1:]]
+def _cut_from_noise(noise: Array, collapses: ArrayLike, high_lod_share: ArrayLike, geometry: Geometry) -> Array:
+    optional = [level < high_lod_share for level in _by_level(noise[0], geometry)[1:]]
     counts = level_counts(collapses, optional, geometry)
     return cut_from_priorities(counts, _by_level(noise[1], geometry), geometry)
 
 
-def _aggressive_cut(noise: Array, other: Array, collapses: Array, geometry: CutGeometry) -> Array:
+def _aggressive_cut(noise: Array, other: Array, collapses: Array, geometry: Geometry) -> Array:
     """As many high-level blocks as the length allows, where `other` shows most detail."""
     everything = [jnp.ones(geometry.blocks(lod), bool) for lod in range(2, geometry.max_lod + 1)]
     priorities = [
@@ -178,7 +186,7 @@ def _aggressive_cut(noise: Array, other: Array, collapses: Array, geometry: CutG
     return cut_from_priorities(level_counts(collapses, everything, geometry), priorities, geometry)
 
 
-def _block_max(cut: Array, geometry: CutGeometry, lod: int) -> Array:
+def _block_max(cut: Array, geometry: Geometry, lod: int) -> Array:
     span = geometry.block_size**lod
     blocks = geometry.blocks(lod)
     return cut[: blocks * span].reshape(blocks, span).max(axis=1).astype(jnp.float32)

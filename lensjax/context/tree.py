@@ -18,6 +18,13 @@ class TreeState:
     """All nodes of a history with room for C tokens, of which the first `length` are there.
 
     A block has a gist once all of its K**l tokens are there; rows of blocks that are not complete are zero.
+
+    Example:
+      >>> import jax.numpy as jnp, lensjax as lx
+      >>> mean = lambda children: children.mean(axis=1)
+      >>> history = lx.tree.build(jnp.ones((5, 3)), mean, block_size=2, max_lod=2)
+      >>> [level.shape for level in history.levels]
+      [(5, 3), (2, 3), (1, 3)]
     """
 
     levels: tuple[Array, ...]
@@ -52,6 +59,12 @@ def init(*, capacity: int, dim: int, block_size: int, max_lod: int, dtype: jnp.d
 
     Raises:
       ValueError: a size is out of range.
+
+    Example:
+      >>> import lensjax as lx
+      >>> history = lx.tree.init(capacity=8, dim=3, block_size=2, max_lod=1)
+      >>> int(history.length), history.capacity
+      (0, 8)
     """
     _check_sizes(block_size, max_lod)
     if capacity < 1:
@@ -74,6 +87,13 @@ def build(leaves: ArrayLike, gist_fn: GistFn, *, block_size: int, max_lod: int) 
 
     Raises:
       ValueError: a size is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, lensjax as lx
+      >>> mean = lambda children: children.mean(axis=1)
+      >>> history = lx.tree.build(jnp.array([[1.0], [3.0], [5.0]]), mean, block_size=2, max_lod=1)
+      >>> history.levels[1].tolist()
+      [[2.0]]
     """
     _check_sizes(block_size, max_lod)
     level = jnp.asarray(leaves)
@@ -101,6 +121,13 @@ def append(tree: TreeState, leaves: ArrayLike, gist_fn: GistFn, *, count: ArrayL
     Raises:
       ValueError: `count` is not in [0, n], or the tree cannot hold so many more. Checked where these are concrete;
         under `jit` it is the caller's duty, tokens past the capacity are dropped and the length says how many are held.
+
+    Example:
+      >>> import jax.numpy as jnp, lensjax as lx
+      >>> mean = lambda children: children.mean(axis=1)
+      >>> history = lx.tree.append(lx.tree.init(capacity=4, dim=1, block_size=2, max_lod=1), jnp.ones((3, 1)), mean)
+      >>> int(history.length), history.levels[1].tolist()
+      (3, [[1.0], [0.0]])
     """
     leaves = jnp.asarray(leaves)
     rows = leaves.shape[0]
@@ -147,6 +174,13 @@ def lookup(tree: TreeState, start: ArrayLike, lod: ArrayLike) -> Array:
 
     Returns:
       float[..., D]. Only complete blocks have an embedding; asking for others is the caller's mistake.
+
+    Example:
+      >>> import jax.numpy as jnp, lensjax as lx
+      >>> mean = lambda children: children.mean(axis=1)
+      >>> history = lx.tree.build(jnp.array([[1.0], [3.0], [5.0]]), mean, block_size=2, max_lod=1)
+      >>> lx.tree.lookup(history, jnp.array([0, 2]), jnp.array([1, 0])).tolist()
+      [[2.0], [5.0]]
     """
     start, lod = jnp.asarray(start), jnp.asarray(lod)
     # One table and one gather for all levels; under vmap over variants the table is shared.

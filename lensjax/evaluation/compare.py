@@ -8,15 +8,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lensjax.context import allocator, rollouts
+from lensjax.context import allocator, refocus, rollouts
 from lensjax.context import working as contexts
+from lensjax.context.geometry import Geometry
 from lensjax.context.tree import TreeState
 from lensjax.context.working import WorkingContext
-from lensjax.evaluation import faithfulness, held_out, rivals
+from lensjax.evaluation import faithfulness, rivals
+from lensjax.evaluation.answers import shows_in_full
 from lensjax.models import Models, Params
-from lensjax.models.decision import build_tree, policy_contexts, policy_scores, split
-from lensjax.runs.config import Config
+from lensjax.models.decision import build_tree, policy, policy_scores, split
 from lensjax.training import nll, preferences
+from lensjax.training.recipe import Recipe
 
 FULL = "full"
 """Name of the whole history in full, which is no policy and has no budget."""
@@ -47,7 +49,7 @@ class Measured:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FocusEvidence:
-    """Whether LensNet's focus on one sequence is about that sequence (see `theatre`); a leading axis for many."""
+    """Whether LensNet's focus on one sequence is about that sequence (see `faithfulness`); a leading axis for many."""
 
     foreign: Measured
     """The sequence shown as another one's focus would have it."""
@@ -69,45 +71,45 @@ def measure(
     length: int,
     draws: int,
     oracle_rounds: int,
-    config: Config,
+    recipe: Recipe,
 ) -> dict[str, Measured]:
     """All policies on one sequence, at one length.
 
     Args:
-      models: the models.
+      models: all three are called.
       params: parameters of `base`, `gist` and `lens`.
       tokens: int32[T].
       answers: int32[A], first tokens of the blocks to be shown; None where they are not known.
       key: PRNG key of the random policies, consumed.
       length: entries of every context, a reachable length.
       draws: contexts of each random policy.
-      oracle_rounds: see `policies.greedy_oracle`; known answers are one of its starts.
-      config: shapes, and how the allocator acts.
+      oracle_rounds: see `baselines.greedy_oracle`; known answers are one of its starts.
+      recipe: shapes, and how the allocator acts.
 
     Returns:
       `Measured` by the name of the policy; `rivals.information` says what each may know.
     """
-    shape = config.context
-    window = split(tokens, horizon=shape.horizon)
-    tree = build_tree(models, params, window.history, config)
+    geometry = recipe.geometry
+    window = split(tokens, horizon=recipe.context.horizon)
+    tree = build_tree(models, params, window.history, geometry)
     rival_key, lens_key = _keys(key)
-    made = rivals.causal(models, params, window.history, rival_key, length=length, draws=draws, config=config)
-    path = _path(models, params, tree, lens_key, length=length, config=config)
+    shown = _causal(models, params, window.history, rival_key, length=length, draws=draws, recipe=recipe)
+    path = _path(models, params, tree, lens_key, length=length, recipe=recipe)
     fresh = {**params, "lens": models.lens.init(jax.random.fold_in(lens_key, FRESH_STREAM))}
-    untrained = _path(models, fresh, tree, lens_key, length=length, config=config)
-    paths = {"lensnet_1": path[:2], f"lensnet_{config.focus.steps}": path, FRESH: untrained}
-    made |= {name: steps[-1] for name, steps in paths.items()}
-    made |= rivals.hindsight(
-        models, params, window, made, answers, length=length, draws=draws, oracle_rounds=oracle_rounds, config=config
+    untrained = _path(models, fresh, tree, lens_key, length=length, recipe=recipe)
+    paths = {"lensnet_1": path[:2], f"lensnet_{recipe.focus.steps}": path, FRESH: untrained}
+    shown |= {name: steps[-1] for name, steps in paths.items()}
+    shown |= rivals.hindsight(
+        models, params, window, shown, answers, geometry, length=length, oracle_rounds=oracle_rounds
     )
 
     def measured(variants: WorkingContext) -> Measured:
-        losses, _ = nll.variant_losses(models.base, params["base"], tree, variants, window.horizon)
-        return _measured(variants, losses, answers, config)
+        each, _ = nll.variant_nll(models.base, params["base"], tree, variants, window.horizon)
+        return _measured(variants, each, answers, geometry)
 
-    report = {name: measured(variants) for name, variants in made.items()}
+    report = {name: measured(variants) for name, variants in shown.items()}
     for name, steps in paths.items():
-        report[name] = replace(report[name], **_movement(steps, window=shape.history))
+        report[name] = replace(report[name], **_movement(steps, geometry))
     return report
 
 
@@ -121,43 +123,44 @@ def bounds(
     length: int,
     draws: int,
     oracle_rounds: int,
-    config: Config,
+    recipe: Recipe,
 ) -> tuple[Array, Array]:
-    """What no LensNet is needed for to say how much of the gap one closes; arguments as for `measure`.
+    """The two ends of the gap that a policy can close; arguments of `measure`.
 
     Returns:
       float32[], the loss of recency, and float32[], that of the best context that the greedy search finds from the
       contexts of all policies but LensNet.
     """
-    window = split(tokens, horizon=config.context.horizon)
-    tree = build_tree(models, params, window.history, config)
-    made = rivals.causal(models, params, window.history, _keys(key)[0], length=length, draws=draws, config=config)
+    geometry = recipe.geometry
+    window = split(tokens, horizon=recipe.context.horizon)
+    tree = build_tree(models, params, window.history, geometry)
+    shown = _causal(models, params, window.history, _keys(key)[0], length=length, draws=draws, recipe=recipe)
     known = rivals.hindsight(
-        models, params, window, made, answers, length=length, draws=draws, oracle_rounds=oracle_rounds, config=config
+        models, params, window, shown, answers, geometry, length=length, oracle_rounds=oracle_rounds
     )
-    both = jax.tree.map(lambda one, other: jnp.concatenate([one, other]), made["recency"], known["oracle"])
-    losses, _ = nll.variant_losses(models.base, params["base"], tree, both, window.horizon)
-    return losses[0], losses[1]
+    both = jax.tree.map(lambda one, other: jnp.concatenate([one, other]), shown["recency"], known["oracle"])
+    each, _ = nll.variant_nll(models.base, params["base"], tree, both, window.horizon)
+    return each[0], each[1]
 
 
 def measure_full(
-    models: Models, params: dict[str, Params], tokens: Array, answers: Array | None, *, config: Config
+    models: Models, params: dict[str, Params], tokens: Array, answers: Array | None, *, recipe: Recipe
 ) -> Measured:
-    """The whole history in full, without a budget; arguments as for `measure`."""
-    shape = config.context
-    window = split(tokens, horizon=shape.horizon)
-    in_full = _one(contexts.baseline(shape.history, window=shape.history, capacity=shape.history))
-    tree = build_tree(models, params, window.history, config)
-    losses, _ = nll.variant_losses(models.base, params["base"], tree, in_full, window.horizon)
-    return _measured(in_full, losses, answers, config)
+    """The whole history in full, without a budget; arguments of `measure`."""
+    geometry = recipe.geometry
+    window = split(tokens, horizon=recipe.context.horizon)
+    in_full = _one(contexts.recency(geometry.history, geometry, capacity=geometry.history))
+    tree = build_tree(models, params, window.history, geometry)
+    each, _ = nll.variant_nll(models.base, params["base"], tree, in_full, window.horizon)
+    return _measured(in_full, each, answers, geometry)
 
 
 def focused(
-    models: Models, params: dict[str, Params], history: Array, key: Array, *, length: int, config: Config
+    models: Models, params: dict[str, Params], history: Array, key: Array, *, length: int, recipe: Recipe
 ) -> WorkingContext:
-    """LensNet's last context of one history int32[C], that of `measure`; other arguments as there."""
-    tree = build_tree(models, params, history, config)
-    last = _path(models, params, tree, _keys(key)[1], length=length, config=config)[-1]
+    """LensNet's last context of one history int32[C], that of `measure`."""
+    tree = build_tree(models, params, history, recipe.geometry)
+    last = _path(models, params, tree, _keys(key)[1], length=length, recipe=recipe)[-1]
     return jax.tree.map(lambda leaf: leaf[0], last)
 
 
@@ -172,7 +175,7 @@ def measure_focus(
     *,
     length: int,
     draws: int,
-    config: Config,
+    recipe: Recipe,
 ) -> FocusEvidence:
     """LensNet's focus beside another sequence's, and beside recency.
 
@@ -180,61 +183,62 @@ def measure_focus(
     another sequence, applied to this one step by step, show the spans that they showed of the other.
 
     Args:
-      models: the models.
+      models: all three are called.
       params: parameters of `base`, `gist` and `lens`.
       tokens: int32[T].
       answers: int32[A], see `measure`.
-      key: PRNG key of the rollouts, consumed; of the same one `measure` draws the same.
+      key: PRNG key of the rollouts, consumed; with the key of `measure` they are those of its `random`.
       own: what `focused` makes of the sequence.
       foreign: what it makes of another one.
       length: entries of every context, a reachable length.
       draws: number of random rollouts.
-      config: shapes.
+      recipe: shapes.
 
     Returns:
       `FocusEvidence`.
     """
-    shape, geometry, share = config.context, config.context.geometry, config.hyper.lod2_share
-    window = split(tokens, horizon=shape.horizon)
-    tree = build_tree(models, params, window.history, config)
+    geometry, share = recipe.geometry, recipe.hyper.high_lod_share
+    window = split(tokens, horizon=recipe.context.horizon)
+    tree = build_tree(models, params, window.history, geometry)
     random_key, _ = jax.random.split(_keys(key)[0])
     drawn, distinct = rollouts.sample_rollouts(
         random_key, length, share, rollouts=draws, geometry=geometry, capacity=length
     )
     variants = jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), foreign, drawn)
-    losses, entries = nll.variant_losses(models.base, params["base"], tree, variants, window.horizon)
+    each, entries = nll.variant_nll(models.base, params["base"], tree, variants, window.horizon)
 
-    scores = policy_scores(models, params["lens"], jax.tree.map(lambda leaf: leaf[1:], entries))
-    values = preferences.variant_values(
-        scores,
-        drawn,
-        window=shape.history,
-        block_size=shape.block_size,
-        max_lod=shape.max_lod,
-        recent_tokens=shape.recent_tokens,
-    )
-    # What all rollouts share, the loss of the baseline, changes no correlation.
-    found, is_defined = preferences.correlation(values, -losses[1:], distinct)
+    scores = policy_scores(models.lens, params["lens"], jax.tree.map(lambda leaf: leaf[1:], entries))
+    values = preferences.variant_values(scores, drawn, geometry)
+    # What all rollouts share, the loss of recency, changes no correlation.
+    correlation, is_defined = preferences.correlation(values, -each[1:], distinct)
 
     def symbols(context: WorkingContext) -> Array:
-        return context.start * (shape.max_lod + 1) + context.lod
+        return context.start * (geometry.max_lod + 1) + context.lod
 
-    recency = contexts.baseline(length, window=shape.history, capacity=length)
+    recency = contexts.recency(length, geometry, capacity=length)
     return FocusEvidence(
-        foreign=_measured(_one(foreign), losses[:1], answers, config),
+        foreign=_measured(_one(foreign), each[:1], answers, geometry),
         divergence=faithfulness.divergence(symbols(own), own.length, symbols(recency), recency.length),
-        changed_edits=_changed_edits(own, foreign, length=length, config=config),
-        correlation=jnp.where(is_defined, found, jnp.nan),
+        changed_edits=_changed_edits(own, foreign, geometry, length=length),
+        correlation=jnp.where(is_defined, correlation, jnp.nan),
     )
 
 
-def _changed_edits(own: WorkingContext, foreign: WorkingContext, *, length: int, config: Config) -> Array:
+def _causal(
+    models: Models, params: dict[str, Params], history: Array, key: Array, *, length: int, draws: int, recipe: Recipe
+) -> dict[str, WorkingContext]:
+    share = recipe.hyper.high_lod_share
+    return rivals.causal(
+        models, params, history, key, recipe.geometry, length=length, draws=draws, high_lod_share=share
+    )
+
+
+def _changed_edits(own: WorkingContext, foreign: WorkingContext, geometry: Geometry, *, length: int) -> Array:
     """Jaccard distance of two contexts' edits of the cold start, float32[]; 0 where there are none."""
-    geometry = config.context.geometry
     start = allocator.uniform(length, geometry).collapsed
 
     def edited(context: WorkingContext) -> Array:
-        cut = contexts.to_cut(context, window=geometry.window)
+        cut = contexts.to_cut(context, geometry)
         return allocator.from_cut(cut, geometry).collapsed != start
 
     by_own, by_foreign = edited(own), edited(foreign)
@@ -249,31 +253,32 @@ def _keys(key: Array) -> tuple[Array, Array]:
 
 
 def _path(
-    models: Models, params: dict[str, Params], tree: TreeState, key: Array, *, length: int, config: Config
+    models: Models, params: dict[str, Params], tree: TreeState, key: Array, *, length: int, recipe: Recipe
 ) -> list[WorkingContext]:
     """The steps of LensNet's way from the cold start."""
-    walk = policy_contexts(models, params["lens"], tree, length, config=config, capacity=length, key=key)
-    return [_one(jax.tree.map(lambda leaf, i=i: leaf[i], walk)) for i in range(config.focus.steps + 1)]
+    score_fn = policy(models.lens, params["lens"], tree)
+    walk = refocus.cold_start(score_fn, length, recipe.geometry, capacity=length, settings=recipe.focus, key=key)
+    return [_one(jax.tree.map(lambda leaf, i=i: leaf[i], walk)) for i in range(recipe.focus.steps + 1)]
 
 
 def _one(context: WorkingContext) -> WorkingContext:
     return jax.tree.map(lambda leaf: leaf[None], context)
 
 
-def _measured(variants: WorkingContext, losses: Array, answers: Array | None, config: Config) -> Measured:
+def _measured(variants: WorkingContext, each: Array, answers: Array | None, geometry: Geometry) -> Measured:
     nothing = jnp.full((), jnp.nan)
     hit = nothing
     if answers is not None:
-        shown = jax.vmap(lambda one: held_out.shows_in_full(one, answers, config))(variants)
+        shown = jax.vmap(lambda one: shows_in_full(one, answers, geometry))(variants)
         hit = jnp.mean(shown, dtype=jnp.float32)
     entries = jnp.stack([variants.length.min(), variants.length.max()])
-    return Measured(losses.mean(), hit, nothing, nothing, entries)
+    return Measured(each.mean(), hit, nothing, nothing, entries)
 
 
-def _movement(path: list[WorkingContext], *, window: int) -> dict[str, Array]:
+def _movement(path: list[WorkingContext], geometry: Geometry) -> dict[str, Array]:
     """How much a sequence of contexts of one length moves."""
     rates = [
-        jax.vmap(lambda a, b: allocator.swap_rate(a, b, window=window))(before, after)[0]
+        jax.vmap(lambda a, b: refocus.swap_rate(a, b, geometry))(before, after)[0]
         for before, after in itertools.pairwise(path)
     ]
     # Of n contexts of W entries, W + new entries stays begin; together they last n W steps.

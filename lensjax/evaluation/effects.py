@@ -54,8 +54,8 @@ class Effect:
     mean: float
     """Loss, nats per token; as all means, NaN without a seed."""
     low: float | None
-    """95 % interval of the mean over seeds and batches (`lensjax.evaluation.statistics`); as all intervals, None with fewer than
-    two seeds."""
+    """95 % interval of the mean over seeds and batches (see `statistics`); as all intervals, None with fewer than two
+    seeds."""
     high: float | None
     difference: float
     """Loss minus that of the default with the same seeds on the same batches: below 0 is better."""
@@ -96,12 +96,12 @@ def effects(measured: Sequence[Measured]) -> list[Effect]:
     """
     _check(measured)
     default, *others = measured
-    found = [_effect(one, default) for one in others]
-    corrected = iter(holm([one.p for one in found if one.p is not None]))
-    found = [replace(one, p_holm=None if one.p is None else next(corrected)) for one in found]
-    found.sort(key=lambda one: -abs(one.difference) if one.seeds else math.inf)
+    effects = [_effect(one, default) for one in others]
+    corrected = iter(holm([one.p for one in effects if one.p is not None]))
+    effects = [replace(one, p_holm=None if one.p is None else next(corrected)) for one in effects]
+    effects.sort(key=lambda one: -abs(one.difference) if one.seeds else math.inf)
     first = _effect(default, default)
-    return [replace(first, difference_low=None, difference_high=None, p=None), *found]
+    return [replace(first, difference_low=None, difference_high=None, p=None), *effects]
 
 
 def holm(p: Sequence[float]) -> list[float]:

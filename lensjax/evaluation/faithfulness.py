@@ -1,4 +1,4 @@
-"""The check against theatre: whether thoughts, or a focus, change the answer, help, and are about what they help with.
+"""Faithfulness: whether thoughts, or a focus, change the answer, help, and are about what they help with.
 
 Four measurements, all of which have to be above a threshold. *Divergence*: the answer path differs from the one
 without. *Ablation*: the score falls without. *Correlation*: what looks better scores better. *Counterfactual*: the
@@ -7,36 +7,28 @@ as more computation, or a habit that suits all examples.
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax._settings import require
+from lensjax._settings import Bound, Decay, NonNegative, settings
 from lensjax.training import preferences
 from lensjax.training.metrics import Metrics
 
 
-@dataclass(frozen=True)
-class TheatreConfig:
+@settings("faithfulness")
+class FaithfulnessConfig:
     """What each measurement must be above; ablation and counterfactual in units of the score."""
 
-    divergence: float = 0.30
-    ablation: float = 0.02
-    correlation: float = 0.5
-    counterfactual: float = 0.02
-
-    def __post_init__(self) -> None:
-        # At its highest value a measurement could not be above the threshold.
-        for name, low in (("divergence", 0), ("correlation", -1)):
-            value = getattr(self, name)
-            require(low <= value < 1, f"theatre.{name} must be in [{low}, 1), got {value}")
-        for name in ("ablation", "counterfactual"):
-            value = getattr(self, name)
-            require(0 <= value < math.inf, f"theatre.{name} must be finite and at least 0, got {value}")
+    # At its highest value a measurement could not be above the threshold.
+    divergence: Decay = 0.30
+    ablation: NonNegative = 0.02
+    correlation: Annotated[float, Bound(-1, 1, high_excluded=True)] = 0.5
+    counterfactual: NonNegative = 0.02
 
 
 @jax.tree_util.register_dataclass
@@ -89,10 +81,10 @@ def divergence(one: ArrayLike, one_length: ArrayLike, other: ArrayLike, other_le
     """Edit distance as a share of the longer sequence: 0 where they are equal, 1 where they share nothing.
 
     Args:
-      one: int32[M], the answer path with thoughts; arguments as of `edit_distance`.
-      one_length: int32[].
+      one: int32[M], the answer path with thoughts, of which the first `one_length` count.
+      one_length: int32[], at most M.
       other: int32[N], the answer path without.
-      other_length: int32[].
+      other_length: int32[], at most N.
 
     Returns:
       float32[] in [0, 1]; 0 where both are empty.
@@ -129,17 +121,17 @@ def correlation(values: ArrayLike, scores: ArrayLike) -> Array:
     values, scores = (jnp.asarray(side).astype(jnp.float32) for side in (values, scores))
     # As differences from the first: rounding must not give a spread to what is constant.
     values, scores = values - values[0], scores - scores[0]
-    found, is_defined = preferences.correlation(values, scores, jnp.ones(values.shape, bool))
-    return jnp.where(is_defined, found, jnp.nan)
+    correlation, is_defined = preferences.correlation(values, scores, jnp.ones(values.shape, bool))
+    return jnp.where(is_defined, correlation, jnp.nan)
 
 
-def passed(evidence: Evidence, thresholds: TheatreConfig) -> dict[str, Array]:
+def passed(evidence: Evidence, thresholds: FaithfulnessConfig) -> dict[str, Array]:
     """Whether each measurement is above its threshold, and whether all are; bool[] by name. NaN is not."""
     checks = {name: getattr(evidence, name) > limit for name, limit in dataclasses.asdict(thresholds).items()}
     return checks | {"all_passed": jnp.all(jnp.stack(list(checks.values())))}
 
 
-def metrics(evidence: Evidence, thresholds: TheatreConfig, *, prefix: str) -> Metrics:
+def metrics(evidence: Evidence, thresholds: FaithfulnessConfig, *, prefix: str) -> Metrics:
     """The measurements by the names under which they are logged, and 1 or 0 for whether all of them pass.
 
     Args:
@@ -150,6 +142,6 @@ def metrics(evidence: Evidence, thresholds: TheatreConfig, *, prefix: str) -> Me
     Returns:
       `anti_theater_{divergence,ablation,correlation,counterfactual,all_passed}`, float32[] each.
     """
-    found = {field.name: getattr(evidence, field.name) for field in dataclasses.fields(evidence)}
-    found["all_passed"] = passed(evidence, thresholds)["all_passed"].astype(jnp.float32)
-    return {f"{prefix}anti_theater_{name}": value for name, value in found.items()}
+    report = {field.name: getattr(evidence, field.name) for field in dataclasses.fields(evidence)}
+    report["all_passed"] = passed(evidence, thresholds)["all_passed"].astype(jnp.float32)
+    return {f"{prefix}anti_theater_{name}": value for name, value in report.items()}

@@ -9,12 +9,12 @@ from jax import Array
 from lensjax.context import allocator, rollouts
 from lensjax.context import working as contexts
 from lensjax.context.allocator import FocusState
-from lensjax.context.geometry import CutGeometry
+from lensjax.context.geometry import Geometry
 from lensjax.context.working import WorkingContext
-from lensjax.evaluation import baselines, held_out
-from lensjax.models import Models, Params
+from lensjax.evaluation import baselines
+from lensjax.evaluation.answers import oracle_state
+from lensjax.models import AttentiveLanguageModel, Models, Params
 from lensjax.models.decision import Window, build_tree
-from lensjax.runs.config import Config
 from lensjax.training import nll
 
 
@@ -23,38 +23,38 @@ def causal(
     params: dict[str, Params],
     history: Array,
     key: Array,
+    geometry: Geometry,
     *,
     length: int,
     draws: int,
-    config: Config,
+    high_lod_share: float,
 ) -> dict[str, WorkingContext]:
     """The contexts of every causal policy but LensNet: they see the history, and the query at its end.
 
     Args:
-      models: the models.
+      models: base model and GistNet are called.
       params: parameters of `base` and `gist`.
       history: int32[C].
       key: PRNG key of the random policies, consumed.
+      geometry: the history.
       length: entries of every context, a reachable length.
       draws: contexts of each random policy.
-      config: shapes.
+      high_lod_share: see `rollouts.sample_cut`.
 
     Returns:
-      By name; leading axis: the policy's draws.
+      By name; leading axis: the policy's draws. `key_norm` and `snapkv` only where the base model shows its attention.
     """
-    geometry, share = config.context.geometry, config.hyper.lod2_share
+    share = high_lod_share
     random_key, recent_key = jax.random.split(key)
     drawn, _ = rollouts.sample_rollouts(random_key, length, share, rollouts=draws, geometry=geometry, capacity=length)
     query = slice(-geometry.recent_tokens, None)
-    attention, key_norm = baselines.attention(models.base, params["base"], history, query, geometry)
-    scored = {
-        "key_norm": key_norm,
-        "snapkv": attention,
-        "bm25": baselines.bm25(history, history[query], geometry),
-        "lookup": baselines.lookup(history, geometry),
-    }
+    scored: dict[str, Array] = {}
+    if isinstance(models.base, AttentiveLanguageModel):
+        attention, key_norm = baselines.attention(models.base, params["base"], history, query, geometry)
+        scored |= {"key_norm": key_norm, "snapkv": attention}
+    scored |= {"bm25": baselines.bm25(history, history[query], geometry), "lookup": baselines.lookup(history, geometry)}
     return {
-        "recency": _one(contexts.baseline(length, window=geometry.window, capacity=length)),
+        "recency": _one(contexts.recency(length, geometry, capacity=length)),
         "uniform": _one(allocator.to_context(allocator.uniform(length, geometry), geometry, capacity=length)),
         "random": drawn,
         "recent_random": baselines.recent_random(recent_key, length, share, draws=draws, geometry=geometry),
@@ -68,53 +68,49 @@ def hindsight(
     window: Window,
     rivals: dict[str, WorkingContext],
     answers: Array | None,
+    geometry: Geometry,
     *,
     length: int,
-    draws: int,
     oracle_rounds: int,
-    config: Config,
 ) -> dict[str, WorkingContext]:
-    """Contexts chosen by the horizon itself, bounds that no policy can be held to; arguments as for `measure`.
+    """Contexts chosen by the horizon itself, bounds that no policy can be held to.
 
     Args:
-      models: the models.
+      models: base model and GistNet are called.
       params: parameters of `base` and `gist`.
       window: history and horizon.
       rivals: contexts of the causal policies, the search's starts.
-      answers: int32[A], see `measure`.
+      answers: int32[A], first tokens of the blocks to be shown; None where they are not known.
+      geometry: the history.
       length: entries of every context.
-      draws: random contexts of which the best is taken.
-      oracle_rounds: see `policies.greedy_oracle`.
-      config: shapes.
+      oracle_rounds: see `baselines.greedy_oracle`.
 
     Returns:
       By name: `snapkv_hindsight` and `bm25_hindsight` have the horizon as their query, `answer` shows what is known to
       be needed, `best_of_N` and `oracle` choose by the loss. Leading axis 1.
     """
-    geometry = config.context.geometry
-    tree = build_tree(models, params, window.history, config)
-    tokens = jnp.concatenate([window.history, window.horizon])
-    # The rows that predict the horizon: those of its tokens but the last, and of the token before it.
-    query = slice(geometry.window - 1, -1)
-    attention, _ = baselines.attention(models.base, params["base"], tokens, query, geometry)
-    losses, _ = nll.variant_losses(models.base, params["base"], tree, rivals["random"], window.horizon)
-    best = jnp.argmin(losses)
-    found = baselines.greedy_oracle(
-        models,
-        params,
-        tree,
-        window.horizon,
-        _starts(rivals, answers, length, config),
-        length=length,
-        rounds=oracle_rounds,
-        config=config,
-    )
+    tree = build_tree(models, params, window.history, geometry)
+    scored: dict[str, Array] = {}
+    if isinstance(models.base, AttentiveLanguageModel):
+        tokens = jnp.concatenate([window.history, window.horizon])
+        # The rows that predict the horizon: those of its tokens but the last, and of the token before it.
+        query = slice(geometry.history - 1, -1)
+        scored["snapkv_hindsight"], _ = baselines.attention(models.base, params["base"], tokens, query, geometry)
+    scored["bm25_hindsight"] = baselines.bm25(window.history, window.horizon, geometry)
+    drawn = rivals["random"]
+    measured, _ = nll.variant_nll(models.base, params["base"], tree, drawn, window.horizon)
+    best = jnp.argmin(measured)
+
+    def loss(context: WorkingContext) -> Array:
+        return nll.token_nll(models.base, params["base"], contexts.materialise(tree, context), window.horizon).mean()
+
+    starts = _starts(rivals, answers, length, geometry)
+    oracle = baselines.greedy_oracle(loss, starts, geometry, length=length, rounds=oracle_rounds)
     return {
-        "snapkv_hindsight": _by_scores(attention, length, geometry),
-        "bm25_hindsight": _by_scores(baselines.bm25(window.history, window.horizon, geometry), length, geometry),
+        **{name: _by_scores(scores, length, geometry) for name, scores in scored.items()},
         **({} if answers is None else {"answer": _one(_in_full(answers, length, geometry))}),
-        f"best_of_{draws}": jax.tree.map(lambda leaf: leaf[best][None], rivals["random"]),
-        "oracle": _one(allocator.to_context(found, geometry, capacity=length)),
+        f"best_of_{len(measured)}": jax.tree.map(lambda leaf: leaf[best][None], drawn),
+        "oracle": _one(allocator.to_context(oracle, geometry, capacity=length)),
     }
 
 
@@ -146,24 +142,23 @@ def order(name: str) -> tuple[int, str]:
     return (max(places, default=len(kinds)), name)
 
 
-def _starts(made: dict[str, WorkingContext], answers: Array | None, length: int, config: Config) -> FocusState:
+def _starts(rivals: dict[str, WorkingContext], answers: Array | None, length: int, geometry: Geometry) -> FocusState:
     """Where the search for the oracle may start: every cut of the whole history (recency leaves its beginning out)."""
-    geometry = config.context.geometry
-    covering = [context for name, context in made.items() if name != "recency"]
+    covering = [context for name, context in rivals.items() if name != "recency"]
     variants = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *covering)
-    cuts = jax.vmap(lambda one: contexts.to_cut(one, window=geometry.window))(variants)
+    cuts = jax.vmap(lambda one: contexts.to_cut(one, geometry))(variants)
     starts = jax.vmap(lambda cut: allocator.from_cut(cut, geometry))(cuts)
     if answers is None:
         return starts
-    known = held_out.oracle_state(answers, length, geometry)
+    known = oracle_state(answers, length, geometry)
     return jax.tree.map(lambda many, one: jnp.concatenate([many, one[None]]), starts, known)
 
 
-def _in_full(answers: Array, length: int, geometry: CutGeometry) -> WorkingContext:
-    return allocator.to_context(held_out.oracle_state(answers, length, geometry), geometry, capacity=length)
+def _in_full(answers: Array, length: int, geometry: Geometry) -> WorkingContext:
+    return allocator.to_context(oracle_state(answers, length, geometry), geometry, capacity=length)
 
 
-def _by_scores(scores: Array, length: int, geometry: CutGeometry) -> WorkingContext:
+def _by_scores(scores: Array, length: int, geometry: Geometry) -> WorkingContext:
     return _one(allocator.to_context(baselines.by_scores(scores, length, geometry), geometry, capacity=length))
 
 

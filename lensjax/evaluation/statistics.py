@@ -35,7 +35,14 @@ LEVEL = 0.05
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, and how far it can be trusted."""
+    """A mean, and how far it can be trusted.
+
+    Example:
+      >>> import lensjax as lx
+      >>> one = lx.statistics.estimate([1.0, 2.0, 3.0])
+      >>> one.p < lx.statistics.LEVEL, one.low < 0 < one.high
+      (False, True)
+    """
 
     mean: float
     low: float
@@ -62,6 +69,12 @@ def estimate(values: ArrayLike) -> Estimate:
 
     Raises:
       ValueError: an axis has fewer than two places, or a value is not finite.
+
+    Example:
+      >>> import lensjax as lx
+      >>> one = lx.statistics.estimate([1.0, 2.0, 3.0])
+      >>> print(f"{one.mean} [{one.low:.2f}, {one.high:.2f}], p {one.p:.3f}")
+      2.0 [-0.48, 4.48], p 0.074
     """
     values = np.asarray(values, np.float64)
     if not values.ndim or min(values.shape) < 2:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax.training.metrics import masked_mean, masked_std
+from lensjax._numerics import masked_mean, masked_std
 
 
 def generalised_advantages(

@@ -17,41 +17,31 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax._settings import require, require_choice, require_positive
-from lensjax.training.metrics import masked_mean
+from lensjax._numerics import masked_mean
+from lensjax._settings import Count, NonNegative, Positive, PositiveInt, settings
 
 
-@dataclass(frozen=True)
+@settings("hyperlora")
 class HyperLoRAConfig:
     """The hypernetwork, how large its deltas may be, and what its losses weigh."""
 
-    rank: int = 8
-    scaling: float = 1.0
+    rank: PositiveInt = 8
+    scaling: Positive = 1.0
     """delta W = scaling A B."""
     init: Literal["norm", "std"] = "norm"
     """What `init_scale` means for fresh parameters: the Frobenius norm of delta W, or the standard deviation of the
     last layers' weights, with which the norm grows with the width (212 at 0.1 and width 256)."""
-    init_scale: float = 0.1
-    max_norm: float | None = 1.0
+    init_scale: Positive = 0.1
+    max_norm: Positive | None = 1.0
     """The largest Frobenius norm of delta W, in norms of an identity of its size; None for no limit."""
-    learning_rate_multiplier: float = 1.0
+    learning_rate_multiplier: Positive = 1.0
     """The hypernetwork's learning rate, in those of the model that it adapts."""
-    loo_weight: float = 0.1
-    loo_start: int = 0
+    loo_weight: NonNegative = 0.1
+    loo_start: Count = 0
     """Step from which the leave-one-out loss counts."""
-    equivariance_weight: float = 0.02
-    equivariance_start: int = 0
+    equivariance_weight: NonNegative = 0.02
+    equivariance_start: Count = 0
     """Step from which the equivariance loss counts."""
-
-    def __post_init__(self) -> None:
-        require_choice(self, "init")
-        require_positive(self, "rank")
-        for name in ("scaling", "init_scale", "max_norm", "learning_rate_multiplier"):
-            value = getattr(self, name)
-            require(value is None or 0 < value < math.inf, f"hyperlora.{name} must be finite and above 0, got {value}")
-        for name in ("loo_weight", "equivariance_weight", "loo_start", "equivariance_start"):
-            value = getattr(self, name)
-            require(0 <= value < math.inf, f"hyperlora.{name} must be finite and at least 0, got {value}")
 
 
 PRESETS = {

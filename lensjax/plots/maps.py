@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from lensjax.context.working import MISSING
-from lensjax.plots.curves import (
+from lensjax.plots.style import (
     COLORS,
     FAINT,
     INK,

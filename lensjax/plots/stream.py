@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lensjax.plots.curves import COLORS, FAINT, INK, LEGEND, dress, new_figure, noise_width, running_mean, write
+from lensjax.plots.style import COLORS, FAINT, INK, LEGEND, dress, new_figure, noise_width, running_mean, write
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,16 @@ from lensjax.evaluation import held_out
 from lensjax.models import Models, Params
 from lensjax.runs.config import Config
 from lensjax.runs.engine.devices import AXIS
+from lensjax.training.hyperparameters import Hyperparameters
 from lensjax.training.metrics import Metrics
+from lensjax.training.recipe import Recipe
 from lensjax.training.scoring import Batch, ScoredVariants
 from lensjax.training.steps import preference
 from lensjax.training.steps.preference import TrainState
 
 Setting = dict[str, Any]
 """Changed fields of a config by dotted name; empty for the default."""
-ROLLOUT_SETTINGS = ("context_start", "context_end", "lod2_share")
+ROLLOUT_SETTINGS = ("context_start", "context_end", "high_lod_share")
 """What decides, beside the seed, which rollouts an arm draws."""
 
 
@@ -36,7 +38,7 @@ class Sweep:
     """Which settings to compare; the preset with `changes` is the default, and the first of them."""
 
     preset: str
-    """Name or path of a config, as of `train.py`."""
+    """Name or path of a config, as for `python -m experiments.train`."""
     changes: Mapping[str, Any] = field(default_factory=dict)
     """What the default itself changes in the preset."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -55,12 +57,12 @@ class Sweep:
         """
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must name one or more different seeds, got {self.seeds}")
-        found: list[Setting] = [{}]
-        found += [{name: value} for name, values in self.one_at_a_time.items() for value in values]
+        settings: list[Setting] = [{}]
+        settings += [{name: value} for name, values in self.one_at_a_time.items() for value in values]
         if self.grid:
-            found += [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
-        found += [dict(setting) for setting in self.together]
-        return [setting for i, setting in enumerate(found) if setting not in found[:i]]
+            settings += [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+        settings += [dict(setting) for setting in self.together]
+        return [setting for i, setting in enumerate(settings) if setting not in settings[:i]]
 
 
 @jax.tree_util.register_dataclass
@@ -74,14 +76,14 @@ class SweepState:
     """Parameters of `base` and `gist`, which all arms share."""
     draw: Array
     """int32[A]: which of the draws each arm reads."""
-    drawer: Array
+    reader: Array
     """int32[R]: an arm that reads each draw."""
     row: Array
     """int32[R]: the row of the batch, one a seed, that each draw is of."""
 
 
-def program(configs: Sequence[Config]) -> Config:
-    """The static config that all arms of one program share.
+def program(configs: Sequence[Config]) -> Recipe:
+    """The recipe that all arms of one program share.
 
     Its hyperparameters only decide what is compiled in: the longest context of any arm, and the KL term if any arm has
     a weight for it.
@@ -90,7 +92,7 @@ def program(configs: Sequence[Config]) -> Config:
       configs: the arms; they may differ in seed, output folder and hyperparameters.
 
     Returns:
-      A `Config`.
+      A `Recipe`.
 
     Raises:
       ValueError: there is no arm, they differ in what is compiled, or they train more than LensNet.
@@ -106,20 +108,20 @@ def program(configs: Sequence[Config]) -> Config:
         name: max(getattr(config.hyper, name) for config in configs)
         for name in ("context_start", "context_end", "kl_weight")
     }
-    shared = structure(first)
+    shared = structure(first).recipe
     return replace(shared, hyper=replace(shared.hyper, **largest))
 
 
 def structure(config: Config) -> Config:
     """What arms must have in common to run in one program: all but seed, output folder and hyperparameters."""
-    return replace(config, seed=0, output_dir="-", hyper=Config().hyper)
+    return replace(config, seed=0, output_dir="-", hyper=Hyperparameters())
 
 
 def init(
     configs: Sequence[Config],
     keys: Mapping[int, Array],
     *,
-    config: Config,
+    recipe: Recipe,
     models: Models,
     params: dict[str, Params],
 ) -> SweepState:
@@ -127,9 +129,9 @@ def init(
 
     Args:
       configs: the A arms.
-      keys: for each of their seeds, in the order of the batch's rows, the key of `train.init_train_state`.
-      config: `program(configs)`.
-      models: the models.
+      keys: for each of their seeds, in the order of the batch's rows, the key of `init_train_state`.
+      recipe: `program(configs)`.
+      models: static.
       params: parameters of `base` and `gist`, and of `lens` where the arms do not start from fresh ones.
 
     Returns:
@@ -137,7 +139,7 @@ def init(
     """
     fresh = {}
     for seed, key in keys.items():
-        state = preference.init_train_state(key, config=config, models=models, params=params)
+        state = preference.init_train_state(key, recipe=recipe, models=models, params=params)
         fresh[seed] = replace(state, params={"lens": state.params["lens"]})
     arms = [replace(fresh[arm.seed], hyper=jax.tree.map(jnp.float32, arm.hyper)) for arm in configs]
     draws = [_draw(arm) for arm in configs]
@@ -147,7 +149,7 @@ def init(
         arms=jax.tree.map(lambda *leaves: jnp.stack(leaves), *arms),
         frozen={name: jax.tree.map(jnp.copy, params[name]) for name in ("base", "gist")},
         draw=jnp.asarray([different.index(draw) for draw in draws], jnp.int32),
-        drawer=jnp.asarray([draws.index(draw) for draw in different], jnp.int32),
+        reader=jnp.asarray([draws.index(draw) for draw in different], jnp.int32),
         row=jnp.asarray([rows.index(int(draw[0])) for draw in different], jnp.int32),
     )
 
@@ -182,7 +184,7 @@ def stack(states: Sequence[SweepState], mesh: Mesh) -> SweepState:
         # Devices run one program: those with fewer draws repeat one, which no arm reads.
         missing = (0, most - len(state.row))
         return replace(
-            state, drawer=jnp.pad(state.drawer, missing, mode="edge"), row=jnp.pad(state.row, missing, mode="edge")
+            state, reader=jnp.pad(state.reader, missing, mode="edge"), row=jnp.pad(state.row, missing, mode="edge")
         )
 
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(padded, states))
@@ -206,45 +208,45 @@ def over_devices(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]
 
 
 def step(
-    state: SweepState, batch: Batch, *, config: Config, models: Models, at_once: int | None = None
+    state: SweepState, batch: Batch, *, recipe: Recipe, models: Models, at_once: int | None = None
 ) -> tuple[SweepState, Metrics]:
     """One update of every arm; compile it once, with the state donated.
 
     Args:
       state: the state before the step.
       batch: `tokens` int32[S, B, T], one batch a seed.
-      config: `program` of the arms.
+      recipe: `program` of the arms.
       models: static.
       at_once: arms that are computed together, by `vmap`; the others wait in the same program. None takes one after the
         other, which is the faster on a CPU, whose cores one arm keeps busy, and gives the numbers of a run of its own.
 
     Returns:
-      The next state, and the metrics of `train.train_step`, each float32[A].
+      The next state, and the metrics of `train_step`, each float32[A].
     """
 
     def score(one: tuple[Array, Array]) -> ScoredVariants:
         arm = jax.tree.map(lambda leaf: leaf[one[0]], state.arms)
         return preference.score_batch(
-            state.frozen, arm, {"tokens": batch["tokens"][one[1]]}, config=config, models=models
+            state.frozen, arm, {"tokens": batch["tokens"][one[1]]}, recipe=recipe, models=models
         )
 
-    scored = jax.lax.map(score, (state.drawer, state.row), batch_size=at_once)
+    scored = jax.lax.map(score, (state.reader, state.row), batch_size=at_once)
 
     def update(one: tuple[TrainState, Array]) -> tuple[TrainState, Metrics]:
         read = jax.tree.map(lambda leaf: leaf[one[1]], scored)
-        return preference.lens_step(one[0], read, config=config, models=models)
+        return preference.lens_step(one[0], read, recipe=recipe, models=models)
 
     arms, metrics = jax.lax.map(update, (state.arms, state.draw), batch_size=at_once)
     return replace(state, arms=arms), metrics
 
 
 def evaluate(
-    state: SweepState, batch: Batch, key: Array, *, config: Config, models: Models, at_once: int | None = None
+    state: SweepState, batch: Batch, key: Array, *, recipe: Recipe, models: Models, at_once: int | None = None
 ) -> Metrics:
-    """`evaluation.eval_step` of every arm on one held-out batch, each value float32[A]; arguments as there."""
+    """`held_out.eval_step` of every arm on one held-out batch, each value float32[A]."""
 
     def one(arm: TrainState) -> Metrics:
         whole = replace(arm, params={**state.frozen, **arm.params})
-        return held_out.eval_step(whole, batch, key, config=config, models=models)
+        return held_out.eval_step(key, whole, batch, recipe=recipe, models=models)
 
     return jax.lax.map(one, state.arms, batch_size=at_once)

@@ -9,6 +9,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from lensjax._numerics import masked_mean, masked_std
+
 Metrics = dict[str, Array]
 """Scalars by name; of a name in `HISTOGRAMS`, counts by bin."""
 
@@ -16,25 +18,15 @@ _MAGNITUDES = np.logspace(-4, 1, 21)
 HISTOGRAMS = {"mc/adv_histogram": np.concatenate([-_MAGNITUDES[::-1], [0.0], _MAGNITUDES]).astype(np.float32)}
 """Edges of their bins, each of which holds its upper edge. Advantages are in nats, and span decades."""
 
+UNDEFINED = "n/a"
+"""Stands in the log for a value that is not defined (see `MAY_BE_UNDEFINED`)."""
+
 MAY_BE_UNDEFINED = (
     "mc/preference_corr_mean",
     "mc/preference_corr_max",
     "mc/preference_corr_min",
     "rl/anti_theater_correlation",
 )
-
-
-def masked_mean(values: ArrayLike, where: ArrayLike) -> Array:
-    """Mean of the valid values, 0 without any; float32[]."""
-    values, where = jnp.asarray(values), jnp.asarray(where)
-    where = jnp.broadcast_to(where, values.shape)
-    return jnp.sum(jnp.where(where, values, 0.0)) / jnp.maximum(jnp.sum(where, dtype=jnp.float32), 1)
-
-
-def masked_std(values: ArrayLike, where: ArrayLike) -> Array:
-    """Population standard deviation of the valid values, 0 without any; float32[]."""
-    values = jnp.asarray(values)
-    return jnp.sqrt(masked_mean((values - masked_mean(values, where)) ** 2, where))
 
 
 def histogram(values: ArrayLike, where: ArrayLike, edges: ArrayLike) -> Array:

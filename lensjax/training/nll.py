@@ -18,23 +18,19 @@ from jax.typing import ArrayLike
 from lensjax.context import working as contexts
 from lensjax.context.tree import TreeState
 from lensjax.context.working import Entries, WorkingContext
-from lensjax.models import BaseModel, Params
+from lensjax.models import LanguageModel, Params
 
 
 class Reading(NamedTuple):
     """What the base model reads, S = W + H - 1 rows: the entries, the horizon but for its last token, then padding."""
 
-    embeddings: Array
-    """float[S, D]."""
-    positions: Array
-    """float32[S]."""
-    spans: Array
-    """float32[S]: tokens covered; 0 at padding."""
+    entries: Entries
+    """Leading axis S."""
     rows: Array
     """int32[H]: the row that predicts each token of the horizon."""
 
 
-def reading(base: BaseModel, params: Params, entries: Entries, horizon: ArrayLike) -> Reading:
+def reading(base: LanguageModel, params: Params, entries: Entries, horizon: ArrayLike) -> Reading:
     """A working context followed by the horizon.
 
     Args:
@@ -52,20 +48,16 @@ def reading(base: BaseModel, params: Params, entries: Entries, horizon: ArrayLik
     # Nothing is predicted from the last token of the horizon. The others come right behind the entries: padding, which
     # must be last, moves to the end.
     slots, cursor = length + steps[:-1], entries.positions[length - 1] + 1
+    behind = contexts.in_full(base.embed(params, horizon[:-1]), cursor + steps[:-1].astype(jnp.float32))
 
     def followed_by(rows: Array, later: Array) -> Array:
         room = [(0, steps.shape[0] - 1)] + [(0, 0)] * (rows.ndim - 1)
         return jnp.pad(rows, room).at[slots].set(later.astype(rows.dtype))
 
-    return Reading(
-        embeddings=followed_by(entries.embeddings, base.embed(params, horizon[:-1])),
-        positions=followed_by(entries.positions, cursor + steps[:-1].astype(jnp.float32)),
-        spans=followed_by(entries.spans, jnp.ones(steps.shape[0] - 1, jnp.float32)),
-        rows=length - 1 + steps,
-    )
+    return Reading(jax.tree.map(followed_by, entries, behind), rows=length - 1 + steps)
 
 
-def token_losses(base: BaseModel, params: Params, entries: Entries, horizon: ArrayLike) -> Array:
+def token_nll(base: LanguageModel, params: Params, entries: Entries, horizon: ArrayLike) -> Array:
     """Loss of each token of the horizon under one working context.
 
     Args:
@@ -78,12 +70,12 @@ def token_losses(base: BaseModel, params: Params, entries: Entries, horizon: Arr
       float32[H], in nats.
     """
     read = reading(base, params, entries, horizon)
-    logits = base.apply(params, read.embeddings, read.positions, read.spans, read.rows)
+    logits = base.logits(params, read.entries, read.rows)
     return optax.losses.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(horizon))
 
 
-def variant_losses(
-    base: BaseModel, params: Params, tree: TreeState, variants: WorkingContext, horizon: ArrayLike
+def variant_nll(
+    base: LanguageModel, params: Params, tree: TreeState, variants: WorkingContext, horizon: ArrayLike
 ) -> tuple[Array, Entries]:
     """Loss of every variant of one sequence, in one pass over all of them.
 
@@ -99,16 +91,28 @@ def variant_losses(
 
     Raises:
       ValueError: the horizon is empty, or no sequence.
+
+    Example:
+      >>> import functools, jax, jax.numpy as jnp, lensjax as lx
+      >>> config = lx.BaseConfig(dim=16, heads=2, layers=1)
+      >>> base = lx.build_models(config, lx.GistConfig(), lx.LensConfig(), block_size=2, max_lod=1).base
+      >>> params, geometry = base.init(jax.random.key(0)), lx.Geometry(8, 2, 1, recent_tokens=2)
+      >>> mean = lambda children: children.mean(axis=1)
+      >>> history = lx.tree.build(base.embed(params, jnp.arange(8)), mean, block_size=2, max_lod=1)
+      >>> variants = jax.tree.map(lambda leaf: leaf[None], lx.recency(4, geometry, capacity=4))
+      >>> nll, _ = jax.jit(functools.partial(lx.variant_nll, base))(params, history, variants, jnp.array([8, 9]))
+      >>> bool(jnp.abs(nll[0] - jnp.log(256.0)) < 0.2)  # a fresh model is near uniform
+      True
     """
     horizon = jnp.asarray(horizon)
     if horizon.ndim != 1 or horizon.shape[0] < 1:
         raise ValueError(f"horizon must hold one sequence of at least 1 token to score, got shape {horizon.shape}")
     entries = jax.vmap(lambda variant: contexts.materialise(tree, variant))(variants)
-    losses = jax.vmap(lambda row: token_losses(base, params, row, horizon))(entries)
+    losses = jax.vmap(lambda row: token_nll(base, params, row, horizon))(entries)
     return losses.mean(axis=-1), entries
 
 
-def entry_losses(base: BaseModel, params: Params, entries: Entries, tokens: ArrayLike, *, horizon: int) -> Array:
+def entry_nll(base: LanguageModel, params: Params, entries: Entries, tokens: ArrayLike, *, horizon: int) -> Array:
     """Mean loss of the token after each one that a reading holds in full, in the context or behind it.
 
     The horizon's losses are the last ones of these. Pretraining uses them all: a context of W entries then teaches as
@@ -126,15 +130,15 @@ def entry_losses(base: BaseModel, params: Params, entries: Entries, tokens: Arra
     """
     tokens = jnp.asarray(tokens)
     read = reading(base, params, entries, tokens[-horizon:])
-    rows = jnp.arange(read.spans.shape[0], dtype=jnp.int32)
-    logits = base.apply(params, read.embeddings, read.positions, read.spans, rows)
-    targets = jnp.take(tokens, read.positions.astype(jnp.int32) + 1, mode="clip")
+    spans = read.entries.spans
+    logits = base.logits(params, read.entries, jnp.arange(spans.shape[0], dtype=jnp.int32))
+    targets = jnp.take(tokens, read.entries.positions.astype(jnp.int32) + 1, mode="clip")
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets)
-    in_full = read.spans == 1
+    in_full = spans == 1
     return jnp.sum(jnp.where(in_full, losses, 0.0)) / jnp.sum(in_full, dtype=jnp.float32)
 
 
-def sequence_losses(base: BaseModel, params: Params, tokens: ArrayLike) -> Array:
+def sequence_nll(base: LanguageModel, params: Params, tokens: ArrayLike) -> Array:
     """Ordinary teacher-forced loss of a whole window.
 
     Args:
@@ -147,12 +151,6 @@ def sequence_losses(base: BaseModel, params: Params, tokens: ArrayLike) -> Array
     """
     tokens = jnp.asarray(tokens)
     count = tokens.shape[0]
-    positions = jnp.arange(count, dtype=jnp.float32)
-    logits = base.apply(
-        params,
-        base.embed(params, tokens),
-        positions,
-        jnp.ones(count, jnp.float32),
-        jnp.arange(count - 1, dtype=jnp.int32),
-    )
+    entries = contexts.in_full(base.embed(params, tokens), jnp.arange(count))
+    logits = base.logits(params, entries, jnp.arange(count - 1, dtype=jnp.int32))
     return optax.losses.softmax_cross_entropy_with_integer_labels(logits, tokens[1:])

@@ -9,6 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from lensjax.context import working as contexts
+from lensjax.context.geometry import Geometry
 from lensjax.context.working import MISSING, WorkingContext
 from lensjax.losses.advantages import importance_weights
 
@@ -19,7 +20,14 @@ MIN_STD = 1e-5
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PreferencePairs:
-    """P pairs of variants of one sequence; rows beyond the number of pairs are masked."""
+    """P pairs of variants of one sequence; rows beyond the number of pairs are masked.
+
+    Example:
+      >>> import jax.numpy as jnp, lensjax as lx
+      >>> pairs = lx.select_pairs(jnp.array([2.0, 1.0, 4.0]), jnp.ones(3, bool), hard_negative_ratio=1.0, max_pairs=3)
+      >>> pairs.gap.tolist()
+      [3.0, 1.0, 2.0]
+    """
 
     better: Array
     """int32[P]: variant with the lower loss."""
@@ -72,6 +80,12 @@ def select_pairs(
     Returns:
       `PreferencePairs` with P = min(max_pairs, V (V - 1) / 2) rows. Pairs of equal losses hold no preference and are
       masked, as are those with a loss that is NaN: it is for the objective to say so.
+
+    Example:
+      >>> import jax.numpy as jnp, lensjax as lx
+      >>> pairs = lx.select_pairs(jnp.array([2.0, 1.0, 4.0]), jnp.ones(3, bool), hard_negative_ratio=0.0, max_pairs=3)
+      >>> pairs.better.tolist(), pairs.worse.tolist(), pairs.valid.tolist()
+      ([1, 1, 0], [2, 0, 2], [True, True, False])
     """
     losses, valid = jnp.asarray(losses), jnp.asarray(valid)
     first, second = (jnp.asarray(index, jnp.int32) for index in np.triu_indices(losses.shape[0], k=1))
@@ -112,10 +126,8 @@ def tie_share(losses: ArrayLike, valid: ArrayLike) -> Array:
 def span_targets(
     variants: WorkingContext,
     pairs: PreferencePairs,
+    geometry: Geometry,
     *,
-    window: int,
-    block_size: int,
-    recent_tokens: int,
     worse_only: bool = False,
 ) -> PairTargets:
     """What each entry of a pair should ask for, so that its variant comes to show what the better one shows.
@@ -130,37 +142,45 @@ def span_targets(
     entries, tokens outvote gists, and the policy learns to like whatever is in full already.
 
     Args:
-      variants: V working contexts of one window, leading axis V.
+      variants: V working contexts of one history, leading axis V.
       pairs: P pairs of them.
-      window: tokens in the window T.
-      block_size: children per gist K.
-      recent_tokens: protected tail.
+      geometry: their history.
       worse_only: the recipe as it is usually written: only entries of the worse variant. Its gists then ask for
         detail and its tokens for less, always: the label is a function of the entry's level, and nothing about the
         content is learned. Kept for the ablation that shows it.
 
     Returns:
       `PairTargets`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lensjax as lx
+      >>> geometry = lx.Geometry(history=6, block_size=2, max_lod=1, recent_tokens=2)
+      >>> cuts = jnp.array([[0, 0, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]])
+      >>> variants = jax.jit(jax.vmap(lambda cut: lx.from_cut(cut, geometry, capacity=5)))(cuts)
+      >>> pairs = lx.select_pairs(jnp.array([1.0, 2.0]), jnp.ones(2, bool), hard_negative_ratio=1.0, max_pairs=1)
+      >>> targets = jax.jit(lx.span_targets, static_argnums=2)(variants, pairs, geometry)
+      >>> targets.target[0].tolist()  # the better shows tokens 0 and 1 in full
+      [[1.0, 1.0, -1.0, 0.0, 0.0], [1.0, -1.0, -1.0, 0.0, 0.0]]
     """
-    cuts = jax.vmap(lambda variant: contexts.to_cut(variant, window=window))(variants)
+    cuts = jax.vmap(lambda variant: contexts.to_cut(variant, geometry))(variants)
     better_cut, worse_cut = cuts[pairs.better], cuts[pairs.worse]
     # Cuts of one tree are nested: inside a span that either shows as one entry, the sign cannot change.
     sign = jnp.sign(worse_cut - better_cut).astype(jnp.float32)
     covered = (better_cut != MISSING) & (worse_cut != MISSING)
     # What either shows as one entry counts as a whole or not at all: its first token answers for it.
-    width = block_size ** jnp.maximum(jnp.maximum(better_cut, worse_cut), 0)
-    first = jnp.arange(window)[None] // width * width
+    width = geometry.block_size ** jnp.maximum(jnp.maximum(better_cut, worse_cut), 0)
+    first = jnp.arange(geometry.history)[None] // width * width
     covered = jnp.take_along_axis(covered, first, axis=1)
 
     members = jnp.stack([pairs.better, pairs.worse], axis=1)
     start, valid = variants.start[members], variants.valid[members]
     at_start = jax.vmap(lambda row, index: jnp.take(row, index, mode="clip"))
     target = at_start(sign, start)
-    where = valid & at_start(covered, start) & (start < window - recent_tokens) & (target != 0)
+    where = valid & at_start(covered, start) & (start < geometry.tail) & (target != 0)
     where &= pairs.valid[:, None, None]
     if worse_only:
         where &= jnp.asarray([False, True])[None, :, None]
-    spans = contexts.spans(variants, block_size=block_size)[members].astype(jnp.float32)
+    spans = contexts.spans(variants, block_size=geometry.block_size)[members].astype(jnp.float32)
     return PairTargets(jnp.where(where, target, 0.0), where, jnp.where(where, spans, 0.0))
 
 
@@ -168,10 +188,7 @@ def span_advantages(
     losses: ArrayLike,
     variants: WorkingContext,
     valid: ArrayLike,
-    *,
-    window: int,
-    block_size: int,
-    recent_tokens: int,
+    geometry: Geometry,
 ) -> tuple[Array, Array, Array]:
     """What the level of each entry was worth, beside the variants that show its span at another level.
 
@@ -183,11 +200,9 @@ def span_advantages(
 
     Args:
       losses: float32[V], nats per token.
-      variants: V working contexts of one window, leading axis V.
+      variants: V working contexts of one history, leading axis V.
       valid: bool[V], False for duplicates.
-      window: tokens in the window T.
-      block_size: children per gist K.
-      recent_tokens: protected tail.
+      geometry: their history.
 
     Returns:
       float32[V, W], positive where the variant's level came out better; float32[V, W], +1 where that level is finer
@@ -195,13 +210,13 @@ def span_advantages(
       protected tail whose span some other variant shows at another level. The others have 0 in both.
     """
     losses, valid = jax.lax.stop_gradient(jnp.asarray(losses)), jnp.asarray(valid)
-    cuts = jax.vmap(lambda variant: contexts.to_cut(variant, window=window))(variants)
+    cuts = jax.vmap(lambda variant: contexts.to_cut(variant, geometry))(variants)
 
     def differs(other: Array, own: Array, start: Array, lod: Array) -> tuple[Array, Array]:
         """bool[W]: entries whose span both cuts show, at two levels; int32[W]: the level of the other one."""
         there = jnp.take(other, start, mode="clip")
         # What either shows as one entry counts as a whole or not at all: its first token answers for it.
-        width = block_size ** jnp.maximum(there, lod)
+        width = geometry.block_size ** jnp.maximum(there, lod)
         first = start // width * width
         shown = (jnp.take(other, first, mode="clip") != MISSING) & (jnp.take(own, first, mode="clip") != MISSING)
         return shown & (there != lod), there
@@ -211,7 +226,7 @@ def span_advantages(
     against &= valid[None, :, None]
     count = jnp.sum(against, axis=1, dtype=jnp.float32)
     baseline = jnp.sum(jnp.where(against, losses[None, :, None], 0.0), axis=1) / jnp.maximum(count, 1)
-    where = (count > 0) & variants.valid & (variants.start < window - recent_tokens) & valid[:, None]
+    where = (count > 0) & variants.valid & (variants.start < geometry.tail) & valid[:, None]
     level = jnp.sum(jnp.where(against, levels, 0), axis=1).astype(jnp.float32) / jnp.maximum(count, 1)
     finer = jnp.where(where, jnp.sign(level - variants.lod.astype(jnp.float32)), 0.0)
     return jnp.where(where, baseline - losses[:, None], 0.0), finer, where
@@ -283,9 +298,7 @@ def lod_only_scores(variants: WorkingContext) -> Array:
     return jnp.where(variants.valid, jnp.where(variants.lod > 0, 1.0, -1.0), 0.0).astype(jnp.float32)
 
 
-def variant_values(
-    scores: ArrayLike, variants: WorkingContext, *, window: int, block_size: int, max_lod: int, recent_tokens: int
-) -> Array:
+def variant_values(scores: ArrayLike, variants: WorkingContext, geometry: Geometry) -> Array:
     """The policy's value of each variant: how well its scores match the detail that the variant gives.
 
         h(v) = sum_i a_i s_i(v) d(lod_i) / sum_i a_i,    d = 1 - 2 lod / L,    a_i = tokens covered
@@ -296,17 +309,14 @@ def variant_values(
     Args:
       scores: float[V, W].
       variants: V working contexts.
-      window: tokens in the window T.
-      block_size: children per gist K.
-      max_lod: highest level L.
-      recent_tokens: protected tail.
+      geometry: their history.
 
     Returns:
       float32[V]; 0 for a variant that shows nothing but the tail.
     """
-    weight = contexts.spans(variants, block_size=block_size).astype(jnp.float32)
-    weight = jnp.where(variants.start < window - recent_tokens, weight, 0.0)
-    detail = 1.0 - 2.0 * variants.lod.astype(jnp.float32) / max_lod
+    weight = contexts.spans(variants, block_size=geometry.block_size).astype(jnp.float32)
+    weight = jnp.where(variants.start < geometry.tail, weight, 0.0)
+    detail = 1.0 - 2.0 * variants.lod.astype(jnp.float32) / geometry.max_lod
     total = jnp.sum(weight * jnp.asarray(scores) * detail, axis=-1)
     return total / jnp.maximum(jnp.sum(weight, axis=-1), 1.0)
 

@@ -2,14 +2,18 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.typing import ArrayLike
 
 from lensjax.models import hyperlora
+from lensjax.models.functional import Functional, checked
 from lensjax.models.hyperlora import Delta, Deltas, HyperLoRAConfig
+from lensjax.models.interfaces import Params
 
 # The default of the framework that the published init_scale was chosen in.
 _HIDDEN_INIT = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -31,7 +35,7 @@ class Factor(nnx.Module):
 
 
 class HyperNet(nnx.Module):
-    """A context to the deltas of all targets. See `lensjax.models.functional.HyperLoRAModel`.
+    """A context to the deltas of all targets. See `HyperLoRAModel`.
 
     The published context network has a dropout of rate 0; it is left out.
     """
@@ -78,3 +82,33 @@ def _std(config: HyperLoRAConfig, dim: int, width: int, out: int) -> float:
         return config.init_scale
     variance = config.init_scale / (config.scaling * math.sqrt(width * out * config.rank))
     return math.sqrt(variance / (dim * HIDDEN_SQUARE))
+
+
+@dataclass(frozen=True)
+class HyperLoRAModel(Functional[HyperNet]):
+    """The hypernetwork as pure functions."""
+
+    config: HyperLoRAConfig
+    dim: int
+    """Width of a context [D]."""
+    targets: tuple[tuple[str, int, int], ...]
+    """Name, inputs and outputs of each matrix that gets a delta."""
+
+    def _build(self, rngs: nnx.Rngs) -> HyperNet:
+        sizes = {name: (width, out) for name, width, out in self.targets}
+        return HyperNet(self.config, self.dim, sizes, rngs=rngs)
+
+    def apply(self, params: Params, context: ArrayLike) -> Deltas:
+        """The deltas for one task.
+
+        Args:
+          params: from `init`.
+          context: float32[D], of `hyperlora.mean_context` or one row of `hyperlora.leave_one_out_contexts`.
+
+        Returns:
+          A delta for each target.
+
+        Raises:
+          ValueError: a shape does not fit.
+        """
+        return self._bind(params)(checked("context", context, self.dim))

@@ -1,6 +1,6 @@
 """Token windows from text files or from a synthetic task, as deterministic grain iterators.
 
-Text is read as bytes. Each FAMILY of files with text in common (`lensjax.runs.data.families`) belongs to one split: a hash of the
+Text is read as bytes. Each FAMILY of files with text in common (see `families`) belongs to one split: a hash of the
 name of its first file decides, and so for most files, which share little with any other, a hash of their own name.
 The split depends neither on the machine nor on the order of the files, and no window of a held-out file, or of a
 near-duplicate of it, is ever trained on. Adding a file changes the split of others where it joins two families, or
@@ -17,10 +17,10 @@ from pathlib import Path
 import grain
 import numpy as np
 
-from lensjax.runs.config import Config, DataConfig
 from lensjax.runs.data.families import families
 from lensjax.runs.data.recall import RecallSource
 from lensjax.runs.data.splits import SPLITS, Split, digest, split_of
+from lensjax.runs.data.task import DataConfig, Windows
 from lensjax.runs.data.tracking import TrackingSource
 
 Batch = dict[str, np.ndarray]
@@ -32,7 +32,7 @@ _NOT_STDLIB = ("site-packages", "dist-packages", "__pycache__")
 
 
 def make_iterator(
-    config: Config,
+    config: Windows,
     split: Split,
     *,
     seed: int,
@@ -91,7 +91,7 @@ def iterate(dataset: grain.MapDataset, *, batch_size: int, share: tuple[int, int
 
 
 def fixed_batches(
-    config: Config,
+    config: Windows,
     split: Split,
     *,
     batch_size: int,
@@ -110,7 +110,7 @@ def fixed_batches(
       share: index of this process, and number of processes.
 
     Returns:
-      Batches as of `make_iterator`.
+      Batches like those of `make_iterator`.
 
     Raises:
       ValueError: the split holds fewer than `count * batch_size` windows.
@@ -153,7 +153,7 @@ def _stamp(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _examples(config: Config, split: Split, *, seed: int, pretraining: bool = False) -> grain.MapDataset:
+def _examples(config: Windows, split: Split, *, seed: int, pretraining: bool = False) -> grain.MapDataset:
     data, context, vocab_size = config.data, config.context, config.base.vocab_size
     if data.task == "recall":
         pool = data.recall_pool if pretraining else None
@@ -174,7 +174,7 @@ def _as_tokens(window: np.ndarray) -> dict[str, np.ndarray]:
     return {"tokens": window.astype(np.int32)}
 
 
-def _windows(config: Config, split: Split) -> np.ndarray:
+def _windows(config: Windows, split: Split) -> np.ndarray:
     """Packs the files of a split into uint8[n, T]; up to T - 1 bytes at the end stay out."""
     paths = corpus_files(config.data, split)
     packed = SEPARATOR.join(path.read_bytes() for path in paths)
@@ -189,7 +189,7 @@ def _windows(config: Config, split: Split) -> np.ndarray:
     return np.frombuffer(packed, np.uint8, count * length).reshape(count, length)
 
 
-def _require_windows(config: Config, split: Split, *, found: int, needed: int) -> None:
+def _require_windows(config: Windows, split: Split, *, found: int, needed: int) -> None:
     if found < needed:
         raise ValueError(
             f"split {split!r} holds {found} windows of {config.context.window} tokens, and {needed} are "

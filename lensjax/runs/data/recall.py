@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lensjax.runs.config import ContextConfig
 from lensjax.runs.data.splits import SPLITS, Split
+from lensjax.training.scoring import ContextConfig
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lensjax.runs.config import ContextConfig
 from lensjax.runs.data.splits import SPLITS, Split
+from lensjax.training.scoring import ContextConfig
 
 VAR, END, ASK = 0, 1, 2
 _WORDS = 3

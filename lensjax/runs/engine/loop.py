@@ -24,11 +24,12 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lensjax.runs.config import StoppingConfig
 from lensjax.runs.engine import devices, stopping
+from lensjax.runs.engine.stopping import StoppingConfig
 from lensjax.runs.store import checkpoint
 from lensjax.runs.store import log as run_logging
 from lensjax.runs.store.log import RunLogger
+from lensjax.runs.store.run_folder import checkpoint_dir
 from lensjax.training.metrics import HISTOGRAMS, MAY_BE_UNDEFINED
 
 State = TypeVar("State")
@@ -36,6 +37,15 @@ State = TypeVar("State")
 
 class Interrupted(SystemExit):
     """The run was asked to stop (SIGTERM or Ctrl-C), and has saved what it needs to go on."""
+
+
+class RunConfig(Protocol):
+    """What makes a run one: its folder and its seed."""
+
+    @property
+    def output_dir(self) -> str: ...  # noqa: D102
+    @property
+    def seed(self) -> int: ...  # noqa: D102
 
 
 class Settings(Protocol):
@@ -169,11 +179,6 @@ def run_phase(
         kept = f"keeps step {best.step}, {phase.monitor} {best.score:.3f}"
         console.out(f"{phase.name} ended at step {done} of {phase.steps} and {kept}", highlight=False)
     return _kept(folder, best, state), time.perf_counter() - started
-
-
-def checkpoint_dir(run_dir: Path, phase: str) -> Path:
-    """Where a phase's checkpoints are."""
-    return run_dir / "checkpoints" / phase
 
 
 def kept_step(directory: Path) -> int | None:

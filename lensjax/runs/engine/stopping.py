@@ -4,7 +4,45 @@ The state is plain numbers of the host, which JSON gives back equal: a checkpoin
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+
+from lensjax._settings import NonNegative, PositiveInt, require, settings
+
+
+@settings("stopping")
+class StoppingConfig:
+    """When a phase ends before its last step, and which of its parameters are kept."""
+
+    patience: PositiveInt | None = None
+    """None trains to the last step and keeps its parameters. A number ends a phase after so many evaluations in a row
+    without an improvement of the held-out loss, and gives back the parameters of the best one, however it ended."""
+    min_improvement: NonNegative = 0.0
+    """An evaluation is an improvement where its loss is lower than the best one by more than this, in nats."""
+
+    def _check(self) -> None:
+        require(
+            self.patience is not None or self.min_improvement == 0,
+            f"stopping.min_improvement is read only with stopping.patience: set it, got {self.min_improvement} alone",
+        )
+
+    def require_reachable(self, steps: Mapping[str, int], *, eval_steps: int) -> None:
+        """Checks that patience can run out in a run.
+
+        Args:
+          steps: of each phase, by the name of the field that says so.
+          eval_steps: from each evaluation to the next; a phase's last step is evaluated too.
+
+        Raises:
+          ValueError: no phase has enough evaluations: the first one is the best so far, and then patience begins.
+        """
+        most = max(-(-count // eval_steps) for count in steps.values())
+        require(
+            self.patience is None or self.patience < most,
+            f"stopping.patience {self.patience} cannot run out: with eval_steps {eval_steps} no phase has more than "
+            f"{most} evaluations ({', '.join(f'{name} {count}' for name, count in steps.items())}); lower "
+            "stopping.patience or eval_steps",
+        )
 
 
 @dataclass(frozen=True)

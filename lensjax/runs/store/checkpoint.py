@@ -91,7 +91,7 @@ def restore(directory: str | Path, step: int, like: Tree) -> tuple[Tree, Any]:
       directory: as given to `save`.
       step: as given to `save`.
       like: pytree with the structure, shapes and dtypes to expect; its leaves are arrays, or
-        `jax.ShapeDtypeStruct` as of `jax.eval_shape`.
+        `jax.ShapeDtypeStruct` from `jax.eval_shape`.
 
     Returns:
       The tree, bit for bit as it was saved, and its `data_state`. A leaf is a numpy array where that of `like`
@@ -116,14 +116,14 @@ def restore_subtree(directory: str | Path, step: int, like: Tree, *, path: tuple
     Args:
       directory: as given to `save`.
       step: as given to `save`.
-      like: the part, as of `restore`.
+      like: the part, as for `restore`.
       path: keys, field names or indices that lead from the saved tree to the part.
 
     Returns:
       The part.
 
     Raises:
-      ValueError: as of `restore`.
+      ValueError: see `restore`.
     """
     folder = _checked_folder(directory, step)
     prefix = "".join(f"{part}/" for part in path)
@@ -244,13 +244,13 @@ def _checked_folder(directory: str | Path, step: int) -> Path:
     except FileNotFoundError:
         _raise_damaged(folder, f"{_SUMS} is missing")
     expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    found = _checksums(folder)
-    for name in sorted(expected.keys() | found.keys()):
-        if name not in found:
+    sums = _checksums(folder)
+    for name in sorted(expected.keys() | sums.keys()):
+        if name not in sums:
             _raise_damaged(folder, f"{name} is missing")
         if name not in expected:
             _raise_damaged(folder, f"{_SUMS} does not list {name}")
-        if found[name] != expected[name]:
+        if sums[name] != expected[name]:
             _raise_damaged(folder, f"{name} is not as it was written")
     return folder
 

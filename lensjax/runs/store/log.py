@@ -20,15 +20,9 @@ from tensorboardX import RecordWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import HistogramProto, Summary
 
-from lensjax.training.metrics import HISTOGRAMS, MAY_BE_UNDEFINED
+from lensjax.training.metrics import HISTOGRAMS, MAY_BE_UNDEFINED, UNDEFINED
 
 Row = dict[str, Any]
-
-PHASES = ("pretrain", "lens", "online")
-"""The phases of a run that trains LensNet, in their order."""
-
-UNDEFINED = "n/a"
-"""Stands in a row for a value that is not defined (see `MAY_BE_UNDEFINED`)."""
 
 _FILE = "metrics.jsonl"
 
@@ -57,7 +51,7 @@ class RunLogger:
         run_dir: str | Path | None,
         *,
         resume: tuple[str, int] | None = None,
-        phases: tuple[str, ...] = PHASES,
+        phases: tuple[str, ...],
     ) -> None:
         self._phases = phases
         self._pending: list[tuple[str, int, dict[str, ArrayLike]]] = []

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax.training.metrics import masked_mean
+from lensjax._numerics import masked_mean
 
 EPS = 1e-8
 

@@ -4,7 +4,8 @@ Each trainable part (base, gist, lens) has its own state and is clipped by its o
 gradient of the token loss would shrink LensNet's steps.
 """
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,63 +13,117 @@ import optax
 import optax.contrib
 from jax.typing import ArrayLike
 
-from lensjax.runs.config import OptimizerConfig
+from lensjax._settings import Bound, Count, NonNegative, settings
+
+B1, B2 = 0.9, 0.99
+"""Decays of Adam's moments."""
+SLOW_DECAY = 0.98
+"""Decay of the moving average that Grokfast amplifies (its alpha)."""
 
 
-def init(config: OptimizerConfig, parts: dict[str, Any]) -> dict[str, Any]:
-    """Optimizer state of the trainable parts; it does not depend on rate or decay.
+@settings("optimizer")
+class OptimizerConfig:
+    """How gradients become steps; the learning rate and the weight decay are hyperparameters.
 
-    Raises:
-      ValueError: the config says Muon, and no part has a matrix for it.
+    Example:
+      >>> import lensjax as lx
+      >>> lx.OptimizerConfig(warmup_steps=-1)
+      Traceback (most recent call last):
+      ValueError: optimizer.warmup_steps must be at least 0, got -1
     """
-    labels = jax.tree.leaves({name: _labels(params) for name, params in parts.items()})
-    if config.name == "muon" and "muon" not in labels:
-        raise ValueError(
-            "optimizer.name is muon, which is for the matrices of a transformer, and "
-            f"{', '.join(parts)} has none: use adamw"
-        )
-    transformation = _transformation(config, 0.0, 0.0)
-    return {name: transformation.init(params) for name, params in parts.items()}
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """`muon` orthogonalises the updates of the matrices inside the transformers; all else stays with AdamW."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: Count = 20
+    curriculum_steps: Count | None = None
+    """Steps over which the context length anneals; None: half of the run."""
+    clip_norm: Annotated[float, Bound(0, low_excluded=True, finite=False)] = 1.0
+    grokfast: NonNegative = 0.0
+    """What the slow part of the gradients is amplified by (lambda of Grokfast); 0 leaves it out."""
 
 
-def update(
+def make_optimizer(
     config: OptimizerConfig,
-    grads: dict[str, Any],
-    opt_state: dict[str, Any],
-    parts: dict[str, Any],
     *,
-    learning_rate: ArrayLike,
-    weight_decay: ArrayLike,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """One step.
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.0,
+    multipliers: Mapping[str, float] | None = None,
+) -> optax.GradientTransformation:
+    """The optimizer of a configuration, over a dict of parts such as `{"lens": params}`.
+
+    Each part has its own state and is clipped by its own norm. Learning rate and weight decay are data of the state
+    (`optax.inject_hyperparams`): `set_rates` changes them, and one `vmap` runs many.
 
     Args:
       config: which optimizer, its moments, and clipping.
-      grads: gradients of each part.
-      opt_state: from `init` or the step before.
-      parts: parameters of each trainable part.
-      learning_rate: float32[], may be traced.
-      weight_decay: float32[], applied to matrices only; may be traced.
+      learning_rate: until `set_rates` says otherwise.
+      weight_decay: applied to matrices only; likewise.
+      multipliers: learning rates of parts in those of the others, by part.
 
     Returns:
-      The new parameters and the new optimizer state.
+      An optax transformation. Its `init` raises ValueError where the config says Muon and no part has a matrix for it.
+
+    Example:
+      >>> import jax.numpy as jnp, lensjax as lx
+      >>> tx = lx.make_optimizer(lx.OptimizerConfig(), learning_rate=0.5)
+      >>> state = tx.init({"lens": {"w": jnp.ones(2)}})
+      >>> float(state.hyperparams["learning_rate"])
+      0.5
     """
-    transformation = _transformation(config, learning_rate, weight_decay)
-    params, state = {}, {}
-    # optax raises a float decay to an integer step count, which strict promotion refuses.
-    with jax.numpy_dtype_promotion("standard"):
-        for name, part in parts.items():
-            updates, state[name] = transformation.update(grads[name], opt_state[name], part)
-            params[name] = optax.apply_updates(part, updates)
-    return params, state
+
+    def make(learning_rate: ArrayLike, weight_decay: ArrayLike) -> optax.GradientTransformation:
+        def of_part(name: str) -> optax.GradientTransformation:
+            rate = learning_rate * multipliers[name] if multipliers and name in multipliers else learning_rate
+            return _transformation(config, rate, weight_decay)
+
+        return _each_part(of_part)
+
+    injected = optax.inject_hyperparams(make)(learning_rate=learning_rate, weight_decay=weight_decay)
+
+    def init(parts: dict[str, Any]) -> Any:
+        labels = jax.tree.leaves({name: _labels(params) for name, params in parts.items()})
+        if config.name == "muon" and "muon" not in labels:
+            raise ValueError(
+                "optimizer.name is muon, which is for the matrices of a transformer, and "
+                f"{', '.join(parts)} has none: use adamw"
+            )
+        return injected.init(parts)
+
+    return optax.GradientTransformation(init, injected.update)
+
+
+def set_rates(opt_state: Any, **rates: ArrayLike) -> Any:
+    """Sets injected hyperparameters of an optimizer's state; a state that has none of that name stays as it is."""
+    if not hasattr(opt_state, "hyperparams"):
+        return opt_state
+    named = {name: jnp.asarray(rate, jnp.float32) for name, rate in rates.items() if name in opt_state.hyperparams}
+    return opt_state._replace(hyperparams={**opt_state.hyperparams, **named})
+
+
+def _each_part(of_part: Callable[[str], optax.GradientTransformation]) -> optax.GradientTransformation:
+    """A transformation of each part by itself."""
+
+    def init(parts: dict[str, Any]) -> dict[str, Any]:
+        return {name: of_part(name).init(params) for name, params in parts.items()}
+
+    def update(
+        grads: dict[str, Any], state: dict[str, Any], parts: Any = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        updates, after = {}, {}
+        for name, grad in grads.items():
+            updates[name], after[name] = of_part(name).update(grad, state[name], None if parts is None else parts[name])
+        return updates, after
+
+    return optax.GradientTransformation(init, update)
 
 
 def _transformation(
     config: OptimizerConfig, learning_rate: ArrayLike, weight_decay: ArrayLike
 ) -> optax.GradientTransformation:
-    adam = optax.scale_by_adam(config.b1, config.b2)
+    adam = optax.scale_by_adam(B1, B2)
     # First, so that what is amplified is clipped with the rest.
-    slow = () if config.grokfast == 0 else (_amplify_slow(config.grokfast, config.grokfast_decay),)
+    slow = () if config.grokfast == 0 else (_amplify_slow(config.grokfast, SLOW_DECAY),)
     return optax.chain(
         *slow,
         optax.clip_by_global_norm(config.clip_norm),

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax.context.geometry import ROUNDING, CutGeometry
+from lensjax.context.geometry import ROUNDING, Geometry
 from lensjax.context.rollouts import collapses_for_length, length_for_collapses
 
 
@@ -69,7 +69,7 @@ def learning_rate(
 
 
 def context_length(
-    step: ArrayLike, *, start: ArrayLike, end: ArrayLike, steps: int, geometry: CutGeometry, capacity: int
+    step: ArrayLike, *, start: ArrayLike, end: ArrayLike, steps: int, geometry: Geometry, capacity: int
 ) -> Array:
     """The curriculum: length of every working context at a step.
 
@@ -85,6 +85,6 @@ def context_length(
       int32[], rounded down to a reachable length.
     """
     fraction = linear(step, start=start, end=end, steps=steps)
-    target = jnp.floor(fraction * geometry.window + ROUNDING).astype(jnp.int32)
+    target = jnp.floor(fraction * geometry.history + ROUNDING).astype(jnp.int32)
     collapses = collapses_for_length(jnp.minimum(target, capacity), geometry)
     return length_for_collapses(collapses, geometry)

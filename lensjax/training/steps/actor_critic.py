@@ -11,13 +11,14 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from lensjax import losses
+from lensjax._numerics import masked_mean, masked_std
 from lensjax.losses import advantages
-from lensjax.training.metrics import Metrics, masked_mean, masked_std
+from lensjax.training.metrics import Metrics
 from lensjax.training.optim import schedules
 
 
 class Settings(Protocol):
-    """What is read of a configuration, such as `lensjax.runs.config.OnlineConfig`."""
+    """What is read of a configuration, such as `OnlineConfig`."""
 
     @property
     def whiten(self) -> bool: ...  # noqa: D102

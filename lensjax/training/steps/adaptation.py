@@ -3,7 +3,7 @@
 The history is cut once more, one horizon before the cursor. Variants of what is before that earlier cursor, measured on
 the last H tokens of the history, are the document's **support**: all of it is known when the next context is chosen. A
 hypernetwork reads what those variants show and what they cost, and changes LensNet's layers by low-rank deltas
-(`lensjax.models.hyperlora`). It learns from the preferences at the true cursor, of which the support knows nothing. LensNet
+(`models.hyperlora`). It learns from the preferences at the true cursor, of which the support knows nothing. LensNet
 itself learns from L_lens alone: without deltas it is the LensNet of a run that has no hypernetwork.
 
 The support tells what paid earlier in the document, and nothing of the query at the cursor, which comes later. Where
@@ -17,12 +17,41 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from lensjax._numerics import masked_mean, masked_std
+from lensjax._settings import Positive, PositiveInt, settings
+from lensjax.context.geometry import Geometry
 from lensjax.context.working import Entries
-from lensjax.models import Models, Params, hyperlora
-from lensjax.models.hyperlora import Deltas
-from lensjax.runs.config import Config
-from lensjax.training.metrics import masked_mean, masked_std
-from lensjax.training.scoring import ScoredVariants, score_variants
+from lensjax.models import HyperLoRAModel, LensModel, Models, Params, hyperlora
+from lensjax.models.decision import policy_scores, split
+from lensjax.models.hyperlora import Deltas, HyperLoRAConfig
+from lensjax.models.interfaces import features_of
+from lensjax.training import objective
+from lensjax.training.metrics import Metrics
+from lensjax.training.recipe import Recipe
+from lensjax.training.scoring import Batch, ScoredVariants, score_variants
+from lensjax.training.steps.preference import (
+    Loss,
+    TrainState,
+    apply_loss,
+    current_length,
+    init_train_state,
+    score_batch,
+    sequence_keys,
+    statistics,
+    total_loss,
+)
+
+
+@settings("adaptation")
+class AdaptationConfig:
+    """Low-rank changes of LensNet for each document; trained where `trainable` names `hypernet`."""
+
+    rank: PositiveInt = 4
+    init_scale: Positive = 0.1
+    """Frobenius norm of a fresh change."""
+    max_norm: Positive = 1.0
+    """Its largest norm, in norms of an identity of its size."""
+
 
 NOISE_NATS = 0.02
 """Differences of the loss far below this are not worth adapting to."""
@@ -78,78 +107,181 @@ def document_context(edits: ArrayLike, rewards: ArrayLike, where: ArrayLike) -> 
     return jnp.concatenate([mean, hyperlora.mean_context(paid[:, None] * differences, where)])
 
 
+def build_hypernet(lens: LensModel, settings: AdaptationConfig) -> HyperLoRAModel:
+    """What adapts LensNet to a document; call it once, outside `jax.jit`."""
+    net = HyperLoRAConfig(rank=settings.rank, init_scale=settings.init_scale, max_norm=settings.max_norm)
+    # A context is two vectors of LensNet's width, of `document_context`.
+    return HyperLoRAModel(net, 2 * lens.feature_dim, lens.targets)
+
+
+def init_adaptation_state(
+    key: Array, *, recipe: Recipe, models: Models, hypernet: HyperLoRAModel, params: dict[str, Params] | None = None
+) -> TrainState:
+    """`init_train_state` with a fresh hypernetwork; all else is as without one."""
+    # A key of its own: with and without a hypernetwork, a run draws the same.
+    fresh = {"hypernet": hypernet.init(jax.random.fold_in(key, 3))}
+    return init_train_state(key, recipe=recipe, models=models, params=fresh | (params or {}))
+
+
+def adaptation_step(
+    state: TrainState, batch: Batch, *, recipe: Recipe, models: Models, hypernet: HyperLoRAModel
+) -> tuple[TrainState, Metrics]:
+    """`train_step`, and a gradient of the hypernetwork from LensNet adapted to each document.
+
+    Args:
+      state: of `init_adaptation_state`.
+      batch: `tokens` int32[B, T].
+      recipe: static; `trainable` names `hypernet`.
+      models: static.
+      hypernet: static.
+
+    Returns:
+      The next state, and scalars by name.
+    """
+    keys = sequence_keys(state, batch)
+    supports = score_supports(state, batch, keys, state.step, recipe=recipe, models=models)
+
+    def loss_fn(params: dict[str, Params]) -> Loss:
+        scored = score_batch(params, state, batch, recipe=recipe, models=models)
+        loss, (scored, balance, report) = total_loss(params, state, scored, recipe=recipe, models=models)
+        adapted_loss, more = _adapted_loss(params, state, scored, supports, recipe, models, hypernet)
+        return loss + adapted_loss, (scored, balance, report | more)
+
+    return apply_loss(state, loss_fn, recipe=recipe)
+
+
+def _adapted_loss(
+    params: dict[str, Params],
+    state: TrainState,
+    scored: ScoredVariants,
+    supports: ScoredVariants,
+    recipe: Recipe,
+    models: Models,
+    hypernet: HyperLoRAModel,
+) -> tuple[Array, Metrics]:
+    """What LensNet, adapted to each document by its support, makes of the preferences at the cursor."""
+    deltas = jax.vmap(lambda one: document_deltas(models, hypernet, params, one, recipe.past.geometry))(supports)
+    scores = jax.vmap(lambda delta, entries: policy_scores(models.lens, adapted(params["lens"], delta), entries))(
+        deltas, scored.entries
+    )
+    key = jax.random.fold_in(state.key, state.step)
+    loss, agreement = objective.pair_loss(
+        key, scored, scores, statistics(state, recipe=recipe), state.hyper, recipe=recipe
+    )
+    deltas = jax.lax.stop_gradient(deltas)
+    report = {
+        "adapted_loss": loss,
+        "adapted_agreement": agreement,
+        "lora_diversity": hyperlora.diversity(deltas),
+        "lora_magnitude": jnp.mean(jnp.stack(list(hyperlora.magnitudes(deltas).values()))),
+    }
+    return loss, jax.lax.stop_gradient(report)
+
+
+def score_supports(
+    state: TrainState, batch: Batch, keys: Array, step: ArrayLike, *, recipe: Recipe, models: Models
+) -> ScoredVariants:
+    """The support of each document of a batch; of the windows, the histories are read.
+
+    Args:
+      state: of it, parameters and hyperparameters are read.
+      batch: `tokens` int32[B, T].
+      keys: PRNG keys [B], those of the sequences' variants.
+      step: int32[], of the curriculum: variants of the past are cut to the same fraction as those at the cursor.
+      recipe: of the true cursor.
+      models: static.
+
+    Returns:
+      `ScoredVariants` with leading axis B.
+    """
+    histories = split(batch["tokens"], horizon=recipe.context.horizon).history
+    length, share = current_length(step, state.hyper, recipe=recipe.past), state.hyper.high_lod_share
+
+    def score(history: Array, key: Array) -> ScoredVariants:
+        return score_support(models, state.params, history, key, length, share, recipe=recipe)
+
+    return jax.vmap(score)(histories, keys)
+
+
 def score_support(
     models: Models,
     params: dict[str, Params],
     history: ArrayLike,
     key: Array,
     length: ArrayLike,
-    lod2_share: ArrayLike,
+    high_lod_share: ArrayLike,
     *,
-    config: Config,
+    recipe: Recipe,
 ) -> ScoredVariants:
     """Draws the variants of a document at the earlier cursor and measures them on the last H tokens of its history.
 
     Args:
-      models: the models.
+      models: base model and GistNet are called.
       params: parameters of `base` and `gist`; no gradient reaches them.
       history: int32[C], all before the true cursor.
       key: PRNG key of the document; may be the one that its variants at the true cursor take.
-      length: int32[], entries of every variant, at most `config.past.context_capacity`; may be traced.
-      lod2_share: float32[], see `rollouts.sample_cut`.
-      config: of the true cursor.
+      length: int32[], entries of every variant, at most `recipe.past.capacity`; may be traced.
+      high_lod_share: float32[], see `rollouts.sample_cut`.
+      recipe: of the true cursor.
 
     Returns:
       `ScoredVariants` of the past.
 
     Raises:
-      ValueError: the tokens are not a history of `config.context`: a whole window, say.
+      ValueError: the tokens are not a history: a whole window, say.
     """
-    own = jax.random.fold_in(key, _SUPPORT)
-    past = jnp.asarray(history)
-    return jax.lax.stop_gradient(score_variants(models, params, past, own, length, lod2_share, config=config.past))
+    own, past = jax.random.fold_in(key, _SUPPORT), recipe.past
+    scored = score_variants(
+        own,
+        params,
+        jnp.asarray(history),
+        length,
+        high_lod_share,
+        models=models,
+        context=past.context,
+        capacity=past.capacity,
+    )
+    return jax.lax.stop_gradient(scored)
 
 
-def document_edits(models: Models, lens_params: Params, support: ScoredVariants, *, config: Config) -> Array:
+def document_edits(models: Models, lens_params: Params, support: ScoredVariants, geometry: Geometry) -> Array:
     """`edit_features` of the variants of a support, float32[V, F]; no gradient reaches LensNet."""
-    shape, entries = config.past.context, support.entries
+    entries, lens = support.entries, features_of(models.lens)
 
     def one(part: Entries, free: Array) -> Array:
-        _, features = models.lens.apply_with_features(lens_params, part)
-        return edit_features(features, part, max_lod=shape.max_lod, free=free)
+        _, features = lens.apply_with_features(lens_params, part)
+        return edit_features(features, part, max_lod=geometry.max_lod, free=free)
 
-    free = entries.valid & (support.contexts.start < shape.history - shape.recent_tokens)
+    free = entries.valid & (support.contexts.start < geometry.tail)
     return jax.lax.stop_gradient(jax.vmap(one)(entries, free))
 
 
 def known_variants(scored: ScoredVariants) -> Array:
     """bool[V]: variants that a document is known by, its distinct rollouts.
 
-    The baseline shows the same of every document.
+    Recency shows the same of every document.
     """
     return scored.distinct.at[0].set(False)
 
 
-def document_deltas(models: Models, params: dict[str, Params], support: ScoredVariants, *, config: Config) -> Deltas:
+def document_deltas(
+    models: Models, hypernet: HyperLoRAModel, params: dict[str, Params], support: ScoredVariants, geometry: Geometry
+) -> Deltas:
     """The deltas for a document, from all rollouts of its support.
 
     Args:
-      models: the models.
-      params: parameters of `lens` and `hyper`.
+      models: base model and GistNet are called.
+      hypernet: the hypernetwork.
+      params: parameters of `lens` and `hypernet`.
       support: of `score_support`.
-      config: of the true cursor.
+      geometry: of the past: `recipe.past.geometry`.
 
     Returns:
       For `adapted`.
-
-    Raises:
-      ValueError: the models have no hypernetwork.
     """
-    if models.hyper is None:
-        raise ValueError("there is no hypernetwork: name hyper in trainable")
-    edits = document_edits(models, params["lens"], support, config=config)
-    context = document_context(edits, -support.losses, known_variants(support))
-    return models.hyper.apply(params["hyper"], context)
+    edits = document_edits(models, params["lens"], support, geometry)
+    context = document_context(edits, -support.nll, known_variants(support))
+    return hypernet.apply(params["hypernet"], context)
 
 
 def adapted(lens_params: Params, deltas: Deltas) -> Params:

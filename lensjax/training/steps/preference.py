@@ -1,9 +1,7 @@
 """LensNet training: `train_step(state, batch) -> (state, metrics)`, pure, compiled once for a whole run."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,317 +9,300 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax.models import Models, Params, hyperlora
-from lensjax.models.decision import policy_scores, split
-from lensjax.runs.config import Config, Hyperparameters
+from lensjax._numerics import masked_mean
+from lensjax.models import Models, Params
+from lensjax.models.decision import policy_scores
 from lensjax.training import metrics, objective, preferences
+from lensjax.training.hyperparameters import Hyperparameters
 from lensjax.training.metrics import Metrics
-from lensjax.training.optim import moving, optimizer, schedules
+from lensjax.training.objective import Statistics
+from lensjax.training.optim import moving, schedules
 from lensjax.training.optim.moving import EmaMoments
+from lensjax.training.optim.optimizer import make_optimizer
+from lensjax.training.recipe import Recipe
 from lensjax.training.scoring import Batch, ScoredVariants, score_variants
-from lensjax.training.steps import adaptation
+from lensjax.training.steps.update import Gradient, Learner, gradient_step, init_learner
+from lensjax.training.terms import Term
 
-_Loss = tuple[Array, tuple[ScoredVariants, Array, Metrics]]
+Loss = tuple[Array, tuple[ScoredVariants, Array, Metrics]]
 """The loss; beside it the scored variants, the net demand of each, and scalars by name."""
+LossFn = Callable[[dict[str, Params]], Loss]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class TrainState:
-    """Everything that moves during training, and the hyperparameters, so that one `vmap` runs many settings."""
+class TrainState(Learner):
+    """Everything that moves during training, and the hyperparameters, so that one `vmap` runs many settings.
 
-    step: Array
-    """int32[]: updates done."""
-    params: dict[str, Params]
-    """Parameters of `base`, `gist` and `lens`, and of `hyper` where it is trained."""
-    opt_state: Any
-    """Optimizer state of the trainable parts."""
+    Example:
+      >>> import functools, jax, lensjax as lx
+      >>> config = lx.Config()
+      >>> init = functools.partial(lx.init_train_state, recipe=config.recipe, models=config.build_models())
+      >>> state = jax.eval_shape(init, jax.random.key(0))
+      >>> sorted(state.params), state.hyper.margin.dtype
+      (['base', 'gist', 'lens'], dtype('float32'))
+    """
+
     normaliser: EmaMoments
     """Moving moments of the advantage deltas."""
     anchor: Params | None
     """The anchor policy's parameters; None when the KL term is off."""
-    budget: EmaMoments
+    demand: EmaMoments
     """Moving moments of the net demand for detail."""
     hyper: Hyperparameters
     """float32[] each."""
-    key: Array
-    """PRNG key of the run; step keys are `fold_in(key, step)`."""
 
 
 def init_train_state(
-    key: Array, *, config: Config, models: Models, params: dict[str, Params] | None = None
+    key: Array,
+    *,
+    recipe: Recipe,
+    models: Models,
+    params: dict[str, Params] | None = None,
+    tx: optax.GradientTransformation | None = None,
 ) -> TrainState:
     """A state before the first step.
 
     Args:
       key: PRNG key, consumed.
-      config: the run; its `hyper` becomes arrays.
-      models: the models.
-      params: parameters of any of `base`, `gist`, `lens`, `hyper` to start from; the others are drawn, `hyper` only
-        where it is trained.
+      recipe: its `hyper` becomes arrays.
+      models: each draws its own parameters.
+      params: parameters of any of `base`, `gist`, `lens` to start from, and of further parts that `recipe.trainable`
+        names; of the three, those that are missing are drawn.
+      tx: the optimizer, as for `train_step`.
 
     Returns:
       `TrainState` at step 0.
 
     Raises:
-      ValueError: `params` names a part that does not exist.
+      ValueError: a trainable part has no parameters, or `params` has a part that nothing trains or reads.
+
+    Example:
+      >>> import jax, lensjax as lx
+      >>> config = lx.Config(base=lx.BaseConfig(dim=16, layers=1), lens=lx.LensConfig(dim=16, layers=1))
+      >>> recipe, models = config.recipe, config.build_models()
+      >>> state = lx.init_train_state(jax.random.key(0), recipe=recipe, models=models)
+      >>> int(state.step), float(state.hyper.rank_weight)
+      (0, 0.5)
     """
-    given = params or {}
-    parts: dict[str, Callable[[Array], Params]]
-    parts = {"base": models.base.init, "gist": models.gist.init, "lens": models.lens.init}
-    run_key, *part_keys = jax.random.split(key, 1 + len(parts))
-    if models.hyper is not None:
-        parts["hyper"] = models.hyper.init
-        # A key of its own: with and without a hypernetwork, a run draws the same.
-        part_keys.append(jax.random.fold_in(key, len(part_keys)))
-    if unknown := set(given) - set(parts):
-        raise ValueError(f"params may hold {', '.join(parts)}, got {', '.join(sorted(unknown))}")
-    full = {
-        # Copied, since a donated state takes its buffers with it.
-        name: jax.tree.map(jnp.copy, given[name]) if name in given else init(part_key)
-        for (name, init), part_key in zip(parts.items(), part_keys, strict=True)
-    }
-    hyper = jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), config.hyper)
+    start = params or {}
+    drawn = {"base": models.base.init, "gist": models.gist.init, "lens": models.lens.init}
+    run_key, *part_keys = jax.random.split(key, 1 + len(drawn))
+    if unknown := set(start) - set(drawn) - set(recipe.trainable):
+        raise ValueError(f"params may hold {', '.join(drawn)} and trainable parts, got {', '.join(sorted(unknown))}")
+    if missing := set(recipe.trainable) - set(drawn) - set(start):
+        raise ValueError(f"params must hold {', '.join(sorted(missing))}, which recipe.trainable names")
+    # Copied, since a donated state takes its buffers with it.
+    full = {name: jax.tree.map(jnp.copy, part) for name, part in start.items()}
+    for (name, init), part_key in zip(drawn.items(), part_keys, strict=True):
+        full[name] = full[name] if name in start else init(part_key)
+    tx = make_optimizer(recipe.optimizer) if tx is None else tx
+    learner = init_learner(run_key, full, tx=tx, trainable=recipe.trainable)
     return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=full,
-        opt_state=optimizer.init(config.optimizer, {name: full[name] for name in config.trainable}),
+        **vars(learner),
         normaliser=moving.init_moments(),
-        anchor=moving.init_anchor(full["lens"]) if uses_anchor(config) else None,
-        budget=moving.init_moments(),
-        hyper=hyper,
-        key=run_key,
+        anchor=moving.init_anchor(full["lens"]) if recipe.has_anchor else None,
+        demand=moving.init_moments(),
+        hyper=jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), recipe.hyper),
     )
 
 
-def uses_anchor(config: Config) -> bool:
-    """Whether the KL term is compiled in: a weight of 0 costs no second forward pass."""
-    return config.hyper.kl_weight > 0
-
-
-def train_step(state: TrainState, batch: Batch, *, config: Config, models: Models) -> tuple[TrainState, Metrics]:
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    recipe: Recipe,
+    models: Models,
+    tx: optax.GradientTransformation | None = None,
+    term: Term | None = None,
+) -> tuple[TrainState, Metrics]:
     """One update on one batch.
 
-    The caller compiles it: `jax.jit(partial(train_step, config=config, models=models), donate_argnums=0)`.
+    The caller compiles it: `jax.jit(partial(train_step, recipe=recipe, models=models), donate_argnums=0)`.
 
     Args:
       state: the state before the step.
       batch: `tokens` int32[B, T].
-      config: static.
+      recipe: static.
       models: static.
+      tx: any optax transformation over a dict of the trainable parts. One with injected `learning_rate` and
+        `weight_decay` gets those of the state's hyperparameters and of the schedule; another has its own. None makes
+        that of `recipe.optimizer`.
+      term: any preference term; None takes that of `recipe.objective`.
 
     Returns:
       The next state, and scalars by name.
+
+    Example:
+      >>> import functools, jax, lensjax as lx
+      >>> config = lx.Config(base=lx.BaseConfig(dim=16, layers=1), lens=lx.LensConfig(dim=16, layers=1))
+      >>> recipe, models = config.recipe, config.build_models()
+      >>> step = jax.jit(functools.partial(lx.train_step, recipe=recipe, models=models), donate_argnums=0)
+      >>> state = lx.init_train_state(jax.random.key(0), recipe=recipe, models=models)
+      >>> tokens = jax.random.randint(jax.random.key(1), (2, config.context.window), 0, 256)
+      >>> state, metrics = step(state, {"tokens": tokens})
+      >>> int(state.step), int(metrics["context_length"])
+      (1, 175)
     """
-    support = None
-    if "hyper" in config.trainable:
-        keys = _sequence_keys(state, batch)
-        support = score_supports(state, batch, keys, state.step, config=config, models=models)
 
-    def loss_fn(trainable: dict[str, Params]) -> _Loss:
-        params = {**state.params, **trainable}
-        scored = score_batch(params, state, batch, config=config, models=models)
-        return _total_loss(params, state, scored, support, config, models)
+    def loss_fn(params: dict[str, Params]) -> Loss:
+        scored = score_batch(params, state, batch, recipe=recipe, models=models)
+        return total_loss(params, state, scored, recipe=recipe, models=models, term=term)
 
-    return _update(state, loss_fn, config)
+    return apply_loss(state, loss_fn, recipe=recipe, tx=tx)
 
 
 def lens_step(
-    state: TrainState, scored: ScoredVariants, *, config: Config, models: Models
+    state: TrainState, scored: ScoredVariants, *, recipe: Recipe, models: Models
 ) -> tuple[TrainState, Metrics]:
     """`train_step` on variants that are scored already, where LensNet alone is trained.
 
-    Many settings that draw the same rollouts then share one pass of the base model (see `lensjax.runs.sweep`). The state
-    needs no other parameters than LensNet's.
+    Many settings that draw the same rollouts then share one pass of the base model (see `lensjax.runs.sweep`). The
+    state needs no other parameters than LensNet's.
 
     Args:
       state: the state before the step.
       scored: what `score_batch` makes of the batch.
-      config: static; `trainable` must be LensNet alone.
+      recipe: static; `trainable` must be LensNet alone.
       models: static.
 
     Returns:
       The next state, and scalars by name.
     """
 
-    def loss_fn(trainable: dict[str, Params]) -> _Loss:
-        return _total_loss({**state.params, **trainable}, state, scored, None, config, models)
+    def loss_fn(params: dict[str, Params]) -> Loss:
+        return total_loss(params, state, scored, recipe=recipe, models=models)
 
-    return _update(state, loss_fn, config)
+    return apply_loss(state, loss_fn, recipe=recipe)
 
 
 def score_batch(
-    params: dict[str, Params], state: TrainState, batch: Batch, *, config: Config, models: Models
+    params: dict[str, Params], state: TrainState, batch: Batch, *, recipe: Recipe, models: Models
 ) -> ScoredVariants:
-    """The variants of a batch and their losses; of the state only step, key and hyperparameters are read.
+    """The variants of a batch, scored; of the state only step, key and hyperparameters are read.
 
     Args:
       params: parameters of `base` and `gist`.
       state: the state before the step.
       batch: `tokens` int32[B, T].
-      config: static.
+      recipe: static.
       models: static.
 
     Returns:
       `ScoredVariants` with leading axis B.
     """
-    length = current_length(state.step, state.hyper, config)
-    return jax.vmap(
-        lambda tokens, key: score_variants(models, params, tokens, key, length, state.hyper.lod2_share, config=config)
-    )(batch["tokens"], _sequence_keys(state, batch))
+    length, share = current_length(state.step, state.hyper, recipe=recipe), state.hyper.high_lod_share
+
+    def score(tokens: Array, key: Array) -> ScoredVariants:
+        return score_variants(
+            key, params, tokens, length, share, models=models, context=recipe.context, capacity=recipe.capacity
+        )
+
+    return jax.vmap(score)(batch["tokens"], sequence_keys(state, batch))
 
 
-def score_supports(
-    state: TrainState, batch: Batch, keys: Array, step: ArrayLike, *, config: Config, models: Models
-) -> ScoredVariants:
-    """The support of each document of a batch (`adaptation.score_support`); of the windows, the histories are read.
-
-    Args:
-      state: of it, parameters and hyperparameters are read.
-      batch: `tokens` int32[B, T].
-      keys: PRNG keys [B], those of the sequences' variants.
-      step: int32[], of the curriculum: variants of the past are cut to the same fraction as those at the cursor.
-      config: static.
-      models: static.
-
-    Returns:
-      `ScoredVariants` with leading axis B.
-    """
-    histories = split(batch["tokens"], horizon=config.context.horizon).history
-    length, share = current_length(step, state.hyper, config.past), state.hyper.lod2_share
-    score = functools.partial(adaptation.score_support, models, state.params, config=config)
-    return jax.vmap(lambda history, key: score(history, key, length, share))(histories, keys)
-
-
-def _sequence_keys(state: TrainState, batch: Batch) -> Array:
+def sequence_keys(state: Learner, batch: Batch) -> Array:
     """The key of each sequence in the next step, [B]."""
     return jax.random.split(jax.random.fold_in(state.key, state.step), batch["tokens"].shape[0])
 
 
-def _update(
-    state: TrainState, loss_fn: Callable[[dict[str, Params]], _Loss], config: Config
+def total_loss(
+    params: dict[str, Params],
+    state: TrainState,
+    scored: ScoredVariants,
+    *,
+    recipe: Recipe,
+    models: Models,
+    term: Term | None = None,
+) -> Loss:
+    """L_lens, plus the token loss where the base model or GistNet is trained.
+
+    No gradient of L_lens reaches base or gist (its inputs are constants), none of the token loss reaches LensNet.
+    """
+    hyper = state.hyper
+    scores = policy_scores(models.lens, params["lens"], scored.entries)
+    anchor_scores = None if state.anchor is None else policy_scores(models.lens, state.anchor, scored.entries)
+    output = objective.lens_objective(
+        objective_key(jax.random.fold_in(state.key, state.step)),
+        scored,
+        scores,
+        anchor_scores,
+        statistics(state, recipe=recipe),
+        hyper,
+        recipe=recipe,
+        term=term,
+    )
+    loss, report = output.loss, output.metrics
+    if {"base", "gist"} & set(recipe.trainable):
+        token_loss = masked_mean(scored.nll, scored.distinct)
+        # The baseline is a constant here: a worse one would be the cheapest way to a smaller difference.
+        rises = jax.nn.relu(scored.nll - jax.lax.stop_gradient(scored.nll[:, :1]))
+        gist_delta = masked_mean(rises, scored.distinct)
+        loss = loss + hyper.token_loss_weight * token_loss + hyper.gist_delta_weight * gist_delta
+        report = report | {"token_loss": token_loss, "gist_delta_loss": gist_delta}
+    return loss, (jax.lax.stop_gradient(scored), output.balance, report)
+
+
+def apply_loss(
+    state: TrainState, loss_fn: LossFn, *, recipe: Recipe, tx: optax.GradientTransformation | None = None
 ) -> tuple[TrainState, Metrics]:
-    """One step down the gradient of a loss, and what the stability state takes in."""
+    """One step down the gradient of a loss, and what the moving statistics take in."""
     hyper = state.hyper
     rate = schedules.learning_rate(
         state.step,
         hyper.learning_rate,
-        schedule=config.optimizer.schedule,
-        warmup_steps=config.optimizer.warmup_steps,
-        steps=config.steps,
+        schedule=recipe.optimizer.schedule,
+        warmup_steps=recipe.optimizer.warmup_steps,
+        steps=recipe.steps,
     )
-    trainable: dict[str, Params] = {name: state.params[name] for name in config.trainable}
-    (loss, (scored, balance, report)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
-    trainable, opt_state = optimizer.update(
-        config.optimizer,
-        grads,
-        state.opt_state,
-        trainable,
-        learning_rate=rate,
-        weight_decay=hyper.weight_decay,
+    after, seen = gradient_step(
+        state,
+        loss_fn,
+        tx=make_optimizer(recipe.optimizer) if tx is None else tx,
+        trainable=recipe.trainable,
+        rates={"learning_rate": rate, "weight_decay": hyper.weight_decay},
     )
-    params = {**state.params, **trainable}
+    return _take_in(state, after, seen, rate, recipe)
+
+
+def _take_in(
+    state: TrainState,
+    after: TrainState,
+    seen: Gradient[tuple[ScoredVariants, Array, Metrics]],
+    rate: Array,
+    recipe: Recipe,
+) -> tuple[TrainState, Metrics]:
+    """The moving statistics and the anchor after a step, and its report."""
+    hyper, (scored, balance, report) = state.hyper, seen.aux
     anchor = state.anchor
-    if uses_anchor(config):
+    if recipe.has_anchor:
         anchor = moving.update_anchor(
             anchor,
             before=state.params["lens"],
-            after=params["lens"],
-            kind=config.objective.anchor,
+            after=after.params["lens"],
+            kind=recipe.objective.anchor,
             beta=hyper.anchor_beta,
         )
-    deltas = preferences.advantage_deltas(scored.losses)
-    next_state = replace(
-        state,
-        step=state.step + 1,
-        params=params,
-        opt_state=opt_state,
+    deltas = preferences.advantage_deltas(scored.nll)
+    after = replace(
+        after,
         normaliser=moving.update_moments(state.normaliser, deltas, scored.distinct, hyper.adv_norm_beta),
         anchor=anchor,
-        budget=moving.update_moments(state.budget, balance, scored.distinct, hyper.budget_smooth_beta),
+        demand=moving.update_moments(state.demand, balance, scored.distinct, hyper.budget_smooth_beta),
     )
     report |= {
-        "loss": loss,
-        "grad_norm": optax.tree.norm(grads),
-        "lr": rate,
-        "temperature": _temperature(state, config),
-        "context_length": current_length(state.step, hyper, config).astype(jnp.float32),
+        "loss": seen.loss,
+        "grad_norm": optax.tree.norm(seen.grads),
+        "temperature": temperature(state, recipe=recipe),
+        "context_length": current_length(state.step, hyper, recipe=recipe).astype(jnp.float32),
         "mc/adv_histogram": metrics.histogram(
             deltas[:, 1:], scored.distinct[:, 1:], metrics.HISTOGRAMS["mc/adv_histogram"]
         ),
     }
-    return next_state, report
-
-
-def _total_loss(
-    params: dict[str, Params],
-    state: TrainState,
-    scored: ScoredVariants,
-    support: ScoredVariants | None,
-    config: Config,
-    models: Models,
-) -> _Loss:
-    """L_lens, plus the token loss where the base model or GistNet is trained, and the hypernetwork's where that is.
-
-    No gradient of L_lens reaches base or gist (its inputs are constants), none of the other two reaches LensNet.
-    """
-    hyper = state.hyper
-    scores = policy_scores(models, params["lens"], scored.entries)
-    anchor_scores = None if state.anchor is None else policy_scores(models, state.anchor, scored.entries)
-    output = objective.lens_objective(
-        scored,
-        scores,
-        anchor_scores,
-        objective_key(jax.random.fold_in(state.key, state.step)),
-        normaliser=state.normaliser,
-        budget=state.budget,
-        temperature=_temperature(state, config),
-        hyper=hyper,
-        config=config,
-    )
-    loss, report = output.loss, output.metrics
-    if {"base", "gist"} & set(config.trainable):
-        token_loss = metrics.masked_mean(scored.losses, scored.distinct)
-        # The baseline is a constant here: a worse one would be the cheapest way to a smaller difference.
-        rises = jax.nn.relu(scored.losses - jax.lax.stop_gradient(scored.losses[:, :1]))
-        gist_delta = metrics.masked_mean(rises, scored.distinct)
-        loss = loss + hyper.token_loss_weight * token_loss + hyper.gist_delta_weight * gist_delta
-        report = report | {"token_loss": token_loss, "gist_delta_loss": gist_delta}
-    if support is not None:
-        adapted_loss, adapted_report = _adapted_loss(params, state, scored, support, config, models)
-        loss = loss + adapted_loss
-        report = report | adapted_report | {"plain_agreement": report["mc/preference_agreement"]}
-    return loss, (jax.lax.stop_gradient(scored), output.balance, report)
-
-
-def _adapted_loss(
-    params: dict[str, Params],
-    state: TrainState,
-    scored: ScoredVariants,
-    support: ScoredVariants,
-    config: Config,
-    models: Models,
-) -> tuple[Array, Metrics]:
-    """What LensNet, adapted to each document by its support, makes of the preferences at the cursor."""
-    deltas = jax.vmap(lambda one: adaptation.document_deltas(models, params, one, config=config))(support)
-    loss, agreement = objective.pair_loss(
-        scored,
-        jax.vmap(lambda delta, entries: policy_scores(models, adaptation.adapted(params["lens"], delta), entries))(
-            deltas, scored.entries
-        ),
-        normaliser=state.normaliser,
-        temperature=_temperature(state, config),
-        hyper=state.hyper,
-        config=config,
-    )
-    deltas = jax.lax.stop_gradient(deltas)
-    report = {
-        "adapted_loss": loss,
-        "adapted_agreement": agreement,
-        "lora_diversity": hyperlora.diversity(deltas),
-        "lora_magnitude": jnp.mean(jnp.stack(list(hyperlora.magnitudes(deltas).values()))),
-    }
-    return loss, jax.lax.stop_gradient(report)
+    # Another optimizer has its own rate, which nothing here knows.
+    if "learning_rate" in getattr(after.opt_state, "hyperparams", {}):
+        report["lr"] = rate
+    return after, report
 
 
 def objective_key(key: Array) -> Array:
@@ -330,20 +311,26 @@ def objective_key(key: Array) -> Array:
     return jax.random.fold_in(key, 2**31 - 1)
 
 
-def _temperature(state: TrainState, config: Config) -> Array:
+def statistics(state: TrainState, *, recipe: Recipe) -> Statistics:
+    """What the objective knows of the steps before this one."""
+    return Statistics(state.normaliser, state.demand, temperature(state, recipe=recipe))
+
+
+def temperature(state: TrainState, *, recipe: Recipe) -> Array:
+    """Temperature of the step; float32[]."""
     return schedules.linear(
-        state.step, start=state.hyper.temperature, end=state.hyper.temperature_end, steps=config.steps
+        state.step, start=state.hyper.temperature, end=state.hyper.temperature_end, steps=recipe.steps
     )
 
 
-def current_length(step: ArrayLike, hyper: Hyperparameters, config: Config) -> Array:
+def current_length(step: ArrayLike, hyper: Hyperparameters, *, recipe: Recipe) -> Array:
     """Entries of every working context at a step of the curriculum, int32[]."""
-    steps = config.optimizer.curriculum_steps
+    steps = recipe.optimizer.curriculum_steps
     return schedules.context_length(
         step,
         start=hyper.context_start,
         end=hyper.context_end,
-        steps=config.steps // 2 if steps is None else steps,
-        geometry=config.context.geometry,
-        capacity=config.context_capacity,
+        steps=recipe.steps // 2 if steps is None else steps,
+        geometry=recipe.geometry,
+        capacity=recipe.capacity,
     )

@@ -12,11 +12,11 @@ from typing import Any, Protocol
 
 import jax
 
-from lensjax import __version__
-from lensjax.runs import config as config_lib
+from lensjax._version import __version__
+from lensjax.runs.store import checkpoint, config_file
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-_CONFIG, _ENVIRONMENT = "config.json", "environment.json"
+_CONFIG, _ENVIRONMENT, SUMMARY = "config.json", "environment.json", "summary.json"
 
 
 class RunConfig(Protocol):
@@ -39,7 +39,7 @@ def create_run(output_dir: str | Path, config: RunConfig) -> Path:
         )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _ENVIRONMENT).write_text(json.dumps(environment(config), indent=2) + "\n")
-    (folder / _CONFIG).write_text(config_lib.to_json(config))
+    (folder / _CONFIG).write_text(config_file.to_json(config))
     return folder
 
 
@@ -53,7 +53,7 @@ def open_run(output_dir: str | Path, config: RunConfig) -> Path:
       ValueError: the configurations differ; names each key, with both values.
     """
     folder = Path(output_dir)
-    stored, given = _flat(config_lib.load_as(config_file(folder), type(config))), _flat(config)
+    stored, given = _flat(config_file.load(config_path(folder), type(config))), _flat(config)
     differences = [
         f"{key} is {stored[key]!r} in the run and {given[key]!r} now"
         for key in given
@@ -67,7 +67,7 @@ def open_run(output_dir: str | Path, config: RunConfig) -> Path:
     return folder
 
 
-def config_file(run_dir: str | Path) -> Path:
+def config_path(run_dir: str | Path) -> Path:
     """The file that holds a run's configuration.
 
     Raises:
@@ -77,6 +77,26 @@ def config_file(run_dir: str | Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{run_dir} holds no run ({_CONFIG} is missing): name the folder of a run")
     return path
+
+
+def checkpoint_dir(run_dir: Path, phase: str) -> Path:
+    """Where a phase's checkpoints are."""
+    return run_dir / "checkpoints" / phase
+
+
+def read_summary(run_dir: str | Path) -> dict[str, Any]:
+    """What `summary.json` holds; empty while the run is not finished."""
+    path = Path(run_dir) / SUMMARY
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def restore_point(folder: Path, phases: tuple[str, ...]) -> tuple[str, int]:
+    """The newest checkpoint of the last phase that has one; a run without any starts from its first step."""
+    for phase in reversed(phases):
+        step = checkpoint.latest_step(checkpoint_dir(folder, phase))
+        if step is not None:
+            return phase, step
+    return phases[0], 0
 
 
 def environment(config: RunConfig) -> dict[str, Any]:

@@ -11,14 +11,15 @@ and the allocator brings it back to the budget: the decision of a training windo
 two refocus steps the context only grows at its end, and so does the base model's cache; a refocus step keeps the cache
 up to the first entry that it changes, and reads the rest anew.
 
-The tree on the device covers the last `config.context.window` tokens at most. When a decision would look further back
-than a history of training, the oldest block of the highest level is forgotten, tokens, gists and all: a working context
+The tree on the device covers a history and an interval at most. When a decision would look further back than that
+history, the oldest block of the highest level is forgotten, tokens, gists and all: a working context
 of W entries reaches W K**L tokens at most, so some end there must be, and memory and time a token do not grow with the
 stream.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,87 +28,47 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax.context import allocator
+from lensjax.context import allocator, refocus
 from lensjax.context import tree as trees
 from lensjax.context import working as contexts
-from lensjax.context.allocator import FocusState
-from lensjax.context.tree import TreeState
-from lensjax.context.working import WorkingContext
-from lensjax.models import KVCache, Models, Params, decision
-from lensjax.runs.config import Config
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class SessionState:
-    """All that a session remembers; every array has a fixed shape. Positions count from the oldest token held."""
-
-    tree: TreeState
-    """The tokens held and their gists."""
-    forgotten: Array
-    """int32[]: tokens read before those held."""
-    focus: FocusState
-    """What is collapsed."""
-    context: WorkingContext
-    """W entries, and room for an interval's tokens behind them."""
-    cache: KVCache
-    """What the base model computed of the context's entries."""
-    logits: Array
-    """float32[vocabulary]: prediction of the next token; uniform before the first one."""
-    key: Array
-    """PRNG key of an allocator that samples; that of a refocus step is `fold_in(key, tokens read)`."""
-
-    @property
-    def read(self) -> Array:
-        """int32[]: tokens read since the start of the stream."""
-        return self.forgotten + self.tree.length
-
-
-Policy = Callable[[dict[str, Params], SessionState], Array]
-"""Whoever chooses what a session shows: from the parameters and the session before a refocus step to float32[W + H] in
-[-1, 1], a score for every entry of `state.context`. High asks for detail, low asks to be collapsed."""
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Refocus:
-    """What a refocus step did."""
-
-    swap_rate: Array
-    """float32[]: share of the entries that were not there before."""
-    swaps: Array
-    """int32[]: edits that the policy asked for, in pairs, beyond those that the budget demanded."""
-    kept: Array
-    """int32[]: entries of the context whose cache was kept."""
+from lensjax.models import Models, Params, StreamingLanguageModel, decision
+from lensjax.session.state import Policy, Refocus, SessionConfig, SessionState
 
 
 class Session:
     """The functions of a session, compiled for one set of models and shapes; all that changes is in `SessionState`.
 
     Args:
-      models: the models.
+      models: the models; the base model must have a cache (`StreamingLanguageModel`).
       params: parameters of `base` and `gist`, and of `lens` or whatever else the policy reads.
-      config: `context.history` is how far back a decision reaches; `hyper.context_end` of it is the budget W, which a
-        refocus step never exceeds and, once the stream is longer, misses by less than K - 1 entries;
-        `context.horizon` is the interval; `context.recent_tokens` stay in full; `focus` is how the allocator acts. A
-        longer window than in training is fine.
+      config: shapes.
       policy: scores the entries in LensNet's place. It is compiled with the session, so it must be pure, and what it
         has learned belongs into `params`. Budget and allocator are the same for every policy.
 
     Raises:
-      ValueError: no context that the budget allows covers the history.
+      ValueError: the base model has no cache.
+
+    Example:
+      >>> import jax, lensjax as lx
+      >>> models = lx.build_models(lx.BaseConfig(), lx.GistConfig(), lx.LensConfig(), block_size=8, max_lod=1)
+      >>> params = {name: getattr(models, name).init(jax.random.key(0)) for name in ("base", "gist", "lens")}
+      >>> geometry = lx.Geometry(history=64, block_size=8, max_lod=1, recent_tokens=4)
+      >>> session = lx.Session(models, params, lx.SessionConfig(geometry, budget=32, interval=16))
+      >>> state, nll = session.append(session.init(), [1, 2, 3] * 20)
+      >>> nll.shape, int(state.read)
+      ((60,), 60)
     """
 
     def __init__(
-        self, models: Models, params: dict[str, Params], config: Config, *, policy: Policy | None = None
+        self, models: Models, params: dict[str, Params], config: SessionConfig, *, policy: Policy | None = None
     ) -> None:
-        shape = config.context
+        if not isinstance(models.base, StreamingLanguageModel):
+            raise ValueError(
+                f"models.base must have init_cache, extend and truncate to be read in a session, got {models.base!r}"
+            )
         self.models, self.params, self.config = models, params, config
+        self._base: StreamingLanguageModel = models.base
         self._policy = self._lensnet if policy is None else policy
-        self.geometry, self.interval = shape.geometry, shape.horizon
-        self.budget = shape.geometry.length_of_fraction(config.hyper.context_end, name="context_end")
-        self._capacity = self.budget + self.interval
-        self._check_room()
         # In place: a tree of a long history is not copied for every few tokens.
         self._read = jax.jit(self._read_chunk, donate_argnums=1)
         self._refocus = jax.jit(self._refocus_now, donate_argnums=1)
@@ -116,15 +77,19 @@ class Session:
 
     def init(self, seed: int = 0) -> SessionState:
         """A session that has read nothing; `seed` matters only where the allocator samples."""
-        base, geometry = self.config.base, self.geometry
-        window, capacity = self.config.context.window, self._capacity
-        start = jnp.zeros(geometry.window, jnp.int32)
+        base, geometry, capacity = self._base, self.config.geometry, self.config.capacity
+        # A whole history, and an interval's tokens behind it.
+        held = replace(geometry, history=geometry.history + self.config.interval)
+        start = jnp.zeros(geometry.history, jnp.int32)
         return SessionState(
-            tree=trees.init(capacity=window, dim=base.dim, block_size=geometry.block_size, max_lod=geometry.max_lod),
+            tree=trees.init(
+                capacity=held.history, dim=base.dim, block_size=geometry.block_size, max_lod=geometry.max_lod
+            ),
             forgotten=jnp.zeros((), jnp.int32),
             focus=allocator.from_cut(start, geometry),
-            context=contexts.baseline(0, window=window, capacity=capacity),
-            cache=self.models.base.init_cache(capacity),
+            context=contexts.recency(0, held, capacity=capacity),
+            cache=base.init_cache(capacity),
+            cached=jnp.zeros((), jnp.int32),
             logits=jnp.zeros(base.vocab_size, jnp.float32),
             key=jax.random.key(seed),
         )
@@ -155,15 +120,15 @@ class Session:
         done, position, held = 0, int(state.read), int(state.tree.length)
         state = self._copy(state)
         while done < len(tokens):
-            count = min(self.interval - position % self.interval, len(tokens) - done)
-            chunk = np.zeros(self.interval, np.int32)
+            count = min(self.config.interval - position % self.config.interval, len(tokens) - done)
+            chunk = np.zeros(self.config.interval, np.int32)
             chunk[:count] = tokens[done : done + count]
             state, chunk_losses = self._read(self.params, state, chunk, np.int32(count))
             losses.append(np.asarray(chunk_losses)[:count])
             done, position, held = done + count, position + count, held + count
-            if position % self.interval == 0:
-                if held > self.geometry.window:
-                    state, held = self._forget(state), held - self._forget_size
+            if position % self.config.interval == 0:
+                if held > self.config.geometry.history:
+                    state, held = self._forget(state), held - self.config.forgotten_at_once
                 state, report = self._refocus(self.params, state)
                 if on_refocus is not None:
                     on_refocus(state, report)
@@ -172,7 +137,7 @@ class Session:
     def refocus(self, state: SessionState) -> tuple[SessionState, Refocus]:
         """A refocus step now, besides those that reading makes; nothing to do before the first token."""
         state, held = self._copy(state), int(state.tree.length)
-        if held > self.geometry.window:
+        if held > self.config.geometry.history:
             state = self._forget(state)
         return self._refocus(self.params, state)
 
@@ -213,36 +178,11 @@ class Session:
             state, _ = self.append(state, np.asarray(sampled[-1:]))
         return state, np.asarray(sampled, np.int32)
 
-    def _check_room(self) -> None:
-        """Refuses a budget that some length of the stream does not fit in."""
-        geometry = self.geometry
-        held = np.arange(geometry.window + 1)
-        free = np.maximum(held - geometry.recent_tokens, 0)
-        collapses = sum(free // geometry.block_size**lod for lod in range(1, geometry.max_lod + 1))
-        shortest = int(np.max(held - collapses * (geometry.block_size - 1)))
-        if shortest > self.budget:
-            raise ValueError(
-                f"hyper.context_end gives a budget of {self.budget} entries, which must hold the shortest context of "
-                f"any part of a history of {geometry.window} tokens, and that takes {shortest}: raise "
-                "hyper.context_end or context.max_lod, or lower context.window or context.recent_tokens"
-            )
-        if geometry.window < self._forget_size + geometry.recent_tokens:
-            raise ValueError(
-                f"context.window must hold the {self._forget_size} tokens that are forgotten at once, "
-                f"{geometry.recent_tokens} recent tokens and a horizon of {self.interval}, got "
-                f"{self.config.context.window}: raise it, or lower context.max_lod or context.horizon"
-            )
-
-    @property
-    def _forget_size(self) -> int:
-        top = self.geometry.block_size**self.geometry.max_lod
-        return -(-self.interval // top) * top
-
     def _checked(self, tokens: ArrayLike) -> np.ndarray:
         array = np.asarray(tokens)
         if array.ndim != 1 or not (array.size == 0 or np.issubdtype(array.dtype, np.integer)):
             raise ValueError(f"tokens must be one sequence of integers, got {array.dtype}{list(array.shape)}")
-        vocabulary = self.config.base.vocab_size
+        vocabulary = self._base.vocab_size
         outside = (array < 0) | (array >= vocabulary)
         if outside.any():
             where = int(np.argmax(outside))
@@ -255,16 +195,14 @@ class Session:
         self, params: dict[str, Params], state: SessionState, tokens: Array, count: Array
     ) -> tuple[SessionState, Array]:
         """Appends the first `count` of `interval` tokens; their losses float32[interval]."""
-        base, tree = self.models.base, state.tree
+        base, tree = self._base, state.tree
         embeddings = base.embed(params["base"], tokens)
-        new = jnp.arange(self.interval, dtype=jnp.int32)
+        new = jnp.arange(self.config.interval, dtype=jnp.int32)
         place, is_new = tree.length + new, new < count
-        logits, cache = base.extend(
-            params["base"], state.cache, embeddings, place.astype(jnp.float32), jnp.ones(self.interval), count
-        )
+        logits, cache = base.extend(params["base"], state.cache, contexts.in_full(embeddings, place), count)
         before = jnp.concatenate([state.logits[None], logits[:-1]])
         losses = optax.losses.softmax_cross_entropy_with_integer_labels(before, tokens)
-        slots = jnp.where(is_new, state.context.length + new, self._capacity)
+        slots = jnp.where(is_new, state.context.length + new, self.config.capacity)
         valid = state.context.valid.at[slots].set(True, mode="drop")
         start = state.context.start.at[slots].set(place, mode="drop")
         # Padding starts where nothing else does: starts stay sorted.
@@ -274,6 +212,7 @@ class Session:
             tree=trees.append(tree, embeddings, self._gists(params), count=count),
             context=context,
             cache=cache,
+            cached=state.cached + count,
             logits=jnp.where(count > 0, logits[jnp.maximum(count - 1, 0)], state.logits),
         ), losses
 
@@ -281,25 +220,26 @@ class Session:
         return lambda children: self.models.gist.apply(params["gist"], children)
 
     def _lensnet(self, params: dict[str, Params], state: SessionState) -> Array:
-        return decision.policy(self.models, params["lens"], state.tree)(state.context)
+        return decision.policy(self.models.lens, params["lens"], state.tree)(state.context)
 
     def _refocus_now(self, params: dict[str, Params], state: SessionState) -> tuple[SessionState, Refocus]:
         settings = self.config.focus
-        focused, context, info = allocator.step(
+        focused, context, info = refocus.step(
             state.focus,
             lambda _: self._policy(params, state),
             state.context,
-            self.budget,
-            self.geometry,
-            capacity=self._capacity,
+            self.config.budget,
+            self.config.geometry,
+            capacity=self.config.capacity,
             settings=settings,
             tokens=state.tree.length,
             key=jax.random.fold_in(state.key, state.read) if settings.temperature > 0 else None,
         )
         same = (context.start == state.context.start) & (context.lod == state.context.lod) & context.valid
-        kept = jnp.minimum(jnp.argmin(jnp.append(same, False)).astype(jnp.int32), state.cache.length)
-        rate = allocator.swap_rate(state.context, context, window=self.geometry.window)
-        state = replace(state, focus=focused, context=context, cache=replace(state.cache, length=kept))
+        kept = jnp.minimum(jnp.argmin(jnp.append(same, False)).astype(jnp.int32), state.cached)
+        rate = refocus.swap_rate(state.context, context, self.config.geometry)
+        cache = self._base.truncate(state.cache, kept)
+        state = replace(state, focus=focused, context=context, cache=cache, cached=kept)
         return self._read_context(params, state), Refocus(rate, info.swaps, kept)
 
     def _read_context(self, params: dict[str, Params], state: SessionState) -> SessionState:
@@ -307,26 +247,25 @@ class Session:
         entries = contexts.materialise(state.tree, state.context)
         length = state.context.length
 
-        def more(carry: tuple[KVCache, Array]) -> Array:
-            return carry[0].length < length
+        Carry = tuple[Any, Array, Array]
 
-        def chunk(carry: tuple[KVCache, Array]) -> tuple[KVCache, Array]:
-            cache, _ = carry
-            index = cache.length + jnp.arange(self.interval, dtype=jnp.int32)
-            count = jnp.minimum(length - cache.length, self.interval)
-            embeddings, positions, spans = (
-                jnp.take(rows, index, axis=0, mode="clip")
-                for rows in (entries.embeddings, entries.positions, entries.spans)
-            )
-            logits, cache = self.models.base.extend(params["base"], cache, embeddings, positions, spans, count)
-            return cache, logits[count - 1]
+        def more(carry: Carry) -> Array:
+            return carry[1] < length
 
-        cache, logits = jax.lax.while_loop(more, chunk, (state.cache, state.logits))
-        return replace(state, cache=cache, logits=logits)
+        def chunk(carry: Carry) -> Carry:
+            cache, cached, _ = carry
+            index = cached + jnp.arange(self.config.interval, dtype=jnp.int32)
+            count = jnp.minimum(length - cached, self.config.interval)
+            rows = jax.tree.map(lambda leaf: jnp.take(leaf, index, axis=0, mode="clip"), entries)
+            logits, cache = self._base.extend(params["base"], cache, rows, count)
+            return cache, cached + count, logits[count - 1]
+
+        cache, cached, logits = jax.lax.while_loop(more, chunk, (state.cache, state.cached, state.logits))
+        return replace(state, cache=cache, cached=cached, logits=logits)
 
     def _forget_oldest(self, state: SessionState) -> SessionState:
         """Drops the oldest tokens, whole blocks of the highest level, and all that stands for them."""
-        geometry, size = self.geometry, self._forget_size
+        geometry, size = self.config.geometry, self.config.forgotten_at_once
 
         def drop(rows: Array, lod: int) -> Array:
             gone = size // geometry.block_size**lod
@@ -335,7 +274,15 @@ class Session:
         levels = tuple(drop(level, lod) for lod, level in enumerate(state.tree.levels))
         tree = replace(state.tree, levels=levels, length=state.tree.length - size)
         focused = allocator.drop_oldest(state.focus, size, geometry)
-        context = allocator.to_context(focused, geometry, capacity=self._capacity, tokens=tree.length)
+        context = allocator.to_context(focused, geometry, capacity=self.config.capacity, tokens=tree.length)
         # The entries that are left stand elsewhere in the context now, and elsewhere in the window.
-        cache = replace(state.cache, length=jnp.zeros((), jnp.int32))
-        return replace(state, tree=tree, forgotten=state.forgotten + size, focus=focused, context=context, cache=cache)
+        nothing = jnp.zeros((), jnp.int32)
+        return replace(
+            state,
+            tree=tree,
+            forgotten=state.forgotten + size,
+            focus=focused,
+            context=context,
+            cache=self._base.truncate(state.cache, nothing),
+            cached=nothing,
+        )
