@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from lensjax.runs.config import BaseConfig, Config, LensConfig
+from lensjax.models.base_lm import BaseConfig
+from lensjax.models.lensnet import LensConfig
+from lensjax.runs.config import Config
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def step_cost(config: Config, *, fused_attention: bool = False) -> StepCost:
     """
     if config.gist.layers or config.gist.pooling == "cls":
         raise ValueError(f"the cost of a GistNet with layers is not modelled, got {config.gist}")
-    shape, entries = config.context, config.context_capacity
+    shape, entries = config.context, config.capacity
     variants = config.batch_size * (shape.rollouts + 1)
     blocks = sum(shape.geometry.blocks(lod) for lod in range(1, shape.max_lod + 1))
     size, weights = (4 if config.dtype == "float32" else 2), (0 if fused_attention else 16)

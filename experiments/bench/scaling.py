@@ -6,7 +6,7 @@
 Each series changes one size of a small shape: rollouts N, entries W, window T, block size K, levels L, width D; and,
 for a session that reads a stream, the history that it holds. About 240 entries are seen where W is not what changes.
 The points of a series take turns in one process. Beside each measured time the picture shows what the operations on
-paper (`lensjax.cost`) make of the middle one. Leaves `scaling.csv` and `scaling.png`.
+paper (`experiments.bench.cost`) make of the middle one. Leaves `scaling.csv` and `scaling.png`.
 """
 
 import csv
@@ -24,14 +24,18 @@ from matplotlib.ticker import LogLocator
 from rich.console import Console
 
 from experiments import command
-from experiments.bench import step as bench
+from experiments.bench import programs
 from experiments.bench.cost import step_cost
-from lensjax.models import build_models
-from lensjax.plots import curves
-from lensjax.runs import config as configs
-from lensjax.runs.config import BaseConfig, Config, ContextConfig, Hyperparameters, OptimizerConfig
-from lensjax.runs.store import folder as run_folder
+from experiments.bench.programs import Program
+from lensjax import _settings
+from lensjax.models.base_lm import BaseConfig
+from lensjax.plots import style
+from lensjax.runs.config import Config
+from lensjax.runs.store import run_folder
 from lensjax.session import Session
+from lensjax.training.hyperparameters import Hyperparameters
+from lensjax.training.optim.optimizer import OptimizerConfig
+from lensjax.training.scoring import ContextConfig
 
 SHAPE = Config(
     batch_size=2,
@@ -41,7 +45,7 @@ SHAPE = Config(
     optimizer=OptimizerConfig(warmup_steps=0),
 )
 """What each series changes in one place: 240 entries of a history of 480 tokens."""
-HISTORY = configs.replace(SHAPE, **{"context.max_lod": 3, "context.recent_tokens": 40})
+HISTORY = _settings.replace(SHAPE, **{"context.max_lod": 3, "context.recent_tokens": 40})
 SESSION_TOKENS = 512
 
 
@@ -62,27 +66,29 @@ def _entries(value: int, window: int = SHAPE.context.window) -> dict[str, Any]:
 
 
 def _history(window: int) -> Config:
-    return configs.replace(HISTORY, **{"context.window": window}, **_entries(240, window))
+    return _settings.replace(HISTORY, **{"context.window": window}, **_entries(240, window))
 
 
 SERIES = {
-    "rollouts": Series("rollouts N", (1, 2, 4, 8, 16), lambda n: configs.replace(SHAPE, **{"context.rollouts": n})),
-    "entries": Series("entries W", (120, 180, 240, 360, 480), lambda w: configs.replace(SHAPE, **_entries(w))),
+    "rollouts": Series("rollouts N", (1, 2, 4, 8, 16), lambda n: _settings.replace(SHAPE, **{"context.rollouts": n})),
+    "entries": Series("entries W", (120, 180, 240, 360, 480), lambda w: _settings.replace(SHAPE, **_entries(w))),
     "window": Series(
         "window T",
         (512, 1024, 2048, 4096),
-        lambda t: configs.replace(SHAPE, **{"context.window": t}, **_entries(240, t)),
+        lambda t: _settings.replace(SHAPE, **{"context.window": t}, **_entries(240, t)),
     ),
-    "block_size": Series("block size K", (4, 8, 16, 32), lambda k: configs.replace(SHAPE, **{"context.block_size": k})),
+    "block_size": Series(
+        "block size K", (4, 8, 16, 32), lambda k: _settings.replace(SHAPE, **{"context.block_size": k})
+    ),
     "levels": Series(
         "levels L (K 4)",
         (1, 2, 3),
-        lambda lod: configs.replace(SHAPE, **{"context.block_size": 4, "context.max_lod": lod}),
+        lambda lod: _settings.replace(SHAPE, **{"context.block_size": 4, "context.max_lod": lod}),
     ),
     "width": Series(
         "width D",
         (64, 128, 256, 384),
-        lambda d: configs.replace(
+        lambda d: _settings.replace(
             SHAPE, base=BaseConfig(dim=d, layers=4, heads=d // 32, kv_heads=d // 64, mlp_dim=3 * d)
         ),
     ),
@@ -130,14 +136,14 @@ def scaling(arguments: Arguments) -> list[dict[str, Any]]:
 
 def measure(name: str, series: Series, repetitions: int, console: Console) -> list[dict[str, Any]]:
     """Median and quartiles of every point, in milliseconds of a training step or of a session's token."""
-    made = {value: series.config(value) for value in series.values}
+    configs = {value: series.config(value) for value in series.values}
     make = _session if series.is_session else _step
-    programs = {str(value): make(config) for value, config in made.items()}
-    jax.block_until_ready([program() for program in programs.values()])
-    times = bench.turns(programs, repetitions, console)
+    points = {str(value): make(config) for value, config in configs.items()}
+    jax.block_until_ready([program() for program in points.values()])
+    times = programs.turns(points, repetitions, console)
     unit = SESSION_TOKENS if series.is_session else 1
     rows = []
-    for value, config in made.items():
+    for value, config in configs.items():
         low, middle, high = np.percentile(times[str(value)], [25, 50, 75]) / unit
         cost = step_cost(config).total
         rows.append(
@@ -147,7 +153,7 @@ def measure(name: str, series: Series, repetitions: int, console: Console) -> li
                 "milliseconds": middle,
                 "lower_quartile": low,
                 "upper_quartile": high,
-                "entries": config.context_capacity,
+                "entries": config.capacity,
                 "flops": None if series.is_session else cost.flops,
                 "traffic_bytes": None if series.is_session else cost.traffic,
             }
@@ -155,17 +161,17 @@ def measure(name: str, series: Series, repetitions: int, console: Console) -> li
     return rows
 
 
-def _step(config: Config) -> bench.Program:
-    return bench.Step(config, build_models(config))
+def _step(config: Config) -> Program:
+    return programs.Step(config, config.build_models())
 
 
-def _session(config: Config) -> bench.Program:
+def _session(config: Config) -> Program:
     """Reads some tokens in a session that is past its budget already; shapes do not change as it fills further."""
-    models = build_models(config)
+    models = config.build_models()
     keys = jax.random.split(jax.random.key(0), 3)
     params = {"base": models.base.init(keys[0]), "gist": models.gist.init(keys[1]), "lens": models.lens.init(keys[2])}
-    session, random = Session(models, params, config), np.random.default_rng(0)
-    state, _ = session.append(session.init(), random.integers(config.base.vocab_size, size=2 * session.budget))
+    session, random = Session(models, params, config.session), np.random.default_rng(0)
+    state, _ = session.append(session.init(), random.integers(config.base.vocab_size, size=2 * config.budget))
     tokens = random.integers(config.base.vocab_size, size=SESSION_TOKENS)
     return functools.partial(session.append, state, tokens)
 
@@ -175,13 +181,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     names = list(dict.fromkeys(row["series"] for row in rows))
     columns = min(len(names), 4)
     lines = -(-len(names) // columns)
-    figure = curves.new_figure(3.0 * columns, 2.6 * lines)
+    figure = style.new_figure(3.0 * columns, 2.6 * lines)
     axes = np.atleast_1d(figure.subplots(lines, columns, squeeze=False)).ravel()
     for ax, name in zip(axes, names, strict=False):
         _draw_series(ax, SERIES[name], [row for row in rows if row["series"] == name])
     for ax in axes[len(names) :]:
         ax.set_axis_off()
-    curves.write(figure, path)
+    style.write(figure, path)
 
 
 def _draw_series(ax: Axes, series: Series, rows: list[dict[str, Any]]) -> None:
@@ -196,8 +202,8 @@ def _draw_series(ax: Axes, series: Series, rows: list[dict[str, Any]]) -> None:
         centre = len(rows) // 2
         paper = [row["flops"] / rows[centre]["flops"] * middle[centre] for row in rows]
         label = "operations on paper"
-    look: dict[str, Any] = {"color": curves.COLORS[0], "marker": "o", "markersize": 4, "linewidth": 1.4}
-    ax.plot(values, paper, "--", color=curves.MUTED, linewidth=1, label=label)
+    look: dict[str, Any] = {"color": style.COLORS[0], "marker": "o", "markersize": 4, "linewidth": 1.4}
+    ax.plot(values, paper, "--", color=style.MUTED, linewidth=1, label=label)
     ax.errorbar(values, middle, spread, label="measured", **look)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
@@ -206,8 +212,8 @@ def _draw_series(ax: Axes, series: Series, rows: list[dict[str, Any]]) -> None:
     ax.set_xticks(values, [f"{value:,}" for value in values])
     ax.minorticks_off()
     ax.set_ylim(0.5 * min(*middle, *paper), 2 * max(*middle, *paper))
-    curves.dress(ax, series.title, "", "ms a token" if series.is_session else "ms a step")
-    ax.legend(fontsize=7, **curves.LEGEND)
+    style.dress(ax, series.title, "", "ms a token" if series.is_session else "ms a step")
+    ax.legend(fontsize=7, **style.LEGEND)
 
 
 if __name__ == "__main__":

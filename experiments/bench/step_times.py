@@ -20,13 +20,13 @@ import tyro
 from rich.console import Console
 
 from experiments import command
-from experiments.bench.step import Program, turns
-from experiments.evaluate import write_csv
+from experiments.bench.programs import Program, turns
+from experiments.tables import write_csv
 from experiments.train import load_preset
-from lensjax.models import build_models
-from lensjax.runs import config as configs
-from lensjax.runs.config import Config, ObjectiveConfig
+from lensjax import _settings
+from lensjax.runs.config import Config
 from lensjax.training.steps import online, preference
+from lensjax.training.terms import ObjectiveConfig
 
 OBJECTIVES: tuple[str, ...] = typing.get_args(typing.get_type_hints(ObjectiveConfig)["name"])
 REFERENCE, OWN_EDITS = "spans", "own edits"
@@ -57,12 +57,12 @@ def measure(arguments: Arguments) -> list[dict[str, Any]]:
         raise ValueError(f"repetitions must be at least 1, got {arguments.repetitions}")
     if arguments.csv is not None and arguments.csv.exists():
         raise FileExistsError(f"{arguments.csv} exists: name another file")
-    preset = configs.replace(load_preset(arguments.preset), batch_size=arguments.batch_size)
+    preset = _settings.replace(load_preset(arguments.preset), batch_size=arguments.batch_size)
     console = Console()
     programs: dict[str, Program] = {}
     for name in (*OBJECTIVES, OWN_EDITS):
         changes = {"online.steps": preset.steps} if name == OWN_EDITS else {"objective.name": name}
-        programs[name] = _step(configs.replace(preset, **changes))
+        programs[name] = _step(_settings.replace(preset, **changes))
         jax.block_until_ready(programs[name]())
     times = turns(programs, arguments.repetitions, console)
     rows: list[dict[str, Any]] = []
@@ -80,14 +80,14 @@ def measure(arguments: Arguments) -> list[dict[str, Any]]:
 
 def _step(config: Config) -> Program:
     """A compiled step on random tokens; on own edits where the config has them."""
-    models, key = build_models(config), jax.random.key(0)
-    state: Any = preference.init_train_state(key, config=config, models=models)
+    models, recipe, key = config.build_models(), config.recipe, jax.random.key(0)
+    state: Any = preference.init_train_state(key, recipe=recipe, models=models)
     step: Callable[..., Any] = preference.train_step
     if config.online.steps:
-        state = online.init_online_state(key, config=config, params=state.params)
-        step = online.online_step
+        state = online.init_online_state(key, recipe=recipe, settings=config.online, models=models, params=state.params)
+        step = functools.partial(online.online_step, settings=config.online)
     tokens = jax.random.randint(key, (config.batch_size, config.context.window), 0, config.base.vocab_size, jnp.int32)
-    compiled = jax.jit(functools.partial(step, config=config, models=models))
+    compiled = jax.jit(functools.partial(step, recipe=recipe, models=models))
     return lambda: compiled(state, {"tokens": tokens})
 
 

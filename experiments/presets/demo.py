@@ -4,7 +4,12 @@ make demo
 python -m experiments.train demo
 """
 
-from lensjax.runs.config import BaseConfig, Config, ContextConfig, DataConfig, Hyperparameters, PretrainConfig
+from lensjax.models.base_lm import BaseConfig
+from lensjax.runs.config import Config
+from lensjax.runs.data.task import DataConfig
+from lensjax.training.hyperparameters import Hyperparameters
+from lensjax.training.scoring import ContextConfig
+from lensjax.training.steps.pretrain import PretrainConfig
 
 CONFIG = Config(
     output_dir="runs/demo",

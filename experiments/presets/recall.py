@@ -5,15 +5,13 @@
 `make recall` runs it for three seeds and both kinds of targets on one base model.
 """
 
-from lensjax.runs.config import (
-    BaseConfig,
-    Config,
-    ContextConfig,
-    DataConfig,
-    FocusConfig,
-    Hyperparameters,
-    PretrainConfig,
-)
+from lensjax.context.allocator import FocusConfig
+from lensjax.models.base_lm import BaseConfig
+from lensjax.runs.config import Config
+from lensjax.runs.data.task import DataConfig
+from lensjax.training.hyperparameters import Hyperparameters
+from lensjax.training.scoring import ContextConfig
+from lensjax.training.steps.pretrain import PretrainConfig
 
 CONFIG = Config(
     output_dir="runs/recall-single",

@@ -3,7 +3,12 @@
 python -m experiments.train tracking
 """
 
-from lensjax.runs.config import BaseConfig, Config, ContextConfig, DataConfig, Hyperparameters, PretrainConfig
+from lensjax.models.base_lm import BaseConfig
+from lensjax.runs.config import Config
+from lensjax.runs.data.task import DataConfig
+from lensjax.training.hyperparameters import Hyperparameters
+from lensjax.training.scoring import ContextConfig
+from lensjax.training.steps.pretrain import PretrainConfig
 
 HOPS = 2
 
@@ -25,7 +30,7 @@ CONFIG = Config(
         rollouts=8,
         local_edits=4,
     ),
-    hyper=Hyperparameters(context_start=0.25, context_end=0.25, lod2_share=0.3),
+    hyper=Hyperparameters(context_start=0.25, context_end=0.25, high_lod_share=0.3),
     data=DataConfig(task="tracking", hops=HOPS),
     pretrain=PretrainConfig(steps=1200, batch_size=16, rollout_weight=1.0, train_gist=False),
 )

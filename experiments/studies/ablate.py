@@ -11,40 +11,34 @@ one row an arm, and what each setting changes: `report.md`, `effects.csv` and `e
 """
 
 import functools
-import hashlib
 import itertools
 import json
 import math
 import os
-import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
-from jax import Array
-from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import Progress
 
 from experiments import command
-from experiments.evaluate import write_csv
-from experiments.train import EVALUATION_SEED, LENS_STREAM, load_object, load_preset, load_start, stream
-from lensjax.evaluation import compare, effects, held_out
-from lensjax.models import Models, Params, build_models
+from experiments.studies import ablate_arms
+from experiments.studies.ablate_arms import Arm
+from experiments.tables import write_csv
+from experiments.train import load_object, load_preset
+from lensjax import _settings
+from lensjax.evaluation import compare, effects
+from lensjax.models import Params
 from lensjax.plots.effects import forest
-from lensjax.runs import config as configs
 from lensjax.runs import sweep
 from lensjax.runs.config import Config
-from lensjax.runs.data import batches as data
-from lensjax.runs.engine.devices import AXIS, place
-from lensjax.runs.store import folder as run_folder
-from lensjax.runs.sweep import Setting, Sweep, SweepState
-from lensjax.training.metrics import Metrics
+from lensjax.runs.load import load_start
+from lensjax.runs.store import run_folder
+from lensjax.runs.sweep import Sweep
 
 SWEEPS = Path(__file__).parents[1] / "sweeps"
 METRICS = {
@@ -58,9 +52,6 @@ METRICS = {
     "hit_rate": "hit_rate",
 }
 """Columns of the table, and the held-out metrics that they show; a task without a metric has no such column."""
-DRAWS, ROUNDS = 8, 1
-"""Of the search that bounds the gap: random contexts among its starts, and rounds."""
-
 REPORTED = (
     *("gap_closed_oracle", "hit_rate", "preference_agreement", "preference_agreement_lod_only"),
     *("preference_corr_mean", "swap_rate"),
@@ -87,19 +78,6 @@ class Arguments:
     """Go on with an interrupted sweep."""
 
 
-@dataclass(frozen=True)
-class Arm:
-    """One setting and one seed."""
-
-    setting: Setting
-    config: Config
-
-    @property
-    def name(self) -> str:
-        """Names the arm's file; the same for the same config."""
-        return hashlib.sha256(configs.to_json(self.config).encode()).hexdigest()[:16]
-
-
 def main(words: list[str] | None = None) -> None:
     """Command line; bad values end it with one message, before anything is written."""
     arguments = tyro.cli(Arguments, args=words, description=__doc__)
@@ -121,11 +99,11 @@ def ablate(arguments: Arguments) -> list[Row]:
     rows: dict[str, Row] = {}
     for group in groups:
         for chunk in group.chunks(arguments.chunk):
-            if not all(_file(folder, arm).is_file() for arm in chunk):
-                _train(chunk, group.params, folder, at_once=arguments.at_once, console=console)
+            if not all(arm.file(folder).is_file() for arm in chunk):
+                ablate_arms.train(chunk, group.params, folder, at_once=arguments.at_once, console=console)
         for arm in group.arms:
             if (key := _measured_on(arm.config)) not in bounds:
-                bounds[key] = _bounds(arm.config, group.params)
+                bounds[key] = ablate_arms.bounds(arm.config, group.params)
             rows[arm.name] = _row(arm, bounds[key], swept, folder)
     table = [rows[arm.name] for arm in arms]
     write_csv(table, folder / "arms.csv")
@@ -154,9 +132,9 @@ def _arms(plan: Sweep, base_run: Path) -> list[Arm]:
     Raises:
       ValueError: a setting is not valid, has patience, or is measured on one batch alone.
     """
-    default = configs.replace(load_preset(plan.preset), **plan.changes, base_run=str(base_run))
+    default = _settings.replace(load_preset(plan.preset), **plan.changes, base_run=str(base_run))
     arms = [
-        Arm(setting, configs.replace(default, seed=seed, output_dir="-", **setting))
+        Arm(setting, _settings.replace(default, seed=seed, output_dir="-", **setting))
         for setting in plan.settings()
         for seed in plan.seeds
     ]
@@ -196,9 +174,9 @@ class _Group:
 
 
 def _start(config: Config) -> dict[str, Params]:
-    taken = load_start(config, build_models(config))
-    assert taken is not None
-    return taken
+    start = load_start(config, config.build_models())
+    assert start is not None
+    return start
 
 
 def _open(arguments: Arguments, plan: Sweep, arms: Sequence[Arm]) -> Path:
@@ -222,98 +200,8 @@ def _open(arguments: Arguments, plan: Sweep, arms: Sequence[Arm]) -> Path:
     return folder
 
 
-def _file(folder: Path, arm: Arm) -> Path:
-    return folder / "arms" / f"{arm.name}.json"
-
-
-@dataclass(frozen=True)
-class _Program:
-    """What is compiled for some arms; the chunks of one size share it."""
-
-    models: Models
-    mesh: Mesh
-    step: Callable[..., tuple[SweepState, Metrics]]
-    evaluate: Callable[..., Metrics]
-
-    @classmethod
-    @functools.cache
-    def of(cls, config: Config, *, devices: int, at_once: int | None) -> "_Program":
-        models, mesh = build_models(config), Mesh(jax.devices()[:devices], (AXIS,))
-        static: dict[str, Any] = {"config": config, "models": models, "at_once": at_once}
-        step = sweep.over_devices(functools.partial(sweep.step, **static), mesh)
-        evaluate = sweep.over_devices(functools.partial(sweep.evaluate, **static), mesh)
-        return cls(models, mesh, jax.jit(step, donate_argnums=0), jax.jit(evaluate))
-
-
-def _train(
-    arms: Sequence[Arm], params: dict[str, Params], folder: Path, *, at_once: int | None, console: Console
-) -> None:
-    """Trains and measures some arms in one program, and writes one file for each."""
-    began = time.perf_counter()
-    members = [arm.config for arm in arms]
-    config = sweep.program(members)
-    program = _Program.of(config, devices=min(len(arms), jax.device_count()), at_once=at_once)
-    seeds = list(dict.fromkeys(member.seed for member in members))
-    keys = {seed: stream(replace(config, seed=seed), LENS_STREAM) for seed in seeds}
-    parts = sweep.split(members, program.mesh.size)
-    states = [
-        sweep.init([members[i] for i in part], keys, config=config, models=program.models, params=params)
-        for part in parts
-    ]
-    state, finite = _steps(program, sweep.stack(states, program.mesh), seeds, config=config, console=console)
-    reports = [
-        jax.device_get(program.evaluate(state, batch, jax.random.fold_in(jax.random.key(EVALUATION_SEED), index)))
-        for index, batch in enumerate(_held_out(config))
-    ]
-    slots = list(itertools.chain(*parts))
-    for index, arm in enumerate(arms):
-        place = slots.index(index)
-        mine = [{name: values.reshape(-1)[place] for name, values in report.items()} for report in reports]
-        losses = [float(report["nll_policy"]) for report in mine]
-        diverged = not (finite.reshape(-1)[place] and np.isfinite(losses).all())
-        result = {
-            "setting": arm.setting,
-            "seed": arm.config.seed,
-            "diverged": diverged,
-            "metrics": _strict(held_out.mean_over_batches(mine)),
-            "nll_by_batch": None if diverged else losses,
-        }
-        _write(_file(folder, arm), json.dumps(result, indent=2) + "\n")
-    console.out(f"{len(arms)} arms in {time.perf_counter() - began:.0f} seconds, one program", highlight=False)
-
-
-def _steps(
-    program: _Program, state: SweepState, seeds: Sequence[int], *, config: Config, console: Console
-) -> tuple[SweepState, np.ndarray]:
-    """All training steps; and for each arm, bool[devices, arms of each], whether all of its losses were finite."""
-    batches = [
-        data.make_iterator(config, "train", seed=2 * seed + LENS_STREAM, batch_size=config.batch_size) for seed in seeds
-    ]
-    finite: list[Array] = []
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        for _ in progress.track(range(config.steps), description=f"{state.draw.size} arms"):
-            batch = {"tokens": np.stack([next(one)["tokens"] for one in batches])}
-            state, report = program.step(state, place(batch, program.mesh, split=False))
-            if finite:
-                finite[-1].block_until_ready()  # one step in flight: the bar tells the truth, no device waits
-            finite.append(jnp.isfinite(report["loss"] + report["grad_norm"]))
-    return state, np.all(jax.device_get(finite), axis=0)
-
-
-def _strict(report: Mapping[str, float]) -> dict[str, float | None]:
-    """Undefined values as null."""
-    return {name: value if math.isfinite(value) else None for name, value in report.items()}
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)
-
-
 def _row(arm: Arm, bounds: tuple[float, float], swept: Sequence[str], folder: Path) -> Row:
-    stored = json.loads(_file(folder, arm).read_text())
+    stored = json.loads(arm.file(folder).read_text())
     metrics, diverged = stored["metrics"], stored["diverged"]
     gap = None if diverged else compare.gap_closed(metrics["nll_policy"], *bounds)
     row: Row = {name: _value(arm.config, name) for name in swept}
@@ -328,39 +216,11 @@ def _measured_on(config: Config) -> Hashable:
     return (*batches, config.context.geometry, config.context.horizon, config.hyper.context_end)
 
 
-def _bounds(config: Config, params: dict[str, Params]) -> tuple[float, float]:
-    """Loss of recency, and of the greedy search, on the held-out batches of an arm."""
-    config = replace(config, hyper=replace(config.hyper, lod2_share=Config().hyper.lod2_share))
-    models, length = build_models(config), config.context.geometry.length_of_fraction(config.hyper.context_end)
-
-    def one(row: tuple[Array, Array | None, Array]) -> tuple[Array, Array]:
-        tokens, answers, key = row
-        return compare.bounds(
-            models, params, tokens, answers, key, length=length, draws=DRAWS, oracle_rounds=ROUNDS, config=config
-        )
-
-    measure = jax.jit(lambda *rows: jax.lax.map(one, rows))
-    found = []
-    for index, batch in enumerate(_held_out(config)):
-        key = jax.random.fold_in(jax.random.key(EVALUATION_SEED), index)
-        keys = jax.random.split(key, len(batch["tokens"]))
-        found.append(jax.device_get(measure(batch["tokens"], batch.get("answers"), keys)))
-    recency, oracle = (float(np.mean([pair[i] for pair in found])) for i in (0, 1))
-    return recency, oracle
-
-
-def _held_out(config: Config) -> list[data.Batch]:
-    # What a sweep finds may change a default: the test split stays unseen.
-    return data.fixed_batches(
-        config, "validation", batch_size=config.batch_size, count=config.eval_batches, seed=EVALUATION_SEED
-    )
-
-
 def _report(arguments: Arguments, plan: Sweep, arms: Sequence[Arm], table: Sequence[Row], swept: Sequence[str]) -> None:
     """Compares every setting with the default."""
     folder = arguments.output_dir
     columns = [name for name in REPORTED if name in table[0]]
-    stored = [json.loads(_file(folder, arm).read_text()) for arm in arms]
+    stored = [json.loads(arm.file(folder).read_text()) for arm in arms]
     count, measured = len(plan.seeds), []
     for first in range(0, len(arms), count):
         rows, files = table[first : first + count], stored[first : first + count]
@@ -369,17 +229,17 @@ def _report(arguments: Arguments, plan: Sweep, arms: Sequence[Arm], table: Seque
         nothing = [math.nan] * arms[first].config.eval_batches
         losses = np.asarray([one["nll_by_batch"] or nothing for one in files])
         measured.append(effects.Measured(arms[first].setting, losses, others, diverged))
-    found = effects.effects(measured)
+    differences = effects.effects(measured)
     title = f"{plan.preset}: {len(measured)} settings, {count} seeds"
     command = (
         f"python -m experiments.studies.ablate {arguments.sweep} --base-run {arguments.base_run} --output-dir {folder}"
     )
     default = {name: _value(arms[0].config, name) for name in swept}
-    report = effects.markdown(found, default=default, title=title, columns=columns, command=command)
+    report = effects.markdown(differences, default=default, title=title, columns=columns, command=command)
     (folder / "report.md").write_text(report)
-    write_csv([_effect_row(one) for one in found], folder / "effects.csv")
-    if len(found) > 1:
-        forest(found, folder / "effects.png", default=default, title=title)
+    write_csv([_effect_row(one) for one in differences], folder / "effects.csv")
+    if len(differences) > 1:
+        forest(differences, folder / "effects.png", default=default, title=title)
 
 
 def _effect_row(one: effects.Effect) -> Row:

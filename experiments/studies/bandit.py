@@ -32,7 +32,7 @@ from experiments import command
 from lensjax import losses
 from lensjax.evaluation.statistics import estimate
 from lensjax.losses import advantages
-from lensjax.plots import curves
+from lensjax.plots import style
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,11 @@ Objective = Callable[[Group, float], Array]
 
 
 def _of_scores(loss: Callable[..., Array], **hyper: float) -> Objective:
-    """An objective of `losses.groups`; hyperparameters that are not given are beta."""
+    """An objective of `lensjax.losses`; without hyperparameters of its own its scale is beta."""
 
     def objective(group: Group, beta: float) -> Array:
-        given = hyper or {"beta": beta}
-        return loss(group.relative, group.rewards, jnp.ones(group.rewards.shape, bool), **given)
+        scales = hyper or {"beta": beta}
+        return loss(group.relative, group.rewards, jnp.ones(group.rewards.shape, bool), **scales)
 
     return objective
 
@@ -199,10 +199,10 @@ def train(problem: Bandit, *, objective: Objective, arguments: Arguments) -> Arr
         log_probs = jax.nn.log_softmax(logits)
 
         def of_group(actions: Array) -> Array:
-            taken = log_probs[actions]
+            drawn = log_probs[actions]
             group = Group(
-                log_probs=taken,
-                relative=taken - problem.reference[actions],
+                log_probs=drawn,
+                relative=drawn - problem.reference[actions],
                 behaviour=problem.behaviour[actions],
                 rewards=problem.rewards[actions],
                 value=problem.value,
@@ -232,19 +232,19 @@ def picture(shares: dict[str, np.ndarray], path: Path) -> None:
     """The way of every objective, its mean and 95 % interval over the seeds."""
     columns = 4
     lines = -(-len(shares) // columns)
-    figure = curves.new_figure(2.4 * columns, 2.3 * lines)
+    figure = style.new_figure(2.4 * columns, 2.3 * lines)
     axes = np.atleast_1d(figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)).ravel()
     for ax, (name, all_) in zip(axes, shares.items(), strict=False):
         steps = np.unique(np.linspace(0, all_.shape[1] - 1, 60).astype(int))
         low, high = np.transpose([estimate(all_[:, step]).interval for step in steps])
-        ax.axhline(1, color=curves.MUTED, linewidth=0.8, linestyle="--")
-        ax.fill_between(steps, low, high, color=curves.COLORS[0], alpha=0.25, linewidth=0)
-        ax.plot(steps, all_[:, steps].mean(axis=0), color=curves.COLORS[0], linewidth=1.4)
+        ax.axhline(1, color=style.MUTED, linewidth=0.8, linestyle="--")
+        ax.fill_between(steps, low, high, color=style.COLORS[0], alpha=0.25, linewidth=0)
+        ax.plot(steps, all_[:, steps].mean(axis=0), color=style.COLORS[0], linewidth=1.4)
         ax.set_ylim(-1, 1.15)
-        curves.dress(ax, name.replace(", ", ",\n"), "step", "share of the way" if ax in axes[::columns] else "")
+        style.dress(ax, name.replace(", ", ",\n"), "step", "share of the way" if ax in axes[::columns] else "")
     for ax in axes[len(shares) :]:
         ax.set_axis_off()
-    curves.write(figure, path)
+    style.write(figure, path)
 
 
 if __name__ == "__main__":

@@ -21,18 +21,18 @@ import tyro
 from rich.console import Console
 
 from experiments import command
-from experiments import train as runs
-from experiments.evaluate import write_csv
 from experiments.studies.recall import run_once
+from experiments.tables import write_csv
+from lensjax import _settings
 from lensjax.evaluation import compare as comparison
 from lensjax.evaluation import effects, held_out
 from lensjax.evaluation.effects import Measured
-from lensjax.models import build_models
-from lensjax.plots import effects as forest
-from lensjax.runs import config as configs
+from lensjax.plots.effects import forest
 from lensjax.runs.config import Config
 from lensjax.runs.data import batches as data
-from lensjax.runs.store import folder as run_folder
+from lensjax.runs.fit import EVALUATION_SEED
+from lensjax.runs.load import load_params
+from lensjax.runs.store import config_file, run_folder
 from lensjax.training.metrics import Metrics
 from lensjax.training.steps import preference
 
@@ -115,7 +115,7 @@ def plan(arguments: Arguments) -> dict[str, list[Config]]:
         raise ValueError(f"seeds must name two or more different seeds, got {arguments.seeds}")
     if not arguments.arms:
         raise ValueError("arms must name one or more of those to compare with start, got none")
-    stored = configs.load(run_folder.config_file(arguments.base_run))
+    stored = config_file.load(run_folder.config_path(arguments.base_run), Config)
     if stored.data.task != "recall":
         raise ValueError(f"base_run {arguments.base_run} is of task {stored.data.task}: expected one of recall")
     if stored.eval_batches < 2:
@@ -129,12 +129,12 @@ def plan(arguments: Arguments) -> dict[str, list[Config]]:
 
     def arm(name: str, changes: Mapping[str, Any], *, goes_on: bool) -> list[Config]:
         more = group if changes.get("online.advantages") else {}
-        found = []
+        by_seed = []
         for seed in arguments.seeds:
-            start = {"init": str(folder / f"{START}-{seed}")} if goes_on else {"base_run": str(arguments.base_run)}
-            own = {"base_run": None, "seed": seed, "output_dir": str(folder / f"{name}-{seed}")}
-            found.append(configs.replace(stored, **{**own, **start, **more, **changes}))
-        return found
+            key, start = ("start_from", folder / f"{START}-{seed}") if goes_on else ("base_run", arguments.base_run)
+            own = {"base_run": None, "seed": seed, "output_dir": str(folder / f"{name}-{seed}"), key: str(start)}
+            by_seed.append(_settings.replace(stored, **{**own, **more, **changes}))
+        return by_seed
 
     arms = {
         START: arm(START, {"steps": steps}, goes_on=False),
@@ -147,16 +147,16 @@ def plan(arguments: Arguments) -> dict[str, list[Config]]:
 
 def _on_test(config: Config) -> Callable[[Path], list[Metrics]]:
     """What measures a finished run on the test batches of one configuration, a report a batch."""
-    models = build_models(config)
-    step = jax.jit(functools.partial(held_out.eval_step, config=config, models=models))
+    models = config.build_models()
+    step = jax.jit(functools.partial(held_out.eval_step, recipe=config.recipe, models=models))
     batches = data.fixed_batches(
-        config, "test", batch_size=config.batch_size, count=config.eval_batches, seed=runs.EVALUATION_SEED
+        config, "test", batch_size=config.batch_size, count=config.eval_batches, seed=EVALUATION_SEED
     )
-    key = jax.random.key(runs.EVALUATION_SEED)
+    key = jax.random.key(EVALUATION_SEED)
 
     def measure(folder: Path) -> list[Metrics]:
-        params = runs.load_params(folder, models, ("base", "gist", "lens"))
-        state = preference.init_train_state(key, config=config, models=models, params=params)
+        params = load_params(folder, config, models, ("base", "gist", "lens"))
+        state = preference.init_train_state(key, recipe=config.recipe, models=models, params=params)
         return [
             jax.device_get(step(state, batch, jax.random.fold_in(key, index))) for index, batch in enumerate(batches)
         ]
@@ -173,23 +173,21 @@ def _report(arguments: Arguments, rows: list[dict[str, Any]], losses: dict[str, 
         return Measured(setting, np.stack(losses[name]), others, np.zeros(seeds, bool))
 
     command = (
-        f"python -m experiments.studies.online --base-run {arguments.base_run} --output-dir {folder} --steps {arguments.steps} "
-        f"--seeds {' '.join(map(str, arguments.seeds))} --arms {' '.join(arguments.arms)}"
+        f"python -m experiments.studies.online --base-run {arguments.base_run} --output-dir {folder} "
+        f"--steps {arguments.steps} --seeds {' '.join(map(str, arguments.seeds))} --arms {' '.join(arguments.arms)}"
     )
     reports = []
     # The second and third say whether own edits beat more preferences, and other advantages those of GAE.
     for default in (name for name in (START, ON, GAE) if name in losses):
-        found = effects.effects(
-            [measured(default, {}), *(measured(name, {"arm": name}) for name in losses if name != default)]
-        )
+        others = [measured(name, {"arm": name}) for name in losses if name != default]
+        differences = effects.effects([measured(default, {}), *others])
         title = f"recall, differences to: {default}"
         settings = {"arm": default}
-        reports.append(effects.markdown(found, default=settings, title=title, columns=COLUMNS, command=command))
+        reports.append(effects.markdown(differences, default=settings, title=title, columns=COLUMNS, command=command))
         if default == START:
-            forest.forest(found, folder / "effects.png", default=settings, title=title)
-            write_csv(
-                [{k: v for k, v in asdict(one).items() if k != "others"} for one in found], folder / "effects.csv"
-            )
+            forest(differences, folder / "effects.png", default=settings, title=title)
+            rows_of_effects = [{k: v for k, v in asdict(one).items() if k != "others"} for one in differences]
+            write_csv(rows_of_effects, folder / "effects.csv")
     write_csv(rows, folder / "arms.csv")
     (folder / "report.md").write_text("\n".join(reports))
 

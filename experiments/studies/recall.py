@@ -11,32 +11,30 @@ two tables, of the arms and of all policies, and writes `summary.json`, for each
 `policies.csv`.
 """
 
-import functools
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
 import tyro
-from jax import Array
 from rich.console import Console
 from rich.table import Table
 
 from experiments import command
-from experiments.evaluate import write_csv
-from experiments.train import EVALUATION_SEED, load_params, load_preset, run
-from lensjax.evaluation import compare as comparison
+from experiments.evaluate import compiled_measure
+from experiments.tables import write_csv
+from experiments.train import load_preset, run
+from lensjax import _settings
 from lensjax.evaluation import rivals
-from lensjax.evaluation.compare import Measured
-from lensjax.models import Params, build_models
-from lensjax.runs import config as configs
 from lensjax.runs.config import Config
 from lensjax.runs.data import batches as data
-from lensjax.runs.store import folder as run_folder
+from lensjax.runs.fit import EVALUATION_SEED
+from lensjax.runs.load import load_params
+from lensjax.runs.store import run_folder
 
 DRAWS = 8
 """Contexts of each random policy."""
@@ -112,20 +110,15 @@ def compare(arguments: Arguments) -> dict[str, Any]:
 def _policies(runs: dict[int, Config], console: Console) -> dict[str, dict[str, list[float]]]:
     """Loss and hit rate of every policy on the test sequences, by name; lists over the seeds of LensNet."""
     config = next(iter(runs.values()))
-    models, length = build_models(config), config.context.geometry.length_of_fraction(config.hyper.context_end)
-    static = replace(config, seed=0, output_dir="-")
-
-    def one(params: dict[str, Params], row: tuple[Array, Array, Array]) -> dict[str, Measured]:
-        return comparison.measure(models, params, *row, length=length, draws=DRAWS, oracle_rounds=0, config=static)
-
-    measure = jax.jit(lambda params, *rows: jax.lax.map(functools.partial(one, params), rows))
+    models = config.build_models()
+    measure = compiled_measure(config.recipe, models, config.budget, DRAWS, 0)
     batches = data.fixed_batches(
         config, "test", batch_size=config.batch_size, count=config.eval_batches, seed=EVALUATION_SEED
     )
-    found: dict[str, dict[str, list[float]]] = {}
+    policies: dict[str, dict[str, list[float]]] = {}
     for seed, run_config in runs.items():
         console.out(f"policies beside LensNet of seed {seed}", highlight=False)
-        params = load_params(Path(run_config.output_dir), models, ("base", "gist", "lens"))
+        params = load_params(Path(run_config.output_dir), run_config, models, ("base", "gist", "lens"))
         keys = [jax.random.fold_in(jax.random.key(EVALUATION_SEED), index) for index in range(len(batches))]
         parts = [
             jax.device_get(
@@ -134,10 +127,10 @@ def _policies(runs: dict[int, Config], console: Console) -> dict[str, dict[str, 
             for batch, key in zip(batches, keys, strict=True)
         ]
         for name in sorted(parts[0], key=rivals.order):
-            row = found.setdefault(name, {"nll": [], "hit_rate": []})
+            row = policies.setdefault(name, {"nll": [], "hit_rate": []})
             row["nll"].append(float(np.mean([part[name].nll for part in parts])))
             row["hit_rate"].append(float(np.mean([part[name].hit for part in parts])))
-    return found
+    return policies
 
 
 def policy_rows(policies: dict[str, dict[str, list[float]]], seeds: Sequence[int]) -> list[dict[str, Any]]:
@@ -158,14 +151,14 @@ def _configs(arguments: Arguments) -> tuple[Config, dict[tuple[str, int], Config
     if not arguments.seeds or len(set(arguments.seeds)) < len(arguments.seeds):
         raise ValueError(f"seeds must name one or more different seeds, got {arguments.seeds}")
     if arguments.steps is not None:
-        preset = configs.replace(preset, steps=arguments.steps)
+        preset = _settings.replace(preset, steps=arguments.steps)
     if arguments.query is not None:
         scored = preset.context.block_size - arguments.query
         sizes = {"context.horizon": scored, "context.recent_tokens": arguments.query}
-        preset = configs.replace(preset, **{"data.query": arguments.query}, **sizes)
-    base = configs.replace(preset, steps=0, base_run=None, output_dir=str(arguments.output_dir / "base"))
+        preset = _settings.replace(preset, **{"data.query": arguments.query}, **sizes)
+    base = _settings.replace(preset, steps=0, base_run=None, output_dir=str(arguments.output_dir / "base"))
     lens: dict[tuple[str, int], Config] = {
-        (arm, seed): configs.replace(
+        (arm, seed): _settings.replace(
             preset,
             seed=seed,
             output_dir=str(arguments.output_dir / f"{arm}-{seed}"),

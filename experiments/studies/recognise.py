@@ -22,13 +22,13 @@ from jax.typing import ArrayLike
 from rich.console import Console
 
 from experiments import command
-from experiments.evaluate import write_csv
-from experiments.train import load_params
-from lensjax.models import Models, Params, build_models
-from lensjax.runs import config as configs
+from experiments.tables import write_csv
+from lensjax import _settings
+from lensjax.models import Models, Params
 from lensjax.runs.config import Config
 from lensjax.runs.data import batches as data
-from lensjax.runs.store import folder as run_folder
+from lensjax.runs.load import load_params
+from lensjax.runs.store import config_file, run_folder
 
 BATCH, HELD_OUT = 256, 2048
 
@@ -54,18 +54,18 @@ def main(words: list[str] | None = None) -> None:
 
 def probe(arguments: Arguments) -> list[dict[str, Any]]:
     """Probes every length of query with every seed, and returns the rows of `recognise.csv`."""
-    config = configs.load(run_folder.config_file(arguments.run))
+    config = config_file.load(run_folder.config_path(arguments.run), Config)
     if config.data.task != "recall":
         raise ValueError(f"{arguments.run} has data.task {config.data.task!r}: expected a run on recall")
     output = arguments.run / "recognise.csv"
     if output.exists():
         raise FileExistsError(f"{output} exists: move it away")
-    models, console = build_models(config), Console()
-    params = load_params(arguments.run, models, ("base", "gist"))
+    models, console = config.build_models(), Console()
+    params = load_params(arguments.run, config, models, ("base", "gist"))
     rows = []
     for query in arguments.queries:
         shape = {"context.horizon": config.context.block_size - query, "context.recent_tokens": query}
-        asking = configs.replace(config, **{"data.query": query}, **shape)
+        asking = _settings.replace(config, **{"data.query": query}, **shape)
         for seed in arguments.seeds:
             plain, probed = _accuracies(asking, models, params, seed, arguments.steps)
             rows.append({"query": query, "seed": seed, "embeddings": plain, "probe": probed})
@@ -85,13 +85,13 @@ def _accuracies(
     optimizer = optax.adam(3e-3)
 
     def scores(weights: tuple[Array, Array], tokens: ArrayLike) -> Array:
-        gists, asked = _seen(models, params, jnp.asarray(tokens), config)
-        return jnp.einsum("bqd,bnd->bn", _unit(asked) @ weights[0], _unit(gists) @ weights[1])
+        gists, query = _seen(models, params, jnp.asarray(tokens), config)
+        return jnp.einsum("bqd,bnd->bn", _unit(query) @ weights[0], _unit(gists) @ weights[1])
 
     def loss(weights: tuple[Array, Array], batch: data.Batch) -> Array:
-        found = scores(weights, batch["tokens"])
+        logits = scores(weights, batch["tokens"])
         answers = batch["answers"][:, 0] // config.context.block_size
-        return optax.losses.softmax_cross_entropy_with_integer_labels(found, answers).mean()
+        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, answers).mean()
 
     @jax.jit
     def step(carry: Any, batch: data.Batch) -> Any:

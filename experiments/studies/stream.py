@@ -1,7 +1,7 @@
 """Reads a long stream through a session: what are its working contexts worth, are they legal, and what do they cost?
 
     python -m experiments.studies.stream --run runs/stdlib --tokens 100000 --output-dir runs/stream
-    python -m experiments.studies.stream --tokens 1000000 --output-dir runs/stream-fresh       models that nobody has trained
+    python -m experiments.studies.stream --tokens 1000000 --output-dir runs/stream-fresh        models as initialised
 
 Text runs read the files of their test split one after another, recall runs random tokens in which earlier blocks come
 again. Every context is checked, and every token's cost taken. Of a run, `summary.json` and `quality.csv` also compare
@@ -13,8 +13,6 @@ Leaves these, a row of `metrics.jsonl` for each percent of the stream, `quality.
 first refocus steps, `stream_start.png`.
 """
 
-import csv
-import functools
 import itertools
 import json
 import mmap
@@ -32,18 +30,21 @@ from rich.console import Console
 from rich.progress import Progress
 
 from experiments import command
+from experiments.studies import stream_rivals
+from experiments.studies.stream_rivals import STRETCHES
 from experiments.studies.stream_watch import Watch
-from experiments.train import load_params
-from lensjax.evaluation import rivals, streams
-from lensjax.evaluation.statistics import estimate
-from lensjax.models import build_models
+from lensjax import _settings
+from lensjax.models.base_lm import BaseConfig
+from lensjax.models.lensnet import LensConfig
 from lensjax.plots.maps import stream_map
-from lensjax.plots.stream import StreamQuality, stream_quality
-from lensjax.runs import config as configs
-from lensjax.runs.config import BaseConfig, Config, ContextConfig, DataConfig, Hyperparameters, LensConfig
+from lensjax.runs.config import Config
 from lensjax.runs.data import batches as data
-from lensjax.runs.store import folder as run_folder
+from lensjax.runs.data.task import DataConfig
+from lensjax.runs.load import load_params
+from lensjax.runs.store import config_file, run_folder
 from lensjax.session import Session
+from lensjax.training.hyperparameters import Hyperparameters
+from lensjax.training.scoring import ContextConfig
 
 FRESH = Config(
     base=BaseConfig(dim=32, layers=2, heads=4, kv_heads=2, mlp_dim=64),
@@ -53,11 +54,6 @@ FRESH = Config(
     data=DataConfig(task="recall"),
 )
 PERCENT = range(1, 101)
-# Consecutive pieces of the stream, over which the intervals of a comparison are.
-STRETCHES = 20
-ENDS = ("", "_low", "_high")
-SESSION, SLIDING, WHOLE = "session", "sliding_window", "whole_window"
-POLICIES = {"collapse_oldest": streams.collapse_oldest, "random_scores": streams.random_scores}
 Row = dict[str, Any]
 
 
@@ -89,11 +85,11 @@ def stream(arguments: Arguments) -> dict[str, Any]:
       ValueError: an argument is bad (nothing is written), or a context is not legal (all but the comparison is).
       FloatingPointError: a loss is not finite; likewise.
     """
-    session, tokens = _prepare(arguments)
-    folder, console = run_folder.create_run(arguments.output_dir, session.config), Console()
+    config, session, tokens = _prepare(arguments)
+    folder, console = run_folder.create_run(arguments.output_dir, config), Console()
     console.out(f"run folder {folder}, {jax.default_backend()}, seed {arguments.seed}", highlight=False)
     watch, rows = Watch(session), []
-    name = f"{arguments.run or 'fresh models'}: {arguments.tokens:,} tokens read through {session.budget} entries"
+    name = f"{arguments.run or 'fresh models'}: {arguments.tokens:,} tokens read through {config.budget} entries"
     with (
         (folder / "metrics.jsonl").open("w") as file,
         Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
@@ -102,23 +98,23 @@ def stream(arguments: Arguments) -> dict[str, Any]:
             rows.append(row)
             file.write(json.dumps(row) + "\n")
             file.flush()
-    summary = _summary(arguments, session, rows)
+    summary = _summary(arguments, config, rows)
     _write_summary(folder, summary)
     stream_map(watch.map_of_first_steps(f"{name}: the first refocus steps"), folder / "stream_start.png")
     _print_summary(console, summary)
     _raise_faults(folder, summary)
     if arguments.run is not None:
         console.out("measuring the others on the same stream", highlight=False)
-        summary["quality"] = _compare(session, tokens, watch, name, folder)
+        summary["quality"] = stream_rivals.compare(config, session, tokens, watch, name, folder)
         _write_summary(folder, summary)
-        _print_quality(console, summary["quality"])
+        stream_rivals.print_table(console, summary["quality"])
     console.out(f"pictures and metrics are in {folder}", highlight=False)
     return summary
 
 
-def _prepare(arguments: Arguments) -> tuple[Session, np.ndarray]:
-    """The session and the stream that it is to read; all that can be wrong is found here."""
-    stored = FRESH if arguments.run is None else configs.load(run_folder.config_file(arguments.run))
+def _prepare(arguments: Arguments) -> tuple[Config, Session, np.ndarray]:
+    """The run's configuration, its session, and the stream to read; all that can be wrong is found here."""
+    stored = FRESH if arguments.run is None else config_file.load(run_folder.config_path(arguments.run), Config)
     interval = stored.context.horizon if arguments.interval is None else arguments.interval
     if interval < 1:
         raise ValueError(f"interval must be at least 1 token, got {interval}")
@@ -136,16 +132,16 @@ def _prepare(arguments: Arguments) -> tuple[Session, np.ndarray]:
         raise FileExistsError(f"{folder} is not empty: choose another --output-dir")
     # The history stays what LensNet was trained on, whatever the interval.
     shape = {"context.horizon": interval, "context.window": stored.context.history + interval}
-    config = configs.replace(stored, seed=arguments.seed, output_dir=str(folder), **shape)
+    config = _settings.replace(stored, seed=arguments.seed, output_dir=str(folder), **shape)
     tokens = stream_tokens(config, arguments.tokens)
-    models = build_models(config)
+    models = config.build_models()
     if arguments.run is None:
         keys = jax.random.split(jax.random.key(arguments.seed), 3)
         fresh = (models.base.init(keys[0]), models.gist.init(keys[1]), models.lens.init(keys[2]))
         params = dict(zip(("base", "gist", "lens"), fresh, strict=True))
     else:
-        params = load_params(arguments.run, models, ("base", "gist", "lens"))
-    return Session(models, params, config), tokens
+        params = load_params(arguments.run, stored, models, ("base", "gist", "lens"))
+    return config, Session(models, params, config.session), tokens
 
 
 def stream_tokens(config: Config, count: int) -> np.ndarray:
@@ -185,8 +181,9 @@ def _recall_blocks(config: Config) -> Iterator[list[int]]:
 
 def _read(session: Session, tokens: np.ndarray, watch: Watch, arguments: Arguments) -> Iterator[Row]:
     """Reads the stream, and gives a row for each percent of it; all but the last are whole intervals."""
-    steps = len(tokens) // session.interval
-    ends = [steps * percent // 100 * session.interval for percent in PERCENT]
+    interval = session.config.interval
+    steps = len(tokens) // interval
+    ends = [steps * percent // 100 * interval for percent in PERCENT]
     ends[-1] = len(tokens)
     state, start = session.init(arguments.seed), 0
     for percent, end in zip(PERCENT, ends, strict=True):
@@ -225,68 +222,11 @@ def _number(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _compare(session: Session, tokens: np.ndarray, watch: Watch, title: str, folder: Path) -> list[Row]:
-    """Measures the session's rivals where it decides with a full history behind it; writes table and picture."""
-    history, interval = session.geometry.window, session.interval
-    # Step s ends interval s and decides what the next is read with. As many of these for each stretch.
-    steps = np.arange(-(-history // interval), len(watch.losses))
-    steps = steps[len(steps) % STRETCHES :]
-    cursors, entries = interval * steps, watch.entries[steps - 1]
-    losses = {SESSION: watch.losses[steps]}
-    losses[SLIDING] = _of_windows(session, tokens, cursors, entries)
-    for name, policy in POLICIES.items():
-        rival = Session(session.models, session.params, session.config, policy=policy)
-        read = rival.append(rival.init(session.config.seed), tokens[: cursors[-1] + interval])[1]
-        losses[name] = read.reshape(-1, interval).mean(axis=1)[steps]
-    losses[WHOLE] = _of_windows(session, tokens, cursors, np.full_like(entries, history))
-    rows = quality_rows(losses, {name: history if name == WHOLE else float(entries.mean()) for name in losses})
-    with (folder / "quality.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    apart = {row["policy"]: tuple(row[f"minus_{SESSION}{end}"] for end in ENDS) for row in rows[1:]}
-    stream_quality(StreamQuality(title, cursors, losses, apart), folder / "quality.png")
-    return rows
-
-
-def _of_windows(session: Session, tokens: np.ndarray, cursors: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Of the last tokens before each cursor in full."""
-    measure = functools.partial(
-        streams.window_losses, session.models, capacity=int(lengths.max()), config=session.config
-    )
-    return np.asarray(jax.jit(measure)(session.params, tokens, cursors.astype(np.int32), lengths.astype(np.int32)))
-
-
-def quality_rows(losses: dict[str, np.ndarray], entries: dict[str, float]) -> list[Row]:
-    """The table: a row for each policy.
-
-    Args:
-      losses: float[N] by policy, nats per token on the same horizons in their order; N a multiple of `STRETCHES`.
-      entries: mean entries of each policy's contexts.
-
-    Returns:
-      Rows; what a policy minus itself would be is None.
-    """
-    stretches = {name: values.astype(float).reshape(STRETCHES, -1).mean(axis=1) for name, values in losses.items()}
-    rows = []
-    for name, own in stretches.items():
-        row: Row = {"policy": name, "information": rivals.information(name), "entries": entries[name]}
-        row["nats"] = float(own.mean())
-        for other in (SESSION, SLIDING):
-            found: tuple[float | None, ...] = (None,) * 3
-            if name != other:
-                difference = estimate(own - stretches[other])
-                found = difference.mean, *difference.interval
-            row |= {f"minus_{other}{end}": value for end, value in zip(ENDS, found, strict=True)}
-        rows.append(row | {"stretches": STRETCHES})
-    return rows
-
-
 def _write_summary(folder: Path, summary: Row) -> None:
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
-def _summary(arguments: Arguments, session: Session, rows: list[Row]) -> Row:
+def _summary(arguments: Arguments, config: Config, rows: list[Row]) -> Row:
     def total(name: str) -> int:
         return sum(row[name] for row in rows)
 
@@ -299,12 +239,12 @@ def _summary(arguments: Arguments, session: Session, rows: list[Row]) -> Row:
     early, late = microseconds(2, 10), microseconds(91, 100)
     return {
         "run": None if arguments.run is None else str(arguments.run),
-        "task": session.config.data.task,
+        "task": config.data.task,
         "tokens": arguments.tokens,
         "seed": arguments.seed,
-        "interval": session.interval,
-        "history": session.geometry.window,
-        "entries": session.budget,
+        "interval": config.context.horizon,
+        "history": config.context.history,
+        "entries": config.budget,
         "refocus_steps": total("refocus_steps"),
         "illegal_steps": total("illegal_steps"),
         "first_illegal_step": next((row["first_illegal_step"] for row in rows if row["first_illegal_step"]), None),
@@ -336,17 +276,6 @@ def _print_summary(console: Console, summary: Row) -> None:
         console.out(f"  {name:<32}{summary[name]:>12.3f}", highlight=False)
     device = list(summary["device_bytes"].values())
     console.out(f"  {'device_bytes':<32}{min(device):>12,} to {max(device):,}", highlight=False)
-
-
-def _print_quality(console: Console, rows: list[Row]) -> None:
-    columns = ("nats", "minus session, 95 % interval", "minus sliding window, 95 % interval")
-    console.out(f"  {'':<18}{columns[0]:>7}  {columns[1]:<30}  {columns[2]}", highlight=False)
-    for row in rows:
-        cells = []
-        for other in (SESSION, SLIDING):
-            mean, low, high = (row[f"minus_{other}{end}"] for end in ENDS)
-            cells.append("" if mean is None else f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]")
-        console.out(f"  {row['policy']:<18}{row['nats']:>7.4f}  {cells[0]:<30}  {cells[1]}".rstrip(), highlight=False)
 
 
 def _raise_faults(folder: Path, summary: Row) -> None:

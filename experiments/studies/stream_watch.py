@@ -42,10 +42,10 @@ class Watch:
             self._frames.append(jax.tree.map(jnp.copy, frame))
 
     def collect(self, losses: np.ndarray) -> Row:
-        """What was found since the last call; `losses` are those of the tokens read since then."""
+        """What was seen since the last call; `losses` are those of the tokens read since then."""
         tally, self._tally = jax.device_get(self._tally), _no_tally()
         self._entries, self._frames = jax.device_get((self._entries, self._frames))
-        steps, interval = int(tally["refocus_steps"]), self.session.interval
+        steps, interval = int(tally["refocus_steps"]), self.session.config.interval
         self._losses.append(losses[: steps * interval].reshape(steps, interval).mean(axis=1))
         swap_rate = float(tally.pop("swap_rate")) / steps
         return {name: int(value) for name, value in tally.items()} | {"swap_rate": swap_rate}
@@ -62,10 +62,10 @@ class Watch:
 
     def map_of_first_steps(self, title: str) -> StreamMap:
         """What the first refocus steps showed."""
-        geometry, steps = self.session.geometry, len(self._frames)
+        geometry, steps = self.session.config.geometry, len(self._frames)
         return StreamMap(
             title=title,
-            cursors=self.session.interval * np.arange(1, steps + 1),
+            cursors=self.session.config.interval * np.arange(1, steps + 1),
             first=np.array([frame["first"] for frame in self._frames]),
             cuts=np.stack([self._cut(frame) for frame in self._frames]),
             swap_rate=np.array([frame["swap_rate"] for frame in self._frames]),
@@ -76,28 +76,22 @@ class Watch:
 
     def _cut(self, frame: Row) -> np.ndarray:
         """int8[C]."""
-        geometry, lods = self.session.geometry, frame["context"].lod[frame["context"].valid]
+        geometry, lods = self.session.config.geometry, frame["context"].lod[frame["context"].valid]
         cut = np.repeat(lods, geometry.block_size**lods)
-        return np.pad(cut, (0, geometry.window - len(cut)), constant_values=MISSING).astype(np.int8)
+        return np.pad(cut, (0, geometry.history - len(cut)), constant_values=MISSING).astype(np.int8)
 
     def _checked(self, tally: dict[str, Array], seen: Row, report: Refocus, step: Array) -> dict[str, Array]:
-        geometry, held = self.session.geometry, seen["held"]
-        over, saved = held - self.session.budget, geometry.block_size - 1
+        geometry, held = self.session.config.geometry, seen["held"]
+        over, saved = held - self.session.config.budget, geometry.block_size - 1
         # The longest within the budget that a cut can be.
         length = held - jnp.maximum(-(-over // saved), 0) * saved
-        holds = contexts.invariants(
-            seen["context"],
-            window=held,
-            block_size=geometry.block_size,
-            length=length,
-            recent_tokens=geometry.recent_tokens,
-        )
+        holds = contexts.invariants(seen["context"], geometry, length=length, tokens=held)
         holds["cache"] = seen["cached"] == length
         is_legal = functools.reduce(jnp.logical_and, holds.values())
-        found: dict[str, ArrayLike] = {f"broke_{name}": ~ok for name, ok in holds.items()}
-        found |= {"refocus_steps": 1, "swaps": report.swaps, "swap_rate": report.swap_rate, "illegal_steps": ~is_legal}
-        found["first_illegal_step"] = jnp.where(is_legal | (tally["first_illegal_step"] > 0), 0, step)
-        return {name: total + jnp.asarray(found[name], total.dtype) for name, total in tally.items()}
+        counts: dict[str, ArrayLike] = {f"broke_{name}": ~ok for name, ok in holds.items()}
+        counts |= {"refocus_steps": 1, "swaps": report.swaps, "swap_rate": report.swap_rate, "illegal_steps": ~is_legal}
+        counts["first_illegal_step"] = jnp.where(is_legal | (tally["first_illegal_step"] > 0), 0, step)
+        return {name: total + jnp.asarray(counts[name], total.dtype) for name, total in tally.items()}
 
 
 def _no_tally() -> dict[str, Array]:

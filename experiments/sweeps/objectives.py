@@ -33,7 +33,7 @@ SWEEP = Sweep(
             for name in ("disco", "info_nce")
             for tau in TEMPERATURES
         ),
-        {"objective.name": "grpo", "objective.baseline": "leave_one_out", "hyper.beta": 8.0},
+        {"objective.name": "grpo", "objective.group_baseline": "leave_one_out", "hyper.beta": 8.0},
         {"objective.name": "info_nca", "objective.group": "batch", "hyper.beta": 16.0},
         {"objective.name": "copg", "objective.group": "batch", "hyper.beta": 16.0},
         {"objective.name": "copg", "objective.keep": 3, "hyper.beta": 16.0},

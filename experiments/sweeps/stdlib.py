@@ -19,6 +19,6 @@ SWEEP = Sweep(
         "hyper.context_end": 0.25,
         "hyper.learning_rate": 3e-3,
     },
-    one_at_a_time={**KNOBS, "hyper.lod2_share": (0.3,)},
+    one_at_a_time={**KNOBS, "hyper.high_lod_share": (0.3,)},
     together=TOGETHER,
 )
