@@ -8,29 +8,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
-from tests.context.test_allocator import DEEP, FLAT, HAND, WIDE, by_node, flags, random_cases, row_of, state_of
 
 from lensjax.context import allocator, edits
-from lensjax.context.allocator import FocusState
+from lensjax.context.allocator import FocusConfig, FocusState
 from lensjax.context.edits import Swaps
-from lensjax.runs.config import FocusConfig
 from tests import reference
+from tests.context.situations import DEEP, FLAT, HAND, WIDE, by_node, flags, random_cases, row_of, state_of
 from tests.small import jit
 
 geometries = pytest.mark.parametrize("geometry", [DEEP, WIDE, FLAT], ids=["deep", "wide", "flat"])
 TEMPERATURE = 0.3
 
 
-def judge_rows(geometry):
-    def judge(swaps, state, scores, other):
-        return edits.judge(swaps, state, scores, geometry, temperature=TEMPERATURE, reference=other)
+def rows_log_prob(geometry):
+    def log_prob(swaps, state, scores, other):
+        return edits.log_prob(swaps, state, scores, geometry, temperature=TEMPERATURE, reference=other)
 
-    return jax.vmap(judge)
+    return jax.vmap(log_prob)
 
 
 @functools.cache
-def compiled_judge(geometry):
-    return jit(judge_rows(geometry))
+def compiled_log_prob(geometry):
+    return jit(rows_log_prob(geometry))
 
 
 @functools.cache
@@ -82,7 +81,7 @@ def entropy_of(probabilities):
 @geometries
 def test_every_swap_has_the_probability_that_enumeration_gives_it(geometry):
     cases, cooling, scores, other = situations(geometry, 0, 24)
-    judge = compiled_judge(geometry)
+    log_prob = compiled_log_prob(geometry)
     found, expected, seen = [], [], 0
     for row, entries in enumerate(cases.entries):
         table, theirs = (
@@ -106,9 +105,9 @@ def test_every_swap_has_the_probability_that_enumeration_gives_it(geometry):
             seen += pair is not None
     rows = np.asarray([row for row, _ in found])
     swaps = jax.tree.map(lambda *leaves: np.stack(leaves), *(swaps for _, swaps in found))
-    judged = judge(swaps, row_of(cases.state, rows), cases.scores[rows], other[rows])
+    stats = log_prob(swaps, row_of(cases.state, rows), cases.scores[rows], other[rows])
     assert seen > 24
-    np.testing.assert_allclose(np.stack(jax.tree.leaves(judged), 1), expected, rtol=2e-4, atol=2e-5)
+    np.testing.assert_allclose(np.stack(jax.tree.leaves(stats), 1), expected, rtol=2e-4, atol=2e-5)
 
 
 @geometries
@@ -130,9 +129,9 @@ def test_later_draws_go_on_from_the_context_that_the_earlier_ones_left(geometry)
         swaps.append(swaps_of(pairs, geometry))
         expected.append(log_prob)
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *swaps)
-    judged = compiled_judge(geometry)(stacked, cases.state, cases.scores, other)
+    stats = compiled_log_prob(geometry)(stacked, cases.state, cases.scores, other)
     assert np.asarray(stacked.changes).sum() > 24
-    np.testing.assert_allclose(judged.log_prob, expected, rtol=2e-4, atol=2e-5)
+    np.testing.assert_allclose(stats.log_prob, expected, rtol=2e-4, atol=2e-5)
 
 
 @geometries
@@ -214,15 +213,16 @@ def test_the_probability_has_the_right_gradient_and_no_use_for_a_constant():
     _, swaps = compiled_draw(DEEP, 3)(keys, cases.state, cases.scores)
     assert np.asarray(swaps.changes).sum() > 4
 
-    def judged(scores):
-        return judge_rows(DEEP)(swaps, cases.state, scores, other)
-
     def total(scores):
         # Of three different weights: a fault in one of them cannot make up for another's.
-        return sum(w * jnp.sum(leaf) for w, leaf in zip((1.0, 0.7, 1.9), jax.tree.leaves(judged(scores)), strict=True))
+        stats = jax.tree.leaves(rows_log_prob(DEEP)(swaps, cases.state, scores, other))
+        return sum(w * jnp.sum(leaf) for w, leaf in zip((1.0, 0.7, 1.9), stats, strict=True))
+
+    def stats(scores):
+        return compiled_log_prob(DEEP)(swaps, cases.state, scores, other)
 
     check_grads(jax.jit(total), (cases.scores,), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
-    for a, b in zip(jax.tree.leaves(judged(cases.scores)), jax.tree.leaves(judged(cases.scores + 0.5)), strict=True):
+    for a, b in zip(jax.tree.leaves(stats(cases.scores)), jax.tree.leaves(stats(cases.scores + 0.5)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
@@ -232,7 +232,7 @@ def test_extreme_scores_have_finite_probabilities_and_gradients():
     _, swaps = compiled_draw(DEEP, 2)(jax.random.split(jax.random.key(0), 16), cases.state, cases.scores)
 
     def total(scores):
-        return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(judge_rows(DEEP)(swaps, cases.state, scores, other)))
+        return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(rows_log_prob(DEEP)(swaps, cases.state, scores, other)))
 
     value, gradient = jit(jax.value_and_grad(total))(jnp.asarray(scores, jnp.float32))
     assert np.isfinite(value) and np.isfinite(gradient).all()
@@ -246,5 +246,5 @@ def test_where_no_swap_is_legal_the_context_is_kept_for_certain():
     after, swaps = compiled_draw(HAND, 2)(jax.random.split(jax.random.key(0), 1), state, scores)
     assert not np.asarray(swaps.changes).any() and int(swaps.count[0]) == 0
     chex_equal(after, FocusState(state.collapsed, state.cooling))
-    judged = compiled_judge(HAND)(swaps, state, scores, scores)
-    np.testing.assert_allclose(np.stack(jax.tree.leaves(judged)), 0.0, atol=1e-6)
+    stats = compiled_log_prob(HAND)(swaps, state, scores, scores)
+    np.testing.assert_allclose(np.stack(jax.tree.leaves(stats)), 0.0, atol=1e-6)

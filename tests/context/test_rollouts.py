@@ -10,19 +10,19 @@ from hypothesis import strategies as st
 
 from lensjax.context import rollouts
 from lensjax.context import working as contexts
-from lensjax.context.geometry import CutGeometry
+from lensjax.context.geometry import Geometry
 from tests import reference
 
 # Windows that are and are not multiples of the block size, tails that are and are not, and levels without a block.
 BUCKETS = [
-    CutGeometry(window=24, block_size=2, max_lod=4, recent_tokens=5),
-    CutGeometry(window=37, block_size=3, max_lod=3, recent_tokens=6),
-    CutGeometry(window=41, block_size=5, max_lod=1, recent_tokens=8),
+    Geometry(history=24, block_size=2, max_lod=4, recent_tokens=5),
+    Geometry(history=37, block_size=3, max_lod=3, recent_tokens=6),
+    Geometry(history=41, block_size=5, max_lod=1, recent_tokens=8),
 ]
 TINY = [
-    CutGeometry(window=10, block_size=2, max_lod=2, recent_tokens=2),
-    CutGeometry(window=15, block_size=2, max_lod=3, recent_tokens=3),
-    CutGeometry(window=20, block_size=3, max_lod=2, recent_tokens=4),
+    Geometry(history=10, block_size=2, max_lod=2, recent_tokens=2),
+    Geometry(history=15, block_size=2, max_lod=3, recent_tokens=3),
+    Geometry(history=20, block_size=3, max_lod=2, recent_tokens=4),
 ]
 CUTS = 128
 
@@ -34,20 +34,12 @@ def checked_rollouts(geometry, count=CUTS):
     @jax.jit
     def draw(key, length, share):
         variants, distinct = rollouts.sample_rollouts(
-            key, length, share, rollouts=count, geometry=geometry, capacity=geometry.window
+            key, length, share, rollouts=count, geometry=geometry, capacity=geometry.history
         )
         expected = rollouts.length_for_collapses(rollouts.collapses_for_length(length, geometry), geometry)
 
-        def check(context):
-            return contexts.invariants(
-                context,
-                window=geometry.window,
-                block_size=geometry.block_size,
-                length=expected,
-                recent_tokens=geometry.recent_tokens,
-            )
-
-        return variants, distinct, jax.vmap(check)(variants)
+        check = jax.vmap(lambda context: contexts.invariants(context, geometry, length=expected))
+        return variants, distinct, check(variants)
 
     # Typed scalars: a Python number would be one more signature to compile.
     return lambda seed, length, share: draw(jax.random.key(seed), np.int32(length), np.float32(share))
@@ -86,7 +78,7 @@ def assert_rollouts_are_sound(geometry, target, share, seed):
     seed=st.integers(0, 2**31 - 1),
 )
 def test_rollouts_hold_the_invariants(geometry, depth, share, seed):
-    target = geometry.window - round(depth * (geometry.window - geometry.shortest))
+    target = geometry.history - round(depth * (geometry.history - geometry.shortest))
     assert_rollouts_are_sound(geometry, target, share, seed)
 
 
@@ -96,7 +88,7 @@ def test_rollouts_hold_the_invariants(geometry, depth, share, seed):
 def test_rollouts_hold_the_invariants_for_any_geometry(data, block_size, max_lod, seed):
     recent_tokens = data.draw(st.integers(2, 20), label="recent_tokens")
     window = data.draw(st.integers(recent_tokens + block_size, 100), label="window")
-    geometry = CutGeometry(window, block_size, max_lod, recent_tokens)
+    geometry = Geometry(window, block_size, max_lod, recent_tokens)
     target = data.draw(st.integers(geometry.shortest, window), label="target")
     share = data.draw(st.floats(0, 1, width=32), label="share")
     assert_rollouts_are_sound(geometry, target, share, seed)
@@ -106,7 +98,7 @@ def test_rollouts_hold_the_invariants_for_any_geometry(data, block_size, max_lod
 def test_every_legal_cut_of_the_length_occurs_and_no_other(geometry):
     by_collapses = {}
     for entries in reference.legal_cuts(geometry):
-        collapses = (geometry.window - len(entries)) // (geometry.block_size - 1)
+        collapses = (geometry.history - len(entries)) // (geometry.block_size - 1)
         by_collapses.setdefault(collapses, set()).add(entries)
     assert set(by_collapses) == set(range(geometry.max_collapses + 1))
     for collapses, expected in by_collapses.items():
@@ -121,7 +113,7 @@ def test_the_share_spans_the_fewest_to_the_most_high_blocks(geometry):
         legal = [
             reference.level_counts(entries, geometry.max_lod)
             for entries in reference.legal_cuts(geometry)
-            if len(entries) == geometry.window - collapses * (geometry.block_size - 1)
+            if len(entries) == geometry.history - collapses * (geometry.block_size - 1)
         ]
         for share, expected in ((0.0, min(legal)), (1.0, max(legal))):
             cuts = many_cuts(geometry, 4096)(0, collapses, share)
@@ -131,7 +123,7 @@ def test_the_share_spans_the_fewest_to_the_most_high_blocks(geometry):
 
 def test_the_share_is_the_probability_of_each_optional_block():
     # Ten collapses: an LOD-2 block stands for five of them, so two such blocks are optional.
-    geometry = CutGeometry(window=96, block_size=4, max_lod=2, recent_tokens=16)
+    geometry = Geometry(history=96, block_size=4, max_lod=2, recent_tokens=16)
     cuts = many_cuts(geometry, 4096)(0, 10, 0.25)
     count = (cuts == 2).sum(axis=1) // 16
     assert set(count.tolist()) == {0, 1, 2}
@@ -139,7 +131,7 @@ def test_the_share_is_the_probability_of_each_optional_block():
 
 
 def test_no_block_is_preferred():
-    geometry = CutGeometry(window=23, block_size=4, max_lod=1, recent_tokens=3)
+    geometry = Geometry(history=23, block_size=4, max_lod=1, recent_tokens=3)
     cuts = many_cuts(geometry, 4096)(0, 2, 0.0)
     shares = Counter(np.flatnonzero(cuts[:, : 5 * 4 : 4]) % 5)
     assert [shares[block] / 4096 for block in range(5)] == pytest.approx([0.4] * 5, abs=0.04)
@@ -148,7 +140,7 @@ def test_no_block_is_preferred():
 def test_every_rollout_has_the_target_length_rounded_down():
     geometry = BUCKETS[1]
     draw = checked_rollouts(geometry)
-    for target in range(geometry.shortest, geometry.window + 1):
+    for target in range(geometry.shortest, geometry.history + 1):
         lengths = set(draw(0, target, 0.3)[0].length.tolist())
         assert lengths == {geometry.length(target)}
 
@@ -160,22 +152,12 @@ def test_a_target_below_the_shortest_cut_gives_the_shortest():
     assert rollouts.length_for_collapses(collapses, geometry).tolist() == [4, 4, 4, 10, 10]
 
 
-def test_one_program_for_every_target_length(compiles):
-    geometry = BUCKETS[1]
-    draw = checked_rollouts(geometry)
-    draw(0, geometry.window, 0.3)
-    with compiles() as names:
-        for target in range(geometry.shortest, geometry.window + 1):
-            draw(target, target, 0.3)
-    assert names == []
-
-
 def test_no_loop_whose_length_depends_on_the_draw():
     geometry = TINY[1]
     program = str(
         jax.make_jaxpr(
             lambda key, length, share: rollouts.sample_rollouts(
-                key, length, share, rollouts=3, geometry=geometry, capacity=geometry.window
+                key, length, share, rollouts=3, geometry=geometry, capacity=geometry.history
             )
         )(jax.random.key(0), 9, 0.5)
     )

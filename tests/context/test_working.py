@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,16 +7,16 @@ import pytest
 
 from lensjax.context import tree as trees
 from lensjax.context import working as contexts
-from lensjax.context.geometry import CutGeometry
+from lensjax.context.geometry import Geometry
 from lensjax.context.working import MISSING
 from tests import reference
 
-GEOMETRY = CutGeometry(window=17, block_size=2, max_lod=3, recent_tokens=4)
+GEOMETRY = Geometry(history=17, block_size=2, max_lod=3, recent_tokens=4)
 # (start, lod): all levels, and a token in full between blocks.
 ENTRIES = [(0, 2), (4, 0), (5, 0), (6, 1), (8, 2), (12, 0), (13, 0), (14, 0), (15, 0), (16, 0)]
 
 
-from_cut = jax.jit(contexts.from_cut, static_argnames=("block_size", "capacity"))
+from_cut = jax.jit(contexts.from_cut, static_argnames=("geometry", "capacity"))
 materialise = jax.jit(contexts.materialise)
 
 
@@ -25,38 +24,37 @@ def working_context(entries, *, window=17, capacity=None):
     return reference.context_of(entries, window=window, capacity=capacity or len(entries))
 
 
-def invariants(context, *, length=10, recent_tokens=4, first_token=0):
-    result = check(context, np.int32(length), np.int32(first_token), recent_tokens)
+def broken(context, *, length=10, recent_tokens=4, first_token=0):
+    """Names of the invariants that do not hold."""
+    geometry = dataclasses.replace(GEOMETRY, recent_tokens=recent_tokens)
+    result = check(context, geometry, length=np.int32(length), first_token=np.int32(first_token))
     return {name for name, holds in result.items() if not holds}
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def check(context, length, first_token, recent_tokens):
-    return contexts.invariants(
-        context, window=17, block_size=2, length=length, recent_tokens=recent_tokens, first_token=first_token
-    )
+check = jax.jit(contexts.invariants, static_argnames="geometry")
 
 
-def test_baseline_is_the_tail_in_full():
-    context = contexts.baseline(5, window=17, capacity=7)
+def test_recency_is_the_end_of_the_history_in_full():
+    context = contexts.recency(5, GEOMETRY, capacity=7)
     assert context.start.tolist() == [12, 13, 14, 15, 16, 17, 17]
     assert context.lod.tolist() == [0] * 7
     assert context.valid.tolist() == [True] * 5 + [False] * 2
     assert int(context.length) == 5
-    assert invariants(context, length=5, first_token=12) == set()
+    assert broken(context, length=5, first_token=12) == set()
 
 
 def test_from_cut_by_hand():
     cut = np.asarray([2, 2, 2, 2, 0, 0, 1, 1, 2, 2, 2, 2, 0, 0, 0, 0, 0], np.int32)
-    context = from_cut(cut, block_size=2, capacity=12)
+    context = from_cut(cut, GEOMETRY, capacity=12)
     assert reference.entries_of(context) == ENTRIES
     assert context.start[10:].tolist() == [17, 17]  # padding sorts last
     assert contexts.spans(context, block_size=2).tolist() == [4, 1, 1, 2, 4, 1, 1, 1, 1, 1, 0, 0]
-    np.testing.assert_array_equal(contexts.to_cut(context, window=17), cut)
+    np.testing.assert_array_equal(contexts.to_cut(context, GEOMETRY), cut)
 
 
 def test_neighbouring_blocks_of_one_level_stay_apart():
-    context = from_cut(np.asarray([1] * 6 + [0] * 3, np.int32), block_size=3, capacity=9)
+    geometry = Geometry(history=9, block_size=3, max_lod=1, recent_tokens=2)
+    context = from_cut(np.asarray([1] * 6 + [0] * 3, np.int32), geometry, capacity=9)
     assert reference.entries_of(context) == [(0, 1), (3, 1), (6, 0), (7, 0), (8, 0)]
 
 
@@ -68,8 +66,8 @@ def test_cuts_and_entries_are_two_views_of_one_thing():
     @jax.jit
     @jax.vmap
     def there_and_back(cut):
-        context = contexts.from_cut(cut, block_size=2, capacity=17)
-        return context, contexts.to_cut(context, window=17)
+        context = contexts.from_cut(cut, GEOMETRY, capacity=17)
+        return context, contexts.to_cut(context, GEOMETRY)
 
     listed, back = there_and_back(cuts)
     np.testing.assert_array_equal(back, cuts)
@@ -77,9 +75,10 @@ def test_cuts_and_entries_are_two_views_of_one_thing():
 
 
 def test_tokens_before_the_first_entry_are_missing():
-    cut = contexts.to_cut(contexts.baseline(4, window=9, capacity=6), window=9)
+    geometry = Geometry(history=9, block_size=2, max_lod=1, recent_tokens=2)
+    cut = contexts.to_cut(contexts.recency(4, geometry, capacity=6), geometry)
     assert cut.tolist() == [MISSING] * 5 + [0] * 4
-    assert reference.entries_of(from_cut(cut, block_size=2, capacity=6)) == [(i, 0) for i in range(5, 9)]
+    assert reference.entries_of(from_cut(cut, geometry, capacity=6)) == [(i, 0) for i in range(5, 9)]
 
 
 def test_materialise_equals_the_reference():
@@ -107,6 +106,17 @@ def test_the_cursor_is_the_last_token_held():
     assert entries.distances.tolist() == [4.5, 3.0, 0.0]
 
 
+def test_tokens_in_full_stand_for_themselves():
+    entries = contexts.in_full(np.eye(3, dtype=np.float32), np.asarray([4, 5, 6]))
+    np.testing.assert_array_equal(entries.embeddings, np.eye(3))
+    np.testing.assert_array_equal(entries.blocks, np.eye(3))
+    assert entries.positions.tolist() == [4, 5, 6]
+    assert entries.distances.tolist() == [2, 1, 0]
+    assert entries.spans.tolist() == [1, 1, 1]
+    assert entries.lods.tolist() == [0, 0, 0]
+    assert entries.valid.all()
+
+
 @pytest.mark.parametrize("length", [5, 7])
 def test_the_block_of_a_token_is_its_gist_once_there_is_one(length):
     # Nothing in the tree is zero, not even where nothing is held yet: a wrong row would be noticed.
@@ -129,7 +139,7 @@ def test_every_legal_cut_holds_the_invariants():
     @jax.jit
     @jax.vmap
     def check(context, length):
-        return contexts.invariants(context, window=17, block_size=2, length=length, recent_tokens=4)
+        return contexts.invariants(context, GEOMETRY, length=length)
 
     result = check(batch, jnp.asarray([len(cut) for cut in legal], jnp.int32))
     assert {name: bool(holds.all()) for name, holds in result.items()} == dict.fromkeys(
@@ -138,7 +148,7 @@ def test_every_legal_cut_holds_the_invariants():
 
 
 @pytest.mark.parametrize(
-    ("entries", "broken"),
+    ("entries", "violated"),
     [
         ([(0, 0), (1, 1), *((i, 0) for i in range(3, 17))], {"alignment"}),
         ([*ENTRIES[:3], *ENTRIES[4:]], {"contiguity"}),  # a hole
@@ -148,18 +158,30 @@ def test_every_legal_cut_holds_the_invariants():
         ([*ENTRIES[:5], (12, 1), (14, 0), (15, 0), (16, 0)], {"tail"}),
     ],
 )
-def test_each_invariant_notices_its_violation(entries, broken):
-    assert invariants(working_context(entries, capacity=17), length=len(entries)) == broken
+def test_each_invariant_notices_its_violation(entries, violated):
+    assert broken(working_context(entries, capacity=17), length=len(entries)) == violated
 
 
 def test_the_budget_is_exact_and_padding_is_last():
     context = working_context(ENTRIES, capacity=17)
-    assert invariants(context, length=10) == set()
-    assert invariants(context, length=11) == invariants(context, length=9) == {"budget"}
+    assert broken(context, length=10) == set()
+    assert broken(context, length=11) == broken(context, length=9) == {"budget"}
     late = dataclasses.replace(context, valid=jnp.roll(context.valid, 1))
-    assert "budget" in invariants(late, length=10)
+    assert "budget" in broken(late, length=10)
+
+
+def test_of_a_history_that_is_not_full_the_tokens_held_count():
+    held = dataclasses.replace(GEOMETRY, history=11)
+    for entries in reference.legal_cuts(held):
+        context, length = working_context(entries, capacity=17), np.int32(len(entries))
+        found = check(context, GEOMETRY, length=length, tokens=np.int32(11))
+        assert all(found.values()), (entries, found)
+    found = check(working_context([(0, 3), (8, 1), (10, 0)], capacity=17), GEOMETRY, length=3, tokens=np.int32(11))
+    assert [name for name, holds in found.items() if not holds] == ["tail"]
+    found = check(context, GEOMETRY, length=length, tokens=np.int32(12))
+    assert not found["contiguity"]
 
 
 def test_the_tail_counts_whole_spans():
-    assert invariants(working_context(ENTRIES), recent_tokens=5) == set()
-    assert invariants(working_context(ENTRIES), recent_tokens=6) == {"tail"}
+    assert broken(working_context(ENTRIES), recent_tokens=5) == set()
+    assert broken(working_context(ENTRIES), recent_tokens=6) == {"tail"}

@@ -17,7 +17,7 @@ from tests import reference
 from tests.small import Run, batch, jit
 
 RUN = Run(**{"focus.steps": 2, "base.copy_heads": 1})
-SHAPE, GEOMETRY = RUN.config.context, RUN.config.context.geometry
+SHAPE, GEOMETRY, RECIPE = RUN.config.context, RUN.config.geometry, RUN.recipe
 LENGTH, DRAWS, ANSWERS = 19, 3, [6]
 NAMES = {
     *("recency", "uniform", "random", "recent_random", "key_norm", "snapkv", "bm25", "lookup"),
@@ -29,13 +29,13 @@ RANDOM_KEY = jax.random.split(jax.random.split(KEY)[0])[0]
 
 @functools.cache
 def measured(has_answer):
-    options = {"length": LENGTH, "draws": DRAWS, "oracle_rounds": 1, "config": RUN.config}
+    options = {"length": LENGTH, "draws": DRAWS, "oracle_rounds": 1, "recipe": RECIPE}
     run = jit(functools.partial(compare.measure, RUN.models, **options))
     answers = jnp.asarray(ANSWERS) if has_answer else None
     return jax.device_get(run(RUN.state().params, batch()["tokens"][0], answers, KEY))
 
 
-@pytest.mark.parametrize("has_answer", [True, False])
+@pytest.mark.parametrize("has_answer", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_every_policy_has_exactly_the_entries(has_answer):
     found = measured(has_answer)
     assert set(found) == NAMES | ({"answer"} if has_answer else set())
@@ -63,12 +63,12 @@ def test_what_sees_the_loss_is_better_than_what_it_chose_from():
 
 def test_each_policy_is_the_one_it_is_called():
     params, tokens = RUN.state().params, batch()["tokens"][0]
-    config, models = RUN.config, RUN.models
+    models = RUN.models
     window = split(tokens, horizon=SHAPE.horizon)
 
     @jit
     def losses(params):
-        tree = build_tree(models, params, window.history, config)
+        tree = build_tree(models, params, window.history, GEOMETRY)
 
         def of_state(state):
             return allocator.to_context(state, GEOMETRY, capacity=LENGTH)
@@ -78,10 +78,10 @@ def test_each_policy_is_the_one_it_is_called():
         attention, norms = baselines.attention(models.base, params["base"], window.history, slice(24, 32), GEOMETRY)
         in_hindsight, _ = baselines.attention(models.base, params["base"], tokens, knowing, GEOMETRY)
         drawn, _ = rollouts.sample_rollouts(
-            RANDOM_KEY, LENGTH, config.hyper.lod2_share, rollouts=DRAWS, geometry=GEOMETRY, capacity=LENGTH
+            RANDOM_KEY, LENGTH, RECIPE.hyper.high_lod_share, rollouts=DRAWS, geometry=GEOMETRY, capacity=LENGTH
         )
         single = [
-            contexts.baseline(LENGTH, window=SHAPE.history, capacity=LENGTH),
+            contexts.recency(LENGTH, GEOMETRY, capacity=LENGTH),
             of_state(allocator.uniform(LENGTH, GEOMETRY)),
             *(
                 of_state(baselines.by_scores(scores, LENGTH, GEOMETRY))
@@ -96,7 +96,7 @@ def test_each_policy_is_the_one_it_is_called():
             ),
         ]
         variants = jax.tree.map(lambda many, *leaves: jnp.concatenate([jnp.stack(leaves), many]), drawn, *single)
-        return nll.variant_losses(models.base, params["base"], tree, variants, window.horizon)[0]
+        return nll.variant_nll(models.base, params["base"], tree, variants, window.horizon)[0]
 
     expected, found = np.asarray(losses(params)), measured(False)
     names = ("recency", "uniform", "key_norm", "snapkv", "bm25", "lookup", "snapkv_hindsight", "bm25_hindsight")
@@ -107,7 +107,7 @@ def test_each_policy_is_the_one_it_is_called():
 
 
 def test_the_bounds_are_those_of_recency_and_of_the_search():
-    options = {"length": LENGTH, "draws": DRAWS, "oracle_rounds": 1, "config": RUN.config}
+    options = {"length": LENGTH, "draws": DRAWS, "oracle_rounds": 1, "recipe": RECIPE}
     run = jit(functools.partial(compare.bounds, RUN.models, **options))
     recency, oracle = run(RUN.state().params, batch()["tokens"][0], None, KEY)
     found = measured(False)
@@ -119,22 +119,22 @@ def test_the_bounds_are_those_of_recency_and_of_the_search():
 
 def test_the_full_context_is_the_ordinary_loss_of_the_horizon():
     params, tokens = RUN.state().params, batch()["tokens"][0]
-    measure = jit(functools.partial(compare.measure_full, RUN.models, config=RUN.config))
+    measure = jit(functools.partial(compare.measure_full, RUN.models, recipe=RECIPE))
     found = measure(params, tokens, jnp.asarray(ANSWERS))
-    whole = jit(functools.partial(nll.sequence_losses, RUN.models.base))(params["base"], tokens)
+    whole = jit(functools.partial(nll.sequence_nll, RUN.models.base))(params["base"], tokens)
     assert float(found.nll) == pytest.approx(float(whole[-SHAPE.horizon :].mean()), rel=1e-5)
     assert found.entries.tolist() == [SHAPE.history, SHAPE.history] and found.hit == 1
 
 
 @functools.cache
 def focused(row):
-    run = jit(functools.partial(compare.focused, RUN.models, length=LENGTH, config=RUN.config))
+    run = jit(functools.partial(compare.focused, RUN.models, length=LENGTH, recipe=RECIPE))
     return run(RUN.state().params, batch()["tokens"][row, : SHAPE.history], KEY)
 
 
 @functools.cache
 def focus_program():
-    return jit(functools.partial(compare.measure_focus, RUN.models, length=LENGTH, draws=DRAWS, config=RUN.config))
+    return jit(functools.partial(compare.measure_focus, RUN.models, length=LENGTH, draws=DRAWS, recipe=RECIPE))
 
 
 def focus_evidence(own, foreign):
@@ -154,8 +154,8 @@ def test_another_sequence_s_focus_is_read_with_this_sequence_s_tokens():
     @jit
     def loss(params):
         window = split(batch()["tokens"][0], horizon=SHAPE.horizon)
-        entries = contexts.materialise(build_tree(RUN.models, params, window.history, RUN.config), focused(1))
-        return nll.token_losses(RUN.models.base, params["base"], entries, window.horizon).mean()
+        entries = contexts.materialise(build_tree(RUN.models, params, window.history, GEOMETRY), focused(1))
+        return nll.token_nll(RUN.models.base, params["base"], entries, window.horizon).mean()
 
     found = focus_evidence(0, 1).foreign
     assert found.nll == pytest.approx(float(loss(RUN.state().params)), rel=1e-5)
@@ -177,8 +177,7 @@ def collapsed(context):
 def test_what_a_focus_changes_is_counted_by_entries_and_by_edits():
     found = focus_evidence(0, 1)
     own, recency = (
-        tuple(reference.entries_of(one))
-        for one in (focused(0), contexts.baseline(LENGTH, window=SHAPE.history, capacity=LENGTH))
+        tuple(reference.entries_of(one)) for one in (focused(0), contexts.recency(LENGTH, GEOMETRY, capacity=LENGTH))
     )
     assert found.divergence == pytest.approx(reference.edit_distance(own, recency) / LENGTH)
     cold = collapsed(allocator.to_context(allocator.uniform(LENGTH, GEOMETRY), GEOMETRY, capacity=LENGTH))
@@ -192,19 +191,18 @@ def test_the_correlation_is_over_the_rollouts_of_the_table():
     @jit
     def values_and_losses(params):
         window = split(batch()["tokens"][0], horizon=SHAPE.horizon)
-        tree = build_tree(RUN.models, params, window.history, RUN.config)
+        tree = build_tree(RUN.models, params, window.history, GEOMETRY)
         drawn, _ = rollouts.sample_rollouts(
             RANDOM_KEY,
             LENGTH,
-            RUN.config.hyper.lod2_share,
+            RECIPE.hyper.high_lod_share,
             rollouts=DRAWS,
             geometry=GEOMETRY,
             capacity=LENGTH,
         )
-        losses, entries = nll.variant_losses(RUN.models.base, params["base"], tree, drawn, window.horizon)
-        shape = {name: getattr(SHAPE, name) for name in ("block_size", "max_lod", "recent_tokens")}
-        scores = policy_scores(RUN.models, params["lens"], entries)
-        return preferences.variant_values(scores, drawn, window=SHAPE.history, **shape), losses
+        losses, entries = nll.variant_nll(RUN.models.base, params["base"], tree, drawn, window.horizon)
+        scores = policy_scores(RUN.models.lens, params["lens"], entries)
+        return preferences.variant_values(scores, drawn, GEOMETRY), losses
 
     values, losses = values_and_losses(RUN.state().params)
     assert float(losses.mean()) == pytest.approx(measured(True)["random"].nll, rel=1e-5)

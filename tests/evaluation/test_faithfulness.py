@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lensjax.evaluation import faithfulness
-from lensjax.evaluation.faithfulness import Evidence, TheatreConfig
+from lensjax.evaluation.faithfulness import Evidence, FaithfulnessConfig
 from tests import reference
 from tests.small import jit
 
@@ -119,9 +119,9 @@ NAMES = ("divergence", "ablation", "correlation", "counterfactual")
 
 
 def test_what_is_above_every_threshold_passes():
-    found = faithfulness.passed(ALL_GOOD, TheatreConfig())
+    found = faithfulness.passed(ALL_GOOD, FaithfulnessConfig())
     assert set(found) == {*NAMES, "all_passed"} and all(found.values())
-    logged = faithfulness.metrics(ALL_GOOD, TheatreConfig(), prefix="rl/")
+    logged = faithfulness.metrics(ALL_GOOD, FaithfulnessConfig(), prefix="rl/")
     expected = {"divergence": 0.5, "ablation": 0.1, "correlation": 0.6, "counterfactual": 0.1, "all_passed": 1.0}
     assert {name: float(value) for name, value in logged.items()} == {
         f"rl/anti_theater_{name}": pytest.approx(value) for name, value in expected.items()
@@ -131,7 +131,7 @@ def test_what_is_above_every_threshold_passes():
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("value", ["at the threshold", -0.5, NAN])
 def test_one_that_is_not_above_fails_alone_and_all_with_it(name, value):
-    thresholds = TheatreConfig()
+    thresholds = FaithfulnessConfig()
     value = getattr(thresholds, name) if value == "at the threshold" else value
     evidence = replace(ALL_GOOD, **{name: jnp.float32(value)})
     found = jit(functools.partial(faithfulness.passed, thresholds=thresholds))(evidence)
@@ -142,12 +142,12 @@ def test_one_that_is_not_above_fails_alone_and_all_with_it(name, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"divergence": 1.0}, r"theatre.divergence must be in \[0, 1\), got 1.0"),
-        ({"correlation": -1.5}, r"theatre.correlation must be in \[-1, 1\), got -1.5"),
-        ({"ablation": NAN}, "theatre.ablation must be finite and at least 0, got nan"),
-        ({"counterfactual": -0.1}, "theatre.counterfactual must be finite and at least 0, got -0.1"),
+        ({"divergence": 1.0}, r"faithfulness.divergence must be in \[0, 1\), got 1.0"),
+        ({"correlation": -1.5}, r"faithfulness.correlation must be in \[-1, 1\), got -1.5"),
+        ({"ablation": NAN}, "faithfulness.ablation must be finite and at least 0, got nan"),
+        ({"counterfactual": -0.1}, "faithfulness.counterfactual must be at least 0, got -0.1"),
     ],
 )
 def test_thresholds_that_cannot_be_meant_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        TheatreConfig(**change)
+        FaithfulnessConfig(**change)

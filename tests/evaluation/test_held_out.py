@@ -10,16 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lensjax.context import allocator
+from lensjax import _settings
+from lensjax.context import allocator, refocus
 from lensjax.context import working as contexts
 from lensjax.evaluation import held_out
-from lensjax.models import build_models
-from lensjax.models.decision import build_tree, policy_contexts, split
-from lensjax.runs import config as configs
+from lensjax.models.decision import build_tree, policy, split
 from tests import reference
 from tests.small import FULL, SMALL, Run, batch, jit
 
-SHAPE, GEOMETRY = SMALL.context, SMALL.context.geometry
+SHAPE, GEOMETRY = SMALL.context, SMALL.geometry
 BLOCKS = GEOMETRY.blocks(1)
 SIZE, SHORTEST_CURRICULUM = SHAPE.block_size, 22
 
@@ -38,7 +37,7 @@ class KnownScores:
 
 # At 22 of 32 entries two blocks of twelve can be in full.
 RUN = Run(
-    lambda config: replace(build_models(config), lens=KnownScores()),
+    lambda config: replace(config.build_models(), lens=KnownScores()),
     **{"hyper.context_end": SHORTEST_CURRICULUM / SHAPE.history},
 )
 KEY = jax.random.key(11)
@@ -46,7 +45,7 @@ KEY = jax.random.key(11)
 
 @functools.cache
 def eval_step():
-    return jit(functools.partial(held_out.eval_step, config=RUN.config, models=RUN.models))
+    return jit(functools.partial(held_out.eval_step, recipe=RUN.recipe, models=RUN.models))
 
 
 def state_that_scores(scores):
@@ -58,7 +57,8 @@ def evaluate(scores, answer_blocks=(0, 0, 0), key=KEY, **hyper):
     """The report on a batch whose answers start in the blocks given."""
     state = state_that_scores(scores)
     state = replace(state, hyper=replace(state.hyper, **{n: jnp.asarray(x, jnp.float32) for n, x in hyper.items()}))
-    report = eval_step()(state, batch() | {"answers": SIZE * jnp.asarray(answer_blocks, jnp.int32).reshape(3, -1)}, key)
+    rows = batch() | {"answers": SIZE * jnp.asarray(answer_blocks, jnp.int32).reshape(3, -1)}
+    report = eval_step()(key, state, rows)
     return {name: float(value) for name, value in report.items()}
 
 
@@ -74,37 +74,39 @@ def assert_same(found, expected):
 # The policy's pick.
 
 
+def policy_contexts(params, history, length):
+    """From the cold start on."""
+    score_fn = policy(RUN.models.lens, params["lens"], build_tree(RUN.models, params, history, GEOMETRY))
+    return refocus.cold_start(score_fn, length, GEOMETRY, capacity=RUN.recipe.capacity, settings=RUN.config.focus)
+
+
 def test_the_policys_contexts_lead_from_the_cold_start_to_what_it_wishes():
     state = state_that_scores(wish(4))
-    run, params, history = RUN, state.params, batch()["tokens"][0, : SHAPE.history]
+    params, history = state.params, batch()["tokens"][0, : SHAPE.history]
 
     @jit
     def walk(params, length):
-        tree = build_tree(run.models, params, history, run.config)
-        return policy_contexts(run.models, params["lens"], tree, length, config=run.config, capacity=25)
+        return policy_contexts(params, history, length)
 
     for length in (22, 19):
-        made = walk(params, length)
-        assert np.asarray(made.length).tolist() == [length] * (run.config.focus.steps + 1)
-        cuts = np.asarray(jax.vmap(lambda one: contexts.to_cut(one, window=SHAPE.history))(made))
+        shown = walk(params, length)
+        assert np.asarray(shown.length).tolist() == [length] * (RUN.config.focus.steps + 1)
+        cuts = np.asarray(jax.vmap(lambda one: contexts.to_cut(one, GEOMETRY))(shown))
         np.testing.assert_array_equal(cuts[0], allocator.to_cut(allocator.uniform(length, GEOMETRY), GEOMETRY))
         assert (cuts[-1, 4 * SIZE : 5 * SIZE] == 0).all()
 
 
 def test_the_swap_rate_is_that_of_the_steps_from_the_cold_start():
-    state, config = state_that_scores(wish(4)), RUN.config
-    length = GEOMETRY.length_of_fraction(config.hyper.context_end)
+    state = state_that_scores(wish(4))
 
     @jit
     @jax.vmap
     def walk(tokens):
-        tree = build_tree(RUN.models, state.params, split(tokens, horizon=SHAPE.horizon).history, config)
-        shape = {"config": config, "capacity": config.context_capacity}
-        return policy_contexts(RUN.models, state.params["lens"], tree, length, **shape)
+        return policy_contexts(state.params, split(tokens, horizon=SHAPE.horizon).history, RUN.recipe.budget)
 
-    made, rates = walk(batch()["tokens"]), []
+    shown, rates = walk(batch()["tokens"]), []
     for row in range(len(batch()["tokens"])):
-        steps = reference.unstack(jax.tree.map(lambda leaf, row=row: leaf[row], made))
+        steps = reference.unstack(jax.tree.map(lambda leaf, row=row: leaf[row], shown))
         rates += [len(set(after) - set(before)) / len(after) for before, after in itertools.pairwise(steps)]
     assert 0 < np.mean(rates) < 1
     assert evaluate(wish(4))["mc/swap_rate"] == pytest.approx(np.mean(rates))
@@ -124,21 +126,6 @@ def test_the_hit_rate_is_that_of_a_policy_whose_scores_are_known(answers, rate):
     assert 0 < report["hit_rate_random"] < 0.6
 
 
-def test_the_oracle_shows_the_answer_and_then_the_most_recent_blocks():
-    state = held_out.oracle_state([4 * SIZE], 22, GEOMETRY)
-    cut = np.asarray(allocator.to_cut(state, GEOMETRY))
-    assert (cut == 0).sum() + sum((cut == lod).sum() // SIZE**lod for lod in (1, 2)) == 22
-    assert (cut[4 * SIZE : 5 * SIZE] == 0).all()
-    # Blocks 0 to 3 and 6 to 9 as gists of two; 5 alone, as its parent holds the answer; what is newer in full.
-    assert cut[: BLOCKS * SIZE : SIZE].tolist() == [2, 2, 2, 2, 0, 1, 2, 2, 0, 0, 0, 0]
-
-
-def test_the_oracle_shows_all_of_several_answers():
-    answers = jnp.asarray([2 * SIZE, 5 * SIZE])
-    cut = np.asarray(allocator.to_cut(held_out.oracle_state(answers, 22, GEOMETRY), GEOMETRY))
-    assert (cut[4:6] == 0).all() and (cut[10:12] == 0).all() and (cut[:4] > 0).all()
-
-
 def test_the_oracle_depends_on_the_answer_and_the_policy_does_not():
     report, wrong = evaluate(wish(4), (4, 4, 4)), evaluate(wish(4), (1, 1, 1))
     assert wrong["nll_policy"] == report["nll_policy"]
@@ -146,30 +133,18 @@ def test_the_oracle_depends_on_the_answer_and_the_policy_does_not():
     assert report["hit_rate"] == 1
 
 
-def test_a_context_shows_a_block_in_full_or_it_does_not():
-    cut = np.zeros(SHAPE.history, np.int32)
-    cut[4:8] = 2
-    context = contexts.from_cut(cut, block_size=SIZE, capacity=SHAPE.history)
-    shown = [bool(held_out.shows_in_full(context, [start], SMALL)) for start in range(0, 12, SIZE)]
-    assert shown == [True, True, False, False, True, True]
-    # Of several blocks all must be shown.
-    assert held_out.shows_in_full(context, [2, 8], SMALL) and not held_out.shows_in_full(context, [2, 6], SMALL)
-    late = contexts.baseline(10, window=SHAPE.history, capacity=10)
-    assert not held_out.shows_in_full(late, [20], SMALL) and held_out.shows_in_full(late, [22], SMALL)
-
-
 def test_without_answers_nothing_is_said_about_them():
-    run = functools.partial(held_out.eval_step, config=RUN.config, models=RUN.models)
-    names = set(jax.eval_shape(run, RUN.state(), batch(), KEY))
+    run = functools.partial(held_out.eval_step, recipe=RUN.recipe, models=RUN.models)
+    names = set(jax.eval_shape(run, KEY, RUN.state(), batch()))
     assert set(evaluate(wish(0))) - names == {"hit_rate", "hit_rate_random", "nll_oracle"}
     assert "nll_policy" in names
 
 
 def test_an_allocator_that_samples_is_measured_too():
-    config = configs.replace(RUN.config, **{"focus.temperature": 0.5})
-    step = jit(functools.partial(held_out.eval_step, config=config, models=RUN.models))
+    recipe = _settings.replace(RUN.recipe, **{"focus.temperature": 0.5})
+    step = jit(functools.partial(held_out.eval_step, recipe=recipe, models=RUN.models))
     losses = [
-        float(step(state_that_scores(wish(5)), batch(), jax.random.key(seed))["nll_policy"]) for seed in (1, 1, 2)
+        float(step(jax.random.key(seed), state_that_scores(wish(5)), batch())["nll_policy"]) for seed in (1, 1, 2)
     ]
     assert losses[0] == losses[1] != losses[2]
 
@@ -182,9 +157,9 @@ def test_training_and_evaluation_measure_the_same_loss():
     state = FULL.state(step=11, context_end=SHORTEST_CURRICULUM / SHAPE.history)
     parts = {"base": jax.tree.map(jnp.copy, state.params["base"]), "gist": jax.tree.map(jnp.copy, state.params["gist"])}
     _, trained = FULL.train_step(state, batch())
-    held_out = replace(state_that_scores(wish(3)), step=jnp.asarray(0, jnp.int32))
-    held_out = replace(held_out, params={**held_out.params, **parts})
-    report = eval_step()(held_out, batch() | {"answers": jnp.zeros((3, 1), jnp.int32)}, KEY)
+    other = replace(state_that_scores(wish(3)), step=jnp.asarray(0, jnp.int32))
+    other = replace(other, params={**other.params, **parts})
+    report = eval_step()(KEY, other, batch() | {"answers": jnp.zeros((3, 1), jnp.int32)})
     assert float(trained["context_length"]) == SHORTEST_CURRICULUM
     assert float(report["nll_baseline"]) == pytest.approx(float(trained["nll_baseline"]), rel=1e-5)
 
@@ -193,9 +168,9 @@ def test_at_the_length_of_the_history_it_is_the_ordinary_loss_of_the_horizon():
     run = Run(**{"hyper.context_start": 1.0, "hyper.context_end": 1.0})
     state = run.state()
     scored, _, _ = run.observe(state, batch())
-    pretrained = jit(functools.partial(held_out.pretrain_eval_step, config=run.config, models=run.models))
+    pretrained = jit(functools.partial(held_out.pretrain_eval_step, horizon=SHAPE.horizon, models=run.models))
     report = pretrained(state.params, batch())
-    tails = np.asarray(scored.losses)
+    tails = np.asarray(scored.nll)
     assert float(report["nll_full_tail"]) == pytest.approx(tails[:, 0].mean(), rel=1e-5)
     np.testing.assert_allclose(tails, np.broadcast_to(tails[:, :1], tails.shape), rtol=1e-5)
     assert abs(float(report["nll_full"]) - float(report["nll_full_tail"])) > 1e-3
@@ -262,10 +237,10 @@ def test_only_correlations_may_be_undefined_in_a_mean():
 # Maps.
 
 
-def test_maps_show_the_baseline_the_rollouts_and_the_pick():
+def test_maps_show_recency_the_rollouts_and_the_pick():
     scores = np.linspace(-0.9, 0.9, BLOCKS)
     state = state_that_scores(scores)
-    draw = jit(functools.partial(held_out.variant_maps, config=RUN.config, models=RUN.models))
+    draw = jit(functools.partial(held_out.variant_maps, recipe=RUN.recipe, models=RUN.models))
     maps = jax.device_get(draw(state, batch()["tokens"], KEY))
     shape = (3, SHAPE.rollouts + 2, SHAPE.history)
     assert (maps["cuts"].shape, maps["scores"].shape, maps["nll"].shape) == (shape, shape, shape[:2])

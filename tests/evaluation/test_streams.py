@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from lensjax.evaluation import streams
-from lensjax.models import build_models
 from lensjax.session import Session
 from lensjax.training import nll
 from tests.small import SMALL, VOCABULARY, jit
@@ -16,7 +15,7 @@ STREAM = np.random.default_rng(0).integers(0, VOCABULARY, 90)
 
 @functools.cache
 def models_and_params():
-    models, random = build_models(SMALL), np.random.default_rng(1)
+    models, random = SMALL.build_models(), np.random.default_rng(1)
     shapes = {part: jax.eval_shape(getattr(models, part).init, jax.random.key(0)) for part in ("base", "gist")}
     return models, jax.tree.map(
         lambda leaf: 0.4 * random.normal(size=leaf.shape).astype("f") + (leaf.ndim == 1), shapes
@@ -25,7 +24,7 @@ def models_and_params():
 
 @functools.cache
 def session_of(policy):
-    return Session(*models_and_params(), SMALL, policy=policy)
+    return Session(*models_and_params(), SMALL.session, policy=policy)
 
 
 def read(policy, stream=STREAM, seed=0):
@@ -77,7 +76,8 @@ def test_random_scores_are_drawn_anew_at_every_step_and_from_the_seed():
 
 @functools.cache
 def measure(capacity):
-    return jit(functools.partial(streams.window_losses, models_and_params()[0], capacity=capacity, config=SMALL))
+    models, _ = models_and_params()
+    return jit(functools.partial(streams.window_nll, models, capacity=capacity, context=SMALL.context))
 
 
 def losses_of(tokens, cursors, lengths, capacity):
@@ -88,7 +88,7 @@ def losses_of(tokens, cursors, lengths, capacity):
 def test_windows_are_read_as_sequences_of_their_own():
     models, params = models_and_params()
     history, horizon = SMALL.context.history, SMALL.context.horizon
-    whole = jit(functools.partial(nll.sequence_losses, models.base))
+    whole = jit(functools.partial(nll.sequence_nll, models.base))
     cursors, lengths = [32, 40, 86, 60], [32, 14, 14, 1]
     found = losses_of(STREAM, cursors, lengths, history)
     for cursor, length, loss in zip(cursors, lengths, found, strict=True):

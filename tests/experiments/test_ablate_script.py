@@ -1,3 +1,5 @@
+"""`experiments.studies.ablate`: its arms, what it writes, what it refuses, and what is lost when it is killed."""
+
 import csv
 import json
 import signal
@@ -10,13 +12,15 @@ import pytest
 
 from experiments import train as train_script
 from experiments.studies import ablate as script
-from lensjax.runs import config as configs
+from experiments.studies import ablate_arms
+from lensjax import _settings
+from lensjax.runs.store import config_file
 from lensjax.runs.store.log import read_rows
 from lensjax.runs.sweep import Sweep
 from tests.runs import ROOT, TINY, contents
 
 SWEEP = """
-from lensjax.sweep import Sweep
+from lensjax.runs.sweep import Sweep
 
 SWEEP = Sweep(preset="{preset}", seeds=(0, 4), one_at_a_time={{"hyper.temperature": (0.5, 2.0)}})
 """
@@ -28,8 +32,8 @@ def workplace(tmp_path_factory):
     """A preset, the base run of it, and a sweep."""
     folder = tmp_path_factory.mktemp("ablate")
     preset = folder / "preset.json"
-    preset.write_text(configs.to_json(TINY))
-    train_script.run(configs.replace(TINY, steps=0, output_dir=str(folder / "base")))
+    preset.write_text(config_file.to_json(TINY))
+    train_script.run(_settings.replace(TINY, steps=0, output_dir=str(folder / "base")))
     (folder / "small.py").write_text(SWEEP.format(preset=preset))
     return folder
 
@@ -89,8 +93,8 @@ def test_the_report_compares_each_setting_with_the_default(whole):
 @pytest.mark.slow
 def test_an_arm_is_the_run_of_the_training_script(whole, workplace):
     setting = {"hyper.temperature": 0.5}
-    default = configs.replace(TINY, base_run=str(workplace / "base"))
-    run = configs.replace(default, seed=4, output_dir=str(workplace / "alone"), **setting)
+    default = _settings.replace(TINY, base_run=str(workplace / "base"))
+    run = _settings.replace(default, seed=4, output_dir=str(workplace / "alone"), **setting)
     train_script.run(run)
     last = [row for row in read_rows(workplace / "alone") if "eval/nll_policy" in row][-1]
     (arm,) = [json.loads(path.read_text()) for path in (whole / "arms").iterdir() if is_of(path, setting, 4)]
@@ -105,9 +109,9 @@ def is_of(path, setting, seed):
 
 KILLED = """
 import os, signal
-from experiments import ablate as script
+from experiments.studies import ablate, ablate_arms
 
-done, steps = [], script._steps
+done, steps = [], ablate_arms._steps
 
 def dies(*arguments, **options):
     trained = steps(*arguments, **options)
@@ -116,14 +120,14 @@ def dies(*arguments, **options):
     done.append(trained)
     return trained
 
-script._steps = dies
-script.main()
+ablate_arms._steps = dies
+ablate.main()
 """
 
 
 @pytest.mark.slow
 def test_what_is_killed_loses_the_chunk_in_flight_and_no_more(whole, workplace, monkeypatch):
-    folder, trained, train = workplace / "killed", [], script._train
+    folder, trained, train = workplace / "killed", [], ablate_arms.train
     words = [str(workplace / "small.py"), "--base-run", workplace / "base", "--output-dir", folder, "--chunk", "4"]
     killed = subprocess.run([sys.executable, "-c", KILLED, *words], cwd=ROOT, check=False)
     assert killed.returncode == -signal.SIGKILL
@@ -134,7 +138,7 @@ def test_what_is_killed_loses_the_chunk_in_flight_and_no_more(whole, workplace, 
         trained.append(len(arms))
         return train(arms, *rest, **options)
 
-    monkeypatch.setattr(script, "_train", spy)
+    monkeypatch.setattr(ablate_arms, "train", spy)
     script.ablate(arguments(workplace, folder, chunk=4, resume=True))
     assert trained == [3]
     assert contents(folder / "arms").items() >= before.items()
@@ -210,35 +214,25 @@ def test_structures_are_separate_programs():
     ]
 
 
+RECALL = "from lensjax.runs.sweep import Sweep\nSWEEP = Sweep(preset='recall'"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("SWEEP = 3", "must define SWEEP, a lensjax.runs.sweep.Sweep; got 3"),
+        (RECALL + ", one_at_a_time={'hyper.heat': (1,)})", "unknown config key hyper.heat"),
+        (RECALL + ", one_at_a_time={'hyper.margin': (-1,)})", "hyper.margin must be at least 0, got -1"),
         (
-            "from lensjax.runs.sweep import Sweep\nSWEEP = Sweep(preset='recall', one_at_a_time={'hyper.heat': (1,)})",
-            "unknown config key hyper.heat",
-        ),
-        (
-            "from lensjax.runs.sweep import Sweep\nSWEEP = Sweep(preset='recall', one_at_a_time={'hyper.margin': (-1,)})",
-            "margin must be finite and at least 0, got -1",
-        ),
-        (
-            "from lensjax.runs.sweep import Sweep\nSWEEP = Sweep(preset='recall', changes={'objective.name': 'ipo'}, "
-            "one_at_a_time={'hyper.kl_weight': (0.5,)})",
+            RECALL + ", changes={'objective.name': 'ipo'}, one_at_a_time={'hyper.kl_weight': (0.5,)})",
             "set objective.anchor to fixed or ema, or hyper.kl_weight to 0",
         ),
         (
-            "from lensjax.runs.sweep import Sweep\nSWEEP = Sweep(preset='recall', changes={'stopping.patience': 3})",
+            RECALL + ", changes={'stopping.patience': 3})",
             "arms are compared after the same number of steps: stopping.patience must be None in a sweep, got 3",
         ),
-        (
-            "from lensjax.runs.sweep import Sweep\nSWEEP = Sweep(preset='recall', changes={'eval_batches': 1})",
-            "eval_batches must be 2 or more, got 1",
-        ),
-        (
-            "from lensjax.runs.sweep import Sweep\nSWEEP = Sweep(preset='recall')",
-            "holds no run .config.json is missing.",
-        ),
+        (RECALL + ", changes={'eval_batches': 1})", "eval_batches must be 2 or more, got 1"),
+        (RECALL + ")", "holds no run .config.json is missing."),
     ],
 )
 def test_a_bad_sweep_ends_the_command_before_anything_is_written(text, message, tmp_path):

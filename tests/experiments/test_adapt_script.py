@@ -12,34 +12,34 @@ import pytest
 
 from experiments.studies import adapt
 from experiments.studies.adapt import Arguments
+from lensjax import _settings
+from lensjax.context.geometry import Geometry
 from lensjax.evaluation import rivals
-from lensjax.models import build_models
-from lensjax.runs import config as configs
-from lensjax.training.steps import preference
+from lensjax.runs.store import config_file
+from lensjax.training.steps import adaptation
 from tests import reference
 from tests.small import SMALL, batch, jit
 
 
 def run_folders(folder, seeds=(3, 4), **changes):
     """Folders that hold the configurations of runs."""
-    made = []
-    for place, seed in enumerate(seeds):
-        made.append(folder / f"run-{place}")
-        made[-1].mkdir()
-        config = configs.replace(SMALL, seed=seed, **{"context.rollouts": 3, **changes})
-        (made[-1] / "config.json").write_text(configs.to_json(config))
-    return tuple(made)
+    runs = [folder / f"run-{place}" for place in range(len(seeds))]
+    for run, seed in zip(runs, seeds, strict=True):
+        run.mkdir()
+        config = _settings.replace(SMALL, seed=seed, **{"context.rollouts": 3, **changes})
+        (run / "config.json").write_text(config_file.to_json(config))
+    return tuple(runs)
 
 
 def test_every_run_is_trained_on_with_a_hypernetwork(tmp_path):
-    given = run_folders(tmp_path, base_run="elsewhere", **{"online.steps": 7})
+    runs = run_folders(tmp_path, base_run="elsewhere", **{"online.steps": 7})
     for budget, length in ((None, SMALL.hyper.context_end), (2, 0.5)):
-        found = adapt.plan(Arguments(given, tmp_path / "out", steps=20, budget=budget))
-        assert [config.seed for config in found] == [3, 4]
-        assert len({config.output_dir for config in found}) == 2
-        for config, run in zip(found, given, strict=True):
-            assert (config.init, config.base_run) == (str(run), None)
-            assert (config.steps, config.online.steps, config.trainable) == (20, 0, ("lens", "hyper"))
+        configs = adapt.plan(Arguments(runs, tmp_path / "out", steps=20, budget=budget))
+        assert [config.seed for config in configs] == [3, 4]
+        assert len({config.output_dir for config in configs}) == 2
+        for config, run in zip(configs, runs, strict=True):
+            assert (config.start_from, config.base_run) == (str(run), None)
+            assert (config.steps, config.online.steps, config.trainable) == (20, 0, ("lens", "hypernet"))
             assert config.hyper.context_start == config.hyper.context_end == length
 
 
@@ -74,9 +74,9 @@ def test_a_folder_in_use_is_not_written_to(tmp_path):
 
 
 # The deltas are large, so that they change what is picked.
-LARGE = configs.replace(
+LARGE = _settings.replace(
     SMALL,
-    trainable=("lens", "hyper"),
+    trainable=("lens", "hypernet"),
     **{"adaptation.init_scale": 30.0, "adaptation.max_norm": 30.0, "context.rollouts": 3, "focus.steps": 1},
 )
 
@@ -84,15 +84,18 @@ LARGE = configs.replace(
 @pytest.fixture(scope="module")
 def step():
     """`pick` of one model, from a batch to losses and hits by name."""
-    models = build_models(LARGE)
-    params = preference.init_train_state(jax.random.key(0), config=LARGE, models=models).params
-    compiled = jit(functools.partial(adapt.pick, models, config=LARGE))
+    models, recipe = LARGE.build_models(), LARGE.recipe
+    hypernet = LARGE.build_hypernet(models)
+    key = jax.random.key(0)
+    params = adaptation.init_adaptation_state(key, recipe=recipe, models=models, hypernet=hypernet).params
+    compiled = jit(functools.partial(adapt.pick, models, hypernet, recipe=recipe))
     return lambda rows: jax.device_get(compiled(params, rows, jax.random.key(1)))
 
 
+@pytest.mark.slow
 def test_what_each_way_of_choosing_picks(step):
-    found = step(batch() | {"answers": jnp.asarray([[22], [14], [4]], jnp.int32)})
-    losses, hits = ({name: one[part] for name, one in found.items()} for part in (0, 1))
+    picked = step(batch() | {"answers": jnp.asarray([[22], [14], [4]], jnp.int32)})
+    losses, hits = ({name: one[part] for name, one in picked.items()} for part in (0, 1))
     np.testing.assert_array_equal(losses["zeroed"], losses["plain"])
     for name, other in itertools.combinations(("plain", "adapted", "foreign", "credit", "credit_hindsight"), 2):
         assert (losses[name] != losses[other]).any(), (name, other)
@@ -110,6 +113,7 @@ def test_what_each_way_of_choosing_picks(step):
         np.testing.assert_allclose(values, losses[name], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_only_what_is_named_so_knows_what_is_behind_the_cursor(step):
     shape, tokens = LARGE.context, batch()["tokens"]
 
@@ -130,20 +134,22 @@ def test_only_what_is_named_so_knows_what_is_behind_the_cursor(step):
     assert hindsight == {name for name in before if "best" in name or name == "credit_hindsight"} and len(before) == 9
 
 
+GEOMETRY = Geometry(history=8, block_size=SMALL.context.block_size, max_lod=SMALL.context.max_lod, recent_tokens=2)
+
+
 def test_credit_goes_to_what_the_better_variants_show():
-    config = configs.replace(SMALL, **{"context.window": 9, "context.horizon": 1, "context.recent_tokens": 2})
-    found = np.asarray(adapt.credit(by_hand(), config=config))
+    credit = np.asarray(adapt.credit(by_hand(), GEOMETRY))
     # The first rollout is the best and opens tokens 2 and 3, the last one the worst and opens 4 and 5.
-    assert found[2] == found[3] > 0 and found[4] == found[5] < 0
-    np.testing.assert_allclose(found[[0, 1, 6, 7]], 0, atol=1e-6)
+    assert credit[2] == credit[3] > 0 and credit[4] == credit[5] < 0
+    np.testing.assert_allclose(credit[[0, 1, 6, 7]], 0, atol=1e-6)
 
 
 def test_credit_of_the_past_is_of_the_same_tokens():
     changes = {"context.window": 12, "context.horizon": 2, "context.recent_tokens": 2}
-    config = configs.replace(SMALL, **changes, **{"hyper.context_start": 1.0, "hyper.context_end": 1.0})
-    found = np.asarray(adapt.past_credit(by_hand(), config=config))
-    assert found.shape == (10,) and not found[8:].any()
-    np.testing.assert_array_equal(found[:8], adapt.credit(by_hand(), config=config.past))
+    config = _settings.replace(SMALL, **changes, **{"hyper.context_start": 1.0, "hyper.context_end": 1.0})
+    credit = np.asarray(adapt.past_credit(by_hand(), recipe=config.recipe))
+    assert credit.shape == (10,) and not credit[8:].any()
+    np.testing.assert_array_equal(credit[:8], adapt.credit(by_hand(), GEOMETRY))
 
 
 def by_hand():
@@ -185,12 +191,12 @@ def test_the_tables_say_what_was_measured(tmp_path, monkeypatch):
     assert len(kept) == 3 * 2 * 5
     with (tmp_path / "out" / "effects.csv").open() as file:
         table = list(csv.DictReader(file))
-    for name, found in (("pick", kept), ("value", table)):
-        assert {row[name] for row in found if row["information"] == "hindsight"} == {"best_hindsight"}
-        assert {row["information"] for row in found if row[name] != "best_hindsight"} == {"causal"}
-    found = {(row["measured"], row["to"], row["value"]): float(row["difference"]) for row in table}
-    assert found["4", "plain", "adapted"] == pytest.approx(-0.1)
-    assert found["6", "foreign", "adapted"] == pytest.approx(0.1)
+    for name, part in (("pick", kept), ("value", table)):
+        assert {row[name] for row in part if row["information"] == "hindsight"} == {"best_hindsight"}
+        assert {row["information"] for row in part if row[name] != "best_hindsight"} == {"causal"}
+    differences = {(row["measured"], row["to"], row["value"]): float(row["difference"]) for row in table}
+    assert differences["4", "plain", "adapted"] == pytest.approx(-0.1)
+    assert differences["6", "foreign", "adapted"] == pytest.approx(0.1)
     report = (tmp_path / "out" / "report.md").read_text()
     for count in (4, 6):
         for name in ("plain", "foreign", "credit"):

@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from experiments.bench import programs
 from experiments.bench import step as script
 from experiments.bench.cost import step_cost
+from lensjax import _settings
 from lensjax.context.working import Entries
-from lensjax.models import build_models
-from lensjax.runs import config as configs
 from lensjax.training.steps import preference
 from tests.small import SMALL
 
-TINY = configs.replace(SMALL, **{"hyper.kl_weight": 0.1, "base.vocab_size": 509, "data.task": "recall"})
+TINY = _settings.replace(SMALL, **{"hyper.kl_weight": 0.1, "base.vocab_size": 509, "data.task": "recall"})
 
 
 @pytest.fixture
@@ -39,9 +39,10 @@ def test_a_shape_is_measured(tiny, tmp_path):
     assert any((tmp_path / "traces" / "small").rglob("*.xplane.pb"))
 
 
+@pytest.mark.slow
 def test_the_floor_does_the_model_passes():
-    step = script.Step(TINY, build_models(TINY))
-    gists, logits, _, grads, anchor = script.floor(step)()
+    step = programs.Step(TINY, TINY.build_models())
+    gists, logits, _, grads, anchor = programs.floor(step)()
     rows, variants, horizon = TINY.batch_size, TINY.context.rollouts + 1, TINY.context.horizon
     assert [level.shape for level in gists] == [(rows, 16, 16), (rows, 8, 16)]
     assert logits.shape == (rows, variants, horizon, 509) and anchor.shape == (rows, variants, 25)
@@ -49,19 +50,20 @@ def test_the_floor_does_the_model_passes():
     # The logits are those that the losses are made of.
     targets = step.batch["tokens"][:, None, -horizon:, None]
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets, axis=-1)
-    assert jnp.allclose(-picked.mean(axis=(2, 3)), step.scored.losses, atol=1e-4)
+    assert jnp.allclose(-picked.mean(axis=(2, 3)), step.scored.nll, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["small", "medium"])
 def test_the_cost_on_paper_is_what_the_compiler_counts(shape):
-    config = configs.replace(script.SHAPES[shape], batch_size=1, **{"context.rollouts": 1})
-    models = build_models(config)
+    config = _settings.replace(script.SHAPES[shape], batch_size=1, **{"context.rollouts": 1})
+    models, recipe = config.build_models(), config.recipe
     entries = jax.eval_shape(
         lambda key: (
             preference.score_batch(
-                *((state := preference.init_train_state(key, config=config, models=models)).params, state),
+                *((state := preference.init_train_state(key, recipe=recipe, models=models)).params, state),
                 {"tokens": jnp.zeros((1, config.context.window), jnp.int32)},
-                config=config,
+                recipe=recipe,
                 models=models,
             ).entries
         ),
@@ -72,15 +74,15 @@ def test_the_cost_on_paper_is_what_the_compiler_counts(shape):
     )
     cost = step_cost(config)
 
-    def counted(function, *given):
+    def counted(function, *arguments):
         # As a run compiles it, not as the tests do: fusion decides what is read twice.
         options = {"xla_backend_optimization_level": 2, "xla_llvm_disable_expensive_passes": False}
-        return jax.jit(function).lower(*given).compile(options).cost_analysis()
+        return jax.jit(function).lower(*arguments).compile(options).cost_analysis()
 
     horizons = jax.ShapeDtypeStruct((1, config.context.horizon), jnp.int32)
-    base = counted(functools.partial(script._logits, models), params["base"], entries, horizons)
+    base = counted(functools.partial(programs.horizon_logits, models.base), params["base"], entries, horizons)
     lens = counted(
-        lambda lens, entries: script._lens_gradient(models, lens, entries, jnp.ones(entries.valid.shape)),
+        lambda lens, entries: programs.lens_gradient(models.lens, lens, entries, jnp.ones(entries.valid.shape)),
         params["lens"],
         entries,
     )
@@ -96,15 +98,17 @@ def test_the_cost_on_paper_is_what_the_compiler_counts(shape):
 @pytest.mark.parametrize("switch", ["lens.blocks", "lens.pointer"])
 def test_the_cost_of_what_lensnet_may_have_is_what_the_compiler_counts(switch):
     def flops(config):
-        models, shape = build_models(config), (config.batch_size, config.context.rollouts + 1, config.context_capacity)
+        models, shape = config.build_models(), (config.batch_size, config.context.rollouts + 1, config.capacity)
         floats, wide = (jnp.zeros(shape + rest) for rest in ((), (config.base.dim,)))
         levels, valid = jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool)
         entries = Entries(wide, wide, floats, levels, floats, floats, valid)
         params = jax.eval_shape(models.lens.init, jax.random.key(0))
-        gradient = jax.jit(lambda lens: script._lens_gradient(models, lens, entries, floats))
+        gradient = jax.jit(lambda lens: programs.lens_gradient(models.lens, lens, entries, floats))
         return gradient.lower(params).cost_analysis()["flops"], step_cost(config).lens.flops
 
-    (counted, paper), (counted_off, paper_off) = (flops(configs.replace(TINY, **{switch: on})) for on in (True, False))
+    (counted, paper), (counted_off, paper_off) = (
+        flops(_settings.replace(TINY, **{switch: on})) for on in (True, False)
+    )
     # The compiler counts the elementwise operations as well.
     assert paper - paper_off < counted - counted_off < 1.2 * (paper - paper_off)
 
@@ -122,19 +126,20 @@ def test_no_repetition_is_refused():
         script.main(["--repetitions", "0"])
 
 
+@pytest.mark.slow
 def test_the_compiled_step_holds_no_logits_of_all_entries():
-    models = build_models(TINY)
+    models = TINY.build_models()
     state = jax.eval_shape(
-        functools.partial(preference.init_train_state, config=TINY, models=models), jax.random.key(0)
+        functools.partial(preference.init_train_state, recipe=TINY.recipe, models=models), jax.random.key(0)
     )
     batch = {"tokens": jax.ShapeDtypeStruct((TINY.batch_size, TINY.context.window), jnp.int32)}
-    step = functools.partial(preference.train_step, config=TINY, models=models)
+    step = functools.partial(preference.train_step, recipe=TINY.recipe, models=models)
     text = jax.jit(step).lower(state, batch).compile().as_text()
     sizes = [
         (shape, functools.reduce(lambda x, y: x * y, map(int, shape.split(","))))
         for shape in set(re.findall(r"\[([\d,]+)\]", text))
         if "509" in shape.split(",")
     ]
-    variants, entries = TINY.batch_size * (TINY.context.rollouts + 1), TINY.context_capacity
+    variants, entries = TINY.batch_size * (TINY.context.rollouts + 1), TINY.capacity
     horizon = variants * TINY.context.horizon * 509
     assert max(size for _, size in sizes) == horizon < variants * entries * 509

@@ -7,14 +7,15 @@ import pytest
 
 from experiments.studies import online
 from experiments.studies.online import Arguments
-from lensjax.runs import config as configs
+from lensjax import _settings
+from lensjax.runs.store import config_file
 from tests.small import SMALL
 
 
 def base_run(folder, **changes):
     """A folder that holds the configuration of a run."""
     folder.mkdir()
-    (folder / "config.json").write_text(configs.to_json(configs.replace(SMALL, **changes)))
+    (folder / "config.json").write_text(config_file.to_json(_settings.replace(SMALL, **changes)))
     return folder
 
 
@@ -31,7 +32,7 @@ def test_every_arm_has_its_steps_and_its_start(tmp_path):
         for name in online.OWN_EDITS:
             assert (arms[name][place].steps, arms[name][place].online.steps) == (0, 20)
         for by_seed in (on, *(arms[name] for name in online.OWN_EDITS)):
-            assert by_seed[place].init == start[place].output_dir
+            assert by_seed[place].start_from == start[place].output_dir
     folders = [config.output_dir for by_seed in arms.values() for config in by_seed]
     assert len(set(folders)) == len(folders)
 

@@ -1,3 +1,5 @@
+"""`experiments.studies.recall`: which runs it makes, what it writes, and how it goes on when it is interrupted."""
+
 import csv
 import json
 import math
@@ -6,12 +8,14 @@ import re
 import pytest
 
 from experiments.studies import recall
+from lensjax import _settings
 from lensjax.evaluation import rivals
-from lensjax.runs import config as configs
+from lensjax.runs.config import Config
+from lensjax.runs.store import config_file
 from tests.runs import TINY, Killed, cheap_programs, contents, hook_run, outcome, request_stop
 
 PRESET = """
-from lensjax.config import replace
+from lensjax._settings import replace
 from tests.runs import TINY
 
 CONFIG = replace(TINY, steps=4)
@@ -44,15 +48,16 @@ def summary_of(folder):
     return json.loads((folder / "summary.json").read_text(), parse_constant=pytest.fail)
 
 
+@pytest.mark.slow
 def test_the_comparison_runs_each_arm_for_each_seed_on_one_base_model(whole):
     runs = ("base", "both-0", "both-1", "worse_only-0", "worse_only-1")
     assert {path.name for path in whole.iterdir()} == {*runs, "summary.json", "policies.csv"}
-    stored = {name: configs.load(whole / name / "config.json") for name in runs}
-    expected = configs.replace(TINY, steps=4)
-    assert stored["base"] == configs.replace(expected, steps=0, output_dir=str(whole / "base"))
+    stored = {name: config_file.load(whole / name / "config.json", Config) for name in runs}
+    expected = _settings.replace(TINY, steps=4)
+    assert stored["base"] == _settings.replace(expected, steps=0, output_dir=str(whole / "base"))
     for arm in ARMS:
         for seed in (0, 1):
-            assert stored[f"{arm}-{seed}"] == configs.replace(
+            assert stored[f"{arm}-{seed}"] == _settings.replace(
                 expected,
                 seed=seed,
                 output_dir=str(whole / f"{arm}-{seed}"),
@@ -61,6 +66,7 @@ def test_the_comparison_runs_each_arm_for_each_seed_on_one_base_model(whole):
             )
 
 
+@pytest.mark.slow
 def test_the_summary_has_a_list_over_seeds_for_each_arm(whole):
     summary = summary_of(whole)
     assert (summary["task"], summary["split"], summary["seeds"], summary["steps"]) == ("recall", "test", [0, 1], 4)
@@ -79,6 +85,7 @@ def test_the_summary_has_a_list_over_seeds_for_each_arm(whole):
     assert summary["base_nll_full_tail"] == summary_of(whole / "base")["nll_full_tail"]
 
 
+@pytest.mark.slow
 def test_the_summary_sets_lensnet_beside_every_policy_and_says_what_each_may_know(whole):
     summary = summary_of(whole)
     assert summary["query"] == TINY.data.query
@@ -102,6 +109,7 @@ def test_a_query_of_another_length_changes_what_is_scored():
         assert (config.data.query, config.context.recent_tokens, config.context.horizon) == (5, 5, 3)
 
 
+@pytest.mark.slow
 def test_the_table_shows_both_arms(whole, preset, capsys):
     recall.main(["--output-dir", str(whole), "--preset", str(preset), "--seeds", "0", "1", "--resume"])
     table = capsys.readouterr().out
@@ -111,6 +119,7 @@ def test_the_table_shows_both_arms(whole, preset, capsys):
         assert f"{sum(values) / 2:.3f}" in table, column
 
 
+@pytest.mark.slow
 def test_a_folder_in_use_is_never_written_to(whole, preset):
     before = contents(whole)
     with pytest.raises(SystemExit, match=r"error: .*whole is not empty: choose another --output-dir, or pass --resume"):
@@ -118,6 +127,7 @@ def test_a_folder_in_use_is_never_written_to(whole, preset):
     assert contents(whole) == before
 
 
+@pytest.mark.slow
 def test_resume_finishes_what_is_missing_and_nothing_else(whole, cheap, preset, tmp_path, monkeypatch):
     """Killed in the second of three runs, stopped in the third."""
     folder, steps = tmp_path / "run", []
@@ -148,6 +158,7 @@ def test_resume_finishes_what_is_missing_and_nothing_else(whole, cheap, preset, 
     assert len(steps) == 13
 
 
+@pytest.mark.slow
 def test_results_of_another_configuration_are_not_taken(whole, preset):
     before = contents(whole)
     words = ["--output-dir", str(whole), "--preset", str(preset), "--resume"]
@@ -161,7 +172,7 @@ def test_results_of_another_configuration_are_not_taken(whole, preset):
     [
         ("--preset demo", "preset demo has data.task 'stdlib': expected one for recall"),
         ("--preset nosuch", "no config .*nosuch.py; name a file, or one of: demo, recall"),
-        ("--query 8", "horizon must be at least 1, got 0"),
+        ("--query 8", "context.horizon must be at least 1, got 0"),
         ("--steps 3", "steps must be above optimizer.warmup_steps 20, got 3"),
         ("--steps 0", "there is nothing to do; raise steps or drop base_run"),
         ("--seeds 1 1", "seeds must name one or more different seeds, got (1, 1)"),

@@ -1,3 +1,5 @@
+"""`experiments.studies.recognise`: embeddings and a probe, beside what is worked out by hand."""
+
 import csv
 
 import numpy as np
@@ -5,9 +7,11 @@ import pytest
 
 from experiments import train
 from experiments.studies import recognise
-from lensjax.models import build_models
-from lensjax.runs import config as configs
+from lensjax import _settings
+from lensjax.runs.config import Config
 from lensjax.runs.data.recall import RecallSource
+from lensjax.runs.load import load_params
+from lensjax.runs.store import config_file
 from tests.runs import cheap_programs, tiny_config, write_corpus
 
 
@@ -28,11 +32,11 @@ def small(monkeypatch):
 
 def by_hand(folder, query, seed):
     """Share of sequences in which the gist that resembles the query most stands for the block that it begins."""
-    config = configs.load(folder / "config.json")
+    config = config_file.load(folder / "config.json", Config)
     shape = {"context.horizon": config.context.block_size - query, "context.recent_tokens": query}
-    config = configs.replace(config, **{"data.query": query}, **shape)
-    models = build_models(config)
-    params = train.load_params(folder, models, ("base", "gist"))
+    config = _settings.replace(config, **{"data.query": query}, **shape)
+    models = config.build_models()
+    params = load_params(folder, config, models, ("base", "gist"))
     right = []
     for example in (RecallSource(config.context, 256, "test", seed, query)[i] for i in range(256)):
         embeddings = np.asarray(models.base.embed(params["base"], example["tokens"]), np.float64)
@@ -42,6 +46,7 @@ def by_hand(folder, query, seed):
     return np.mean(right)
 
 
+@pytest.mark.slow
 def test_embeddings_are_compared_as_they_are_and_then_through_a_probe(runs):
     arguments = recognise.Arguments(run=runs / "recall", queries=(2, 1), seeds=(0, 1), steps=60)
     rows = recognise.probe(arguments)

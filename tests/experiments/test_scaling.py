@@ -7,21 +7,21 @@ import pytest
 
 from experiments.bench import scaling as script
 from experiments.bench.cost import step_cost
-from lensjax.runs import config as configs
+from lensjax import _settings
 from tests.small import SMALL
 
-TINY = configs.replace(SMALL, **{"hyper.kl_weight": 0.1, "data.task": "recall"})
+TINY = _settings.replace(SMALL, **{"hyper.kl_weight": 0.1, "data.task": "recall"})
 
 
 def test_every_series_grows_in_one_size_alone():
     for name, series in script.SERIES.items():
-        made = [series.config(value) for value in series.values]
-        entries = [config.context_capacity for config in made]
+        configs = [series.config(value) for value in series.values]
+        entries = [config.capacity for config in configs]
         if name == "entries":
-            assert all(abs(found - value) < 8 for found, value in zip(entries, series.values, strict=True))
+            assert all(abs(count - value) < 8 for count, value in zip(entries, series.values, strict=True))
         else:
-            assert all(232 <= found <= 256 for found in entries), name
-        assert series.is_session or script.SHAPE in made or name == "levels"
+            assert all(232 <= count <= 256 for count in entries), name
+        assert series.is_session or script.SHAPE in configs or name == "levels"
 
 
 def test_operations_on_paper_grow_as_the_sizes_do():
@@ -37,11 +37,11 @@ def test_operations_on_paper_grow_as_the_sizes_do():
 
 @pytest.mark.slow
 def test_points_are_measured_and_drawn(tmp_path, monkeypatch):
-    step = script.Series("rollouts N", (1, 2), lambda n: configs.replace(TINY, **{"context.rollouts": n}))
+    step = script.Series("rollouts N", (1, 2), lambda n: _settings.replace(TINY, **{"context.rollouts": n}))
     session = replace(
         script.SERIES["history"],
         values=(64,),
-        config=lambda t: configs.replace(
+        config=lambda t: _settings.replace(
             TINY,
             **{"context.window": t, "context.recent_tokens": 17, "hyper.context_end": 48 / t, "context.horizon": 8},
         ),

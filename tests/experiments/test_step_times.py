@@ -6,12 +6,15 @@ import jax
 import pytest
 
 from experiments.bench import step_times as script
-from lensjax.runs import config as configs
+from lensjax import _settings
+from lensjax.runs.store import config_file
 from tests.small import SMALL
+
+pytestmark = pytest.mark.slow
 
 
 def test_every_objective_is_timed(tmp_path, monkeypatch):
-    (tmp_path / "small.json").write_text(configs.to_json(SMALL))
+    (tmp_path / "small.json").write_text(config_file.to_json(SMALL))
     monkeypatch.setattr(script, "OBJECTIVES", ("spans", "copg"))
     monkeypatch.setattr(script, "_step", lambda config: lambda: len(config.objective.name) * config.batch_size)
     file = tmp_path / "times.csv"
@@ -24,7 +27,7 @@ def test_every_objective_is_timed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("changes", "names"), [({}, "mc/lens_loss"), ({"online.steps": 3}, "rl/total_loss")])
 def test_steps_are_those_of_training(changes, names):
-    state, report = jax.eval_shape(script._step(configs.replace(SMALL, **changes)))
+    state, report = jax.eval_shape(script._step(_settings.replace(SMALL, **changes)))
     assert names in report and state.step.shape == ()
 
 

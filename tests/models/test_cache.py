@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lensjax.context.working import Entries
 from lensjax.models import BaseModel, KVCache, Params
+from lensjax.models.base_lm import BaseConfig
 from lensjax.models.nn.transformer import Transformer, TransformerConfig
-from lensjax.runs.config import BaseConfig
+from tests.models.example_models import base_entries
 from tests.small import jit
 
 BASE = BaseConfig(vocab_size=29, dim=16, layers=2, heads=4, kv_heads=2, mlp_dim=48, conv_width=3)
@@ -27,9 +29,6 @@ BASES = {
     "six taps": dataclasses.replace(BASE, conv_width=6, layers=1),
 }
 S, R, D = 12, 4, 16
-
-Entries = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Embeddings, positions and spans."""
 
 
 @functools.cache
@@ -49,31 +48,36 @@ def compiled(model: BaseModel, name: str) -> Callable[..., Any]:
 def entries_of(seed: int, count: int = S) -> Entries:
     random = np.random.default_rng(seed)
     spans = random.choice(np.float32([1, 4, 16]), count)
-    return random.normal(size=(count, D)).astype("f"), np.cumsum(spans) - (spans + 1) / 2, spans
+    embeddings = random.normal(size=(count, D)).astype("f")
+    return jax.tree.map(np.asarray, base_entries(embeddings, np.cumsum(spans) - (spans + 1) / 2, spans))
+
+
+def count_of(entries: Entries) -> int:
+    return len(entries.positions)
 
 
 def cut(entries: Entries, start: int, stop: int) -> Entries:
-    return tuple(array[start:stop] for array in entries)
+    return jax.tree.map(lambda array: array[start:stop], entries)
 
 
 def padded(entries: Entries, length: int, fill: float) -> Entries:
-    return tuple(
-        np.pad(array, ((0, length - len(array)),) + ((0, 0),) * (array.ndim - 1), constant_values=fill)
-        for array in entries
-    )
+    def pad(array: np.ndarray) -> np.ndarray:
+        value = fill if array.dtype == np.float32 else 0
+        return np.pad(array, ((0, length - len(array)),) + ((0, 0),) * (array.ndim - 1), constant_values=value)
+
+    return jax.tree.map(pad, entries)
 
 
 def full_logits(model: BaseModel, entries: Entries) -> np.ndarray:
-    """Of `apply` on all entries at once."""
-    count = len(entries[1])
-    return np.asarray(compiled(model, "apply")(trained(model), *padded(entries, S, 0.0), np.arange(S)))[:count]
+    """Of all entries at once."""
+    logits = compiled(model, "logits")(trained(model), padded(entries, S, 0.0), np.arange(S))
+    return np.asarray(logits)[: count_of(entries)]
 
 
 def extend(model: BaseModel, cache: KVCache, entries: Entries) -> tuple[np.ndarray, KVCache]:
     """Up to R entries, before padding which would spoil whatever it reached."""
-    count = len(entries[1])
-    padding = padded(entries, R, np.nan)
-    logits, cache = compiled(model, "extend")(trained(model), cache, *padding, np.int32(count))
+    count = count_of(entries)
+    logits, cache = compiled(model, "extend")(trained(model), cache, padded(entries, R, np.nan), np.int32(count))
     return np.asarray(logits)[:count], cache
 
 
@@ -104,9 +108,9 @@ def test_a_prefix_may_be_kept_and_continued_otherwise(name: str, steps: list[tup
     cache = model.init_cache(S)
     for seed, (keep, count) in enumerate(steps):
         held = cut(held, 0, min(keep, S - count))
-        kept = len(held[1])
-        held = tuple(np.concatenate(pair) for pair in zip(held, entries_of(seed, count), strict=True))
-        logits, cache = extend(model, dataclasses.replace(cache, length=np.int32(kept)), cut(held, kept, kept + count))
+        kept = count_of(held)
+        held = jax.tree.map(lambda *pair: np.concatenate(pair), held, entries_of(seed, count))
+        logits, cache = extend(model, model.truncate(cache, np.int32(kept)), cut(held, kept, kept + count))
         assert_close(logits, full_logits(model, held)[kept:])
         assert int(cache.length) == kept + count
 
@@ -117,7 +121,7 @@ def test_what_is_held_and_nothing_of_padding() -> None:
     before = dataclasses.replace(junk, length=jnp.int32(0))
     _, cache = extend(model, before, cut(entries, 0, 3))
     assert int(cache.length) == 3 and cache.capacity == S
-    np.testing.assert_array_equal(cache.inputs[:3], entries[0][:3])
+    np.testing.assert_array_equal(cache.inputs[:3], entries.embeddings[:3])
     for held in (cache.keys, cache.values):
         assert held.shape == (2, S, 2, 4) and (held[:, :3] != 7).all() and (held[:, 3:] == 7).all()
     assert (cache.inputs[3:] == 7).all()
@@ -130,16 +134,17 @@ def test_scan_and_vmap_with_own_lengths() -> None:
     model, both = BaseModel(BASE), [entries_of(3), entries_of(4)]
     counts = np.stack([np.ones(S, np.int32), np.arange(S, dtype=np.int32) % 3 > 0], axis=1).astype(np.int32)
     read = np.cumsum(counts, axis=0) - counts
-    streams = [np.stack([entries[k][read[:, i]] for i, entries in enumerate(both)], axis=1) for k in range(3)]
+    each = [jax.tree.map(lambda array, i=i: array[read[:, i]], entries) for i, entries in enumerate(both)]
+    streams = jax.tree.map(lambda *arrays: np.stack(arrays, axis=1), *each)
 
-    def step(caches: KVCache, inputs: tuple[jax.Array, ...]) -> tuple[KVCache, jax.Array]:
-        *entries, counts = inputs
+    def step(caches: KVCache, inputs: tuple[Entries, jax.Array]) -> tuple[KVCache, jax.Array]:
+        entries, counts = inputs
         one = functools.partial(model.extend, trained(model))
-        logits, caches = jax.vmap(one)(caches, *(array[:, None] for array in entries), counts)
+        logits, caches = jax.vmap(one)(caches, jax.tree.map(lambda array: array[:, None], entries), counts)
         return caches, logits[:, 0]
 
     empty = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), model.init_cache(S))
-    caches, logits = jit(functools.partial(jax.lax.scan, step))(empty, (*streams, counts))
+    caches, logits = jit(functools.partial(jax.lax.scan, step))(empty, (streams, counts))
     np.testing.assert_array_equal(caches.length, counts.sum(axis=0))
     for i, entries in enumerate(both):
         own = counts[:, i] == 1
@@ -160,7 +165,7 @@ def test_bfloat16_is_near_and_holds_bfloat16() -> None:
 
 def test_new_entries_alone_are_computed() -> None:
     model = BaseModel(BASE)
-    program = str(jax.make_jaxpr(model.extend)(trained(model), model.init_cache(S), *entries_of(0, R)))
+    program = str(jax.make_jaxpr(model.extend)(trained(model), model.init_cache(S), entries_of(0, R)))
     for width in (BASE.mlp_dim, BASE.vocab_size):
         assert f"f32[{R},{width}]" in program and f"f32[{S},{width}]" not in program
 
@@ -187,16 +192,16 @@ def test_faults_say_what_came() -> None:
     with pytest.raises(ValueError, match="capacity must be at least 1 entry, got 0"):
         model.init_cache(0)
     with pytest.raises(ValueError, match="holds 3 of 6 entries and cannot take 4 more"):
-        model.extend(trained(model), nearly_full, *four)
+        model.extend(trained(model), nearly_full, four)
     for count in (-1, 5):
         with pytest.raises(ValueError, match=f"count must be between 0 and the 4 entries given, got {count}"):
-            model.extend(trained(model), cache, *four, count)
+            model.extend(trained(model), cache, four, count)
     with pytest.raises(ValueError, match=r"count must have shape \[\].*\(1,\)"):
-        model.extend(trained(model), cache, *four, np.ones(1, np.int32))
-    with pytest.raises(ValueError, match=r"spans must have shape \[4\].*\(3,\)"):
-        model.extend(trained(model), cache, *four[:2], four[2][1:])
+        model.extend(trained(model), cache, four, np.ones(1, np.int32))
+    with pytest.raises(ValueError, match=r"entries.spans must have shape \[4\].*\(3,\)"):
+        model.extend(trained(model), cache, dataclasses.replace(four, spans=four.spans[1:]))
     with pytest.raises(ValueError, match=r"cache.keys must have shape \[2, any, 2, 4\].*\(1, 6, 2, 4\)"):
-        model.extend(trained(model), BaseModel(BASES["six taps"]).init_cache(6), *four)
+        model.extend(trained(model), BaseModel(BASES["six taps"]).init_cache(6), four)
 
 
 def test_what_is_held_survives_an_overflow_under_jit() -> None:
@@ -204,8 +209,8 @@ def test_what_is_held_survives_an_overflow_under_jit() -> None:
     cache = model.init_cache(S)
     for start in range(0, S, R):
         _, cache = extend(model, cache, cut(entries, start, start + R))
-    _, overflowed = extend(model, dataclasses.replace(cache, length=np.int32(S - 1)), entries_of(7, 2))
+    _, overflowed = extend(model, model.truncate(cache, np.int32(S - 1)), entries_of(7, 2))
     assert int(overflowed.length) == S
     np.testing.assert_array_equal(overflowed.inputs[: S - 1], cache.inputs[: S - 1])
     np.testing.assert_array_equal(overflowed.keys[:, : S - 1], cache.keys[:, : S - 1])
-    np.testing.assert_array_equal(overflowed.inputs[S - 1], entries_of(7, 2)[0][0])
+    np.testing.assert_array_equal(overflowed.inputs[S - 1], entries_of(7, 2).embeddings[0])

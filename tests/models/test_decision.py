@@ -8,15 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lensjax.context import refocus
 from lensjax.context import working as contexts
 from lensjax.evaluation import compare, held_out, rivals
-from lensjax.models.decision import build_tree, policy_contexts, policy_scores, split
+from lensjax.models.decision import build_tree, policy, policy_scores, split
 from lensjax.training.scoring import score_variants
 from lensjax.training.steps import episodes
 from tests.small import SMALL, VOCABULARY, Run, jit
 
 RUN = Run(**{"focus.steps": 2, "online.refocus_steps": 2, "online.steps": 12})
-CONFIG, MODELS, SHAPE = RUN.config, RUN.models, RUN.config.context
+CONFIG, RECIPE, MODELS, SHAPE = RUN.config, RUN.recipe, RUN.models, RUN.config.context
+GEOMETRY = CONFIG.geometry
 LENGTH, DRAWS = 19, 2
 HISTORY, HORIZON = slice(0, SHAPE.history), slice(SHAPE.history, SHAPE.window)
 
@@ -27,15 +29,25 @@ HISTORY, HORIZON = slice(0, SHAPE.history), slice(SHAPE.history, SHAPE.window)
 def by_history(state, tokens, key, *, shift=0):
     """LensNet and its rivals, which are given the history alone; `shift` lets the first tokens behind the cursor in."""
     history = tokens[shift : SHAPE.history + shift] if shift else split(tokens, horizon=SHAPE.horizon).history
-    tree = build_tree(MODELS, state.params, history, CONFIG)
-    made = policy_contexts(MODELS, state.params["lens"], tree, LENGTH, config=CONFIG, capacity=LENGTH)
-    entries = jax.vmap(lambda one: contexts.materialise(tree, one))(made)
+    tree = build_tree(MODELS, state.params, history, GEOMETRY)
+    shown = policy_contexts(state.params, tree)
+    entries = jax.vmap(lambda one: contexts.materialise(tree, one))(shown)
     return {
-        "lensnet": made,
-        "lensnet_scores": policy_scores(MODELS, state.params["lens"], entries),
-        "focused": compare.focused(MODELS, state.params, history, key, length=LENGTH, config=CONFIG),
-        **rivals.causal(MODELS, state.params, history, key, length=LENGTH, draws=DRAWS, config=CONFIG),
+        "lensnet": shown,
+        "lensnet_scores": policy_scores(MODELS.lens, state.params["lens"], entries),
+        "focused": compare.focused(MODELS, state.params, history, key, length=LENGTH, recipe=RECIPE),
+        **causal(state.params, history, key),
     }
+
+
+def policy_contexts(params, tree, capacity=LENGTH):
+    """LensNet's way from the cold start."""
+    score_fn = policy(MODELS.lens, params["lens"], tree)
+    return refocus.cold_start(score_fn, LENGTH, GEOMETRY, capacity=capacity, settings=CONFIG.focus)
+
+
+def causal(params, history, key):
+    return rivals.causal(MODELS, params, history, key, GEOMETRY, length=LENGTH, draws=DRAWS, high_lod_share=0.3)
 
 
 def shifted_by_one(state, tokens, key):
@@ -43,34 +55,39 @@ def shifted_by_one(state, tokens, key):
 
 
 def variants(state, tokens, key):
-    scored = score_variants(MODELS, state.params, tokens, key, LENGTH, 0.3, config=CONFIG)
-    scores = policy_scores(MODELS, state.params["lens"], scored.entries)
+    scored = scored_variants(state.params, tokens, key)
+    scores = policy_scores(MODELS.lens, state.params["lens"], scored.entries)
     return {"contexts": scored.contexts, "distinct": scored.distinct, "entries": scored.entries, "scores": scores}
 
 
+def scored_variants(params, tokens, key):
+    return score_variants(key, params, tokens, LENGTH, 0.3, models=MODELS, context=SHAPE, capacity=RECIPE.capacity)
+
+
 def episode(state, tokens, key):
-    played = episodes.run(MODELS, state.params, tokens, key, length=LENGTH, config=CONFIG)
+    window = split(tokens, horizon=SHAPE.horizon)
+    options = {"length": LENGTH, "cooldown": CONFIG.focus.cooldown, "settings": CONFIG.online}
+    played = episodes.run(MODELS, state.params, window, key, GEOMETRY, **options)
     return {name: getattr(played, name) for name in ("states", "contexts", "entries", "swaps", "log_probs")}
 
 
 def maps(state, tokens, key):
-    drawn = held_out.variant_maps(state, tokens[None], key, config=CONFIG, models=MODELS)
+    drawn = held_out.variant_maps(state, tokens[None], key, recipe=RECIPE, models=MODELS)
     return {name: drawn[name] for name in ("cuts", "scores")}
 
 
 def report(state, tokens, key):
     """What a run and a sweep report of decisions (`sweep.evaluate` is `eval_step` of every arm)."""
     batch = {"tokens": tokens[None], "answers": jnp.zeros((1, 1), jnp.int32)}
-    found = held_out.eval_step(state, batch, key, config=CONFIG, models=MODELS)
+    found = held_out.eval_step(key, state, batch, recipe=RECIPE, models=MODELS)
     names = ("hit_rate", "hit_rate_random", "mc/swap_rate", "mc/edit_wish_rate", "mc/policy_score_abs_mean")
     return {name: found[name] for name in names}
 
 
 def in_hindsight(state, tokens, key):
     window = split(tokens, horizon=SHAPE.horizon)
-    options = {"length": LENGTH, "draws": DRAWS, "config": CONFIG}
-    made = rivals.causal(MODELS, state.params, window.history, key, **options)
-    return rivals.hindsight(MODELS, state.params, window, made, None, oracle_rounds=0, **options)
+    shown = causal(state.params, window.history, key)
+    return rivals.hindsight(MODELS, state.params, window, shown, None, GEOMETRY, length=LENGTH, oracle_rounds=0)
 
 
 @functools.cache
@@ -146,10 +163,10 @@ def influence(shift):
     def total(table):
         params = {**state.params, "base": {**state.params["base"], "embedding": {"embedding": table}}}
         tokens = jnp.roll(jnp.asarray(TOKENS), -shift)
-        scored = score_variants(MODELS, params, tokens, jax.random.key(0), LENGTH, 0.3, config=CONFIG)
-        tree = build_tree(MODELS, params, split(tokens, horizon=SHAPE.horizon).history, CONFIG)
-        made = policy_contexts(MODELS, params["lens"], tree, LENGTH, config=CONFIG, capacity=CONFIG.context_capacity)
-        picked = jax.vmap(lambda one: contexts.materialise(tree, one))(made)
+        scored = scored_variants(params, tokens, jax.random.key(0))
+        tree = build_tree(MODELS, params, split(tokens, horizon=SHAPE.horizon).history, GEOMETRY)
+        shown = policy_contexts(params, tree, RECIPE.capacity)
+        picked = jax.vmap(lambda one: contexts.materialise(tree, one))(shown)
         entries = jax.tree.map(lambda *rows: jnp.concatenate(rows), scored.entries, picked)
         scores = jax.vmap(lambda one: MODELS.lens.apply(params["lens"], one))(entries)
         return jnp.sum(scores**2)
@@ -183,8 +200,6 @@ def test_a_horizon_that_leaves_nothing_is_refused(horizon):
 
 @pytest.mark.parametrize("count", [SHAPE.history + 1, SHAPE.window, SHAPE.history - 1])
 def test_a_tree_of_anything_but_the_history_is_refused(count):
-    message = (
-        rf"sees the 32 tokens before the cursor and no other \(context.window 36 - context.horizon 4\).*\({count},\)"
-    )
+    message = rf"sees the 32 tokens before the cursor and no other: pass split.*\({count},\)"
     with pytest.raises(ValueError, match=message):
-        build_tree(MODELS, RUN.state().params, np.zeros(count, np.int32), SMALL)
+        build_tree(MODELS, RUN.state().params, np.zeros(count, np.int32), SMALL.geometry)

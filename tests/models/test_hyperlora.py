@@ -219,13 +219,18 @@ def test_deltas_depend_on_the_context_and_stay_below_the_limit():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rank": 0}, "rank must be at least 1"),
-        ({"init": "none"}, "init must be one of norm, std"),
-        ({"init_scale": 0.0}, "init_scale must be finite and above 0"),
-        ({"max_norm": math.inf}, "max_norm must be finite"),
-        ({"loo_weight": -1.0}, "loo_weight must be finite and at least 0"),
+        ({"rank": 0}, "hyperlora.rank must be at least 1, got 0"),
+        ({"init": "none"}, "hyperlora.init must be one of norm, std, got 'none'"),
+        ({"init_scale": 0.0}, "hyperlora.init_scale must be above 0, got 0.0"),
+        ({"max_norm": math.inf}, "hyperlora.max_norm must be finite and above 0, got inf"),
+        ({"loo_weight": -1.0}, "hyperlora.loo_weight must be at least 0, got -1.0"),
     ],
 )
 def test_settings_are_checked(change, message):
     with pytest.raises(ValueError, match=message):
         HyperLoRAConfig(**change)
+
+
+def test_the_mean_of_one_example_is_that_example():
+    context = hyperlora.mean_context([[2.0, 4.0], [9.0, 9.0]], [True, False])
+    np.testing.assert_array_equal(context, [2.0, 4.0])

@@ -86,15 +86,6 @@ def test_far_positions_stay_apart() -> None:
     np.testing.assert_allclose(cos[:, 0], np.cos([1_000_000.0, 1_000_001.0]), atol=1e-3)
 
 
-def test_jit_changes_nothing() -> None:
-    def turn(positions: jax.Array, sigma: jax.Array) -> jax.Array:
-        cos, sin = rotary(positions, 4, 100.0, sigma)
-        return apply_rotary(jnp.ones((5, 2, 4)), cos, sin)
-
-    arguments = jnp.arange(5.0), jnp.ones(5)
-    np.testing.assert_allclose(jax.jit(turn)(*arguments), turn(*arguments), atol=1e-6)
-
-
 def test_odd_heads_are_refused() -> None:
     with pytest.raises(ValueError, match=r"even.*got 5"):
         rotary([0.0], 5, 100.0)

@@ -1,21 +1,13 @@
 import itertools
 import math
-import sys
 
-import matplotlib
 import numpy as np
 import pytest
-from tests.plots.test_curves import is_png, panels
 
 from lensjax.evaluation.effects import Effect
-from lensjax.plots import curves
 from lensjax.plots import effects as forests
 from lensjax.plots.effects import forest
-
-
-@pytest.fixture(autouse=True)
-def _small_pictures(monkeypatch):
-    monkeypatch.setattr(curves, "_DPI", 40)
+from tests.plots.pictures import is_png, panels
 
 
 def effect(knob, value, difference, half=0.01, *, p=1.0, seeds=3, diverged=0):
@@ -143,11 +135,3 @@ def test_settings_that_change_nothing_are_drawn(tmp_path):
     (ax,) = forest([DEFAULT, effect("a", "1", 0.0, half=0.0)], tmp_path / "forest.svg", default=VALUES).axes
     assert marks(ax) == {(0, 0.0, forests.NEITHER, True)}
     assert np.subtract(*ax.get_xlim()) < 0
-
-
-def test_global_state_stays_as_it_was(tmp_path, monkeypatch):
-    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
-    before = dict(matplotlib.rcParams)
-    forest(FOUND, tmp_path / "forest.png", default=VALUES)
-    assert "matplotlib.pyplot" not in sys.modules
-    assert dict(matplotlib.rcParams) == before

@@ -1,19 +1,11 @@
 import math
-import sys
 
-import matplotlib
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgba
-from tests.plots.test_curves import is_png, panels
 
-from lensjax.plots import curves, maps
-
-
-@pytest.fixture(autouse=True)
-def _small_pictures(monkeypatch):
-    monkeypatch.setattr(curves, "_DPI", 40)
-
+from lensjax.plots import maps
+from tests.plots.pictures import is_png, panels
 
 # Variants of a sequence
 
@@ -223,12 +215,3 @@ def test_a_million_tokens_in_two_thousand_steps_make_a_small_picture(tmp_path):
 def test_streams_that_do_not_fit_together_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         stream_of(**changes)
-
-
-def test_global_state_stays_as_it_was(tmp_path, monkeypatch):
-    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
-    before = dict(matplotlib.rcParams)
-    maps.lod_maps([variant_map()], tmp_path / "maps.png")
-    maps.stream_map(stream_of(), tmp_path / "stream.png")
-    assert "matplotlib.pyplot" not in sys.modules
-    assert dict(matplotlib.rcParams) == before

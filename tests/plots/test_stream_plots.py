@@ -3,8 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from lensjax.plots import curves
 from lensjax.plots import stream as stream_plots
+from lensjax.plots import style
 from lensjax.plots.stream import StreamQuality
 
 STEPS = 100
@@ -31,14 +31,14 @@ def test_losses_stand_above_and_how_far_they_are_from_the_reference_below(tmp_pa
     figure = stream_plots.stream_quality(quality(), tmp_path / "quality.png")
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG") and figure.get_suptitle() == "x$_$y"
     along, apart, means = figure.axes
-    width = curves.noise_width(STEPS)
+    width = style.noise_width(STEPS)
     assert width > 1 and f"running mean of {width} horizons" in along.get_title(loc="left")
     labels = [text.get_text() for text in along.get_legend().get_texts()]
     assert labels == list(LOSSES)
     for line, losses in zip(along.lines, LOSSES.values(), strict=True):
         x, y = data_of(line)
         np.testing.assert_array_equal(x, CURSORS)
-        np.testing.assert_allclose(y, curves.running_mean(losses, width=width))
+        np.testing.assert_allclose(y, style.running_mean(losses, width=width))
     for line, expected in zip(apart.lines, (0.5, -0.25, 0), strict=True):
         np.testing.assert_allclose(data_of(line)[1], expected, atol=1e-12)
     assert apart.get_title(loc="left") == "Minus session" and apart.get_xlim() == along.get_xlim()

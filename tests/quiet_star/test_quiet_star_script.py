@@ -11,10 +11,11 @@ from rich.console import Console
 from experiments.quiet_star import compare, pictures, train
 from experiments.quiet_star.config import BakeConfig, QuietStarConfig, RLConfig
 from experiments.quiet_star.model import ModelConfig
-from lensjax.runs.config import OptimizerConfig, StoppingConfig
 from lensjax.runs.engine import loop
-from lensjax.runs.store import checkpoint
+from lensjax.runs.engine.stopping import StoppingConfig
+from lensjax.runs.store import checkpoint, run_folder
 from lensjax.runs.store.log import read_rows
+from lensjax.training.optim.optimizer import OptimizerConfig
 from tests.runs import saved_arrays
 
 # A rate that harms at once: the first evaluation stays the best one.
@@ -54,8 +55,8 @@ def cheap_measurements():
     def evaluator(config, model, batches):
         def measured(params, split):
             weights = sum(float(np.abs(leaf).sum()) for leaf in jax.tree.leaves(jax.device_get(params)))
-            asked = sum(int(batch["prompt"][0, 0]) for batch in batches(split))
-            return dict.fromkeys(NAMES, weights + asked) | {"rl/anti_theater_correlation": float("nan")}
+            tokens = sum(int(batch["prompt"][0, 0]) for batch in batches(split))
+            return dict.fromkeys(NAMES, weights + tokens) | {"rl/anti_theater_correlation": float("nan")}
 
         return measured
 
@@ -89,15 +90,15 @@ def test_a_phase_ends_early_and_gives_back_its_best_parameters(finished):
     """No evaluation is an improvement after the first: the live parameters go on moving, the best ones do not."""
     folder, summary = finished
     for phase in train.PHASES:
-        assert checkpoint.steps(loop.checkpoint_dir(folder, phase)) == [2, 4]
-        assert loop.kept_step(loop.checkpoint_dir(folder, phase)) == 2
+        assert checkpoint.steps(run_folder.checkpoint_dir(folder, phase)) == [2, 4]
+        assert loop.kept_step(run_folder.checkpoint_dir(folder, phase)) == 2
     best, last = (saved_arrays(folder, "rl", step) for step in (2, 4))
     assert best["params/lm/thought/kernel"] != last["params/lm/thought/kernel"]
     model = train.build_model(TINY)
     like = jax.eval_shape(model.init, jax.random.key(0))
-    kept = checkpoint.restore_subtree(loop.checkpoint_dir(folder, "rl"), 2, like, path=("params", "lm"))
+    kept = checkpoint.restore_subtree(run_folder.checkpoint_dir(folder, "rl"), 2, like, path=("params", "lm"))
     mesh = train.devices.make_mesh({"batch_size": TINY.batch_size})
-    report = train.evaluator(TINY, model, train.held_out(TINY, mesh))(kept, "test")
+    report = train.evaluator(TINY, model, train.held_out_questions(TINY, mesh))(kept, "test")
     assert summary["accuracy_sampled"] == report["accuracy_sampled"] != summary["baked_accuracy_sampled"]
 
 
@@ -106,7 +107,7 @@ def test_an_interrupted_run_goes_on_to_the_bit(finished, tmp_path):
     whole, summary = finished
     folder = tmp_path / "cut"
     shutil.copytree(whole, folder)
-    shutil.rmtree(loop.checkpoint_dir(folder, "rl") / "4")
+    shutil.rmtree(run_folder.checkpoint_dir(folder, "rl") / "4")
     (folder / "summary.json").unlink()
     config, resume = train.parse(["--resume", str(folder)])
     assert resume and config == replace(TINY, output_dir=str(folder))
@@ -121,14 +122,14 @@ def test_an_interrupted_run_goes_on_to_the_bit(finished, tmp_path):
 def test_another_run_goes_on_from_a_baked_model(finished, tmp_path):
     folder, summary = finished
     control = replace(TINY.rl, shuffle_rewards=True)
-    found = start(tmp_path / "shuffled-0", init=str(folder), rl=control)
-    assert not loop.checkpoint_dir(tmp_path / "shuffled-0", "bake").exists()
+    found = start(tmp_path / "shuffled-0", start_from=str(folder), rl=control)
+    assert not run_folder.checkpoint_dir(tmp_path / "shuffled-0", "bake").exists()
     for name in (name for name in summary if name.startswith("baked_")):
         np.testing.assert_equal(found[name], summary[name])
     for changes, message in (
-        ({"init": str(tmp_path / "none")}, "holds no run"),
-        ({"init": str(folder), "model": ModelConfig(dim=16)}, "model of init .* use the same"),
-        ({"init": str(folder), "rl": RLConfig(episodes=0, warmup_episodes=0)}, "there is nothing to do"),
+        ({"start_from": str(tmp_path / "none")}, "holds no run"),
+        ({"start_from": str(folder), "model": ModelConfig(dim=16)}, "model of start_from .* use the same"),
+        ({"start_from": str(folder), "rl": RLConfig(episodes=0, warmup_episodes=0)}, "there is nothing to do"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
             start(tmp_path / "other", **changes)

@@ -14,7 +14,7 @@ from experiments.rlan.config import PRESETS
 from experiments.rlan.grids import PADDING
 from experiments.rlan.model import GridConfig
 from lensjax.models.hyperlora import HyperLoRAConfig
-from lensjax.runs.config import OptimizerConfig
+from lensjax.training.optim.optimizer import OptimizerConfig
 
 SMALL = ArcConfig(size=4, pairs=2)
 

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from experiments.rlan import grids, objects, rules
 from experiments.rlan.grids import PADDING
 
+pytestmark = pytest.mark.slow
+
 SIDE = 5
 PERMUTATIONS = grids.colour_permutations(7, 4)
 

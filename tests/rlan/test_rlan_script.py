@@ -12,10 +12,9 @@ from experiments.rlan.config import RlanConfig
 from experiments.rlan.model import GridConfig
 from experiments.rlan.rules import RulesConfig
 from lensjax.models.hyperlora import PRESETS, HyperLoRAConfig
-from lensjax.runs.config import OptimizerConfig
-from lensjax.runs.engine import loop
-from lensjax.runs.store import checkpoint
+from lensjax.runs.store import checkpoint, run_folder
 from lensjax.runs.store.log import read_rows
+from lensjax.training.optim.optimizer import OptimizerConfig
 from tests.runs import saved_arrays
 
 TINY = RlanConfig(
@@ -72,7 +71,7 @@ def test_a_run_leaves_everything_behind(finished):
     assert {"loo_loss", "loo_accuracy", "loo_skipped_ratio", "equivariance_loss", "equiv_delta_norm"} <= training[
         0
     ].keys()
-    assert checkpoint.steps(loop.checkpoint_dir(folder, "meta")) == [2, 4]
+    assert checkpoint.steps(run_folder.checkpoint_dir(folder, "meta")) == [2, 4]
 
 
 @pytest.mark.slow
@@ -101,7 +100,7 @@ def test_an_interrupted_run_goes_on_to_the_bit(finished, tmp_path, monkeypatch):
     whole, summary = finished
     folder = tmp_path / "cut"
     shutil.copytree(whole, folder)
-    shutil.rmtree(loop.checkpoint_dir(folder, "meta") / "4")
+    shutil.rmtree(run_folder.checkpoint_dir(folder, "meta") / "4")
     (folder / "summary.json").unlink()
     config, resume = train.parse(["--resume", str(folder)])
     assert resume and config == replace(TINY, output_dir=str(folder))
@@ -125,7 +124,7 @@ def test_the_command_line(finished, tmp_path):
     ):
         with pytest.raises(SystemExit, match=message):
             train.main(words)
-    with pytest.raises(ValueError, match=r"rules.pairs must be 2 or more, got 1"):
+    with pytest.raises(ValueError, match=r"rules.pairs must be at least 2 to leave one example out, got 1"):
         replace(TINY, rules=RulesConfig(pairs=1))
 
 

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from lensjax.runs import config as configs
+from lensjax import _settings
 from lensjax.runs.engine import devices
-from lensjax.runs.store import checkpoint
+from lensjax.runs.store import checkpoint, config_file
 from lensjax.runs.store.log import read_rows
 from tests.runs import TINY, run_script
 
 STEPS = 20
-EIGHT = configs.replace(
+EIGHT = _settings.replace(
     TINY, steps=STEPS, batch_size=8, save_steps=10, **{"pretrain.batch_size": 8, "hyper.kl_weight": 0.1}
 )
 # Short sums in every order round alike; what Adam makes of a gradient near 0 does not.
@@ -90,7 +90,7 @@ def train(tmp_path_factory):
         folder = tmp_path_factory.getbasetemp() / name
         if not words:
             file = folder.with_suffix(".json")
-            file.write_text(configs.to_json(configs.replace(EIGHT, output_dir=str(folder), **changes)))
+            file.write_text(config_file.to_json(_settings.replace(EIGHT, output_dir=str(folder), **changes)))
             words = (file,)
         flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count // processes}"}
         flags |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}

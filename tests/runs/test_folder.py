@@ -8,8 +8,10 @@ import sys
 import jax
 import pytest
 
-from lensjax.runs.config import Config, load, replace
-from lensjax.runs.store import folder as run_folder
+from lensjax._settings import replace
+from lensjax.runs.config import Config
+from lensjax.runs.store import run_folder
+from lensjax.runs.store.config_file import load
 
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 
@@ -23,7 +25,7 @@ def test_create_writes_config_and_environment(tmp_path, monkeypatch, exists):
         (tmp_path / "a" / "run").mkdir(parents=True)
     folder = run_folder.create_run(tmp_path / "a" / "run", config)
     assert folder == tmp_path / "a" / "run"
-    assert load(folder / "config.json") == config
+    assert load(folder / "config.json", Config) == config
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["seed"] == 7
     assert environment["command"] == ["experiments/train.py", "--seed", "7"]
@@ -76,7 +78,7 @@ def test_open_refuses_a_folder_without_a_run(tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(FileNotFoundError, match=r"holds no run .*name the folder of a run"):
             run_folder.open_run(folder, Config())
-    (tmp_path / "config.json").write_text('{"seed": 0, "sede": 1}')
+    (tmp_path / "config.json").write_text('{"format": 1, "sede": 1}')
     with pytest.raises(ValueError, match="unknown key sede"):
         run_folder.open_run(tmp_path, Config())
 

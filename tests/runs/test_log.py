@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import struct
@@ -9,8 +10,12 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from lensjax.runs.store.log import PHASES, UNDEFINED, RunLogger, check_finite, read_rows
-from lensjax.training.metrics import HISTOGRAMS, MAY_BE_UNDEFINED
+from lensjax.runs.config import PHASES
+from lensjax.runs.store import log
+from lensjax.runs.store.log import check_finite, read_rows
+from lensjax.training.metrics import HISTOGRAMS, MAY_BE_UNDEFINED, UNDEFINED
+
+RunLogger = functools.partial(log.RunLogger, phases=PHASES)
 
 
 def lines(run_dir: Path) -> list[str]:

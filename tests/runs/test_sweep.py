@@ -6,15 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lensjax.models import build_models
-from lensjax.runs import config as configs
+from lensjax import _settings
 from lensjax.runs import sweep
 from lensjax.runs.engine import devices
+from lensjax.training.recipe import Recipe
 from lensjax.training.steps import preference
 from tests.small import SMALL, batch, jit
 
 STEPS = 50
-DEFAULT = configs.replace(SMALL, steps=STEPS)
+DEFAULT = _settings.replace(SMALL, steps=STEPS)
 SETTINGS = (
     {},
     {"hyper.temperature": 0.5, "hyper.learning_rate": 3e-3, "hyper.margin": 0.4},
@@ -22,14 +22,14 @@ SETTINGS = (
     {"hyper.context_end": 0.7},
 )
 SEEDS = (3, 8)
-ARMS = [configs.replace(DEFAULT, seed=seed, **changes) for changes in SETTINGS for seed in SEEDS]
+ARMS = [_settings.replace(DEFAULT, seed=seed, **changes) for changes in SETTINGS for seed in SEEDS]
 KEYS = {seed: jax.random.key(seed) for seed in SEEDS}
 PROGRAM = sweep.program(ARMS)
 
 
 @functools.cache
 def models():
-    return build_models(PROGRAM)
+    return DEFAULT.build_models()
 
 
 @functools.cache
@@ -42,13 +42,13 @@ def tokens_of(seed, step):
 
 
 def start():
-    return sweep.init(ARMS, KEYS, config=PROGRAM, models=models(), params=params())
+    return sweep.init(ARMS, KEYS, recipe=PROGRAM, models=models(), params=params())
 
 
 @functools.cache
 def swept():
     """The arms after all their steps, and the metrics of each step, [A]."""
-    step = jit(functools.partial(sweep.step, config=PROGRAM, models=models()), donate_argnums=0)
+    step = jit(functools.partial(sweep.step, recipe=PROGRAM, models=models()), donate_argnums=0)
     state, reports = start(), []
     for index in range(STEPS):
         state, report = step(state, {"tokens": jnp.stack([tokens_of(seed, index) for seed in SEEDS])})
@@ -65,8 +65,8 @@ def arm_of(state, index):
 @pytest.mark.parametrize("index", [5, 6])
 def test_an_arm_is_a_run_of_its_own(index):
     config = ARMS[index]
-    step = jit(functools.partial(preference.train_step, config=config, models=models()), donate_argnums=0)
-    state = preference.init_train_state(KEYS[config.seed], config=config, models=models(), params=params())
+    step = jit(functools.partial(preference.train_step, recipe=config.recipe, models=models()), donate_argnums=0)
+    state = preference.init_train_state(KEYS[config.seed], recipe=config.recipe, models=models(), params=params())
     swept_state, reports = swept()
     for done in range(STEPS):
         state, alone = step(state, {"tokens": tokens_of(config.seed, done)})
@@ -89,7 +89,7 @@ def test_settings_make_a_difference_and_seeds_too():
 
 @pytest.mark.slow
 def test_arms_computed_together_are_the_same_up_to_rounding():
-    step = jit(functools.partial(sweep.step, config=PROGRAM, models=models(), at_once=8), donate_argnums=0)
+    step = jit(functools.partial(sweep.step, recipe=PROGRAM, models=models(), at_once=8), donate_argnums=0)
     _, reports = swept()
     _, report = step(start(), {"tokens": jnp.stack([tokens_of(seed, 0) for seed in SEEDS])})
     for name, values in report.items():
@@ -98,7 +98,7 @@ def test_arms_computed_together_are_the_same_up_to_rounding():
 
 def test_arms_that_draw_the_same_rollouts_share_them():
     state = start()
-    assert state.drawer.tolist() == [0, 1, 6, 7]  # two seeds, and both once more for the other length
+    assert state.reader.tolist() == [0, 1, 6, 7]  # two seeds, and both once more for the other length
     assert state.draw.tolist() == [0, 1, 0, 1, 0, 1, 2, 3]
     assert state.row.tolist() == [0, 1, 0, 1]
     assert set(state.arms.params) == {"lens"}
@@ -115,19 +115,19 @@ def test_devices_take_equally_many_arms_that_read_the_same():
 def test_the_states_of_several_devices_have_one_shape():
     parts = sweep.split(ARMS, 3)
     states = [
-        sweep.init([ARMS[i] for i in part], KEYS, config=PROGRAM, models=models(), params=params()) for part in parts
+        sweep.init([ARMS[i] for i in part], KEYS, recipe=PROGRAM, models=models(), params=params()) for part in parts
     ]
     assert [state.row.tolist() for state in states] == [[0], [1], [0, 1]]
     stacked = sweep.stack(states, jax.make_mesh((1,), (devices.AXIS,)))
     assert stacked.row.tolist() == [[0, 0], [1, 1], [0, 1]]
-    assert stacked.drawer.tolist() == [[0, 0], [0, 0], [0, 1]]
+    assert stacked.reader.tolist() == [[0, 0], [0, 0], [0, 1]]
     assert stacked.draw.tolist() == [[0, 0, 0], [0, 0, 0], [0, 1, 1]]
 
 
 def test_the_initial_state_of_an_arm_is_that_of_its_run():
     state = start()
     for index, config in enumerate(ARMS):
-        alone = preference.init_train_state(KEYS[config.seed], config=PROGRAM, models=models(), params=params())
+        alone = preference.init_train_state(KEYS[config.seed], recipe=PROGRAM, models=models(), params=params())
         alone = replace(alone, params={"lens": alone.params["lens"]}, hyper=jax.tree.map(jnp.float32, config.hyper))
         jax.tree.map(np.testing.assert_array_equal, replace(arm_of(state, index), key=None), replace(alone, key=None))
 
@@ -137,11 +137,11 @@ def test_the_initial_state_of_an_arm_is_that_of_its_run():
     [
         ([], "a sweep needs at least one arm, got none"),
         (
-            [DEFAULT, configs.replace(DEFAULT, batch_size=4)],
+            [DEFAULT, _settings.replace(DEFAULT, batch_size=4)],
             "may differ in seed and hyperparameters only: split them up",
         ),
         (
-            [configs.replace(DEFAULT, trainable=("base", "lens"))],
+            [_settings.replace(DEFAULT, trainable=("base", "lens"))],
             r"one frozen base model; got trainable \('base', 'lens'\)",
         ),
     ],
@@ -153,5 +153,5 @@ def test_arms_that_do_not_fit_one_program_are_refused(arms, message):
 
 def test_the_program_is_wide_enough_for_every_arm():
     assert PROGRAM.hyper.kl_weight == 0.5
-    assert PROGRAM.context_capacity == max(config.context_capacity for config in ARMS)
-    assert (PROGRAM.seed, PROGRAM.output_dir) == (0, "-")
+    assert PROGRAM.capacity == max(config.capacity for config in ARMS)
+    assert type(PROGRAM) is Recipe

@@ -7,9 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.presets.tracking import CONFIG
-from lensjax.runs.config import Config, ContextConfig, DataConfig
+from lensjax.runs.config import Config
 from lensjax.runs.data import batches as data
+from lensjax.runs.data.task import DataConfig
 from lensjax.runs.data.tracking import TrackingSource
+from lensjax.training.scoring import ContextConfig
 
 VOCABULARY = 160
 """Three words, 78 names from 3 on, 79 values from 81 on."""

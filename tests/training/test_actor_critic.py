@@ -2,8 +2,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lensjax.runs.config import OnlineConfig
 from lensjax.training.steps import actor_critic
+from lensjax.training.steps.online import OnlineConfig
 from tests.small import jit
 
 SETTINGS = {"value_weight": 0.5, "entropy_weight": 0.2, "entropy_decay": 0.5, "entropy_floor": 0.1, "kl_weight": 0.25}

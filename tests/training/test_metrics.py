@@ -18,18 +18,6 @@ def report_of(function, *arguments, **static):
     return {name: float(value) for name, value in report.items()}
 
 
-def test_masked_mean_and_std():
-    values, where = f32(1, 5, NAN, 3), np.asarray([True, True, False, True])
-    assert float(metrics.masked_mean(values, where)) == 3
-    assert float(metrics.masked_std(values, where)) == pytest.approx((8 / 3) ** 0.5)
-    nothing = np.zeros(4, bool)
-    assert float(metrics.masked_mean(values, nothing)) == 0
-    assert float(metrics.masked_std(values, nothing)) == 0
-    assert np.isnan(metrics.masked_mean(values, ~nothing))
-    # A mask for rows counts each of their values.
-    assert float(metrics.masked_mean(f32(1, 2, 3, 6).reshape(2, 2), np.asarray([[False], [True]]))) == 4.5
-
-
 def test_advantages_by_hand():
     losses = f32(2, 1, 4, 9, 3, 3, 9, 9).reshape(2, 4)
     valid = np.asarray([[True, True, True, False], [True, True, False, False]])
@@ -60,7 +48,7 @@ def test_a_histogram_by_hand():
 
 
 def test_sequences_without_a_rollout_of_their_own_are_left_out():
-    """Where nothing has to be collapsed every rollout is the baseline."""
+    """Where nothing has to be collapsed every rollout is recency."""
     losses, valid = f32(2, 1, 4, 3, 3, 3).reshape(2, 3), np.asarray([[True, True, True], [True, False, False]])
     report = report_of(metrics.advantage_metrics, losses, valid)
     assert (report["nll_rollout_best"], report["nll_rollout_mean"]) == (1, 2.5)

@@ -12,13 +12,16 @@ from hypothesis import strategies as st
 
 from lensjax.context import tree as trees
 from lensjax.context import working as contexts
-from lensjax.context.geometry import CutGeometry
+from lensjax.context.geometry import Geometry
 from lensjax.models import BaseModel
-from lensjax.runs.config import BaseConfig
+from lensjax.models.base_lm import BaseConfig
 from lensjax.training import nll
 from tests import reference
+from tests.foreign import ForeignModel
+from tests.small import jit
 
 HISTORY, HORIZON = 32, 3
+GEOMETRY = Geometry(HISTORY, block_size=2, max_lod=3, recent_tokens=2)
 VOCABULARY = 37  # more than the tokens of a window, so that each can be another one
 HORIZONS = pytest.mark.parametrize("horizon", [HORIZON, 1])
 
@@ -48,7 +51,7 @@ def random_tokens(seed=0, window=HISTORY + HORIZON, vocabulary=VOCABULARY):
 
 def random_cuts(max_lod=2, seed=0, length=20):
     """Three random cuts of one length, each with entries of every level."""
-    geometry = CutGeometry(window=HISTORY, block_size=2, max_lod=max_lod, recent_tokens=2)
+    geometry = dataclasses.replace(GEOMETRY, max_lod=max_lod)
     rng, cuts = np.random.default_rng(seed), []
     while len(cuts) < 3:
         cut = reference.random_cut(geometry, length, rng)
@@ -58,15 +61,14 @@ def random_cuts(max_lod=2, seed=0, length=20):
 
 
 def as_variants(cuts, capacity=24):
-    rows = [reference.context_of(cut, window=HISTORY, capacity=capacity) for cut in cuts]
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+    return reference.variants_of(cuts, window=HISTORY, capacity=capacity)
 
 
-@jax.jit
+@jit
 def score(params, leaves, horizon, variants):
     """Losses of variants under the language model."""
     tree = trees.build(leaves, mean_gist, block_size=2, max_lod=3)
-    return nll.variant_losses(language_model()[0], params, tree, variants, horizon)[0]
+    return nll.variant_nll(language_model()[0], params, tree, variants, horizon)[0]
 
 
 def losses_of(cuts, tokens, capacity=24):
@@ -85,16 +87,16 @@ def test_nothing_collapsed_is_the_ordinary_teacher_forced_loss(horizon):
     in_full = as_variants([[(token, 0) for token in range(HISTORY)]], capacity=HISTORY)
 
     # The usual way: logits of every position, shifted against the tokens by one.
-    @jax.jit
+    @jit
     def all_logits(tokens):
         index = jnp.arange(window)
-        return model.apply(params, model.embed(params, tokens), index.astype(jnp.float32), jnp.ones(window), index)
+        return model.logits(params, contexts.in_full(model.embed(params, tokens), index), index)
 
-    @jax.jit
+    @jit
     def by_token(history, horizon):
         tree = trees.build(model.embed(params, history), mean_gist, block_size=2, max_lod=3)
         entries = contexts.materialise(tree, jax.tree.map(lambda leaf: leaf[0], in_full))
-        return nll.token_losses(model, params, entries, horizon)
+        return nll.token_nll(model, params, entries, horizon)
 
     log_p = np.asarray(jax.nn.log_softmax(all_logits(tokens)), np.float64)
     per_token = -log_p[np.arange(window - 1), tokens[1:]]
@@ -103,7 +105,7 @@ def test_nothing_collapsed_is_the_ordinary_teacher_forced_loss(horizon):
     np.testing.assert_allclose(losses, per_token[-horizon:], rtol=1e-5)
     (mean,) = score(params, leaves_of(tokens[:HISTORY]), tokens[HISTORY:], in_full)
     assert float(mean) == pytest.approx(per_token[-horizon:].mean(), rel=1e-5)
-    ordinary = jax.jit(lambda tokens: nll.sequence_losses(model, params, tokens))(tokens)
+    ordinary = jit(lambda tokens: nll.sequence_nll(model, params, tokens))(tokens)
     np.testing.assert_allclose(ordinary, per_token, rtol=1e-5)
     # Not by accident: the unshifted and the doubly shifted loss are others.
     assert abs(-log_p[np.arange(window), tokens][-horizon:].mean() - mean) > 0.1
@@ -119,8 +121,8 @@ class Successor:
     def embed(self, params, tokens):
         return jax.nn.one_hot(tokens, VOCABULARY)
 
-    def apply(self, params, embeddings, positions, spans, rows):
-        return 20.0 * jnp.roll(embeddings, self.step, axis=-1)[rows]
+    def logits(self, params, entries, rows):
+        return 20.0 * jnp.roll(entries.embeddings, self.step, axis=-1)[rows]
 
 
 @pytest.mark.parametrize(("step", "is_right"), [(1, True), (0, False), (2, False)])
@@ -128,12 +130,11 @@ def test_the_target_of_an_entry_is_the_next_token(step, is_right):
     tokens = np.arange(HISTORY + HORIZON, dtype=np.int32)  # each token's successor is the next number
     model = Successor(step)
 
-    @jax.jit
+    @jit
     def loss(tokens):
         tree = trees.build(model.embed(None, tokens[:HISTORY]), mean_gist, block_size=2, max_lod=1)
-        baseline = contexts.baseline(20, window=HISTORY, capacity=24)
-        entries = contexts.materialise(tree, baseline)
-        return nll.token_losses(model, None, entries, tokens[HISTORY:])
+        entries = contexts.materialise(tree, contexts.recency(20, GEOMETRY, capacity=24))
+        return nll.token_nll(model, None, entries, tokens[HISTORY:])
 
     np.testing.assert_allclose(loss(tokens), [0.0 if is_right else 20.0] * HORIZON, atol=1e-4)
 
@@ -151,8 +152,8 @@ class GivenRows:
     def embed(self, rows, tokens):
         return rows[tokens]
 
-    def apply(self, rows, *inputs):
-        return self.model.apply(self.params, *inputs)
+    def logits(self, rows, *inputs):
+        return self.model.logits(self.params, *inputs)
 
 
 def test_no_gradient_reaches_a_token_from_losses_at_or_before_it():
@@ -160,11 +161,11 @@ def test_no_gradient_reaches_a_token_from_losses_at_or_before_it():
     tokens = np.random.default_rng(2).permutation(window).astype(np.int32)
     context = reference.context_of(random_cuts()[0], window=HISTORY, capacity=24)
 
-    @jax.jit
+    @jit
     @jax.jacrev
     def influence(rows):
         tree = trees.build(base.embed(rows, tokens[:HISTORY]), mean_gist, block_size=2, max_lod=2)
-        return nll.token_losses(base, rows, contexts.materialise(tree, context), tokens[HISTORY:])
+        return nll.token_nll(base, rows, contexts.materialise(tree, context), tokens[HISTORY:])
 
     size = np.abs(np.asarray(influence(leaves_of(np.arange(window))))).max(axis=-1)[:, tokens]
     assert size.shape == (HORIZON, window)
@@ -178,11 +179,11 @@ def test_no_gradient_reaches_padding():
     tree = trees.build(leaves_of(tokens[:HISTORY]), mean_gist, block_size=2, max_lod=2)
     read = contexts.materialise(tree, reference.context_of(cut, window=HISTORY, capacity=24))
 
-    @jax.jit
+    @jit
     @jax.grad
     def influence(embeddings):
         changed = dataclasses.replace(read, embeddings=embeddings)
-        return nll.token_losses(model, params, changed, tokens[HISTORY:]).sum()
+        return nll.token_nll(model, params, changed, tokens[HISTORY:]).sum()
 
     size = np.abs(np.asarray(influence(read.embeddings))).max(axis=-1)
     np.testing.assert_array_equal(size > 0, np.arange(24) < len(cut))
@@ -211,10 +212,10 @@ def language_model_at_end(embeddings, positions, spans):
 @functools.cache
 def _apply_last(model):
     def last(params, embeddings, positions, spans):
-        rows = jnp.full(1, embeddings.shape[0] - 1)
-        return model.apply(params, embeddings, positions, spans, rows)[0]
+        entries = dataclasses.replace(contexts.in_full(embeddings, positions), spans=spans)
+        return model.logits(params, entries, jnp.full(1, embeddings.shape[0] - 1))[0]
 
-    return jax.jit(last)
+    return jit(last)
 
 
 @pytest.mark.parametrize("max_lod", [1, 2, 3])
@@ -235,39 +236,37 @@ def test_the_language_model_agrees_with_the_slow_reference(max_lod):
 
 
 @functools.cache
-def scored_by_tiny_model(geometry):
-    model = reference.TinyModel()
+def scored_by_foreign_model(geometry):
+    model = ForeignModel()
 
-    @jax.jit
+    @jit
     def score(params, tokens, variants):
-        history, horizon = tokens[: geometry.window], tokens[geometry.window :]
+        history, horizon = tokens[: geometry.history], tokens[geometry.history :]
         tree = trees.build(
             model.embed(params, history), mean_gist, block_size=geometry.block_size, max_lod=geometry.max_lod
         )
-        return nll.variant_losses(model, params, tree, variants, horizon)[0]
+        return nll.variant_nll(model, params, tree, variants, horizon)[0]
 
     return score
 
 
 @settings(max_examples=24)
 @given(
-    shape=st.sampled_from(
-        [(CutGeometry(23, 3, 2, 6), 5), (CutGeometry(27, 2, 3, 4), 1), (CutGeometry(20, 4, 1, 1), 21)]
-    ),
+    shape=st.sampled_from([(Geometry(23, 3, 2, 6), 5), (Geometry(27, 2, 3, 4), 1), (Geometry(20, 4, 1, 1), 21)]),
     depth=st.floats(0, 1),
     seed=st.integers(0, 2**31 - 1),
 )
 def test_any_base_model_agrees_with_the_slow_reference(shape, depth, seed):
     geometry, horizon = shape
-    model = reference.TinyModel()
+    model = ForeignModel()
     params = model.init(jax.random.key(0))
-    tokens = random_tokens(seed, geometry.window + horizon, model.vocab_size)
-    length = geometry.length(geometry.window - round(depth * (geometry.window - geometry.shortest)))
+    tokens = random_tokens(seed, geometry.history + horizon, model.vocab_size)
+    length = geometry.length(geometry.history - round(depth * (geometry.history - geometry.shortest)))
     cut = reference.random_cut(geometry, length, np.random.default_rng(seed))
-    context = reference.context_of(cut, window=geometry.window, capacity=geometry.window)
-    (loss,) = scored_by_tiny_model(geometry)(params, tokens, jax.tree.map(lambda x: x[None], context))
+    context = reference.context_of(cut, window=geometry.history, capacity=geometry.history)
+    (loss,) = scored_by_foreign_model(geometry)(params, tokens, jax.tree.map(lambda x: x[None], context))
     expected = reference.variant_loss(
-        functools.partial(model.logits_at_end, params),
+        functools.partial(reference.logits_at_end, params),
         np.asarray(params["table"])[tokens],
         lambda children: children.mean(axis=0),
         cut,
@@ -282,20 +281,21 @@ def test_any_base_model_agrees_with_the_slow_reference(shape, depth, seed):
 
 
 def test_a_reading_by_hand():
-    model = reference.TinyModel()
+    model = ForeignModel()
     params = model.init(jax.random.key(0))
     tokens = np.asarray([3, 1, 4, 1, 5, 2, 6, 5, 0], np.int32)
     tree = trees.build(model.embed(params, tokens[:6]), mean_gist, block_size=2, max_lod=1)
     context = reference.context_of([(0, 1), (2, 1), (4, 0), (5, 0)], window=6, capacity=6)
     read = nll.reading(model, params, contexts.materialise(tree, context), tokens[6:])
     # Two gists, two tokens, the horizon but for its last token, two rows of padding.
-    assert read.positions.tolist() == [0.5, 2.5, 4, 5, 6, 7, 0, 0]
-    assert read.spans.tolist() == [2, 2, 1, 1, 1, 1, 0, 0]
+    entries = read.entries
+    assert entries.positions.tolist() == [0.5, 2.5, 4, 5, 6, 7, 0, 0]
+    assert entries.spans.tolist() == [2, 2, 1, 1, 1, 1, 0, 0]
     assert read.rows.tolist() == [3, 4, 5]
     table = np.asarray(params["table"])
-    np.testing.assert_allclose(read.embeddings[0], (table[3] + table[1]) / 2, rtol=1e-6)
-    np.testing.assert_array_equal(read.embeddings[2:6], table[[5, 2, 6, 5]])
-    assert not np.asarray(read.embeddings[6:]).any()
+    np.testing.assert_allclose(entries.embeddings[0], (table[3] + table[1]) / 2, rtol=1e-6)
+    np.testing.assert_array_equal(entries.embeddings[2:6], table[[5, 2, 6, 5]])
+    assert not np.asarray(entries.embeddings[6:]).any()
 
 
 @HORIZONS
@@ -308,9 +308,9 @@ def test_padding_changes_nothing(horizon):
 def test_logits_are_computed_at_the_horizon_alone():
     model, params = language_model()
     tree = trees.build(jnp.zeros((HISTORY, 16)), mean_gist, block_size=2, max_lod=1)
-    variants = jax.tree.map(lambda x: x[None], contexts.baseline(23, window=HISTORY, capacity=23))
+    variants = jax.tree.map(lambda x: x[None], contexts.recency(23, GEOMETRY, capacity=23))
     program = str(
-        jax.make_jaxpr(lambda horizon: nll.variant_losses(model, params, tree, variants, horizon)[0])(
+        jax.make_jaxpr(lambda horizon: nll.variant_nll(model, params, tree, variants, horizon)[0])(
             random_tokens()[HISTORY:]
         )
     )
@@ -320,8 +320,8 @@ def test_logits_are_computed_at_the_horizon_alone():
 
 @pytest.mark.parametrize("shape", [(0,), (2, 3), ()])
 def test_a_horizon_that_is_no_sequence_is_refused(shape):
-    model = reference.TinyModel()
+    model = ForeignModel()
     tree = trees.init(capacity=HISTORY, dim=5, block_size=2, max_lod=1)
-    variants = jax.tree.map(lambda x: x[None], contexts.baseline(20, window=HISTORY, capacity=20))
+    variants = jax.tree.map(lambda x: x[None], contexts.recency(20, GEOMETRY, capacity=20))
     with pytest.raises(ValueError, match=r"horizon must hold one sequence of at least 1 token to score, got shape \("):
-        nll.variant_losses(model, {}, tree, variants, np.zeros(shape, np.int32))
+        nll.variant_nll(model, {}, tree, variants, np.zeros(shape, np.int32))

@@ -6,37 +6,44 @@ import numpy as np
 import optax
 import pytest
 
-from lensjax.models import build_models
-from lensjax.runs.config import OptimizerConfig
+from lensjax import _settings
 from lensjax.runs.engine import devices
 from lensjax.runs.store import checkpoint
-from lensjax.training.optim import optimizer
-from tests.runs import TINY
+from lensjax.training.optim.optimizer import OptimizerConfig, make_optimizer, set_rates
+from tests.small import SMALL
 
 PARAMS = {"matrix": np.asarray([[1.0, -2.0]], np.float32), "scale": np.asarray([0.5], np.float32)}
-CONFIG = OptimizerConfig(b1=0.9, b2=0.99, clip_norm=1.0)
-GROKFAST = replace(CONFIG, grokfast=2.0, grokfast_decay=0.5)
+CONFIG = OptimizerConfig(clip_norm=1.0)
+GROKFAST = replace(CONFIG, grokfast=50.0)
 MUON = replace(CONFIG, name="muon")
 ALL = replace(MUON, grokfast=2.0)
 
 
 @functools.cache
-def compiled(config):
-    return jax.jit(functools.partial(optimizer.update, config))
+def optimizer(config):
+    """The transformation, and its compiled step at given rates."""
+    tx = make_optimizer(config)
+
+    @jax.jit
+    def step(grads, state, parts, rate, decay):
+        state = set_rates(state, learning_rate=rate, weight_decay=decay)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = tx.update(grads, state, parts)
+            return optax.apply_updates(parts, updates), state
+
+    return tx, step
 
 
-def run(grads, *, rate=0.1, decay=0.0, config=CONFIG):
+def run(grads, **options):
     """Parameters after each step of a run with one part."""
-    steps = run_parts([{"lens": grad} for grad in grads], {"lens": PARAMS}, rate=rate, decay=decay, config=config)
-    return [parts["lens"] for parts in steps]
+    return [parts["lens"] for parts in run_parts([{"lens": grad} for grad in grads], {"lens": PARAMS}, **options)]
 
 
 def run_parts(grads, parts, *, rate=0.1, decay=0.0, config=CONFIG, place=lambda state: state):
-    state, seen = place(optimizer.init(config, parts)), []
+    tx, step = optimizer(config)
+    state, seen = place(tx.init(parts)), []
     for grad in grads:
-        parts, state = compiled(config)(
-            grad, state, parts, learning_rate=np.float32(rate), weight_decay=np.float32(decay)
-        )
+        parts, state = step(grad, state, parts, np.float32(rate), np.float32(decay))
         seen.append(parts)
     return seen
 
@@ -106,28 +113,28 @@ def names(tree):
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(tree)]
 
 
-def test_adamw_is_to_the_bit_what_it_was_before_there_were_others():
-    """Checkpoints of earlier versions hold this state, and must go on as they would have."""
+def test_adamw_is_to_the_bit_a_chain_of_optax():
+    """Each part has the state of such a chain, and the two rates stand beside them."""
 
     @jax.jit
-    def before(grads, state, params, rate, decay):
-        mask = {"matrix": True, "scale": False}
+    def chained(grads, state, params, rate, decay):
         chain = optax.chain(
             optax.clip_by_global_norm(1.0),
             optax.scale_by_adam(0.9, 0.99),
-            optax.add_decayed_weights(decay, mask=mask),
+            optax.add_decayed_weights(decay, mask={"matrix": True, "scale": False}),
             optax.scale_by_learning_rate(rate),
         )
         with jax.numpy_dtype_promotion("standard"):
             updates, state = chain.update(grads, state, params)
             return optax.apply_updates(params, updates), state
 
-    state = optimizer.init(CONFIG, {"lens": PARAMS})
+    state = optimizer(CONFIG)[0].init({"lens": PARAMS})
     leaves = ["count", "mu/matrix", "mu/scale", "nu/matrix", "nu/scale"]
-    assert names(state) == [f"lens/1/{name}" for name in leaves]
-    grads, params, old = [tree([3.0, -0.4], 0.2), tree([0.1, 0.2], 0.3)], PARAMS, state["lens"]
+    assert names(state.inner_state) == [f"lens/1/{name}" for name in leaves]
+    assert sorted(state.hyperparams) == ["learning_rate", "weight_decay"]
+    grads, params, old = [tree([3.0, -0.4], 0.2), tree([0.1, 0.2], 0.3)], PARAMS, state.inner_state["lens"]
     for grad, after in zip(grads, run(grads, decay=0.5), strict=True):
-        params, old = before(grad, old, params, np.float32(0.1), np.float32(0.5))
+        params, old = chained(grad, old, params, np.float32(0.1), np.float32(0.5))
         jax.tree.map(np.testing.assert_array_equal, after, params)
 
 
@@ -135,20 +142,20 @@ def test_adamw_is_to_the_bit_what_it_was_before_there_were_others():
 
 
 def test_grokfast_amplifies_the_slow_part_of_the_gradients():
-    # Decay 0.5, strength 2: m1 = g1 / 2, so 2 g1 goes on; m2 = g1 / 4 + g2 / 2, so 2 g2 + g1 / 2 goes on.
+    # Decay 0.98, strength 50: m1 = g1 / 50, so 2 g1 goes on; m2 = 0.98 g1 / 50 + g2 / 50, so 2 g2 + 0.98 g1 goes on.
     last = run([tree([0.2, -0.1], 0.1), tree([0.1, 0.2], -0.1)], decay=0.5, config=GROKFAST)[-1]
     expected = [
-        adamw([0.4, 0.3], 1.0, rate=0.1, decay=0.5),
-        adamw([-0.2, 0.35], -2.0, rate=0.1, decay=0.5),
-        adamw([0.2, -0.15], 0.5, rate=0.1, decay=0.0),
+        adamw([0.4, 0.396], 1.0, rate=0.1, decay=0.5),
+        adamw([-0.2, 0.302], -2.0, rate=0.1, decay=0.5),
+        adamw([0.2, -0.102], 0.5, rate=0.1, decay=0.0),
     ]
     assert [*last["matrix"][0].tolist(), *last["scale"].tolist()] == pytest.approx(expected, rel=1e-5)
 
 
 def test_what_grokfast_amplifies_is_clipped():
     # The norm of the first gradient is 1, and 2 once it is amplified.
-    found = run([tree([0.6, 0.0], 0.8), tree([0.1, 0.0], 0.0)], config=GROKFAST)[-1]
-    expected = run([tree([0.6, 0.0], 0.8), tree([0.5, 0.0], 0.4)])[-1]
+    found = run([tree([0.6, 0.0], 0.8), tree([0.0, 0.0], -0.7)], config=GROKFAST)[-1]
+    expected = run([tree([0.6, 0.0], 0.8), tree([0.588, 0.0], -0.616)])[-1]
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found, expected)
 
 
@@ -187,22 +194,20 @@ def test_muon_takes_the_momentum_of_the_gradients_and_not_their_size():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), found, other)
 
 
+@pytest.mark.slow
 def test_every_leaf_of_the_models_moves():
-    built = build_models(replace(TINY, gist=replace(TINY.gist, layers=1, pooling="query")))
+    built = _settings.replace(SMALL, **{"gist.layers": 1, "gist.pooling": "query"}).build_models()
     shapes = {name: jax.eval_shape(getattr(built, name).init, jax.random.key(0)) for name in ("base", "gist", "lens")}
     parts = normal(0, shapes)
     after = run_parts([normal(1, parts)], parts, config=ALL)[-1]
     assert names(after) == names(parts)
     moved = jax.tree.map(lambda old, new: bool((np.asarray(old) != np.asarray(new)).any()), parts, after)
     assert all(jax.tree.leaves(moved)), moved
-    matrices = {
-        name
-        for name, label in zip(names(parts), jax.tree.leaves(optimizer._labels(parts)), strict=True)
-        if label == "muon"
+    momenta = {
+        name.split("/mu/")[1] for name in names(optimizer(ALL)[0].init(parts)) if "muon" in name and "/mu/" in name
     }
     inside = ("attention/key/kernel", "attention/out/kernel", "attention/query/kernel", "attention/value/kernel")
-    blocks = [f"{part}/transformer/block_0" for part in parts]
-    assert matrices == {f"{block}/{n}" for block in blocks for n in (*inside, "mlp/down/kernel", "mlp/gate_up/kernel")}
+    assert momenta == {f"transformer/block_0/{name}" for name in (*inside, "mlp/down/kernel", "mlp/gate_up/kernel")}
 
 
 def test_a_split_state_gives_the_same_steps_and_is_saved_whole(tmp_path):
@@ -212,34 +217,56 @@ def test_a_split_state_gives_the_same_steps_and_is_saved_whole(tmp_path):
     expected = run_parts(grads, parts, config=ALL)[-1]
     found = run_parts(grads, place(parts), config=ALL, place=place)[-1]
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, expected)
-    state = place(optimizer.init(ALL, parts))
+    init = optimizer(ALL)[0].init
+    state = place(init(parts))
     split = [name for name, leaf in zip(names(state), jax.tree.leaves(state), strict=True) if any(leaf.sharding.spec)]
-    assert "lens/2/inner_states/muon/inner_state/0/mu/transformer/block_0/kernel" in split
+    assert "inner_state/lens/2/inner_states/muon/inner_state/0/mu/transformer/block_0/kernel" in split
     checkpoint.save(tmp_path, 1, state)
-    restored, _ = checkpoint.restore(tmp_path, 1, jax.eval_shape(lambda: optimizer.init(ALL, parts)))
+    restored, _ = checkpoint.restore(tmp_path, 1, jax.eval_shape(lambda: init(parts)))
     jax.tree.map(np.testing.assert_array_equal, restored, state)
-
-
-def test_a_step_of_muon_compiles_once_for_all_rates_and_settings(compiles):
-    parts, grads = {"lens": PART}, [{"lens": normal(1, PART)}]
-    state = optimizer.init(ALL, parts)
-
-    @jax.jit
-    @functools.partial(jax.vmap, in_axes=(None, None, None, 0))
-    def step(grad, state, parts, rate):
-        return optimizer.update(ALL, grad, state, parts, learning_rate=rate, weight_decay=rate)
-
-    with compiles() as compiled_names:
-        step(grads[0], state, parts, np.asarray([0.1, 0.2], np.float32))
-        after, states = step(grads[0], state, parts, np.asarray([0.01, 0.1], np.float32))
-    assert compiled_names.count("jit(step)") == 1
-    alone = run_parts(grads[:1], parts, config=ALL, rate=0.1, decay=0.1)[-1]
-    second = jax.tree.map(lambda leaf: leaf[1], after)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), second, alone)
-    spec = lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type)  # noqa: E731
-    assert jax.tree.map(spec, jax.tree.map(lambda leaf: leaf[1], states)) == jax.tree.map(spec, state)
 
 
 def test_muon_without_a_matrix_is_refused():
     with pytest.raises(ValueError, match=r"optimizer\.name is muon, .* matrices of a transformer, and lens has none"):
-        optimizer.init(MUON, {"lens": PARAMS})
+        make_optimizer(MUON).init({"lens": PARAMS})
+
+
+# Rates
+
+
+def test_a_vmap_over_rates_is_as_many_runs():
+    tx, rates = make_optimizer(ALL), np.asarray([0.01, 0.1], np.float32)
+    parts, grads = {"lens": PART}, [{"lens": normal(seed, PART)} for seed in (1, 2)]
+
+    @jax.jit
+    @functools.partial(jax.vmap, in_axes=(None, 0, 0, 0))
+    def step(grad, state, parts, rate):
+        state = set_rates(state, learning_rate=rate, weight_decay=rate)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = tx.update(grad, state, parts)
+            return optax.apply_updates(parts, updates), state
+
+    both, states = jax.tree.map(lambda leaf: np.stack([leaf] * 2), (parts, tx.init(parts)))
+    for grad in grads:
+        both, states = step(grad, states, both, rates)
+    for index, rate in enumerate(rates):
+        alone = run_parts(grads, parts, config=ALL, rate=rate, decay=rate)[-1]
+        one = jax.tree.map(lambda leaf, i=index: leaf[i], both)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), one, alone)
+    kinds = [(leaf.shape[1:], leaf.dtype, leaf.weak_type) for leaf in jax.tree.leaves(states)]
+    assert kinds == [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in jax.tree.leaves(tx.init(parts))]
+
+
+def test_set_rates_changes_what_is_injected_and_nothing_else():
+    tx = make_optimizer(CONFIG, learning_rate=0.3, weight_decay=0.2)
+    state = tx.init({"lens": PARAMS})
+    assert {name: float(rate) for name, rate in state.hyperparams.items()} == pytest.approx(
+        {"learning_rate": 0.3, "weight_decay": 0.2}
+    )
+    after = set_rates(state, learning_rate=0.5, momentum=0.9)
+    assert {name: float(rate) for name, rate in after.hyperparams.items()} == pytest.approx(
+        {"learning_rate": 0.5, "weight_decay": 0.2}
+    )
+    jax.tree.map(np.testing.assert_array_equal, after.inner_state, state.inner_state)
+    foreign = optax.adam(1e-3).init(PARAMS)
+    assert set_rates(foreign, learning_rate=0.5) is foreign

@@ -25,12 +25,13 @@ BOTH = pytest.mark.parametrize("run", [PLAIN, JOINT], ids=["full windows", "roll
 
 @functools.cache
 def compiled(run):
-    step = functools.partial(pretrain.pretrain_step, config=run.config, models=run.models)
+    step = functools.partial(pretrain.pretrain_step, recipe=run.recipe, settings=run.config.pretrain, models=run.models)
     return jit(step, donate_argnums=0)
 
 
 def fresh(run, seed=0):
-    return pretrain.init_pretrain_state(jax.random.key(seed), config=run.config, models=run.models)
+    settings = run.config.pretrain
+    return pretrain.init_pretrain_state(jax.random.key(seed), recipe=run.recipe, settings=settings, models=run.models)
 
 
 @functools.cache
@@ -60,8 +61,8 @@ def test_gists_are_trained_only_where_rollouts_are_read(run):
         pairs = jax.tree.map(
             lambda a, b: bool((np.asarray(a) != np.asarray(b)).any()), first.params[part], last.params[part]
         )
-        assert set(jax.tree.leaves(pairs)) == {part in pretrain.trainable_parts(run.config)}
-    assert ("gist" in pretrain.trainable_parts(run.config)) == (run is JOINT)
+        assert set(jax.tree.leaves(pairs)) == {part in pretrain.trainable_parts(run.config.pretrain)}
+    assert ("gist" in pretrain.trainable_parts(run.config.pretrain)) == (run is JOINT)
 
 
 @BOTH
@@ -79,13 +80,14 @@ def test_the_report(run):
 
 def test_its_loss_is_that_of_evaluation():
     first, _, reports = history(PLAIN)
-    measure = jit(functools.partial(held_out.pretrain_eval_step, config=PLAIN.config, models=PLAIN.models))
+    horizon = PLAIN.recipe.context.horizon
+    measure = jit(functools.partial(held_out.pretrain_eval_step, horizon=horizon, models=PLAIN.models))
     measured = measure(first.params, batch())
     assert float(measured["nll_full"]) == pytest.approx(reports[0]["token_loss"], rel=1e-5)
-    of_a_row = jit(functools.partial(nll.sequence_losses, PLAIN.models.base, first.params["base"]))
+    of_a_row = jit(functools.partial(nll.sequence_nll, PLAIN.models.base, first.params["base"]))
     losses = [of_a_row(row) for row in batch()["tokens"]]
     assert float(measured["nll_full"]) == pytest.approx(float(np.mean(losses)), rel=1e-5)
-    tail = np.asarray(losses)[:, -PLAIN.config.context.horizon :]
+    tail = np.asarray(losses)[:, -horizon:]
     assert float(measured["nll_full_tail"]) == pytest.approx(float(tail.mean()), rel=1e-5)
 
 
@@ -121,35 +123,35 @@ def test_rollouts_are_read_from_the_middle_on():
 
 def test_the_loss_of_a_rollout_is_that_of_every_token_that_follows_one():
     """Against the ordinary loss where nothing is collapsed, and a slow loop over what is read elsewhere."""
-    config, models, params = JOINT.config, JOINT.models, fresh(JOINT).params
-    tokens, shape = batch()["tokens"][0], JOINT.config.context
-    window = split(tokens, horizon=shape.horizon)
+    models, params, geometry = JOINT.models, fresh(JOINT).params, JOINT.recipe.geometry
+    tokens, horizon = batch()["tokens"][0], JOINT.recipe.context.horizon
+    window = split(tokens, horizon=horizon)
 
     @jit
     def measure(params, cut):
-        context = contexts.from_cut(cut, block_size=2, capacity=shape.history)
-        entries = contexts.materialise(build_tree(models, params, window.history, config), context)
-        loss = nll.entry_losses(models.base, params["base"], entries, tokens, horizon=shape.horizon)
-        read = nll.reading(models.base, params["base"], entries, window.horizon)
-        rows = jnp.arange(read.spans.shape[0])
-        logits = models.base.apply(params["base"], read.embeddings, read.positions, read.spans, rows)
+        context = contexts.from_cut(cut, geometry, capacity=geometry.history)
+        entries = contexts.materialise(build_tree(models, params, window.history, geometry), context)
+        loss = nll.entry_nll(models.base, params["base"], entries, tokens, horizon=horizon)
+        read = nll.reading(models.base, params["base"], entries, window.horizon).entries
+        logits = models.base.logits(params["base"], read, jnp.arange(read.spans.shape[0]))
         return loss, context, jax.nn.log_softmax(logits)
 
-    loss, *_ = measure(params, jnp.zeros(shape.history, jnp.int32))
-    whole = jit(functools.partial(nll.sequence_losses, models.base, params["base"]))(tokens)
+    loss, *_ = measure(params, jnp.zeros(geometry.history, jnp.int32))
+    whole = jit(functools.partial(nll.sequence_nll, models.base, params["base"]))(tokens)
     assert float(loss) == pytest.approx(float(whole.mean()), rel=1e-5)
 
-    cut = np.zeros(shape.history, np.int32)
+    cut = np.zeros(geometry.history, np.int32)
     cut[4:8], cut[10:12] = 2, 1
     loss, context, logs = measure(params, cut)
-    behind = [(token, 0) for token in range(shape.history, shape.window - 1)]
+    behind = [(token, 0) for token in range(geometry.history, len(tokens) - 1)]
     read = [*reference.entries_of(context), *behind]
     expected = [-float(logs[row, tokens[start + 1]]) for row, (start, lod) in enumerate(read) if lod == 0]
-    assert len(expected) == shape.window - 1 - 6  # of 35 tokens with one behind them, 6 are in gists
+    assert len(expected) == len(tokens) - 1 - 6  # of 35 tokens with one behind them, 6 are in gists
     assert float(loss) == pytest.approx(float(np.mean(expected)), rel=1e-5)
 
 
-def test_the_state_is_donated_whole():
+def test_the_state_is_donated_but_for_rates_that_are_set_anew():
     state = fresh(JOINT)
     compiled(JOINT)(state, batch())
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    kept = [path for path, leaf in jax.tree.leaves_with_path(state) if not leaf.is_deleted()]
+    assert all("hyperparams" in jax.tree_util.keystr(path) for path in kept) and len(kept) == 2

@@ -5,10 +5,10 @@ import jax
 import numpy as np
 import pytest
 
-from lensjax.context.geometry import CutGeometry
+from lensjax.context.geometry import Geometry
 from lensjax.training.optim import schedules
 
-GEOMETRY = CutGeometry(window=100, block_size=4, max_lod=2, recent_tokens=20)
+GEOMETRY = Geometry(history=100, block_size=4, max_lod=2, recent_tokens=20)
 
 
 def over_steps(schedule, steps):
@@ -85,7 +85,7 @@ def test_the_curriculum_can_grow_and_never_exceeds_the_capacity():
 
 @pytest.mark.parametrize("window", [100, 256, 1000, 4096])
 def test_the_device_and_the_host_round_fractions_alike(window):
-    geometry = CutGeometry(window, block_size=2, max_lod=1, recent_tokens=1)
+    geometry = Geometry(window, block_size=2, max_lod=1, recent_tokens=1)
     fractions = [i / 100 for i in range(51, 101)]
     lengths = jax.jit(
         jax.vmap(

@@ -1,5 +1,6 @@
+"""What the base model shows of its attention, beside a slow version of it."""
+
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -8,38 +9,24 @@ import numpy as np
 import pytest
 
 from lensjax.models import BaseModel, Params
-from lensjax.runs.config import BaseConfig
+from lensjax.models.base_lm import BaseConfig
+from tests.models.example_models import BASE, S, base_inputs, trained
 from tests.small import jit
 
-TWO = BaseConfig(vocab_size=29, dim=16, layers=2, heads=4, kv_heads=2, mlp_dim=48, conv_width=3)
 BASES = {
-    "two layers, grouped heads": TWO,
-    "one layer, gaussian": dataclasses.replace(TWO, layers=1, kv_heads=1, gaussian_rope=True),
+    "two layers, grouped heads": BASE,
+    "one layer, gaussian": dataclasses.replace(BASE, layers=1, kv_heads=1, gaussian_rope=True),
 }
-S, D = 11, 16
 ROWS = np.array([10, 3, 0, 7, 7])
 
 bases = pytest.mark.parametrize("config", BASES.values(), ids=BASES)
 
 
-@functools.cache
-def trained(model: BaseModel) -> Params:
-    """Parameters far from their initialisation, so that no term is too small to notice."""
-    random = np.random.default_rng(0)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    return jax.tree.map(lambda leaf: 0.4 * random.normal(size=leaf.shape).astype("f") + (leaf.ndim == 1), shapes)
-
-
-def entries() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    spans = np.float32([16, 4, 4] + [1] * (S - 3))
-    embeddings = np.random.default_rng(1).normal(size=(S, D)).astype("f")
-    return embeddings, np.cumsum(spans) - (spans + 1) / 2, spans
-
-
 def reference_attention(params: Params, config: BaseConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Weights of all rows, norms of keys, and the model's logits, in float64 and one head at a time."""
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
-    x, positions, spans = (array.astype(np.float64) for array in entries())
+    entries = base_inputs()
+    x, positions, spans = (np.asarray(x, np.float64) for x in (entries.embeddings, entries.positions, entries.spans))
     width, group = config.dim // config.heads, config.heads // config.kv_heads
     frequency = config.rope_theta ** (-2 * np.arange(width // 2) / width)
     turn = np.exp(1j * np.outer(positions, frequency))
@@ -84,9 +71,9 @@ def assert_close(actual: Any, expected: Any) -> None:
 def test_attention_equals_a_slow_reference(config: BaseConfig) -> None:
     model = BaseModel(config)
     weights, norms, logits = reference_attention(trained(model), config)
-    # The reference is the model: it ends in the logits of `apply`.
-    assert_close(jit(model.apply)(trained(model), *entries(), np.arange(S)), logits)
-    actual, actual_norms = jit(model.attention)(trained(model), *entries(), ROWS)
+    # The reference is the model: it ends in its logits.
+    assert_close(jit(model.logits)(trained(model), base_inputs(), np.arange(S)), logits)
+    actual, actual_norms = jit(model.attention)(trained(model), base_inputs(), ROWS)
     assert actual.shape == (config.layers, config.heads, len(ROWS), S) and actual.dtype == jnp.float32
     assert actual_norms.shape == (config.layers, config.kv_heads, S) and actual_norms.dtype == jnp.float32
     assert_close(actual, weights[:, :, ROWS])
@@ -96,15 +83,15 @@ def test_attention_equals_a_slow_reference(config: BaseConfig) -> None:
 
 
 def test_norms_are_those_of_turned_keys() -> None:
-    model = BaseModel(TWO)
-    _, norms = jit(model.attention)(trained(model), *entries(), ROWS)
-    _, cache = jit(model.extend)(trained(model), model.init_cache(S), *entries())
+    model = BaseModel(BASE)
+    _, norms = jit(model.attention)(trained(model), base_inputs(), ROWS)
+    _, cache = jit(model.extend)(trained(model), model.init_cache(S), base_inputs())
     assert_close(norms, np.linalg.norm(cache.keys, axis=-1).swapaxes(1, 2))
 
 
 def test_bfloat16_gives_float32_near_that_of_float32() -> None:
     exact, rounded = (
-        jit(BaseModel(TWO, dtype).attention)(BaseModel(TWO).init(jax.random.key(0)), *entries(), ROWS)
+        jit(BaseModel(BASE, dtype).attention)(BaseModel(BASE).init(jax.random.key(0)), base_inputs(), ROWS)
         for dtype in ("float32", "bfloat16")
     )
     for one, other in zip(exact, rounded, strict=True):
@@ -113,6 +100,6 @@ def test_bfloat16_gives_float32_near_that_of_float32() -> None:
 
 
 def test_shapes_are_checked() -> None:
-    model = BaseModel(TWO)
+    model = BaseModel(BASE)
     with pytest.raises(ValueError, match=r"rows must have shape \[any\].*\(\)"):
-        model.attention(trained(model), *entries(), 3)
+        model.attention(trained(model), base_inputs(), 3)
