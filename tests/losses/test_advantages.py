@@ -247,6 +247,7 @@ def test_importance_weights_correct_for_who_acted():
     assert float(behaviour @ (weights * worth)) == pytest.approx(float(policy @ worth), rel=1e-5)
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(seed=st.integers(0, 1000), count=st.integers(1, 7))
 def test_the_most_varied_subset_is_the_best_of_all(seed, count):

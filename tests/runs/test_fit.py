@@ -72,6 +72,7 @@ KILLS = [
 STOPS = [("step", "pretrain", 3), ("in save", "pretrain", 4), ("step", "lens", 1), ("step", "online", 5)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "places"), [("killed", KILLS), ("stopped", STOPS)])
 def test_an_interrupted_run_ends_as_if_nothing_had_happened(whole, tmp_path, monkeypatch, kind, places):
     pending = list(places)

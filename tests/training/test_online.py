@@ -74,7 +74,7 @@ def test_the_names_of_the_report():
     assert all(np.isfinite(value) for report in reports for value in report.values())
 
 
-@pytest.mark.parametrize("name", ["gae", "group"])
+@pytest.mark.parametrize("name", ["gae", pytest.param("group", marks=pytest.mark.slow)])
 def test_the_loss_is_that_of_the_slow_reference(name):
     """With a value baseline in the third step, and among the episodes of a sequence in the first one."""
     one, settings = run(name), run(name).settings
