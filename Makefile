@@ -5,8 +5,8 @@
 PYTHON ?= python3
 PYTHONS ?= python3.11 python3.12 python3.13
 VENV ?= .venv
-# Two workers: a test is mostly one thread compiling. The order is that of tests/conftest.py.
-PYTEST_FLAGS ?= --numprocesses 2 --dist loadscope --no-loadscope-reorder
+# Two workers: a test is mostly one thread compiling.
+PYTEST_FLAGS ?= --numprocesses 2 --dist worksteal
 
 TAG := $(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])' 2>/dev/null)
 # Interpreters without a file of their own share the versions of Python 3.12.
@@ -16,7 +16,7 @@ RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo recall query evaluate-recall evaluate-tracking evaluate-stdlib stream ablate rlan arc adapt quiet-star \
-    test test-fast test-matrix lint format release constraints clean
+    test test-slow test-all test-matrix docs lint format release constraints clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' Makefile
@@ -38,14 +38,14 @@ demo: $(STAMP) ## Pretrain, train, evaluate and draw pictures, into the next fre
 	$(RUN) -m experiments.train demo --output-dir $$dir
 
 recall: $(STAMP) ## Prove on a task with known answers that LensNet learns, into runs/recall
-	$(RUN) -m experiments.recall
+	$(RUN) -m experiments.studies.recall
 
 evaluate-recall: $(STAMP) ## All policies at 2x to 16x on recall, three seeds, into runs/recall-long
 	$(RUN) -m experiments.train recall_long --steps 0 --output-dir runs/recall-long/base
 	for seed in 0 1 2; do $(RUN) -m experiments.train recall_long --base-run runs/recall-long/base --seed $$seed \
 	    --context.window 64 --hyper.context-start 0.36 --hyper.context-end 0.36 --context.local-edits 0 \
 	    --batch-size 64 --steps 200 --output-dir runs/recall-long/short-$$seed || exit 1; \
-	  $(RUN) -m experiments.train recall_long --init runs/recall-long/short-$$seed --seed $$seed \
+	  $(RUN) -m experiments.train recall_long --start-from runs/recall-long/short-$$seed --seed $$seed \
 	    --output-dir runs/recall-long/$$seed || exit 1; done
 	$(RUN) -m experiments.evaluate runs/recall-long/0 runs/recall-long/1 runs/recall-long/2 \
 	    --sequences 128 --oracle-rounds 1 --merged runs/recall-long/evaluation
@@ -64,19 +64,19 @@ evaluate-tracking: $(STAMP) ## All policies at 2x and 4x on variable tracking of
 
 query: $(STAMP) ## Why recall is slow to learn without the answer in hand, and what helps, into runs/query
 	$(RUN) -m experiments.train recall --steps 0 --output-dir runs/query/base
-	$(RUN) -m experiments.recognise --run runs/query/base
-	$(RUN) -m experiments.ablate query --base-run runs/query/base --output-dir runs/query/sweep
+	$(RUN) -m experiments.studies.recognise --run runs/query/base
+	$(RUN) -m experiments.studies.ablate query --base-run runs/query/base --output-dir runs/query/sweep
 
 stream: $(STAMP) ## What a session of the demo's models is worth, and what a million tokens cost, into runs/stream
 	[ -d runs/demo ] || $(MAKE) demo
-	$(RUN) -m experiments.stream --run runs/demo --output-dir runs/stream/demo
-	$(RUN) -m experiments.stream --tokens 1000000 --output-dir runs/stream/fresh
+	$(RUN) -m experiments.studies.stream --run runs/demo --output-dir runs/stream/demo
+	$(RUN) -m experiments.studies.stream --tokens 1000000 --output-dir runs/stream/fresh
 
 ablate: $(STAMP) ## What each knob changes, on recall and on the standard library, into runs/ablations
 	$(RUN) -m experiments.train recall --steps 0 --output-dir runs/ablations/recall-base
-	$(RUN) -m experiments.ablate recall --base-run runs/ablations/recall-base --output-dir runs/ablations/recall
+	$(RUN) -m experiments.studies.ablate recall --base-run runs/ablations/recall-base --output-dir runs/ablations/recall
 	$(RUN) -m experiments.train demo --steps 0 --output-dir runs/ablations/stdlib-base
-	$(RUN) -m experiments.ablate stdlib --base-run runs/ablations/stdlib-base --output-dir runs/ablations/stdlib
+	$(RUN) -m experiments.studies.ablate stdlib --base-run runs/ablations/stdlib-base --output-dir runs/ablations/stdlib
 
 rlan: $(STAMP) ## A grid model adapted per task, on held-out rules of colours, objects and moves, into runs/rlan
 	for seed in 0 1 2; do $(RUN) -m experiments.rlan.train --seed $$seed --output-dir runs/rlan/$$seed || exit 1; done
@@ -88,42 +88,48 @@ arc: $(STAMP) ## The same model on ARC-1, reported on its evaluation tasks, one 
 	$(RUN) -m experiments.rlan.train arc --output-dir runs/rlan/arc
 
 adapt: $(STAMP) ## LensNet adapted per document, on recall (of evaluate-recall) and on the standard library, into runs/adapt
-	$(RUN) -m experiments.adapt runs/recall-long/0 runs/recall-long/1 runs/recall-long/2 \
+	$(RUN) -m experiments.studies.adapt runs/recall-long/0 runs/recall-long/1 runs/recall-long/2 \
 	    --steps 150 --output-dir runs/adapt/recall
 	$(RUN) -m experiments.train demo --steps 0 --output-dir runs/adapt/stdlib-base
 	for seed in 0 1 2; do $(RUN) -m experiments.train demo --base-run runs/adapt/stdlib-base --seed $$seed --steps 100 \
 	    --hyper.context-end 0.25 --output-dir runs/adapt/stdlib-$$seed || exit 1; done
-	$(RUN) -m experiments.adapt runs/adapt/stdlib-0 runs/adapt/stdlib-1 runs/adapt/stdlib-2 \
+	$(RUN) -m experiments.studies.adapt runs/adapt/stdlib-0 runs/adapt/stdlib-1 runs/adapt/stdlib-2 \
 	    --steps 150 --output-dir runs/adapt/stdlib
 
 quiet-star: $(STAMP) ## Thoughts by REINFORCE on two tasks, with the reward shuffled as a control, into runs/quiet_star
 	for run in pointer/0 pointer/1 pointer/2 pointer/3 pointer/4 arithmetic/0 arithmetic/1 arithmetic/2; do \
 	  task=$${run%/*}; seed=$${run#*/}; folder=runs/quiet_star/$$task; \
 	  $(RUN) -m experiments.quiet_star.train $$task --seed $$seed --output-dir $$folder/$$seed || exit 1; \
-	  $(RUN) -m experiments.quiet_star.train $$task --seed $$seed --init $$folder/$$seed --rl.shuffle-rewards \
+	  $(RUN) -m experiments.quiet_star.train $$task --seed $$seed --start-from $$folder/$$seed --rl.shuffle-rewards \
 	      --output-dir $$folder/shuffled-$$seed || exit 1; done
 	for folder in 0 shuffled-0; do \
-	  $(RUN) -m experiments.quiet_star.train pointer --init runs/quiet_star/pointer/0 --rl.threshold 0.1 \
+	  $(RUN) -m experiments.quiet_star.train pointer --start-from runs/quiet_star/pointer/0 --rl.threshold 0.1 \
 	      $$([ $$folder = 0 ] || echo --rl.shuffle-rewards) --output-dir runs/quiet_star/hard/$$folder || exit 1; done
 	for task in pointer arithmetic hard; do \
 	  $(RUN) -m experiments.quiet_star.compare runs/quiet_star/$$task || exit 1; done
 
-test: $(STAMP) ## Run all tests
-	$(RUN) -m pytest $(PYTEST_FLAGS)
-
-test-fast: $(STAMP) ## Run the tests that are not marked slow
+test: $(STAMP) ## Run the gate: the library, its doctests and the short paths of the scripts, in five minutes
 	$(RUN) -m pytest $(PYTEST_FLAGS) -m 'not slow'
 
-test-matrix: ## Run the fast tests with each interpreter of PYTHONS that is here
+test-slow: $(STAMP) ## Run the rest: processes, kills, whole scripts
+	$(RUN) -m pytest $(PYTEST_FLAGS) -m slow
+
+test-all: $(STAMP) ## Run all tests
+	$(RUN) -m pytest $(PYTEST_FLAGS)
+
+test-matrix: ## Run the gate with each interpreter of PYTHONS that is here
 	@ran=0; failed=; \
 	for python in $(PYTHONS); do \
 	    tag=$$($$python -c 'import sys; print("py%d%d" % sys.version_info[:2])' 2>/dev/null) \
 	        || { echo "== $$python: skipped, it does not run here"; continue; }; \
 	    echo "== $$python"; ran=1; \
-	    $(MAKE) --no-print-directory test-fast PYTHON=$$python VENV=build/$$tag || failed="$$failed $$python"; \
+	    $(MAKE) --no-print-directory test PYTHON=$$python VENV=build/$$tag || failed="$$failed $$python"; \
 	done; \
 	[ $$ran = 1 ] || { echo "none of $(PYTHONS) runs here"; exit 1; }; \
 	[ -z "$$failed" ] || { echo "failed with:$$failed"; exit 1; }
+
+docs: $(STAMP) ## Check links, commands, names and examples of the documents
+	$(RUN) -m pytest tests/test_docs.py tests/test_readme.py
 
 lint: $(STAMP) ## Check style, format and types
 	$(RUN) -m ruff check
@@ -134,7 +140,7 @@ format: $(STAMP) ## Fix style and format where that is safe
 	$(RUN) -m ruff check --fix
 	$(RUN) -m ruff format
 
-release: $(STAMP) ## Build sdist and wheel into dist/, and run the fast tests against the wheel
+release: $(STAMP) ## Build sdist and wheel into dist/, and run the gate against the wheel
 	rm -rf dist build/release
 	$(RUN) -m hatchling build
 	$(PYTHON) -m venv build/release/venv

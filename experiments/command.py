@@ -1,7 +1,7 @@
 """What the command lines of all training scripts share: a preset with flags, `--resume`, errors, and the run's folder.
 
-python experiments/<script>.py [preset] [--flag value ...]
-python experiments/<script>.py --resume runs/folder
+python -m experiments.<script> [preset] [--flag value ...]
+python -m experiments.<script> --resume runs/folder
 """
 
 import dataclasses
@@ -9,25 +9,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-import jax
 import tyro
-from rich.console import Console
 
-from lensjax import checkpoint, devices, loop, run_folder
-from lensjax import config as configs
-from lensjax.logging import RunLogger
-
-
-class RunConfig(Protocol):
-    """A frozen dataclass of settings, such as `lensjax.Config`."""
-
-    @property
-    def output_dir(self) -> str: ...  # noqa: D102
-    @property
-    def seed(self) -> int: ...  # noqa: D102
-
+from lensjax.runs.engine import devices
+from lensjax.runs.engine.loop import RunConfig
+from lensjax.runs.store import config_file, run_folder
 
 Settings = TypeVar("Settings", bound=RunConfig)
 
@@ -80,37 +68,10 @@ def parse(
         if len(words) != 2 or words[0] != "--resume":
             raise ValueError(f"--resume takes a run folder and nothing else, got: {' '.join(words)}")
         change: Callable[..., Settings] = dataclasses.replace
-        return change(configs.load_as(run_folder.config_file(words[1]), kind), output_dir=words[1]), True
+        return change(config_file.load(run_folder.config_path(words[1]), kind), output_dir=words[1]), True
     if words and not words[0].startswith("-"):
         default, words = load_preset(words[0]), words[1:]
     return tyro.cli(kind, default=default, args=words, description=description), False
-
-
-@contextmanager
-def open_run(
-    config: RunConfig, phases: tuple[str, ...], *, resume: bool, console: Console
-) -> Iterator[tuple[Path, RunLogger]]:
-    """Makes or opens the folder of a run, in the first process, and the log in it.
-
-    Args:
-      config: the run's.
-      phases: all that a run of this kind has, in their order.
-      resume: go on with a run: rows after its newest checkpoint are dropped.
-      console: is told the folder.
-
-    Yields:
-      The folder, and the log.
-
-    Raises:
-      ValueError: as of `lensjax.run_folder`.
-      OSError: likewise.
-    """
-    folder = Path(config.output_dir)
-    devices.in_first(lambda: (run_folder.open_run if resume else run_folder.create_run)(folder, config))
-    console.out(f"run folder {folder}, {jax.default_backend()}, seed {config.seed}", highlight=False)
-    restored = restore_point(folder, phases) if resume else None
-    with RunLogger(folder if devices.is_first() else None, resume=restored, phases=phases) as logger:
-        yield folder, logger
 
 
 def check_free(folder: Path, *, resume: bool) -> None:
@@ -121,12 +82,3 @@ def check_free(folder: Path, *, resume: bool) -> None:
     """
     if folder.exists() and any(folder.iterdir()) and not resume:
         raise FileExistsError(f"{folder} is not empty: choose another --output-dir, or pass --resume to finish it")
-
-
-def restore_point(folder: Path, phases: tuple[str, ...]) -> tuple[str, int]:
-    """The newest checkpoint of the last phase that has one; a run without any starts from its first step."""
-    for phase in reversed(phases):
-        step = checkpoint.latest_step(loop.checkpoint_dir(folder, phase))
-        if step is not None:
-            return phase, step
-    return phases[0], 0

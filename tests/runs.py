@@ -17,21 +17,25 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
 
-from experiments import train as train_script
-from lensjax import checkpoint, evaluation, loop, online, plots, pretrain, splits, train
-from lensjax.config import (
-    BaseConfig,
-    Config,
-    ContextConfig,
-    DataConfig,
-    GistConfig,
-    LensConfig,
-    OptimizerConfig,
-    PretrainConfig,
-    replace,
-)
-from lensjax.logging import PHASES, read_rows
-from lensjax.models import Models, build_models
+from lensjax._settings import replace
+from lensjax.evaluation import held_out
+from lensjax.models import build_models
+from lensjax.models.base_lm import BaseConfig
+from lensjax.models.gistnet import GistConfig
+from lensjax.models.lensnet import LensConfig
+from lensjax.plots import curves
+from lensjax.runs import config as run_config
+from lensjax.runs import results
+from lensjax.runs.config import PHASES, Config
+from lensjax.runs.data import splits
+from lensjax.runs.data.task import DataConfig
+from lensjax.runs.engine import loop
+from lensjax.runs.store import checkpoint, run_folder
+from lensjax.runs.store.log import read_rows
+from lensjax.training.optim.optimizer import OptimizerConfig
+from lensjax.training.scoring import ContextConfig
+from lensjax.training.steps import online, preference, pretrain
+from lensjax.training.steps.pretrain import PretrainConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,7 +90,7 @@ def request_stop() -> None:
 def cheap_programs() -> Iterator[None]:
     """Replaces what the scripts compile: a step moves one array, by an amount that tells the order of all batches."""
 
-    def step(state: Any, batch: Any, *, config: Config, models: Models, part: str) -> Any:
+    def step(state: Any, batch: Any, *, part: str, **static: Any) -> Any:
         noise = jax.random.normal(jax.random.fold_in(state.key, state.step))
         shift = jnp.mean(batch["tokens"].astype(jnp.float32)) + noise
         (first, *others), structure = jax.tree.flatten(state.params[part])
@@ -94,22 +98,22 @@ def cheap_programs() -> Iterator[None]:
         after = dataclasses.replace(state, step=state.step + 1, params=params)
         return after, {"loss": shift, "lr": jnp.float32(0.1)}
 
-    def eval_step(state: Any, batch: Any, key: jax.Array, *, config: Config, models: Models) -> Any:
+    def eval_step(key: jax.Array, state: Any, batch: Any, **static: Any) -> Any:
         value = jnp.sum(jax.tree.leaves(state.params["lens"])[0]) + jax.random.normal(key)
         return dict.fromkeys(_MEASURED, value) | {"mc/preference_corr_mean": jnp.float32(jnp.nan)}
 
-    def pretrain_eval_step(params: Any, batch: Any, *, config: Config, models: Models) -> Any:
+    def pretrain_eval_step(params: Any, batch: Any, **static: Any) -> Any:
         return dict.fromkeys(("nll_full", "nll_full_tail"), jnp.sum(jax.tree.leaves(params["base"])[0]))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain, "pretrain_step", functools.partial(step, part="base"))
-        patch.setattr(train, "train_step", functools.partial(step, part="lens"))
+        patch.setattr(preference, "train_step", functools.partial(step, part="lens"))
         patch.setattr(online, "online_step", functools.partial(step, part="lens"))
-        patch.setattr(evaluation, "eval_step", eval_step)
-        patch.setattr(evaluation, "pretrain_eval_step", pretrain_eval_step)
-        patch.setattr(train_script, "build_models", functools.cache(build_models))
-        patch.setattr(train_script, "_variant_maps", lambda *arguments: [])
-        patch.setattr(plots, "training_curves", lambda rows, path: None)
+        patch.setattr(held_out, "eval_step", eval_step)
+        patch.setattr(held_out, "pretrain_eval_step", pretrain_eval_step)
+        patch.setattr(run_config, "build_models", functools.cache(build_models))
+        patch.setattr(results, "variant_maps", lambda *arguments, **static: [])
+        patch.setattr(curves, "training_curves", lambda rows, path: None)
         yield
 
 
@@ -129,14 +133,14 @@ def outcome(run_dir: Path) -> dict[str, Any]:
     rows = [{name: row[name] for name in row if not name.startswith("perf/")} for row in read_rows(run_dir)]
     summary = json.loads((run_dir / "summary.json").read_text())
     kept = {name: summary[name] for name in summary if not name.endswith("seconds")}
-    last = {phase: checkpoint.latest_step(loop.checkpoint_dir(run_dir, phase)) for phase in PHASES}
+    last = {phase: checkpoint.latest_step(run_folder.checkpoint_dir(run_dir, phase)) for phase in PHASES}
     saved = {phase: saved_arrays(run_dir, phase, step) for phase, step in last.items() if step is not None}
     return {"rows": rows, "summary": kept, "last": last, "saved": saved}
 
 
 def saved_arrays(run_dir: Path, phase: str, step: int) -> dict[str, Any]:
     """Bytes of every array of a checkpoint by name, and the position in the data."""
-    folder = loop.checkpoint_dir(run_dir, phase) / str(step)
+    folder = run_folder.checkpoint_dir(run_dir, phase) / str(step)
     with ocp.PyTreeCheckpointer() as checkpointer:
         raw = checkpointer.restore(folder / "arrays")
     position = json.loads((folder / "manifest.json").read_text())["data_state"]["batches"]

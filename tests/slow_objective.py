@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from lensjax.config import Config
-from lensjax.objective import MOST_PAIR_WEIGHT
-from lensjax.preferences import MIN_STD
-from lensjax.stability import EPS
-from lensjax.variants import ScoredVariants
+from lensjax.training.objective import MOST_PAIR_WEIGHT
+from lensjax.training.optim.moving import EPS
+from lensjax.training.preferences import MIN_STD
+from lensjax.training.recipe import Recipe
+from lensjax.training.scoring import ScoredVariants
 from tests import reference
 from tests.reference import Entry
 
@@ -36,34 +36,33 @@ def std(values: Sequence[float]) -> float:
 class Row:
     """One sequence: its distinct variants by index, with entries, scores and losses."""
 
-    def __init__(self, scored: ScoredVariants, scores: np.ndarray, anchor: np.ndarray | None, config: Config) -> None:
-        count = len(scored.losses)
-        self.shape, self.keep = config.context, config.objective.keep
+    def __init__(self, scored: ScoredVariants, scores: np.ndarray, anchor: np.ndarray | None, recipe: Recipe) -> None:
+        count = len(scored.nll)
+        self.context, self.keep = recipe.context, recipe.objective.keep
+        self.geometry = recipe.geometry
         self.distinct = [v for v in range(count) if scored.distinct[v]]
         self.entries = [
             reference.entries_of(jax.tree.map(lambda leaf, v=v: leaf[v], scored.contexts)) for v in range(count)
         ]
         self.scores = [[float(s) for s in scores[v]][: len(self.entries[v])] for v in range(count)]
         self.anchor = None if anchor is None else [[float(s) for s in row] for row in anchor]
-        self.losses = [float(loss) for loss in scored.losses]
+        self.losses = [float(loss) for loss in scored.nll]
         self.deltas = [loss - self.losses[0] for loss in self.losses]
 
     @property
     def compared(self) -> list[int]:
         """Variants that are in pairs and groups: of those that may be, the ones whose losses vary most."""
-        found = [v for v in self.distinct if v > 0 or self.shape.local_edits == 0]
+        found = [v for v in self.distinct if v > 0 or self.context.local_edits == 0]
         if self.keep is None or self.keep >= len(found):
             return found
         return list(max(itertools.combinations(found, self.keep), key=lambda some: std([self.losses[v] for v in some])))
 
     def free(self, v: int) -> list[int]:
         """Entries outside the protected tail."""
-        return [
-            i for i, (start, _) in enumerate(self.entries[v]) if start < self.shape.history - self.shape.recent_tokens
-        ]
+        return [i for i, (start, _) in enumerate(self.entries[v]) if start < self.geometry.tail]
 
     def span(self, entry: Entry) -> int:
-        return len(reference.covered(entry, self.shape.block_size))
+        return len(reference.covered(entry, self.geometry.block_size))
 
     def balance(self, v: int) -> float:
         free = self.free(v)
@@ -76,15 +75,7 @@ class Row:
         return reference.policy_kl(scores, anchor, temperature=temperature)
 
     def value(self, v: int) -> float:
-        shape = self.shape
-        return reference.variant_value(
-            self.scores[v],
-            self.entries[v],
-            window=shape.history,
-            block_size=shape.block_size,
-            max_lod=shape.max_lod,
-            recent_tokens=shape.recent_tokens,
-        )
+        return reference.variant_value(self.scores[v], self.entries[v], self.geometry)
 
     def correlation(self) -> float | None:
         values = [self.value(v) for v in self.distinct]
@@ -95,21 +86,21 @@ class Row:
 
     def supervised(self, better: int, worse: int, *, worse_only: bool) -> list[tuple[float, int, int, int]]:
         """(score, target, LOD, tokens covered) of each supervised entry of both variants."""
-        shape = self.shape
-        both = reference.span_targets(
-            self.entries[better],
-            self.entries[worse],
-            window=shape.history,
-            block_size=shape.block_size,
-            recent_tokens=shape.recent_tokens,
-            worse_only=worse_only,
-        )
+        both = reference.span_targets(self.entries[better], self.entries[worse], self.geometry, worse_only=worse_only)
         return [
-            (score, target, lod, shape.block_size**lod)
+            (score, target, lod, self.geometry.block_size**lod)
             for v, targets in zip((better, worse), both, strict=True)
             for score, target, (_, lod) in zip(self.scores[v], targets, self.entries[v], strict=True)
             if target is not None
         ]
+
+
+def rows(scored: ScoredVariants, scores: np.ndarray, anchor_scores: np.ndarray | None, recipe: Recipe) -> list[Row]:
+    """The sequences of a batch."""
+    scored, scores, anchor_scores = jax.device_get((scored, scores, anchor_scores))
+    anchors = [None] * len(scores) if anchor_scores is None else anchor_scores
+    each = [jax.tree.map(lambda leaf, b=b: leaf[b], scored) for b in range(len(scores))]
+    return [Row(*row, recipe) for row in zip(each, scores, anchors, strict=True)]
 
 
 def objective(
@@ -120,25 +111,16 @@ def objective(
     advantage_moments: tuple[float, float] | None,
     balance_average: float | None,
     temperature: float,
-    config: Config,
+    recipe: Recipe,
 ) -> Report:
     """What `lens_objective` reports.
 
-    Moments are debiased, None before the first update. The weights are those of `config.hyper`.
+    Moments are debiased, None before the first update. The weights are those of `recipe.hyper`.
     """
-    scored, scores, anchor_scores = jax.device_get((scored, scores, anchor_scores))
-    sequences = [
-        Row(
-            jax.tree.map(lambda leaf, b=b: leaf[b], scored),
-            scores[b],
-            None if anchor_scores is None else anchor_scores[b],
-            config,
-        )
-        for b in range(len(scores))
-    ]
-    report = _pair_report(sequences, advantage_moments, temperature, config)
+    sequences = rows(scored, scores, anchor_scores, recipe)
+    report = _pair_report(sequences, advantage_moments, temperature, recipe)
     report |= _regularizers(sequences, balance_average, temperature, with_kl=anchor_scores is not None)
-    hyper = config.hyper
+    hyper = recipe.hyper
     weights = {
         "preference": 1.0,
         "rank": hyper.rank_weight,
@@ -153,12 +135,12 @@ def objective(
 
 
 def _pair_report(
-    sequences: list[Row], moments: tuple[float, float] | None, temperature: float, config: Config
+    sequences: list[Row], moments: tuple[float, float] | None, temperature: float, recipe: Recipe
 ) -> Report:
-    hyper, switches = config.hyper, config.objective
+    hyper, switches = recipe.hyper, recipe.objective
     average, variance = moments or (0.0, 1.0)
     preference, rank, weights, wins, lod_wins, chosen, rejected, ties = [], [], [], [], [], [], [], []
-    by_lod: list[list[float]] = [[] for _ in range(config.context.max_lod + 1)]
+    by_lod: list[list[float]] = [[] for _ in range(recipe.context.max_lod + 1)]
     for row in sequences:
         compared = [v in row.compared for v in range(len(row.losses))]
         advantages = [(delta - average) / math.sqrt(variance + EPS) for delta in row.deltas]
@@ -179,7 +161,7 @@ def _pair_report(
                 "form": "squared" if switches.name == "mse" else "logistic",
             }
             picked, targets, lods, spans = zip(*entries, strict=True)
-            weights.append(_pair_weight(row, better, worse, config))
+            weights.append(_pair_weight(row, better, worse, recipe))
             kind_of_pair = {"weights": spans, "granularity": switches.granularity}
             preference.append(reference.preference_loss(picked, targets, **kind, **kind_of_pair))
             rank.append(reference.rank_loss(picked, targets, margin=hyper.margin, weights=spans))
@@ -204,11 +186,11 @@ def _pair_report(
     }
 
 
-def _pair_weight(row: Row, better: int, worse: int, config: Config) -> float:
+def _pair_weight(row: Row, better: int, worse: int, recipe: Recipe) -> float:
     """Importance weight of the two variants: how much rather the policy draws them than one that draws any."""
-    if config.objective.pair_weights == "none":
+    if recipe.objective.pair_weights == "none":
         return 1.0
-    odds = {v: math.exp(config.hyper.beta * row.value(v)) for v in row.compared}
+    odds = {v: math.exp(recipe.hyper.beta * row.value(v)) for v in row.compared}
     ratios = [odds[v] / sum(odds.values()) * len(odds) for v in (better, worse)]
     return min(math.prod(ratios), MOST_PAIR_WEIGHT)
 
@@ -217,19 +199,12 @@ def _span_terms(sequences: list[Row], average: float, variance: float) -> list[f
     """Of each sequence with entries that have a baseline, minus their policy gradient."""
     terms = []
     for row in sequences:
-        shape = row.shape
         advantages = [(delta - average) / math.sqrt(variance + EPS) for delta in row.deltas]
-        judged = reference.span_advantages(
-            advantages,
-            row.entries,
-            [v in row.compared for v in range(len(row.losses))],
-            window=shape.history,
-            block_size=shape.block_size,
-            recent_tokens=shape.recent_tokens,
-        )
+        compared = [v in row.compared for v in range(len(row.losses))]
+        by_span = reference.span_advantages(advantages, row.entries, compared, row.geometry)
         entries = [
             (row.span(entry), gained, finer, score)
-            for v, found in enumerate(judged)
+            for v, found in enumerate(by_span)
             for one, entry, score in zip(found, row.entries[v], row.scores[v], strict=True)
             if one is not None
             for gained, finer in [one]
@@ -288,7 +263,7 @@ def _score_report(sequences: list[Row]) -> Report:
         for v in row.distinct:
             free = [(row.scores[v][i], row.entries[v][i][1]) for i in row.free(v)]
             sizes += [abs(score) for score, _ in free]
-            wishes += [(s > 0 and lod > 0) or (s < 0 and lod < row.shape.max_lod) for s, lod in free]
+            wishes += [(s > 0 and lod > 0) or (s < 0 and lod < row.geometry.max_lod) for s, lod in free]
             spreads += [std([score for score, _ in free])] if free else []
     return {
         "mc/policy_score_abs_mean": mean(sizes),

@@ -13,22 +13,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lensjax import config as configs
-from lensjax import decision, train, variants
-from lensjax.config import (
-    BaseConfig,
-    Config,
-    ContextConfig,
-    DataConfig,
-    GistConfig,
-    Hyperparameters,
-    LensConfig,
-    OptimizerConfig,
-)
-from lensjax.models import GistModel, LensModel, Models, build_models
-from lensjax.train import Batch, Metrics, TrainState
-from lensjax.variants import ScoredVariants
-from tests import reference
+from lensjax import _settings
+from lensjax.models import GistModel, LensModel, Models, decision
+from lensjax.models.base_lm import BaseConfig
+from lensjax.models.gistnet import GistConfig
+from lensjax.models.lensnet import LensConfig
+from lensjax.runs.config import Config
+from lensjax.runs.data.task import DataConfig
+from lensjax.training import scoring
+from lensjax.training.hyperparameters import Hyperparameters
+from lensjax.training.metrics import Metrics
+from lensjax.training.optim.optimizer import OptimizerConfig
+from lensjax.training.scoring import Batch, ContextConfig, ScoredVariants
+from lensjax.training.steps import preference
+from lensjax.training.steps.preference import TrainState
+from tests.foreign import ForeignModel
 
 VOCABULARY = 16
 SMALL = Config(
@@ -39,7 +38,7 @@ SMALL = Config(
     lens=LensConfig(dim=16, layers=1, heads=2, mlp_dim=32),
     context=ContextConfig(window=36, block_size=2, max_lod=2, horizon=4, recent_tokens=8, rollouts=3),
     # A history of 32 tokens. Lengths 25 to 16; below 20 no cut does without LOD 2.
-    hyper=Hyperparameters(context_start=0.8, context_end=0.5, lod2_share=0.3),
+    hyper=Hyperparameters(context_start=0.8, context_end=0.5, high_lod_share=0.3),
     # A norm that is never reached: clipping would let the gradient of one part scale the others.
     optimizer=OptimizerConfig(warmup_steps=2, curriculum_steps=6, clip_norm=1e9),
     data=DataConfig(task="recall"),
@@ -57,8 +56,9 @@ def jit(function: Callable[..., Any], **options: Any) -> Any:
 class Run:
     """A configuration, its models, and what is compiled of them."""
 
-    def __init__(self, make_models: Callable[[Config], Models] = build_models, **changes: Any) -> None:
-        self.config = configs.replace(SMALL, **changes)
+    def __init__(self, make_models: Callable[[Config], Models] = Config.build_models, **changes: Any) -> None:
+        self.config = _settings.replace(SMALL, **changes)
+        self.recipe = self.config.recipe
         self._make_models = make_models
 
     @functools.cached_property
@@ -67,7 +67,7 @@ class Run:
 
     @functools.cached_property
     def train_step(self) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-        step = functools.partial(train.train_step, config=self.config, models=self.models)
+        step = functools.partial(preference.train_step, recipe=self.recipe, models=self.models)
         return jit(step, donate_argnums=0)
 
     def state(self, seed: int = 0, *, step: int = 0, **hyper: float) -> TrainState:
@@ -78,7 +78,7 @@ class Run:
 
     @functools.cache  # noqa: B019
     def _fresh(self, seed: int) -> TrainState:
-        return train.init_train_state(jax.random.key(seed), config=self.config, models=self.models)
+        return preference.init_train_state(jax.random.key(seed), recipe=self.recipe, models=self.models)
 
     def history(self, state: TrainState, steps: int) -> tuple[list[TrainState], list[Metrics]]:
         """All states of a run, the first one included, and the reports of its steps; step i reads `batch(i)`."""
@@ -95,36 +95,41 @@ class Run:
     def observe(self, state: TrainState, tokens: Batch) -> tuple[ScoredVariants, np.ndarray, np.ndarray | None]:
         """What the objective of the next step is given: variants, and scores of the policy and of its anchor."""
         keys = jax.random.split(jax.random.fold_in(state.key, state.step), tokens["tokens"].shape[0])
-        length = train.current_length(state.step, state.hyper, self.config)
-        scored = self.score_variants(state.params, tokens["tokens"], keys, length, state.hyper.lod2_share)
+        length = preference.current_length(state.step, state.hyper, recipe=self.recipe)
+        scored = self.score_variants(state.params, tokens["tokens"], keys, length, state.hyper.high_lod_share)
         scores = self.policy_scores(state.params["lens"], scored.entries)
         anchor = None if state.anchor is None else self.policy_scores(state.anchor, scored.entries)
         return scored, scores, anchor
 
     @functools.cached_property
     def score_variants(self) -> Callable[..., ScoredVariants]:
-        def score(params: Any, tokens: Any, keys: Any, length: Any, lod2_share: Any) -> ScoredVariants:
-            one = functools.partial(variants.score_variants, self.models, params, config=self.config)
-            return jax.vmap(lambda row, key: one(row, key, length, lod2_share))(tokens, keys)
+        def score(params: Any, tokens: Any, keys: Any, length: Any, high_lod_share: Any) -> ScoredVariants:
+            one = functools.partial(
+                scoring.score_variants,
+                models=self.models,
+                context=self.recipe.context,
+                capacity=self.recipe.capacity,
+            )
+            return jax.vmap(lambda row, key: one(key, params, row, length, high_lod_share))(tokens, keys)
 
         return jit(score)
 
     @functools.cached_property
     def policy_scores(self) -> Callable[..., Any]:
-        return jit(functools.partial(decision.policy_scores, self.models))
+        return jit(functools.partial(decision.policy_scores, self.models.lens))
 
 
 def batch(seed: int = 0, size: int = 3) -> Batch:
     """Random tokens."""
-    tokens = np.random.default_rng(seed).integers(0, reference.TinyModel.vocab_size, (size, SMALL.context.window))
+    tokens = np.random.default_rng(seed).integers(0, ForeignModel.vocab_size, (size, SMALL.context.window))
     return {"tokens": jnp.asarray(tokens, jnp.int32)}
 
 
 def tiny_models(config: Config) -> Models:
-    """Models whose base is no Flax module: `reference.TinyModel`."""
-    dim = reference.TinyModel.dim
+    """Models whose base is no Flax module."""
+    dim = ForeignModel.dim
     return Models(
-        base=reference.TinyModel(),
+        base=ForeignModel(),
         gist=GistModel(config.gist, dim, config.context.block_size),
         lens=LensModel(config.lens, dim, config.context.max_lod),
     )

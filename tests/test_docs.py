@@ -1,15 +1,32 @@
-"""What the documents' tables say of what each policy may know."""
+"""What the documents say is so: their tables, links, examples, commands and names."""
 
 import csv
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-from lensjax import rivals
+import experiments.train
+import lensjax
+from experiments.quiet_star import train as quiet_star_train
+from experiments.rlan import train as rlan_train
+from lensjax.evaluation import rivals
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.glob("**/*.md"))]
+TEXT = {str(path.relative_to(ROOT)): path.read_text() for path in PAGES}
 NAMES = ("policy", "pick")
 """Columns that name who chose a context."""
+PARSERS = {
+    "experiments.train": experiments.train.parse,
+    "experiments.quiet_star.train": quiet_star_train.parse,
+    "experiments.rlan.train": rlan_train.parse,
+}
+
+
+# Tables
 
 
 def tables():
@@ -30,3 +47,92 @@ def test_every_table_of_policies_says_what_they_may_know(rows, column):
 
 def test_there_are_tables_of_policies():
     assert TABLES
+
+
+# Links
+
+
+def anchors(text):
+    """Of all headings, as a page of GitHub or of a site has them."""
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", TEXT)
+def test_every_link_leads_somewhere(page):
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", TEXT[page]):
+        name, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / name if name else ROOT / page
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
+
+
+def test_every_page_and_picture_is_linked():
+    linked = set()
+    for page, text in TEXT.items():
+        linked |= {((ROOT / page).parent / link.split("#")[0]).resolve() for link in re.findall(r"\]\(([^)]+)\)", text)}
+    files = {path for path in DOCS.glob("**/*") if path.is_file() and path != DOCS / "index.md"}
+    assert not sorted(files - linked)
+
+
+# Examples and commands
+
+
+def examples():
+    for page, text in TEXT.items():
+        if page.startswith("docs/"):
+            for index, example in enumerate(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)):
+                yield pytest.param(example, id=f"{page}-{index}")
+
+
+@pytest.mark.parametrize("example", list(examples()))
+def test_the_example_runs(example):
+    exec(compile(example, "docs", "exec"), {"__name__": "docs"})
+
+
+def commands():
+    """Programs with the words after them; a comment, or two spaces, ends a command."""
+    for text in TEXT.values():
+        for program, words in re.findall(r"python -m (experiments\.[\w.]+)(.*)", text):
+            yield program, re.split(r"  |#|`", words)[0]
+
+
+COMMANDS = sorted(set(commands()))
+
+
+def test_every_program_that_is_named_exists():
+    missing = {name for name, _ in COMMANDS if not (ROOT / name.replace(".", "/")).with_suffix(".py").is_file()}
+    assert COMMANDS and not missing
+
+
+@pytest.mark.parametrize(("program", "words"), [pair for pair in COMMANDS if pair[0] in PARSERS])
+def test_every_command_of_a_training_program_is_understood(program, words):
+    arguments = shlex.split(words)
+    if "--resume" not in arguments:  # which reads a run
+        PARSERS[program](arguments)
+
+
+def test_every_target_that_is_named_exists():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    texts = [*TEXT.values(), *(path.read_text() for path in (ROOT / ".github").glob("workflows/*.yml"))]
+    command = r"(?:`|^ *|run: |&& )make ([a-z-]+)(?=`|$|  | &| [A-Z])"
+    named = {name for text in texts for name in re.findall(command, text, flags=re.MULTILINE)}
+    assert {"demo", "test", "lint", "docs"} <= named
+    assert not sorted(named - targets)
+
+
+# Names
+
+
+def test_the_page_of_names_is_the_front_door():
+    names = re.findall(r"^\| `(\w+)`", TEXT["docs/api.md"], flags=re.MULTILINE)
+    assert sorted(names) == sorted(lensjax.__all__)
+
+
+def test_every_module_is_in_the_table():
+    rows = "\n".join(line.split("|")[1] for line in TEXT["docs/modules.md"].splitlines() if line.startswith("|"))
+    package = Path(lensjax.__file__).parent
+    paths = {path.relative_to(package).with_suffix("").as_posix() for path in package.glob("**/*.py")}
+    modules = {path for path in paths if not path.endswith("__init__")}
+    named = set(re.findall(r"`([\w/]+[^/])`", rows))
+    assert modules == named, sorted(modules ^ named)

@@ -1,12 +1,11 @@
 """Finished runs of a task side by side: a table over seeds for each arm, and the curves of all of them.
 
-    python experiments/quiet_star/compare.py runs/quiet_star/pointer
+    python -m experiments.quiet_star.compare runs/quiet_star/pointer
 
 Runs are the folders `<seed>` and `<arm>-<seed>` in the one that is named. Leaves `report.md`, `results.csv` and
 `training.png` there.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,13 @@ import numpy as np
 import tyro
 
 from experiments import command
-from experiments.evaluate import write_csv
 from experiments.quiet_star import measure, pictures
-from lensjax import logging as run_logging
-from lensjax import theatre
+from experiments.tables import write_csv
+from lensjax._settings import require
+from lensjax.evaluation import faithfulness
+from lensjax.runs.store import log as run_logging
+from lensjax.runs.store import run_folder
+from lensjax.training.metrics import UNDEFINED
 
 Summary = dict[str, Any]
 
@@ -65,14 +67,16 @@ def compare(folder: Path) -> dict[str, list[Summary]]:
     Raises:
       ValueError: there is no finished run.
     """
-    found: dict[str, list[tuple[int, Path]]] = {}
-    for path in sorted(folder.glob("*/summary.json")):
+    seeds: dict[str, list[tuple[int, Path]]] = {}
+    for path in sorted(folder.glob(f"*/{run_folder.SUMMARY}")):
         arm, _, seed = path.parent.name.rpartition("-")
-        found.setdefault(arm or MAIN, []).append((int(seed), path.parent))
-    if MAIN not in found:
-        raise ValueError(f"no finished run in {folder}: expected folders named by seeds, each with a summary.json")
-    runs = {arm: [path for _, path in sorted(found[arm])] for arm in sorted(found, key=lambda arm: (arm != MAIN, arm))}
-    arms = {arm: [json.loads((path / "summary.json").read_text()) for path in paths] for arm, paths in runs.items()}
+        seeds.setdefault(arm or MAIN, []).append((int(seed), path.parent))
+    require(
+        MAIN in seeds,
+        f"no finished run in {folder}: expected folders named by seeds, each with a {run_folder.SUMMARY}",
+    )
+    runs = {arm: [path for _, path in sorted(seeds[arm])] for arm in sorted(seeds, key=lambda arm: (arm != MAIN, arm))}
+    arms = {arm: [run_folder.read_summary(path) for path in paths] for arm, paths in runs.items()}
     write_csv(
         [{"arm": arm, **summary} for arm, of_seeds in arms.items() for summary in of_seeds], folder / "results.csv"
     )
@@ -84,7 +88,7 @@ def compare(folder: Path) -> dict[str, list[Summary]]:
 
 def table(arms: Mapping[str, Sequence[Summary]]) -> str:
     """A Markdown table: mean and, of several seeds, range, as baked and after REINFORCE in each arm."""
-    limits = theatre.TheatreConfig()
+    limits = faithfulness.FaithfulnessConfig()
     columns = {BAKED: [_baked(summary) for summary in arms[MAIN]], **arms}
     lines = [
         "| test split | " + " | ".join(columns) + " |",
@@ -109,9 +113,9 @@ def _baked(summary: Summary) -> Summary:
 
 
 def _cell(rows: Sequence[Summary], name: str) -> str:
-    values = np.asarray([row[name] for row in rows if row[name] != run_logging.UNDEFINED], float)
+    values = np.asarray([row[name] for row in rows if row[name] != UNDEFINED], float)
     if not values.size:
-        return run_logging.UNDEFINED
+        return UNDEFINED
     spread = f" ({values.min():.3f} to {values.max():.3f})" if len(rows) > 1 else ""
     return f"{values.mean():.3f}{spread}"
 

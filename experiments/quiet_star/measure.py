@@ -17,9 +17,9 @@ from experiments.quiet_star.bake import Batch
 from experiments.quiet_star.config import QuietStarConfig
 from experiments.quiet_star.model import ThoughtModel
 from experiments.quiet_star.tasks import task_of
-from lensjax import theatre
+from lensjax.evaluation import faithfulness
+from lensjax.evaluation.faithfulness import Evidence
 from lensjax.models import Params
-from lensjax.theatre import Evidence
 
 ARMS = ("sampled", "greedy", "random", "foreign")
 """Whose thoughts a prompt is answered with."""
@@ -53,27 +53,27 @@ def answer_batch(params: Params, batch: Batch, key: Array, *, config: QuietStarC
         "foreign": jnp.roll(own, 1, axis=0),
     }
 
-    # All of a prompt's thoughts are judged at once, and parted by arm afterwards.
+    # All of a prompt's thoughts are scored at once, and parted by arm afterwards.
     ends = np.cumsum([tokens.shape[1] for tokens in drawn.values()])
     whole = jnp.concatenate([drawn[name] for name in ARMS], axis=1)
 
     def one(prompt: Array, answer: Array, tokens: Array) -> Answers:
-        judged = thoughts.judge(model, params, prompt, tokens)
-        hardness = thoughts.difficulty(judged.without, model.attention(params, prompt))
+        scored = thoughts.score(model, params, prompt, tokens)
+        hardness = thoughts.difficulty(scored.without, model.attention(params, prompt))
         injected = hardness > config.rl.threshold
-        used = jnp.where(injected, judged.informed, judged.without[None])
+        used = jnp.where(injected, scored.informed, scored.without[None])
         of_thoughts = {
             "": jnp.argmax(used, axis=-1).astype(jnp.int32),
             "nll_": -thoughts.answer_log_prob(used, answer),
-            "coherence_": thoughts.coherence(judged.log_probs),
+            "coherence_": thoughts.coherence(scored.log_probs),
         }
         parted = {prefix: jnp.split(values, ends[:-1]) for prefix, values in of_thoughts.items()}
         return {
             "answer": answer,
             "injected": injected,
             "difficulty": hardness,
-            "without": jnp.argmax(judged.without).astype(jnp.int32),
-            "nll_without": -thoughts.answer_log_prob(judged.without, answer),
+            "without": jnp.argmax(scored.without).astype(jnp.int32),
+            "nll_without": -thoughts.answer_log_prob(scored.without, answer),
             **{f"{prefix}{name}": values[i] for prefix, values in parted.items() for i, name in enumerate(ARMS)},
         }
 
@@ -81,7 +81,7 @@ def answer_batch(params: Params, batch: Batch, key: Array, *, config: QuietStarC
 
 
 def report(batches: Sequence[Answers], config: QuietStarConfig) -> dict[str, float]:
-    """Accuracies, losses and the check against theatre over all answers of a split.
+    """Accuracies, losses and the check of faithfulness over all answers of a split.
 
     Args:
       batches: of `answer_batch`, on the host.
@@ -90,36 +90,38 @@ def report(batches: Sequence[Answers], config: QuietStarConfig) -> dict[str, flo
     Returns:
       Numbers by name.
     """
-    found = {name: np.concatenate([np.asarray(one[name]) for one in batches]) for name in batches[0]}
-    right = {name: found[name] == found["answer"][:, None] for name in ARMS}
-    right_without = found["without"] == found["answer"]
+    answers = {name: np.concatenate([np.asarray(one[name]) for one in batches]) for name in batches[0]}
+    right = {name: answers[name] == answers["answer"][:, None] for name in ARMS}
+    right_without = answers["without"] == answers["answer"]
     numbers: dict[str, float] = {"accuracy_without": float(right_without.mean())}
     numbers |= {f"accuracy_{name}": float(right[name].mean()) for name in ARMS}
-    numbers |= {f"nll_{name}": float(found[f"nll_{name}"].mean()) for name in ("without", *ARMS)}
-    numbers |= {f"coherence_{name}": float(found[f"coherence_{name}"].mean()) for name in ARMS}
-    numbers["injected"] = float(found["injected"].mean())
-    numbers["difficulty"] = float(found["difficulty"].mean())
-    evidence = _evidence(found, right, right_without)
-    checks = theatre.metrics(evidence, config.theatre, prefix="rl/")
+    numbers |= {f"nll_{name}": float(answers[f"nll_{name}"].mean()) for name in ("without", *ARMS)}
+    numbers |= {f"coherence_{name}": float(answers[f"coherence_{name}"].mean()) for name in ARMS}
+    numbers["injected"] = float(answers["injected"].mean())
+    numbers["difficulty"] = float(answers["difficulty"].mean())
+    evidence = _evidence(answers, right, right_without)
+    checks = faithfulness.metrics(evidence, config.faithfulness, prefix="rl/")
     return numbers | {name: float(value) for name, value in checks.items()}
 
 
-def _evidence(found: Answers, right: dict[str, np.ndarray], right_without: np.ndarray) -> Evidence:
+def _evidence(answers: Answers, right: dict[str, np.ndarray], right_without: np.ndarray) -> Evidence:
     """The four measurements.
 
     What coherence must tell from each other are the own and the foreign thoughts of a prompt: where all of its own are
     right, there is nothing else to tell.
     """
-    own, without = found["sampled"], np.broadcast_to(found["without"][:, None], found["sampled"].shape)
+    own, without = answers["sampled"], np.broadcast_to(answers["without"][:, None], answers["sampled"].shape)
     one = jnp.ones((), jnp.int32)
-    paths = jax.vmap(lambda a, b: theatre.divergence(a[None], one, b[None], one))(own.reshape(-1), without.reshape(-1))
+    paths = jax.vmap(lambda a, b: faithfulness.divergence(a[None], one, b[None], one))(
+        own.reshape(-1), without.reshape(-1)
+    )
     both = ("sampled", "foreign")
     return Evidence(
         divergence=jnp.mean(paths),
-        ablation=theatre.gain(right["sampled"].reshape(-1), np.repeat(right_without, own.shape[1])),
-        correlation=theatre.correlation(
-            np.concatenate([found[f"coherence_{name}"].reshape(-1) for name in both]),
+        ablation=faithfulness.gain(right["sampled"].reshape(-1), np.repeat(right_without, own.shape[1])),
+        correlation=faithfulness.correlation(
+            np.concatenate([answers[f"coherence_{name}"].reshape(-1) for name in both]),
             np.concatenate([right[name].reshape(-1) for name in both]),
         ),
-        counterfactual=theatre.gain(right["sampled"].reshape(-1), right["foreign"].reshape(-1)),
+        counterfactual=faithfulness.gain(right["sampled"].reshape(-1), right["foreign"].reshape(-1)),
     )

@@ -16,25 +16,24 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
+from lensjax._settings import PositiveInt, require, settings
 from lensjax.models import Functional, Params
-from lensjax.models.transformer import Memory, Transformer, TransformerConfig, linear, rms_norm
-from lensjax.sections import require, require_positive
+from lensjax.models.nn.transformer import Memory, Transformer, TransformerConfig, linear, rms_norm
 
 _POSITION_STD = 1.0
 """Of fresh embeddings of tokens and places alike: which place a token names is half of the task."""
 
 
-@dataclass(frozen=True)
+@settings("model")
 class ModelConfig:
     """Sizes of the language model."""
 
-    dim: int = 64
-    layers: int = 1
-    heads: int = 4
-    mlp_dim: int = 128
+    dim: PositiveInt = 64
+    layers: PositiveInt = 1
+    heads: PositiveInt = 4
+    mlp_dim: PositiveInt = 128
 
-    def __post_init__(self) -> None:
-        require_positive(self, "dim", "layers", "heads", "mlp_dim")
+    def _check(self) -> None:
         require(self.dim % self.heads == 0, f"model.dim must be a multiple of model.heads {self.heads}, got {self.dim}")
 
 

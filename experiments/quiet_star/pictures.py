@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lensjax.logging import Row
-from lensjax.plots import COLORS, LEGEND, MUTED, dress, new_figure, noise_width, running_mean, write
+from lensjax.plots.style import COLORS, LEGEND, MUTED, dress, new_figure, noise_width, running_mean, write
+from lensjax.runs.store.log import Row
 
 _ACCURACIES = {
     "accuracy_sampled": "own thoughts",
@@ -22,8 +22,8 @@ def training(runs: Mapping[str, Sequence[Sequence[Row]]], path: str | Path, *, t
     """Draws how runs went: reward, entropy of the thoughts, and for each arm the held-out accuracies.
 
     Args:
-      runs: by the name of an arm, the rows (`logging.read_rows`) of each of its runs; thin lines are runs, bold ones
-        their means, as far as the shortest run goes.
+      runs: by the name of an arm, the rows of each of its runs (`lensjax.runs.store.log.read_rows`); thin lines are
+        runs, bold ones their means, as far as the shortest run goes.
       path: where to write; the ending sets the format.
       title: above all.
 

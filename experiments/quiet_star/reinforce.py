@@ -2,13 +2,12 @@
 
     reward = log p(answer | thought) - log p(answer | none), with the last token of the thought
 
-The actions are the tokens of sampled thoughts; `lensjax.actor_critic` has the loss. The answer itself is not trained
-any more. Letters are those of the model, and B prompts in a batch.
+The actions are the tokens of sampled thoughts; `lensjax.training.steps.actor_critic` has the loss. The answer itself is
+not trained any more. Letters are those of the model, and B prompts in a batch.
 """
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,32 +19,30 @@ from experiments.quiet_star import thoughts
 from experiments.quiet_star.bake import Batch
 from experiments.quiet_star.config import QuietStarConfig, RLConfig
 from experiments.quiet_star.model import ThoughtModel
-from experiments.quiet_star.thoughts import Judged
-from lensjax import actor_critic, optimizer, schedules, stability
-from lensjax.metrics import Metrics, masked_mean
+from experiments.quiet_star.thoughts import ScoredThoughts
+from lensjax._numerics import masked_mean
 from lensjax.models import Params, ValueModel
-from lensjax.stability import Window
+from lensjax.training.metrics import Metrics
+from lensjax.training.optim import moving, schedules
+from lensjax.training.optim.moving import Window
+from lensjax.training.optim.optimizer import make_optimizer
+from lensjax.training.steps import actor_critic
+from lensjax.training.steps.update import Learner, gradient_step, init_learner
 
+_TRAINED = ("lm", "value")
 _RECENT = 100
 """Episodes that `rl/avg_reward_100` is a mean of."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class RLState:
-    """Everything that moves during REINFORCE, and the baked model, which does not."""
+class RLState(Learner):
+    """What moves during REINFORCE, `params` of `lm` and `value`; and the baked model, which does not."""
 
-    step: Array
-    """int32[]: episodes done."""
-    params: dict[str, Params]
-    """Parameters of `lm` and `value`."""
-    opt_state: Any
     reference: Params
     """The language model as it was baked."""
     recent: Window
     """Rewards of the last episodes."""
-    key: Array
-    """PRNG key of the phase; episode keys are `fold_in(key, step)`."""
 
 
 @jax.tree_util.register_dataclass
@@ -82,14 +79,9 @@ def init_state(key: Array, *, config: QuietStarConfig, baked: Params) -> RLState
     run_key, value_key = jax.random.split(key)
     # Two copies: the reference must not move, and a donated state may not hold one buffer twice.
     params = {"lm": jax.tree.map(jnp.copy, baked), "value": value_model(config).init(value_key)}
-    return RLState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=optimizer.init(config.optimizer, params),
-        reference=jax.tree.map(jnp.copy, baked),
-        recent=stability.init_window(_RECENT),
-        key=run_key,
-    )
+    learner = init_learner(run_key, params, tx=make_optimizer(config.optimizer), trainable=_TRAINED)
+    reference = jax.tree.map(jnp.copy, baked)
+    return RLState(**vars(learner), reference=reference, recent=moving.init_window(_RECENT))
 
 
 def rl_step(state: RLState, batch: Batch, *, config: QuietStarConfig, model: ThoughtModel) -> tuple[RLState, Metrics]:
@@ -107,8 +99,6 @@ def rl_step(state: RLState, batch: Batch, *, config: QuietStarConfig, model: Tho
     settings = config.rl
     key = jax.random.fold_in(state.key, state.step)
     episode = roll_out(state.params["lm"], batch, key, settings=settings, model=model)
-    loss_fn = functools.partial(episode_loss, state=state, batch=batch, episode=episode, config=config, model=model)
-    (_, report), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     rate = schedules.learning_rate(
         state.step,
         settings.learning_rate,
@@ -116,20 +106,24 @@ def rl_step(state: RLState, batch: Batch, *, config: QuietStarConfig, model: Tho
         warmup_steps=settings.warmup_episodes,
         steps=settings.episodes,
     )
-    params, opt_state = optimizer.update(
-        config.optimizer, grads, state.opt_state, state.params, learning_rate=rate, weight_decay=0.0
+    after, seen = gradient_step(
+        state,
+        functools.partial(episode_loss, state=state, batch=batch, episode=episode, config=config, model=model),
+        tx=make_optimizer(config.optimizer),
+        trainable=_TRAINED,
+        rates={"learning_rate": rate, "weight_decay": 0.0},
     )
     reward = jnp.mean(episode.gains)
-    recent = stability.update_window(state.recent, reward)
-    report |= {
-        "rl/episode": state.step + 1,
+    recent = moving.update_window(state.recent, reward)
+    report = seen.aux | {
+        "rl/episode": after.step,
         "rl/reward": reward,
-        "rl/avg_reward_100": stability.window_mean(recent),
+        "rl/avg_reward_100": moving.window_mean(recent),
         "rl/num_thoughts": settings.thoughts * jnp.mean(episode.injected, dtype=jnp.float32),
         "rl/learning_rate": rate,
-        "grad_norm": optax.tree.norm(grads["lm"]),
+        "grad_norm": optax.tree.norm(seen.grads["lm"]),
     }
-    return replace(state, step=state.step + 1, params=params, opt_state=opt_state, recent=recent), report
+    return replace(after, recent=recent), report
 
 
 def roll_out(params: Params, batch: Batch, key: Array, *, settings: RLConfig, model: ThoughtModel) -> Episode:
@@ -138,27 +132,27 @@ def roll_out(params: Params, batch: Batch, key: Array, *, settings: RLConfig, mo
 
     def one(prompt: Array, answer: Array, key: Array) -> tuple[Array, Array, Array]:
         drawn = thoughts.sample(model, params, prompt, key, count=settings.thoughts)
-        judged = thoughts.judge(model, params, prompt, drawn)
-        hardness = thoughts.difficulty(judged.without, model.attention(params, prompt), answer)
-        return drawn, hardness > settings.threshold, gains(judged, answer, kind=settings.reward)
+        scored = thoughts.score(model, params, prompt, drawn)
+        hardness = thoughts.difficulty(scored.without, model.attention(params, prompt), answer)
+        return drawn, hardness > settings.threshold, gains(scored, answer, kind=settings.reward)
 
     keys = jax.random.split(sample_key, batch["prompt"].shape[0])
-    drawn, injected, found = jax.vmap(one)(batch["prompt"], batch["answer"], keys)
-    found = jnp.where(injected[:, None], found, 0.0)
+    drawn, injected, earned = jax.vmap(one)(batch["prompt"], batch["answer"], keys)
+    earned = jnp.where(injected[:, None], earned, 0.0)
     # All or none: a control that left the zeros where they are would say which prompts are easy.
-    told = jax.random.permutation(shuffle_key, found.reshape(-1)).reshape(found.shape)
-    return Episode(drawn, injected, found, told if settings.shuffle_rewards else found)
+    shuffled = jax.random.permutation(shuffle_key, earned.reshape(-1)).reshape(earned.shape)
+    return Episode(drawn, injected, earned, shuffled if settings.shuffle_rewards else earned)
 
 
-def gains(judged: Judged, answer: ArrayLike, *, kind: str) -> Array:
+def gains(scored: ScoredThoughts, answer: ArrayLike, *, kind: str) -> Array:
     """What each thought does to the answer int32[]; float32[n].
 
     `log_prob`: log p(answer | thought) - log p(answer | none). `accuracy`: 1 where it makes it right, -1 wrong.
     """
     if kind == "log_prob":
-        return thoughts.answer_log_prob(judged.informed, answer) - thoughts.answer_log_prob(judged.without, answer)
-    right = (jnp.argmax(judged.informed, axis=-1) == answer).astype(jnp.float32)
-    return right - (jnp.argmax(judged.without) == answer).astype(jnp.float32)
+        return thoughts.answer_log_prob(scored.informed, answer) - thoughts.answer_log_prob(scored.without, answer)
+    right = (jnp.argmax(scored.informed, axis=-1) == answer).astype(jnp.float32)
+    return right - (jnp.argmax(scored.without) == answer).astype(jnp.float32)
 
 
 def episode_loss(
@@ -184,22 +178,22 @@ def episode_loss(
       float32[], and scalars by name.
     """
     settings = config.rl
-    judge = jax.vmap(functools.partial(thoughts.judge, model), (None, 0, 0))
-    judged = judge(params["lm"], batch["prompt"], episode.thoughts)
-    reference = judge(jax.lax.stop_gradient(state.reference), batch["prompt"], episode.thoughts).policy
+    score = jax.vmap(functools.partial(thoughts.score, model), (None, 0, 0))
+    scored = score(params["lm"], batch["prompt"], episode.thoughts)
+    reference = score(jax.lax.stop_gradient(state.reference), batch["prompt"], episode.thoughts).policy
     value = functools.partial(value_model(config).apply, params["value"])
-    values = jax.vmap(jax.vmap(jax.vmap(value)))(jax.lax.stop_gradient(judged.features))
+    values = jax.vmap(jax.vmap(jax.vmap(value)))(jax.lax.stop_gradient(scored.features))
     rewards = jnp.zeros_like(values).at[..., -1].set(episode.rewards)
-    found = functools.partial(
+    gae = functools.partial(
         actor_critic.episode_advantages, discount=settings.discount, trace_decay=settings.trace_decay
     )
-    advantages = jax.vmap(jax.vmap(found))(rewards, values)
+    advantages = jax.vmap(jax.vmap(gae))(rewards, values)
     where = jnp.broadcast_to(episode.injected[:, None, None], values.shape)
     loss, report = actor_critic.loss(
         state.step,
-        log_probs=judged.log_probs,
-        entropies=-jnp.sum(jnp.exp(judged.policy) * judged.policy, axis=-1),
-        divergences=jnp.sum(jnp.exp(judged.policy) * (judged.policy - reference), axis=-1),
+        log_probs=scored.log_probs,
+        entropies=-jnp.sum(jnp.exp(scored.policy) * scored.policy, axis=-1),
+        divergences=jnp.sum(jnp.exp(scored.policy) * (scored.policy - reference), axis=-1),
         values=values,
         advantages=advantages,
         returns=advantages + jax.lax.stop_gradient(values),
@@ -207,7 +201,7 @@ def episode_loss(
         settings=settings,
     )
     more = {
-        "rl/coherence": masked_mean(thoughts.coherence(judged.log_probs), episode.injected[:, None]),
-        "gate": masked_mean(judged.share, episode.injected[:, None]),
+        "rl/coherence": masked_mean(thoughts.coherence(scored.log_probs), episode.injected[:, None]),
+        "gate": masked_mean(scored.share, episode.injected[:, None]),
     }
     return loss, report | jax.lax.stop_gradient(more)

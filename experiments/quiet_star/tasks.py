@@ -14,9 +14,9 @@ from typing import Literal
 import grain
 import numpy as np
 
-from lensjax import splits
-from lensjax.sections import require, require_choice
-from lensjax.splits import Split
+from lensjax._settings import Share, settings
+from lensjax.runs.data import splits
+from lensjax.runs.data.splits import Split
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 TRAIN_SHARE, VALIDATION_SHARE = 0.7, 0.1
@@ -33,19 +33,15 @@ _SUMMANDS, _LARGEST = 3, 5
 """Of the arithmetic: how often something is added or taken away after the start, and how much at most."""
 
 
-@dataclass(frozen=True)
+@settings("task")
 class TaskConfig:
-    """What is asked, and how good the traces are that the model is first trained on."""
+    """Which questions, and how good the traces are that the model is first trained on."""
 
     name: Literal["pointer", "arithmetic"] = "pointer"
     """`pointer` follows a permutation of 8 three times from a start; `arithmetic` tells of a start and three gains or
     losses in words, and asks for the last digit."""
-    right_share: float = 0.5
+    right_share: Share = 0.5
     """Share of the steps of a trace that are right; the others are drawn at random."""
-
-    def __post_init__(self) -> None:
-        require_choice(self, "name")
-        require(0 <= self.right_share <= 1, f"task.right_share must be in [0, 1], got {self.right_share}")
 
 
 @dataclass(frozen=True)
@@ -68,11 +64,11 @@ class Instance:
 
     def trace(self, random: np.random.Generator, right_share: float) -> np.ndarray:
         """Thought tokens int32[L], of which each follows from the one before it, or is drawn at random."""
-        symbol, found = self.start, []
+        symbol, tokens = self.start, []
         for table in self.tables[:-1]:
             symbol = int(table[symbol] if random.random() < right_share else random.integers(len(table)))
-            found.append(symbol)
-        return np.asarray(found, np.int32)
+            tokens.append(symbol)
+        return np.asarray(tokens, np.int32)
 
 
 @dataclass(frozen=True)
@@ -146,12 +142,12 @@ def _sums(random: np.random.Generator) -> Instance:
     start, name, thing, *rest = random.integers(
         [10, len(_NAMES), len(_THINGS), *[len(_VERBS), _LARGEST] * _SUMMANDS]
     ).tolist()
-    said = [_NAMES[name], "has", str(start), _THINGS[thing], "."]
+    words = [_NAMES[name], "has", str(start), _THINGS[thing], "."]
     changes = []
     for verb, number in zip(rest[::2], rest[1::2], strict=True):
-        said += ["then", _VERBS[verb], str(number + 1), "."]
+        words += ["then", _VERBS[verb], str(number + 1), "."]
         changes.append((number + 1) * (1 if verb < len(_GAINS) else -1))
-    tokens = [_TOKENS[word] for word in (*said, "last", "digit", "?")]
+    tokens = [_TOKENS[word] for word in (*words, "last", "digit", "?")]
     sums = (np.arange(10, dtype=np.int32)[None, :] + np.asarray(changes, np.int32)[:, None]) % 10
     # The thought begins with the start itself: each later step then has what it begins with in the token before it.
     tables = np.concatenate([np.full((1, 10), start, np.int32), sums])

@@ -1,4 +1,4 @@
-"""Thoughts of one prompt: drawn, judged by a model, scored for coherence, and given to the prompts that are hard.
+"""Thoughts of one prompt: drawn, scored by a model, and how hard a prompt is without them.
 
 Functions are for one prompt; `jax.vmap` them. Letters are those of the model.
 """
@@ -13,18 +13,18 @@ from jax.typing import ArrayLike
 
 from experiments.quiet_star.model import ThoughtModel
 from lensjax.models import Params
-from lensjax.models.transformer import Memory
+from lensjax.models.nn.transformer import Memory
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Judged:
-    """What a model makes of a prompt and thoughts about it; whoever thought them."""
+class ScoredThoughts:
+    """What a model makes of a prompt and thoughts about it, its own or others."""
 
     policy: Array
     """float32[n, L, V]: log-probabilities of the next thought token, before each of them."""
     log_probs: Array
-    """float32[n, L]: of the tokens that were thought."""
+    """float32[n, L]: of the thoughts' tokens."""
     features: Array
     """float32[n, L, D]: mean of what was read before each token, the value network's state."""
     without: Array
@@ -59,7 +59,7 @@ def greedy(model: ThoughtModel, params: Params, prompt: Array) -> Array:
     return _drawn(model, params, prompt, lambda logits, _: jnp.argmax(logits))[None]
 
 
-def judge(model: ThoughtModel, params: Params, prompt: Array, thoughts: Array) -> Judged:
+def score(model: ThoughtModel, params: Params, prompt: Array, thoughts: Array) -> ScoredThoughts:
     """What a model makes of thoughts; differentiable by its parameters.
 
     Args:
@@ -69,7 +69,7 @@ def judge(model: ThoughtModel, params: Params, prompt: Array, thoughts: Array) -
       thoughts: int32[n, L].
 
     Returns:
-      `Judged`.
+      `ScoredThoughts`.
     """
     reading = model.read(params, prompt)
     embeddings = jax.vmap(lambda tokens: model.embed(params, tokens, model.prompt_length))(thoughts)
@@ -79,7 +79,7 @@ def judge(model: ThoughtModel, params: Params, prompt: Array, thoughts: Array) -
     states = jnp.concatenate([starts, hidden[:, :-1]], axis=1)
     policy = model.thought_log_probs(params, states)
     informed, share = jax.vmap(lambda after: model.answer_log_probs(params, before, after))(hidden[:, -1])
-    return Judged(
+    return ScoredThoughts(
         policy=policy,
         log_probs=jnp.take_along_axis(policy, thoughts[..., None], axis=-1)[..., 0],
         features=_means_so_far(reading.hidden, hidden[:, :-1]),

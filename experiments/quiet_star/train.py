@@ -1,9 +1,9 @@
 """Bakes a small language model on traces, trains its thoughts by REINFORCE, and measures them on held-out questions.
 
-    python experiments/quiet_star/train.py --output-dir runs/quiet_star/0
-    python experiments/quiet_star/train.py arithmetic --seed 1 --output-dir runs/quiet_star/arithmetic-1
-    python experiments/quiet_star/train.py --resume runs/quiet_star/0
-    python experiments/quiet_star/train.py --init runs/quiet_star/0 --rl.shuffle-rewards --output-dir runs/shuffled
+    python -m experiments.quiet_star.train --output-dir runs/quiet_star/0
+    python -m experiments.quiet_star.train arithmetic --seed 1 --output-dir runs/quiet_star/arithmetic-1
+    python -m experiments.quiet_star.train --resume runs/quiet_star/0
+    python -m experiments.quiet_star.train --start-from runs/quiet_star/0 --rl.shuffle-rewards --output-dir runs/b
 
 The last one is the control: rewards go to the wrong thoughts.
 
@@ -15,6 +15,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,19 @@ from experiments.quiet_star import bake, measure, pictures, reinforce, tasks
 from experiments.quiet_star.bake import Batch
 from experiments.quiet_star.config import QuietStarConfig
 from experiments.quiet_star.model import ThoughtModel
-from lensjax import checkpoint, data, devices, evaluation, loop, run_folder, stability
-from lensjax import config as configs
-from lensjax import logging as run_logging
+from lensjax._settings import require
+from lensjax.evaluation import held_out
 from lensjax.models import Params
-from lensjax.splits import Split
+from lensjax.runs.data import batches as data
+from lensjax.runs.data.splits import Split
+from lensjax.runs.engine import devices, loop
+from lensjax.runs.fit import open_run
+from lensjax.runs.store import checkpoint, config_file, run_folder
+from lensjax.runs.store import log as run_logging
+from lensjax.runs.store.log import RunLogger
+from lensjax.training.metrics import UNDEFINED
+from lensjax.training.optim import moving
+from lensjax.training.steps.update import Learner
 
 BAKE, RL = PHASES = ("bake", "rl")
 EVALUATION_SEED = 2026
@@ -74,18 +83,18 @@ def run(config: QuietStarConfig, *, resume: bool = False, console: Console | Non
     started = time.perf_counter()
     console = console or Console(quiet=not devices.is_first())
     model, mesh = build_model(config), devices.make_mesh({"batch_size": config.batch_size})
-    taken = load_baked(config, model)
-    batches = held_out(config, mesh)
-    measured = evaluator(config, model, batches)
-    with command.open_run(config, PHASES, resume=resume, console=console) as (folder, logger):
-        surroundings = {"run_dir": folder, "config": config, "mesh": mesh, "logger": logger, "console": console}
-        baked, bake_seconds = (taken, 0.0) if taken else _bake(config, model, batches, measured, surroundings)
-        summary: dict[str, Any] = {f"baked_{name}": value for name, value in measured(baked, "test").items()}
+    start = load_start(config, model)
+    batches = held_out_questions(config, mesh)
+    report = evaluator(config, model, batches)
+    with open_run(config, PHASES, resume=resume, console=console) as (folder, logger):
+        job = _Job(config, model, report, mesh, folder, logger, console)
+        baked, bake_seconds = (start, 0.0) if start else _bake(job, batches)
+        summary: dict[str, Any] = {f"baked_{name}": value for name, value in report(baked, "test").items()}
         rl_seconds = 0.0
         if config.rl.episodes:
-            learned, rl_seconds = _reinforce(config, model, baked, measured, surroundings)
-            summary |= measured(learned, "test")
-    settings: dict[str, Any] = {
+            learned, rl_seconds = _reinforce(job, baked)
+            summary |= report(learned, "test")
+    about: dict[str, Any] = {
         "task": config.task.name,
         "split": "test",
         "questions": config.batch_size * config.eval_batches,
@@ -94,27 +103,49 @@ def run(config: QuietStarConfig, *, resume: bool = False, console: Console | Non
         "bake_seconds": round(bake_seconds, 1),
         "rl_seconds": round(rl_seconds, 1),
     }
-    undefined = {name: run_logging.UNDEFINED for name, value in summary.items() if math.isnan(value)}
-    summary = settings | summary | undefined | {"seconds": round(time.perf_counter() - started, 1)}
+    undefined = {name: UNDEFINED for name, value in summary.items() if math.isnan(value)}
+    summary = about | summary | undefined | {"seconds": round(time.perf_counter() - started, 1)}
     devices.in_first(lambda: _write_results(folder, summary))
     for name, value in summary.items():
         console.out(f"  {name:<40}{value:>9.3f}" if isinstance(value, float) else f"  {name:<40}{value!s:>9}")
     return summary
 
 
-def _bake(
-    config: QuietStarConfig,
-    model: ThoughtModel,
-    batches: Callable[[Split], list[Batch]],
-    measured: Report,
-    surroundings: dict[str, Any],
-) -> tuple[Params, float]:
+@dataclass(frozen=True)
+class _Job:
+    """What both phases of a run share."""
+
+    config: QuietStarConfig
+    model: ThoughtModel
+    report: Report
+    mesh: Mesh
+    folder: Path
+    logger: RunLogger
+    console: Console
+
+    def run(self, phase: loop.Phase, state: Any, *, seed: int) -> tuple[Params, float]:
+        """One phase on the questions of a seed: the language model after it, and its seconds."""
+        after, seconds = loop.run_phase(
+            phase,
+            state,
+            questions(self.config, seed),
+            run_dir=self.folder,
+            config=self.config,
+            mesh=self.mesh,
+            logger=self.logger,
+            console=self.console,
+        )
+        return after.params["lm"], seconds
+
+
+def _bake(job: _Job, batches: Callable[[Split], list[Batch]]) -> tuple[Params, float]:
+    config, model = job.config, job.model
     loss = jax.jit(lambda params, batch: bake.bake_loss(params, batch, model=model)[0])
 
-    def evaluate(state: bake.BakeState) -> dict[str, float]:
+    def evaluate(state: Learner) -> dict[str, float]:
         params = state.params["lm"]
-        losses = evaluation.mean_over_batches({"loss": loss(params, batch)} for batch in batches("validation"))
-        return losses | measured(params, "validation")
+        losses = held_out.mean_over_batches({"loss": loss(params, batch)} for batch in batches("validation"))
+        return losses | job.report(params, "validation")
 
     phase = loop.Phase(
         name=BAKE,
@@ -126,17 +157,16 @@ def _bake(
         monitor="loss",
     )
     state = bake.init_state(stream(config, 0), config=config, model=model)
-    state, seconds = loop.run_phase(phase, state, questions(config, 2 * config.seed), **surroundings)
-    return state.params["lm"], seconds
+    return job.run(phase, state, seed=2 * config.seed)
 
 
-def _reinforce(
-    config: QuietStarConfig, model: ThoughtModel, baked: Params, measured: Report, surroundings: dict[str, Any]
-) -> tuple[Params, float]:
+def _reinforce(job: _Job, baked: Params) -> tuple[Params, float]:
+    config, model = job.config, job.model
+
     def evaluate(state: reinforce.RLState) -> dict[str, float]:
         # Stopping looks for the lowest value.
-        missed = -float(stability.window_mean(state.recent))
-        return measured(state.params["lm"], "validation") | {"rl/missed_reward_100": missed}
+        missed = -float(moving.window_mean(state.recent))
+        return job.report(state.params["lm"], "validation") | {"rl/missed_reward_100": missed}
 
     phase = loop.Phase(
         name=RL,
@@ -148,8 +178,7 @@ def _reinforce(
         monitor="rl/missed_reward_100",
     )
     state = reinforce.init_state(stream(config, 1), config=config, baked=baked)
-    state, seconds = loop.run_phase(phase, state, questions(config, 2 * config.seed + 1), **surroundings)
-    return state.params["lm"], seconds
+    return job.run(phase, state, seed=2 * config.seed + 1)
 
 
 def stream(config: QuietStarConfig, number: int) -> Array:
@@ -163,14 +192,14 @@ def questions(config: QuietStarConfig, seed: int) -> Any:
     return data.iterate(tasks.dataset(config.task, "train", seed=seed), batch_size=config.batch_size, share=share)
 
 
-def held_out(config: QuietStarConfig, mesh: Mesh) -> Callable[[Split], list[Batch]]:
+def held_out_questions(config: QuietStarConfig, mesh: Mesh) -> Callable[[Split], list[Batch]]:
     """The questions of a split, the same ones for all seeds."""
     share = (jax.process_index(), jax.process_count())
 
     @functools.cache
     def batches(split: Split) -> list[Batch]:
-        asked = tasks.dataset(config.task, split, seed=EVALUATION_SEED)
-        rows = data.iterate(asked, batch_size=config.batch_size, share=share)
+        dataset = tasks.dataset(config.task, split, seed=EVALUATION_SEED)
+        rows = data.iterate(dataset, batch_size=config.batch_size, share=share)
         return [
             {name: devices.share_out(array, mesh) for name, array in next(rows).items()}
             for _ in range(config.eval_batches)
@@ -184,29 +213,28 @@ def evaluator(config: QuietStarConfig, model: ThoughtModel, batches: Callable[[S
     step = jax.jit(functools.partial(measure.answer_batch, config=config, model=model))
     keys = [jax.random.fold_in(jax.random.key(EVALUATION_SEED), i) for i in range(config.eval_batches)]
 
-    def measured(params: Params, split: Split) -> dict[str, float]:
-        found = [devices.to_host(step(params, batch, key)) for batch, key in zip(batches(split), keys, strict=True)]
-        return measure.report(found, config)
+    def report(params: Params, split: Split) -> dict[str, float]:
+        answers = [devices.to_host(step(params, batch, key)) for batch, key in zip(batches(split), keys, strict=True)]
+        return measure.report(answers, config)
 
-    return measured
+    return report
 
 
-def load_baked(config: QuietStarConfig, model: ThoughtModel) -> Params | None:
-    """The baked model of the run that `config.init` names; None without one.
+def load_start(config: QuietStarConfig, model: ThoughtModel) -> Params | None:
+    """The baked model of the run that `config.start_from` names; None without one.
 
     Raises:
       FileNotFoundError: there is no run in that folder.
       ValueError: it is of another task or model, or has not baked one yet.
     """
-    if config.init is None:
+    if config.start_from is None:
         return None
-    folder = Path(config.init)
-    stored = configs.load_as(run_folder.config_file(folder), QuietStarConfig)
+    folder = Path(config.start_from)
+    stored = config_file.load(run_folder.config_path(folder), QuietStarConfig)
     for name in ("task", "model"):
         theirs, ours = getattr(stored, name), getattr(config, name)
-        if theirs != ours:
-            raise ValueError(f"{name} of init {folder} is {theirs}, this run has {ours}: use the same")
-    directory = loop.checkpoint_dir(folder, BAKE)
+        require(theirs == ours, f"{name} of start_from {folder} is {theirs}, this run has {ours}: use the same")
+    directory = run_folder.checkpoint_dir(folder, BAKE)
     step = loop.kept_step(directory)
     if step is None:
         raise ValueError(f"{folder} has no checkpoint of a baked model: let it finish its baking first")
@@ -218,7 +246,7 @@ def _write_results(folder: Path, summary: dict[str, Any]) -> None:
     rows = run_logging.read_rows(folder)
     if any(row["phase"] == RL for row in rows):
         pictures.training({"this run": [rows]}, folder / "training.png", title=summary["task"])
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (folder / run_folder.SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,27 +15,24 @@ import numpy as np
 
 from experiments.rlan import grids
 from experiments.rlan.rules import SPLITS, padded
-from lensjax import splits
-from lensjax.sections import require_positive
-from lensjax.splits import Split
+from lensjax._settings import PositiveInt, require, settings
+from lensjax.runs.data import splits
+from lensjax.runs.data.splits import Split
 
 Pair = tuple[np.ndarray, np.ndarray]
 """Input and output, int32[rows, columns] each."""
 
 
-@dataclass(frozen=True)
+@settings("arc")
 class ArcConfig:
-    """What is taken of each task."""
+    """What is read of each task."""
 
-    size: int = 12
+    size: PositiveInt = 12
     """Side of the square that holds a grid [S]; a task with a larger grid is left out, and counts as not solved."""
-    pairs: int = 4
+    pairs: PositiveInt = 4
     """The most examples of a task that are read [N]."""
-    queries: int = 1
+    queries: PositiveInt = 1
     """Further pairs of a training task that are asked [Q]; of held-out tasks all tests are."""
-
-    def __post_init__(self) -> None:
-        require_positive(self, "size", "pairs", "queries")
 
 
 @dataclass(frozen=True)
@@ -81,10 +78,9 @@ def fitting(config: ArcConfig, split: Split) -> tuple[ArcTask, ...]:
     Raises:
       ValueError: there is none.
     """
-    found = tuple(task for task in load()[split] if task.side <= config.size)
-    if not found:
-        raise ValueError(f"no {split} task of ARC has grids of at most {config.size} x {config.size}: raise arc.size")
-    return found
+    tasks = tuple(task for task in load()[split] if task.side <= config.size)
+    require(bool(tasks), f"no {split} task of ARC has grids of at most {config.size} x {config.size}: raise arc.size")
+    return tasks
 
 
 @dataclass(frozen=True)
@@ -114,10 +110,10 @@ class ArcSource:
             (grids.view(source, element, permutation), grids.view(target, element, permutation))
             for source, target in task.examples + task.tests
         ]
-        shuffled, asked = [pairs[i] for i in random.permutation(len(pairs))], self.config.queries
+        shuffled, queries = [pairs[i] for i in random.permutation(len(pairs))], self.config.queries
         return {
-            "support": _stacked(shuffled[asked:], self.config.pairs, self.config.size),
-            "query": _stacked(shuffled[:asked], asked, self.config.size),
+            "support": _stacked(shuffled[queries:], self.config.pairs, self.config.size),
+            "query": _stacked(shuffled[:queries], queries, self.config.size),
         }
 
 
@@ -153,7 +149,7 @@ def coverage(config: ArcConfig) -> dict[str, int | float]:
     """
     tasks = load()
     published = {"size_rule_train": tasks["train"] + tasks["validation"], "size_rule": tasks["test"]}
-    shares = {name: float(np.mean(list(chain(*map(_is_sized, found))))) for name, found in published.items()}
+    shares = {name: float(np.mean(list(chain(*map(_is_sized, some))))) for name, some in published.items()}
     return {"tasks": len(tasks["test"]), "tasks_that_fit": len(fitting(config, "test")), **shares}
 
 

@@ -1,45 +1,46 @@
-"""Configuration of a grid run: frozen sections, as in `lensjax.config`, which also reads and writes them."""
+"""Configuration of a run on grids."""
 
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import field, replace
+from typing import Annotated, Literal
 
 from experiments.rlan.arc import ArcConfig
 from experiments.rlan.model import GridConfig
 from experiments.rlan.rules import MOVES, OBJECTS, Family, RulesConfig
-from lensjax import hyperlora
-from lensjax.config import OptimizerConfig, StoppingConfig
-from lensjax.hyperlora import HyperLoRAConfig
-from lensjax.sections import require, require_choice, require_positive
+from lensjax._settings import Bound, NonNegative, Positive, PositiveInt, require, settings
+from lensjax.models import hyperlora
+from lensjax.models.hyperlora import HyperLoRAConfig
+from lensjax.runs.engine.stopping import StoppingConfig
+from lensjax.training.optim.optimizer import OptimizerConfig
 
 
-@dataclass(frozen=True)
+@settings()
 class RlanConfig:
-    """One run. Every field is a flag of `experiments/rlan/train.py`."""
+    """One run. Every field is a flag of `python -m experiments.rlan.train`."""
 
     output_dir: str = "runs/rlan/default"
-    seed: int = 0
-    steps: int = 1000
-    batch_size: int = 16
+    seed: Annotated[int, Bound(0, 2**31, high_excluded=True)] = 0
+    steps: PositiveInt = 1000
+    batch_size: PositiveInt = 16
     """Tasks in a batch [B]."""
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.0
+    learning_rate: Positive = 2e-3
+    weight_decay: NonNegative = 0.0
     shard_parameters: bool = False
     """Split parameters and optimizer state over the devices as well as the batch (FSDP)."""
-    logging_steps: int = 50
-    eval_steps: int = 250
-    eval_batches: int = 32
+    logging_steps: PositiveInt = 50
+    eval_steps: PositiveInt = 250
+    eval_batches: PositiveInt = 32
     """Batches of held-out rules that are measured; of ARC all tasks are."""
-    save_steps: int = 500
+    save_steps: PositiveInt = 500
     tasks: Literal["rules", "arc"] = "rules"
     """What is learned: procedural rules, or ARC-1, which needs the extra `arc`."""
     equivariance: Literal["deltas", "outputs"] = "deltas"
     """What the equivariance loss compares: the deltas of the task and of the turned one, which is right for rules that
     commute with turns and mirrors, or the answers, turned back, which is right for all and costs an answer a view."""
-    equivariance_views: int = 4
+    equivariance_views: Annotated[int, Bound(1, 7)] = 4
     """Dihedral elements, the first ones beside the identity, that the equivariance loss turns a task by."""
-    vote_permutations: int = 4
+    vote_permutations: PositiveInt = 4
     """Colour permutations k of the 8 k views that vote on a test task, the identity among them."""
-    vote_batches: int = 16
+    vote_batches: PositiveInt = 16
     """Batches of held-out rules that are voted on; of ARC all tasks are."""
     best_step: bool = False
     """Answer with the solver's surest step instead of its last one; training always takes the last."""
@@ -50,23 +51,19 @@ class RlanConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     stopping: StoppingConfig = field(default_factory=StoppingConfig)
 
-    def __post_init__(self) -> None:
-        require_choice(self, "tasks", "equivariance")
-        require_positive(self, "steps", "batch_size", "logging_steps", "eval_steps", "eval_batches", "save_steps")
-        require_positive(self, "vote_permutations", "vote_batches")
-        require(0 <= self.seed < 2**31, f"seed must be in [0, 2**31), got {self.seed}")
-        require(self.learning_rate > 0, f"learning_rate must be above 0, got {self.learning_rate}")
-        require(self.weight_decay >= 0, f"weight_decay must be at least 0, got {self.weight_decay}")
+    def _check(self) -> None:
         require(bool(self.output_dir), "output_dir must name a folder, got an empty string")
-        require(1 <= self.equivariance_views <= 7, f"equivariance_views must be 1 to 7, got {self.equivariance_views}")
         require(
             self.steps > self.optimizer.warmup_steps,
             f"steps must be above optimizer.warmup_steps {self.optimizer.warmup_steps}, got {self.steps}",
         )
-        require(self.optimizer.name == "adamw", "optimizer.name must be adamw: the grid model has no transformer")
+        require(
+            self.optimizer.name == "adamw",
+            f"optimizer.name must be adamw, since the grid model has no transformer, got {self.optimizer.name!r}",
+        )
         require(
             self.task_set.pairs >= 2 or self.hyperlora.loo_weight == 0,
-            f"to leave one example out, {self.tasks}.pairs must be 2 or more, got {self.task_set.pairs}",
+            f"{self.tasks}.pairs must be at least 2 to leave one example out, got {self.task_set.pairs}",
         )
 
     @property
@@ -81,7 +78,7 @@ class RlanConfig:
 
     @property
     def example_shapes(self) -> dict[str, tuple[int, ...]]:
-        """What a training step is given of each task, as of `lensjax.loop.Settings`."""
+        """Shapes of a training task by the name of the array."""
         tasks = self.task_set
         grids = (2, tasks.size, tasks.size)
         return {"support": (tasks.pairs, *grids), "query": (tasks.queries, *grids)}
@@ -113,4 +110,4 @@ PRESETS = {name: RlanConfig(hyperlora=section) for name, section in hyperlora.PR
         hyperlora=replace(hyperlora.PRESETS["rlan_stable_safe"], equivariance_weight=0.0),
     ),
 }
-"""By the name that a command line starts with."""
+"""Configurations by the name that a command line starts with."""

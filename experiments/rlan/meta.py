@@ -19,10 +19,13 @@ from experiments.rlan import grids
 from experiments.rlan.config import RlanConfig
 from experiments.rlan.grids import PADDING
 from experiments.rlan.model import GridModel, best_step
-from lensjax import hyperlora, optimizer, schedules
-from lensjax.hyperlora import Deltas
-from lensjax.metrics import Metrics, masked_mean
-from lensjax.models import HyperLoRAModel, Params
+from lensjax._numerics import masked_mean
+from lensjax.models import HyperLoRAModel, Params, hyperlora
+from lensjax.models.hyperlora import Deltas
+from lensjax.training.metrics import Metrics
+from lensjax.training.optim import schedules
+from lensjax.training.optim.optimizer import make_optimizer
+from lensjax.training.steps.update import Learner, gradient_step, init_learner
 
 Batch = dict[str, Array]
 """`support` int32[B, N, 2, S, S] and `query` int32[B, Q, 2, S, S]; an example of padding alone counts for nothing. To
@@ -34,19 +37,10 @@ class RlanModels:
     """The two models of a run. Hashable: pass it as a static argument of `jax.jit`."""
 
     grid: GridModel
-    hyper: HyperLoRAModel
+    hypernet: HyperLoRAModel
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class MetaState:
-    """Everything that moves during training."""
-
-    step: Array
-    """int32[]: updates done."""
-    params: dict[str, Params]
-    """Parameters of `grid` and `hyper`."""
-    opt_state: Any
+_TRAINED = ("grid", "hypernet")
 
 
 def build_models(config: RlanConfig) -> RlanModels:
@@ -55,11 +49,16 @@ def build_models(config: RlanConfig) -> RlanModels:
     return RlanModels(grid, HyperLoRAModel(config.hyperlora, config.grid.dim, grid.targets))
 
 
-def init_state(key: Array, *, config: RlanConfig, models: RlanModels) -> MetaState:
-    """A state with fresh parameters. `key` is consumed."""
-    grid_key, hyper_key = jax.random.split(key)
-    params = {"grid": models.grid.init(grid_key), "hyper": models.hyper.init(hyper_key)}
-    return MetaState(jnp.zeros((), jnp.int32), params, optimizer.init(config.optimizer, params))
+def init_state(key: Array, *, config: RlanConfig, models: RlanModels) -> Learner:
+    """A learner with fresh parameters of `grid` and `hypernet`. `key` is consumed."""
+    grid_key, hypernet_key = jax.random.split(key)
+    params = {"grid": models.grid.init(grid_key), "hypernet": models.hypernet.init(hypernet_key)}
+    return init_learner(jax.random.fold_in(key, 2), params, tx=_optimizer(config), trainable=_TRAINED)
+
+
+def _optimizer(config: RlanConfig) -> optax.GradientTransformation:
+    """The hypernetwork has a learning rate of its own."""
+    return make_optimizer(config.optimizer, multipliers={"hypernet": config.hyperlora.learning_rate_multiplier})
 
 
 def is_example(pairs: ArrayLike) -> Array:
@@ -70,7 +69,7 @@ def is_example(pairs: ArrayLike) -> Array:
 def task_deltas(models: RlanModels, params: dict[str, Params], support: ArrayLike) -> Deltas:
     """The deltas for a task, from all of its examples int32[N, 2, S, S]."""
     features = jax.vmap(lambda pair: models.grid.encode(params["grid"], pair))(jnp.asarray(support))
-    return models.hyper.apply(params["hyper"], hyperlora.mean_context(features, is_example(support)))
+    return models.hypernet.apply(params["hypernet"], hyperlora.mean_context(features, is_example(support)))
 
 
 def leave_one_out_deltas(
@@ -80,7 +79,7 @@ def leave_one_out_deltas(
 
     Args:
       models: static.
-      params: of `grid` and `hyper`.
+      params: of `grid` and `hypernet`.
       support: int32[N, 2, S, S], each encoded once.
 
     Returns:
@@ -90,7 +89,7 @@ def leave_one_out_deltas(
     valid = is_example(support)
     contexts, held_out = hyperlora.leave_one_out_contexts(features, valid)
     contexts = jnp.concatenate([hyperlora.mean_context(features, valid)[None], contexts])
-    deltas = jax.vmap(lambda context: models.hyper.apply(params["hyper"], context))(contexts)
+    deltas = jax.vmap(lambda context: models.hypernet.apply(params["hypernet"], context))(contexts)
     return jax.tree.map(lambda leaf: leaf[0], deltas), jax.tree.map(lambda leaf: leaf[1:], deltas), held_out
 
 
@@ -107,7 +106,7 @@ def turned_answers(
 
     Args:
       models: static.
-      params: of `grid` and `hyper`.
+      params: of `grid` and `hypernet`.
       turned: the deltas of the task in each of the views.
       query: int32[Q, 2, S, S], inputs and answers; of an answer only the size is read.
       views: dihedral elements.
@@ -176,11 +175,11 @@ def meta_loss(
             inputs, targets = (jnp.concatenate([a, b]) for a, b in ((inputs, support[:, 0]), (targets, support[:, 1])))
         logits = jax.vmap(lambda delta, grid: answers(models, params, delta, grid))(used, inputs)
         losses, pixels, exacts = jax.vmap(grid_loss)(logits, targets)
-        asked = is_example(query)
+        where = is_example(query)
         report = {
-            "task_loss": masked_mean(losses[:queries], asked),
-            "accuracy": masked_mean(pixels[:queries], asked),
-            "exact": masked_mean(exacts[:queries], asked),
+            "task_loss": masked_mean(losses[:queries], where),
+            "accuracy": masked_mean(pixels[:queries], where),
+            "exact": masked_mean(exacts[:queries], where),
         }
         if weights.loo_weight > 0:
             report["loo_loss"] = hyperlora.leave_one_out_loss(losses[queries:], held_out)
@@ -212,11 +211,8 @@ def meta_loss(
     return loss, report
 
 
-def meta_step(state: MetaState, batch: Batch, *, config: RlanConfig, models: RlanModels) -> tuple[MetaState, Metrics]:
-    """One update on one batch; pure. The hypernetwork has a learning rate of its own."""
-    (loss, report), grads = jax.value_and_grad(meta_loss, has_aux=True)(
-        state.params, batch, state.step, config=config, models=models
-    )
+def meta_step(state: Learner, batch: Batch, *, config: RlanConfig, models: RlanModels) -> tuple[Learner, Metrics]:
+    """One update on one batch; pure."""
     rate = schedules.learning_rate(
         state.step,
         config.learning_rate,
@@ -224,20 +220,14 @@ def meta_step(state: MetaState, batch: Batch, *, config: RlanConfig, models: Rla
         warmup_steps=config.optimizer.warmup_steps,
         steps=config.steps,
     )
-    params: dict[str, Params] = {}
-    opt_state: dict[str, Any] = {}
-    for name, multiplier in (("grid", 1.0), ("hyper", config.hyperlora.learning_rate_multiplier)):
-        new_params, new_state = optimizer.update(
-            config.optimizer,
-            {name: grads[name]},
-            {name: state.opt_state[name]},
-            {name: state.params[name]},
-            learning_rate=rate * multiplier,
-            weight_decay=config.weight_decay,
-        )
-        params, opt_state = params | new_params, opt_state | new_state
-    report = report | {"loss": loss, "grad_norm": optax.tree.norm(grads), "lr": rate}
-    return MetaState(state.step + 1, params, opt_state), report
+    after, seen = gradient_step(
+        state,
+        lambda params: meta_loss(params, batch, state.step, config=config, models=models),
+        tx=_optimizer(config),
+        trainable=_TRAINED,
+        rates={"learning_rate": rate, "weight_decay": config.weight_decay},
+    )
+    return after, seen.aux | {"loss": seen.loss, "grad_norm": optax.tree.norm(seen.grads), "lr": rate}
 
 
 def eval_step(params: dict[str, Params], batch: Batch, *, models: RlanModels) -> Metrics:
@@ -248,14 +238,14 @@ def eval_step(params: dict[str, Params], batch: Batch, *, models: RlanModels) ->
     """
     support, query, sizes = batch["support"], batch["query"], batch["size"]
     deltas, others, held_out = jax.vmap(lambda task: leave_one_out_deltas(models, params, task))(support)
-    asked = jax.vmap(is_example)(query)
+    is_query = jax.vmap(is_example)(query)
     foreign = jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=0), deltas)
     over_tasks = jax.vmap(masked_mean)
 
     def score(delta: Deltas, pair: Array, size: Array) -> tuple[Array, ...]:
         logits = answers(models, params, delta, pair[0])
-        found = jnp.where(grids.inside(size, pair.shape[-1]), jnp.argmax(logits, axis=-1), PADDING)
-        return grid_loss(logits, pair[1])[0], *grid_scores(jnp.stack([found.astype(jnp.int32), pair[1]]))
+        predicted = jnp.where(grids.inside(size, pair.shape[-1]), jnp.argmax(logits, axis=-1), PADDING)
+        return grid_loss(logits, pair[1])[0], *grid_scores(jnp.stack([predicted.astype(jnp.int32), pair[1]]))
 
     def left_out(delta: Deltas, pair: Array) -> Array:
         return grid_loss(answers(models, params, delta, pair[0]), pair[1])[1]
@@ -263,13 +253,13 @@ def eval_step(params: dict[str, Params], batch: Batch, *, models: RlanModels) ->
     report: Metrics = {}
     for name, used in (("", deltas), ("_zeroed", hyperlora.zeroed(deltas)), ("_foreign", foreign)):
         scores = jax.vmap(jax.vmap(score, in_axes=(None, 0, 0)))(used, query, sizes)
-        means = [jnp.mean(over_tasks(values, asked)) for values in scores]
+        means = [jnp.mean(over_tasks(values, is_query)) for values in scores]
         report |= dict(zip((f"nll{name}", f"pixel{name}", f"exact{name}"), means, strict=True))
     copied = jax.vmap(jax.vmap(grid_scores))
     mapped = jax.vmap(lambda table, task: task.at[:, 0].set(table[task[:, 0]]))
     for name, pairs in (("copy", query), ("table", mapped(jax.vmap(grids.colour_table)(support), query))):
         for metric, values in zip(("pixel", "exact"), copied(pairs), strict=True):
-            report[f"{metric}_{name}"] = jnp.mean(over_tasks(values, asked))
+            report[f"{metric}_{name}"] = jnp.mean(over_tasks(values, is_query))
     can_hold_out = jnp.any(held_out, axis=1)
     loo, loo_copy = jax.vmap(jax.vmap(left_out))(others, support), copied(support)[0]
     # Copying is a baseline where answers have the shape of their inputs.
@@ -300,7 +290,7 @@ def view_predictions(
 
     Args:
       models: static.
-      params: of `grid` and `hyper`.
+      params: of `grid` and `hypernet`.
       support: int32[N, 2, S, S].
       grid: int32[S, S], the input to answer.
       size: int32[2], rows and columns of the answer, of `grids.output_size`.
@@ -323,10 +313,10 @@ def view_predictions(
         chosen = best_step(logits, content) if take_best_step else -1
         return jnp.where(content, jnp.argmax(logits[chosen], axis=-1), PADDING).astype(jnp.int32)
 
-    found = jax.vmap(answer)(jnp.concatenate(seen), jnp.concatenate(where))
-    found = found.reshape(grids.DIHEDRAL, len(permutations), *grid.shape)
+    predicted = jax.vmap(answer)(jnp.concatenate(seen), jnp.concatenate(where))
+    predicted = predicted.reshape(grids.DIHEDRAL, len(permutations), *grid.shape)
     back = [
-        jax.vmap(lambda view, row, index=index: grids.inverse(view, index, row))(found[index], permutations)
+        jax.vmap(lambda view, row, index=index: grids.inverse(view, index, row))(predicted[index], permutations)
         for index in range(grids.DIHEDRAL)
     ]
     return jnp.concatenate(back)

@@ -12,10 +12,10 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from experiments.rlan.grids import COLOURS, PADDING
-from lensjax.hyperlora import Deltas, mix
-from lensjax.metrics import masked_mean
+from lensjax._numerics import masked_mean
+from lensjax._settings import PositiveInt, settings
 from lensjax.models import Params
-from lensjax.sections import require_positive
+from lensjax.models.hyperlora import Deltas, mix
 
 TARGETS = ("gru_reset", "gru_update", "gru_candidate", "output_head")
 """What is adapted: the outputs of these layers, each of width D."""
@@ -23,15 +23,12 @@ POSITION_STD = 0.1
 """Of fresh position embeddings; colours have 1, for what a rule says is mostly about them."""
 
 
-@dataclass(frozen=True)
+@settings("grid")
 class GridConfig:
     """Sizes of the grid model."""
 
-    dim: int = 64
-    steps: int = 6
-
-    def __post_init__(self) -> None:
-        require_positive(self, "dim", "steps")
+    dim: PositiveInt = 64
+    steps: PositiveInt = 6
 
 
 @dataclass(frozen=True)

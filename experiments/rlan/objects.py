@@ -20,7 +20,7 @@ SMALLEST_SIDE = 6
 
 def find(grid: np.ndarray) -> list[Object]:
     """The objects of a grid, the largest one first; of equally large ones, that which comes first row by row."""
-    left, found = {(int(row), int(column)) for row, column in np.argwhere(grid)}, []
+    left, objects = {(int(row), int(column)) for row, column in np.argwhere(grid)}, []
     while left:
         edge, cells = [left.pop()], []
         while edge:
@@ -28,9 +28,11 @@ def find(grid: np.ndarray) -> list[Object]:
             beside = {cell for cell in _beside(cells[-1]) if cell in left and grid[cell] == grid[cells[-1]]}
             left -= beside
             edge.extend(beside)
-        found.append(sorted(cells))
-    found.sort(key=lambda cells: (-len(cells), cells[0]))
-    return [(np.asarray(rows), np.asarray(columns)) for rows, columns in (zip(*cells, strict=True) for cells in found)]
+        objects.append(sorted(cells))
+    objects.sort(key=lambda cells: (-len(cells), cells[0]))
+    return [
+        (np.asarray(rows), np.asarray(columns)) for rows, columns in (zip(*cells, strict=True) for cells in objects)
+    ]
 
 
 def draw(random: np.random.Generator, side: int) -> np.ndarray:
@@ -49,9 +51,9 @@ def draw(random: np.random.Generator, side: int) -> np.ndarray:
             free -= {(row + i, column + j) for row, column in cells for i in (-1, 0, 1) for j in (-1, 0, 1)}
             for cell in cells:
                 grid[cell] = colour
-        found = find(grid)
-        at_border = [_touches_border(cells, side) for cells in found]
-        if sorted(len(rows) for rows, _ in found) == sorted(sizes) and any(at_border) and not all(at_border):
+        objects = find(grid)
+        at_border = [_touches_border(cells, side) for cells in objects]
+        if sorted(len(rows) for rows, _ in objects) == sorted(sizes) and any(at_border) and not all(at_border):
             return grid
 
 
@@ -80,11 +82,11 @@ def flood(grid: np.ndarray, *, rank: int, itself: int | None, others: int | None
       itself: what that object becomes.
       others: what the other objects become; None leaves either as it is.
     """
-    found = find(grid)
-    chosen = found.pop(rank)
+    rest = find(grid)
+    chosen = rest.pop(rank)
     result = np.where(grid == 0, grid[chosen][0], grid)
     _paint(result, chosen, itself)
-    for cells in found:
+    for cells in rest:
         _paint(result, cells, others)
     return result
 

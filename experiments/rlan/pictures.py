@@ -9,7 +9,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from experiments.rlan.grids import PADDING, size_of
-from lensjax.plots import INK, MUTED, new_figure, write
+from lensjax.plots.style import INK, MUTED, new_figure, write
 
 COLORS = ListedColormap(
     ["#1d1d1d", "#0074d9", "#ff4136", "#2ecc40", "#ffdc00", "#aaaaaa", "#f012be", "#ff851b", "#7fdbff", "#870c25"]
@@ -53,8 +53,8 @@ def _panels(row: Mapping[str, np.ndarray]) -> list[tuple[str, np.ndarray, bool]]
         for i, pair in enumerate(row["support"])
         for kind, grid in zip(("input", "output"), pair, strict=True)
     ]
-    asked = [("question", row["query"][0], False), ("answer", row["query"][1], False)]
-    return examples + asked + [(name, row[name], True) for name in row if name not in ("support", "query")]
+    query = [("question", row["query"][0], False), ("answer", row["query"][1], False)]
+    return examples + query + [(name, row[name], True) for name in row if name not in ("support", "query")]
 
 
 def _draw(ax: Axes, grid: np.ndarray, answer: np.ndarray | None) -> None:

@@ -16,9 +16,9 @@ import numpy as np
 
 from experiments.rlan import grids, objects
 from experiments.rlan.grids import COLOURS, PADDING
-from lensjax import splits
-from lensjax.sections import require, require_positive
-from lensjax.splits import Split
+from lensjax._settings import PositiveInt, require, settings
+from lensjax.runs.data import splits
+from lensjax.runs.data.splits import Split
 
 Family = Literal["swap", "recolour", "cycle", "double", "shift", "roll", "turn", "flood", "rank", "border"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -28,7 +28,7 @@ OBJECTS: tuple[Family, ...] = ("flood", "rank", "border")
 """With `MOVES`, the families that no table of colours answers; both need grids of `objects.SMALLEST_SIDE` or more."""
 
 
-@dataclass(frozen=True)
+@settings("rules")
 class RulesConfig:
     """What tasks there are."""
 
@@ -41,17 +41,15 @@ class RulesConfig:
     by its size (504), `border` one by whether it touches the border (110)."""
     balanced: bool = False
     """Tasks of all families equally often, instead of those of all rules."""
-    size: int = 5
+    size: PositiveInt = 5
     """Side of the square that holds a grid [S]; the grids fill it."""
-    pairs: int = 3
+    pairs: PositiveInt = 3
     """Examples of a task [N]."""
-    queries: int = 1
+    queries: PositiveInt = 1
     """Further inputs of a task [Q], to be answered from its examples."""
 
-    def __post_init__(self) -> None:
-        require_positive(self, "size", "pairs", "queries")
-        is_known = bool(self.families) and set(self.families) <= set(FAMILIES)
-        require(is_known, f"rules.families must name one or more of {', '.join(FAMILIES)}, got {self.families}")
+    def _check(self) -> None:
+        require(bool(self.families), f"rules.families must name one or more of {', '.join(FAMILIES)}, got ()")
         require(
             self.size >= objects.SMALLEST_SIDE or not set(self.families) & {*MOVES, *OBJECTS},
             f"rules.size must be {objects.SMALLEST_SIDE} or more for the families {', '.join(MOVES + OBJECTS)}, "
@@ -119,9 +117,9 @@ class RuleSource:
         """Returns `support` int32[N, 2, S, S] and `query` int32[Q, 2, S, S]: inputs and outputs."""
         stream = [self.seed, SPLITS.index(self.split)]
         turn, group = divmod(index, len(self._groups))
-        found = self._groups[group]
-        epoch, place = divmod(turn, len(found))
-        rule = found[np.random.default_rng([*stream, 0, epoch]).permutation(len(found))[place]]
+        rules = self._groups[group]
+        epoch, place = divmod(turn, len(rules))
+        rule = rules[np.random.default_rng([*stream, 0, epoch]).permutation(len(rules))[place]]
         random = np.random.default_rng([*stream, 1, index])
         count, side = self.config.pairs + self.config.queries, self.config.size
         inputs = np.stack([rule.draw(random, side) for _ in range(count)])

@@ -5,7 +5,7 @@ import numpy as np
 
 from experiments.rlan import arc, grids, rules
 from experiments.rlan.config import RlanConfig
-from lensjax.splits import Split
+from lensjax.runs.data.splits import Split
 
 EVALUATION_SEED = 2026
 """Of held-out rules' grids."""
@@ -30,11 +30,11 @@ def held_out(config: RlanConfig, split: Split, *, count: int) -> list[Task]:
       count: how many rules; of ARC all tasks that fit.
     """
     if config.tasks == "arc":
-        found = arc.held_out(config.arc, split)
+        tasks = arc.held_out(config.arc, split)
     else:
         source = rules.RuleSource(config.rules, split, EVALUATION_SEED)
-        found = [source[i] for i in range(count)]
-    return [task | {"size": _sizes(task)} for task in found]
+        tasks = [source[i] for i in range(count)]
+    return [task | {"size": _sizes(task)} for task in tasks]
 
 
 def stacked(tasks: list[Task]) -> Task:

@@ -1,10 +1,10 @@
 """Meta-trains a grid model whose weights a hypernetwork adapts to each task, and measures it on held-out tasks.
 
-    python experiments/rlan/train.py --output-dir runs/rlan/0
-    python experiments/rlan/train.py rlan_stable --seed 1 --output-dir runs/rlan/published-1
-    python experiments/rlan/train.py objects --output-dir runs/rlan/objects-0
-    python experiments/rlan/train.py arc --output-dir runs/rlan/arc
-    python experiments/rlan/train.py --resume runs/rlan/0
+    python -m experiments.rlan.train --output-dir runs/rlan/0
+    python -m experiments.rlan.train rlan_stable --seed 1 --output-dir runs/rlan/published-1
+    python -m experiments.rlan.train objects --output-dir runs/rlan/objects-0
+    python -m experiments.rlan.train arc --output-dir runs/rlan/arc
+    python -m experiments.rlan.train --resume runs/rlan/0
 
 The first argument names a preset of `experiments/rlan/config.py`; flags change single fields. Everything that a run
 makes is in its own folder.
@@ -27,11 +27,16 @@ from rich.console import Console
 from experiments import command
 from experiments.rlan import arc, grids, meta, pictures, tasks
 from experiments.rlan.config import PRESETS, RlanConfig
-from experiments.rlan.meta import Batch, MetaState, RlanModels
+from experiments.rlan.meta import Batch, RlanModels
 from experiments.rlan.tasks import Task
-from lensjax import data, devices, evaluation, hyperlora, loop
-from lensjax.models import Params
-from lensjax.splits import Split
+from lensjax.evaluation import held_out
+from lensjax.models import Params, hyperlora
+from lensjax.runs.data import batches as data
+from lensjax.runs.data.splits import Split
+from lensjax.runs.engine import devices, loop
+from lensjax.runs.fit import open_run
+from lensjax.runs.store import run_folder
+from lensjax.training.steps.update import Learner
 
 PHASE = "meta"
 HEADLINE = ("nll", "exact", "exact_copy", "exact_table", "loo_accuracy", "lora_diversity")
@@ -66,8 +71,8 @@ def run(config: RlanConfig, *, resume: bool = False, console: Console | None = N
     share = (jax.process_index(), jax.process_count())
     training = data.iterate(tasks.training(config), batch_size=config.batch_size, share=share)
     measure = evaluator(config, models, mesh)
-    asked = tasks.held_out(config, "test", count=config.vote_batches * config.batch_size)
-    with command.open_run(config, (PHASE,), resume=resume, console=console) as (folder, logger):
+    test = tasks.held_out(config, "test", count=config.vote_batches * config.batch_size)
+    with open_run(config, (PHASE,), resume=resume, console=console) as (folder, logger):
         phase = loop.Phase(
             name=PHASE,
             steps=config.steps,
@@ -84,17 +89,17 @@ def run(config: RlanConfig, *, resume: bool = False, console: Console | None = N
         report = measure(state, "test") | by_family(config, functools.partial(measure, state))
     params = devices.to_host(state.params)
     summary = {"split": "test", "seed": config.seed, "steps": int(state.step), "training_seconds": round(seconds, 1)}
-    summary |= report | votes(config, models, params, asked)
+    summary |= report | votes(config, models, params, test)
     if config.tasks == "arc":
         summary |= over_all(summary, arc.coverage(config.arc))
     summary["seconds"] = round(time.perf_counter() - started, 1)
-    devices.in_first(lambda: _write_results(folder, summary, shown_tasks(models, params, asked[:SHOWN_TASKS])))
+    devices.in_first(lambda: _write_results(folder, summary, shown_tasks(models, params, test[:SHOWN_TASKS])))
     for name, value in summary.items():
         console.out(f"  {name:<32}{value:>9.3f}" if isinstance(value, float) else f"  {name:<32}{value:>9}")
     return summary
 
 
-def evaluator(config: RlanConfig, models: RlanModels, mesh: Mesh) -> Callable[[MetaState, str], dict[str, float]]:
+def evaluator(config: RlanConfig, models: RlanModels, mesh: Mesh) -> Callable[[Learner, str], dict[str, float]]:
     """Held-out metrics of a state, always on the same tasks of a split, or of one family's test rules, by its name.
 
     Compiled once for each shape of a batch. All devices measure all tasks, of which there may be any number.
@@ -102,15 +107,15 @@ def evaluator(config: RlanConfig, models: RlanModels, mesh: Mesh) -> Callable[[M
     step = jax.jit(functools.partial(meta.eval_step, models=models))
 
     def batches(config: RlanConfig, split: Split) -> list[Batch]:
-        found = tasks.held_out(config, split, count=config.eval_batches * config.batch_size)
-        size = len(found) if config.tasks == "arc" else config.batch_size
-        stacked = (tasks.stacked(found[i : i + size]) for i in range(0, len(found), size))
+        rows = tasks.held_out(config, split, count=config.eval_batches * config.batch_size)
+        size = len(rows) if config.tasks == "arc" else config.batch_size
+        stacked = (tasks.stacked(rows[i : i + size]) for i in range(0, len(rows), size))
         return [devices.place(jax.tree.map(jnp.asarray, batch), mesh, split=False) for batch in stacked]
 
-    held_out = {"validation": batches(config, "validation"), "test": batches(config, "test")}
+    splits = {"validation": batches(config, "validation"), "test": batches(config, "test")}
     for family in config.balanced_families:
-        held_out[family] = batches(replace(config, rules=replace(config.rules, families=(family,))), "test")
-    return lambda state, name: evaluation.mean_over_batches(step(state.params, batch) for batch in held_out[name])
+        splits[family] = batches(replace(config, rules=replace(config.rules, families=(family,))), "test")
+    return lambda state, name: held_out.mean_over_batches(step(state.params, batch) for batch in splits[name])
 
 
 def by_family(config: RlanConfig, measure: Callable[[str], dict[str, float]]) -> dict[str, float]:
@@ -131,13 +136,13 @@ def votes(config: RlanConfig, models: RlanModels, params: dict[str, Params], hel
     """
     permutations = jnp.asarray(grids.colour_permutations(tasks.EVALUATION_SEED, config.vote_permutations))
     one = functools.partial(meta.view_predictions, models, permutations=permutations, take_best_step=config.best_step)
-    asked = [
+    queries = [
         (i, task["support"], pair, size)
         for i, task in enumerate(held_out)
         for pair, size in zip(task["query"], task["size"], strict=True)
         if (pair[0] != grids.PADDING).any()
     ]
-    owners, support, pairs, sizes = (np.stack(column) for column in zip(*asked, strict=True))
+    owners, support, pairs, sizes = (np.stack(column) for column in zip(*queries, strict=True))
     predict = jax.jit(lambda params, *queries: jax.lax.map(lambda query: one(params, *query), queries))
     views, answers = np.asarray(predict(params, support, pairs[:, 0], sizes)), pairs[:, 1]
     singles = (views == answers[:, None]).all(axis=(2, 3))
@@ -173,21 +178,21 @@ def shown_tasks(models: RlanModels, params: dict[str, Params], rows: list[Task])
         return jnp.stack([solve(arm, inputs) for arm in arms], axis=1)
 
     batch = tasks.stacked(rows)
-    found = np.asarray(jax.jit(answered)(params, batch["support"], batch["query"][:, 0, 0]))
-    where = np.asarray([grids.inside(row["size"][0], found.shape[-1]) for row in rows])
+    predicted = np.asarray(jax.jit(answered)(params, batch["support"], batch["query"][:, 0, 0]))
+    where = np.asarray([grids.inside(row["size"][0], predicted.shape[-1]) for row in rows])
     return [
         {"support": row["support"], "query": row["query"][0]}
         | {
             name: np.where(content, grid, grids.PADDING)
             for name, grid in zip(("HyperLoRA", "no deltas", "foreign"), answers, strict=True)
         }
-        for row, content, answers in zip(rows, where, found, strict=True)
+        for row, content, answers in zip(rows, where, predicted, strict=True)
     ]
 
 
 def _write_results(folder: Path, summary: dict[str, Any], shown: list[dict[str, np.ndarray]]) -> None:
     pictures.predictions(shown, folder / "predictions.png", title="Held-out tasks, last step, one view")
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (folder / run_folder.SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
 
 
 if __name__ == "__main__":

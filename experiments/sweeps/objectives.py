@@ -1,12 +1,12 @@
 """Each objective in the place of the preference term, on the task with known answers.
 
-    python experiments/ablate.py objectives --base-run runs/ablations/recall-base --output-dir runs/objectives
+    python -m experiments.studies.ablate objectives --base-run runs/ablations/recall-base --output-dir runs/objectives
 
 The default is that of `recall.py` without its rank loss, which is made of span targets and would help the others along.
 Each objective has two scales, since it is not known beforehand how far apart the values of two variants should be.
 """
 
-from lensjax.sweep import Sweep
+from lensjax.runs.sweep import Sweep
 
 SCALES = {
     "logistic": (2.0, 8.0),
@@ -33,7 +33,7 @@ SWEEP = Sweep(
             for name in ("disco", "info_nce")
             for tau in TEMPERATURES
         ),
-        {"objective.name": "grpo", "objective.baseline": "leave_one_out", "hyper.beta": 8.0},
+        {"objective.name": "grpo", "objective.group_baseline": "leave_one_out", "hyper.beta": 8.0},
         {"objective.name": "info_nca", "objective.group": "batch", "hyper.beta": 16.0},
         {"objective.name": "copg", "objective.group": "batch", "hyper.beta": 16.0},
         {"objective.name": "copg", "objective.keep": 3, "hyper.beta": 16.0},

@@ -1,13 +1,13 @@
 """Why it is slow to learn without the answer in hand, and what helps: recall with a query of 2 tokens.
 
-    python experiments/train.py recall --steps 0 --output-dir runs/query/base
-    python experiments/ablate.py query --base-run runs/query/base --output-dir runs/query/sweep
+    python -m experiments.train recall --steps 0 --output-dir runs/query/base
+    python -m experiments.studies.ablate query --base-run runs/query/base --output-dir runs/query/sweep
 
 The default is the recall preset with 200 steps on half of its batch and twice its learning rate. Without pointer,
 blocks and local edits LensNet and its rollouts are what they were when it saw the scored tokens.
 """
 
-from lensjax.sweep import Sweep
+from lensjax.runs.sweep import Sweep
 
 PLAIN = {"lens.blocks": False, "lens.pointer": False}
 

@@ -6,7 +6,7 @@ The default is the recall preset with a third of its steps, half of its batch an
 task is mostly learned by then, and what helps or hurts can still show.
 """
 
-from lensjax.sweep import Sweep
+from lensjax.runs.sweep import Sweep
 
 KNOBS = {
     "hyper.learning_rate": (1e-3, 1e-2),

@@ -7,7 +7,7 @@ tail and three times the learning rate.
 """
 
 from experiments.sweeps.recall import KNOBS, TOGETHER
-from lensjax.sweep import Sweep
+from lensjax.runs.sweep import Sweep
 
 SWEEP = Sweep(
     preset="demo",
@@ -19,6 +19,6 @@ SWEEP = Sweep(
         "hyper.context_end": 0.25,
         "hyper.learning_rate": 3e-3,
     },
-    one_at_a_time={**KNOBS, "hyper.lod2_share": (0.3,)},
+    one_at_a_time={**KNOBS, "hyper.high_lod_share": (0.3,)},
     together=TOGETHER,
 )

@@ -1,6 +1,6 @@
 """Sixteen arms on recall: four temperatures, four seeds. docs/ablations.md times them against sixteen runs."""
 
-from lensjax.sweep import Sweep
+from lensjax.runs.sweep import Sweep
 
 SWEEP = Sweep(
     preset="recall",

@@ -1,11 +1,11 @@
-"""Policy-gradient losses of sampled actions; the advantages come from `lensjax.advantages`."""
+"""Policy-gradient losses of sampled actions; the advantages come from `lensjax.losses.advantages`."""
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax.metrics import masked_mean
+from lensjax._numerics import masked_mean
 
 # A ratio beyond exp(20) says nothing that one of exp(20) does not, and would overflow.
 _MOST_LOG_RATIO = 20.0
@@ -26,6 +26,12 @@ def policy_gradient(log_probs: ArrayLike, advantages: ArrayLike, where: ArrayLik
 
     References:
       Williams, Simple Statistical Gradient-Following Algorithms (1992).
+
+    Example:
+      >>> import jax.numpy as jnp, lensjax as lx
+      >>> log_probs, advantages = jnp.array([-1.0, -2.0]), jnp.array([1.0, 0.5])
+      >>> float(lx.losses.policy_gradient(log_probs, advantages, jnp.ones(2, bool)))
+      1.0
     """
     where = jnp.asarray(where)
     log_probs, advantages = _cleared(log_probs, where), _cleared(jax.lax.stop_gradient(advantages), where)
@@ -51,6 +57,12 @@ def clipped_surrogate(
 
     References:
       Schulman et al., PPO, arXiv:1707.06347, Eq. 7; Shao et al., GRPO, arXiv:2402.03300, Eq. 3.
+
+    Example:
+      >>> import jax.numpy as jnp, lensjax as lx
+      >>> old, new, every = jnp.array([0.0, 0.0]), jnp.array([1.0, 0.0]), jnp.ones(2, bool)
+      >>> float(lx.losses.clipped_surrogate(new, jnp.ones(2), every, old_log_probs=old, clip=0.25))  # -(1.25 + 1) / 2
+      -1.125
     """
     where = jnp.asarray(where)
     old, advantages = (_cleared(jax.lax.stop_gradient(x), where) for x in (old_log_probs, advantages))
@@ -70,6 +82,11 @@ def value_loss(values: ArrayLike, returns: ArrayLike, where: ArrayLike) -> Array
 
     Returns:
       float32[].
+
+    Example:
+      >>> import jax.numpy as jnp, lensjax as lx
+      >>> float(lx.losses.value_loss(jnp.array([0.0, 1.0]), jnp.array([1.0, 1.0]), jnp.ones(2, bool)))
+      0.25
     """
     where = jnp.asarray(where)
     returns = _cleared(jax.lax.stop_gradient(returns), where)

@@ -54,6 +54,14 @@ def preference_entry_losses(
 
     Raises:
       ValueError: the form is unknown.
+
+    Example:
+      >>> import jax.numpy as jnp, lensjax as lx
+      >>> scores, targets, every = jnp.array([0.5, 0.0]), jnp.array([1.0, -1.0]), jnp.ones(2, bool)
+      >>> options = {"gap": 1.0, "temperature": 1.0, "collapse_weight": 1.0}
+      >>> losses = lx.losses.preference_entry_losses(scores, targets, every, **options)
+      >>> [f"{loss:.3f}" for loss in losses]
+      ['0.361', '0.528']
     """
     if form not in ("logistic", "squared"):
         raise ValueError(f"form must be logistic or squared, got {form!r}")
@@ -78,7 +86,7 @@ def preference_loss(
 ) -> Array:
     """Loss of one pair: the policy should ask for what the better variant shows.
 
-        entry:  sum_j m_j w_j l_j / sum_j m_j w_j,    l_j as of `preference_entry_losses`
+        entry:  sum_j m_j w_j l_j / sum_j m_j w_j,    l_j of `preference_entry_losses`
         pair:   a softplus(-g sum_j m_j w_j c_j t_j s_j / sum_j m_j w_j c_j)
 
     Args:
@@ -101,6 +109,13 @@ def preference_loss(
 
     References:
       Bradley and Terry (1952); the logistic preference loss as in Christiano et al., arXiv 1706.03741, Eq. 1.
+
+    Example:
+      >>> import jax.numpy as jnp, lensjax as lx
+      >>> scores, targets, every = jnp.array([0.5, 0.0]), jnp.array([1.0, -1.0]), jnp.ones(2, bool)
+      >>> loss = lx.losses.preference_loss(scores, targets, every, gap=1.0, temperature=1.0, collapse_weight=1.0)
+      >>> print(f"{loss:.3f}")
+      0.444
     """
     if granularity == "entry":
         losses = preference_entry_losses(
@@ -134,6 +149,12 @@ def rank_loss(
 
     Returns:
       float32[]; 0 unless both kinds are present.
+
+    Example:
+      >>> import jax.numpy as jnp, lensjax as lx
+      >>> scores, targets, every = jnp.array([0.5, 0.0]), jnp.array([1.0, -1.0]), jnp.ones(2, bool)
+      >>> float(lx.losses.rank_loss(scores, targets, every, margin=1.0))
+      0.5
     """
     scores, targets, where = _cleared(scores, targets, where)
     # A target that is not a number is of the second kind, so that it is not left out unseen.

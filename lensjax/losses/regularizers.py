@@ -20,6 +20,12 @@ def budget_balance(scores: ArrayLike, spans: ArrayLike, where: ArrayLike) -> Arr
 
     Returns:
       float32[] in (-1, 1); positive asks for more detail than it gives back, 0 where nothing counts.
+
+    Example:
+      >>> import jax.numpy as jnp, lensjax as lx
+      >>> scores, spans, every = jnp.array([0.5, -0.25]), jnp.array([1.0, 8.0]), jnp.ones(2, bool)
+      >>> print(f"{lx.losses.budget_balance(scores, spans, every):.3f}")  # (0.5 - 2) / (0.5 + 2)
+      -0.600
     """
     scores, spans = (jnp.where(jnp.asarray(where), jnp.asarray(x), 0.0) for x in (scores, spans))
     expand = jnp.sum(spans * jax.nn.relu(scores))
@@ -28,7 +34,14 @@ def budget_balance(scores: ArrayLike, spans: ArrayLike, where: ArrayLike) -> Arr
 
 
 def budget_loss(scores: ArrayLike, spans: ArrayLike, where: ArrayLike) -> Array:
-    """Squared `budget_balance`: what is expanded must be paid for; arguments as there, float32[]."""
+    """Squared `budget_balance` of the same arguments: what is expanded must be paid for; float32[].
+
+    Example:
+      >>> import jax.numpy as jnp, lensjax as lx
+      >>> scores, spans, every = jnp.array([0.5, -0.25]), jnp.array([1.0, 8.0]), jnp.ones(2, bool)
+      >>> print(f"{lx.losses.budget_loss(scores, spans, every):.3f}")
+      0.360
+    """
     return budget_balance(scores, spans, where) ** 2
 
 
@@ -43,6 +56,12 @@ def budget_smoothing_loss(scores: ArrayLike, spans: ArrayLike, where: ArrayLike,
 
     Returns:
       float32[].
+
+    Example:
+      >>> import jax.numpy as jnp, lensjax as lx
+      >>> scores, spans, every = jnp.array([0.5, -0.25]), jnp.array([1.0, 8.0]), jnp.ones(2, bool)
+      >>> print(f"{lx.losses.budget_smoothing_loss(scores, spans, every, average=-0.5):.3f}")
+      0.010
     """
     deviation = budget_balance(scores, spans, where) - jax.lax.stop_gradient(jnp.asarray(average))
     return jnp.where(jnp.any(jnp.asarray(where)), deviation**2, 0.0)
@@ -62,6 +81,13 @@ def policy_kl(scores: ArrayLike, anchor_scores: ArrayLike, where: ArrayLike, *, 
 
     Returns:
       float32[], in nats, at least 0.
+
+    Example:
+      >>> import jax.numpy as jnp, lensjax as lx
+      >>> every = jnp.ones(2, bool)
+      >>> kl = lx.losses.policy_kl(jnp.array([1.0, 0.0]), jnp.array([0.0, 0.0]), every, temperature=1.0)
+      >>> print(f"{kl:.3f}")
+      0.058
     """
     where = jnp.asarray(where)
     logits = jnp.where(where, jnp.asarray(scores), 0.0) / temperature

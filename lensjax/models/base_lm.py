@@ -1,14 +1,63 @@
 """Base language model: a small decoder of the Llama kind that reads embeddings at true positions."""
 
+from dataclasses import dataclass, replace
+from typing import Annotated
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
-from lensjax.config import BaseConfig
-from lensjax.models.cache import KVCache
-from lensjax.models.rope import rotary
-from lensjax.models.transformer import Rotary, Transformer, TransformerConfig, rms_norm
+from lensjax._settings import Count, PositiveInt, above, require, settings
+from lensjax.context.working import Entries
+from lensjax.models.functional import Functional, checked
+from lensjax.models.interfaces import Params
+from lensjax.models.nn.cache import KVCache
+from lensjax.models.nn.rope import rotary
+from lensjax.models.nn.transformer import Rotary, Transformer, TransformerConfig, rms_norm
+
+
+@settings("base")
+class BaseConfig:
+    """Decoder-only language model of the Llama kind.
+
+    Example:
+      >>> import lensjax as lx
+      >>> lx.BaseConfig(dim=60)
+      Traceback (most recent call last):
+      ValueError: base.dim must be a multiple of 2 * base.heads = 8 (rotary pairs), got 60
+    """
+
+    vocab_size: PositiveInt = 256
+    dim: PositiveInt = 64
+    layers: PositiveInt = 2
+    heads: PositiveInt = 4
+    kv_heads: PositiveInt = 2
+    mlp_dim: PositiveInt = 192
+    copy_heads: Count = 0
+    """Key-value heads in each layer that find an entry by the one before it, and so learn at once to copy."""
+    conv_width: Count = 3
+    """Taps of the causal depthwise convolution on the input embeddings; 0 leaves it out."""
+    tied: bool = True
+    """Whether the output head is the transposed embedding."""
+    rope_theta: Annotated[float, above(1)] = 10_000.0
+    gaussian_rope: bool = False
+    """Damp rotary frequencies by exp(-(theta sigma)^2 / 2), sigma = span width."""
+
+    def _check(self) -> None:
+        require(
+            self.dim % (2 * self.heads) == 0,
+            f"base.dim must be a multiple of 2 * base.heads = {2 * self.heads} (rotary pairs), got {self.dim}",
+        )
+        require(
+            self.heads % self.kv_heads == 0,
+            f"base.heads must be a multiple of base.kv_heads {self.kv_heads}, got {self.heads}",
+        )
+        require(
+            self.copy_heads <= self.kv_heads,
+            f"base.copy_heads must be at most base.kv_heads {self.kv_heads}, got {self.copy_heads}",
+        )
+
 
 # Small enough that a fresh model is near uniform over the vocabulary, far enough from 0 that no two contexts
 # get the same loss: equal losses would leave the policy without a single preference.
@@ -78,14 +127,14 @@ class BaseLM(nnx.Module):
         return self.embedding(tokens)
 
     def __call__(self, embeddings: Array, positions: Array, spans: Array, rows: Array) -> Array:
-        """Next-token logits at `rows`: float32[R, vocab]. See `lensjax.models.functional.BaseModel.apply`."""
+        """Next-token logits at `rows`: float32[R, vocab]. See `BaseModel.logits`."""
         x = self.transformer(self._mix(embeddings), rotary=self._angles(positions, spans), rows=rows)
         return self._logits(x)
 
     def extend(
         self, cache: KVCache, embeddings: Array, positions: Array, spans: Array, count: Array
     ) -> tuple[Array, KVCache]:
-        """Logits of new entries and the longer cache. See `lensjax.models.functional.BaseModel.extend`."""
+        """Logits of new entries and the longer cache. See `BaseModel.extend`."""
         slots, embeddings = cache.slots(embeddings.shape[0], count), embeddings.astype(cache.inputs.dtype)
         before = cache.last_inputs(max(self.config.conv_width - 1, 0))
         x = self._mix(jnp.concatenate([before, embeddings]))[before.shape[0] :]
@@ -96,7 +145,7 @@ class BaseLM(nnx.Module):
         return self._logits(x), KVCache(keys, values, inputs, length)
 
     def attention(self, embeddings: Array, positions: Array, spans: Array, rows: Array) -> tuple[Array, Array]:
-        """Attention weights and norms of keys. See `lensjax.models.functional.BaseModel.attention`."""
+        """Attention weights and norms of keys. See `BaseModel.attention`."""
         return self.transformer.attention(self._mix(embeddings), rotary=self._angles(positions, spans), rows=rows)
 
     def _angles(self, positions: Array, spans: Array) -> Rotary:
@@ -112,3 +161,148 @@ class BaseLM(nnx.Module):
     def _logits(self, x: Array) -> Array:
         x = self.norm(x)
         return self.embedding.attend(x) if self.config.tied else self.head(x)
+
+
+@dataclass(frozen=True)
+class BaseModel(Functional[BaseLM]):
+    """Base language model as pure functions."""
+
+    config: BaseConfig
+    dtype: str = "float32"
+
+    def _build(self, rngs: nnx.Rngs) -> BaseLM:
+        return BaseLM(self.config, dtype=jnp.dtype(self.dtype), rngs=rngs)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the vocabulary."""
+        return self.config.vocab_size
+
+    @property
+    def dim(self) -> int:
+        """Width of the embeddings [D]."""
+        return self.config.dim
+
+    def embed(self, params: Params, tokens: ArrayLike) -> Array:
+        """Token embeddings, the leaves of the tree.
+
+        Args:
+          params: from `init`.
+          tokens: int32[S]; a token outside the vocabulary gives NaN.
+
+        Returns:
+          float32[S, D].
+
+        Raises:
+          ValueError: `tokens` is not one sequence.
+        """
+        tokens = checked("tokens", tokens, None)
+        return self._bind(params).embed(tokens)
+
+    def logits(self, params: Params, entries: Entries, rows: ArrayLike) -> Array:
+        """Next-token logits at chosen entries, given all entries up to each of them.
+
+        Causal over the order of entries. Padding needs no mask: it always comes last in a working context, where
+        no entry sees it. It must be finite.
+
+        Args:
+          params: from `init`.
+          entries: S tokens and gists. The spans are the sigma of the Gaussian rotary positions, if those are on.
+          rows: int32[R] in [0, S), entries whose prediction is wanted.
+
+        Returns:
+          float32[R, vocabulary].
+
+        Raises:
+          ValueError: a shape does not fit.
+        """
+        return self._bind(params)(*self._read(entries), checked("rows", rows, None))
+
+    def init_cache(self, capacity: int) -> KVCache:
+        """An empty cache.
+
+        Args:
+          capacity: entries that there is room for [S].
+
+        Returns:
+          A `KVCache` of length 0.
+
+        Raises:
+          ValueError: there is room for none.
+        """
+        if capacity < 1:
+            raise ValueError(f"capacity must be at least 1 entry, got {capacity}")
+        config = self.config
+        shape, dtype = (config.layers, capacity, config.kv_heads, config.dim // config.heads), jnp.dtype(self.dtype)
+        # Distinct buffers: a donated cache may not hold one buffer twice.
+        return KVCache(
+            keys=jnp.zeros(shape, dtype),
+            values=jnp.zeros(shape, dtype),
+            inputs=jnp.zeros((capacity, config.dim), jnp.float32),
+            length=jnp.zeros((), jnp.int32),
+        )
+
+    def extend(
+        self,
+        params: Params,
+        cache: KVCache,
+        entries: Entries,
+        count: ArrayLike | None = None,
+    ) -> tuple[Array, KVCache]:
+        """Reads further entries after those in the cache, at the cost of these alone.
+
+        However a sequence is split, its logits equal those of `logits` on all of it at once, to rounding.
+
+        Args:
+          params: from `init`, the same that filled the cache.
+          cache: from `init_cache` or `extend`, or one of these cut back to a prefix.
+          entries: R tokens and gists.
+          count: int32[], how many of the R entries are real (the rest is padding and may hold anything); None for all.
+
+        Returns:
+          Next-token logits float32[R, vocabulary], of which those of padding mean nothing, and the longer cache.
+
+        Raises:
+          ValueError: a shape does not fit, `count` is not in [0, R], or the cache cannot hold so many more. The last
+            two are checked where they are concrete; under `jit` they are the caller's duty, entries past the capacity
+            are dropped and their logits wrong.
+        """
+        config = self.config
+        read = self._read(entries)
+        checked("cache.keys", cache.keys, config.layers, None, config.kv_heads, config.dim // config.heads)
+        rows = read[0].shape[0]
+        count = checked("count", rows if count is None else count).astype(jnp.int32)
+        cache.check_room(rows, count)
+        return self._bind(params).extend(cache, *read, count)
+
+    def attention(self, params: Params, entries: Entries, rows: ArrayLike) -> tuple[Array, Array]:
+        """What chosen entries attend to in every layer of `logits`, and how long the keys are there.
+
+            weights[l, h, r, s] = softmax_s(q_h(r) . k_h(s) / sqrt(head_dim)),  s <= r
+
+        Args:
+          params: from `init`.
+          entries: S tokens and gists.
+          rows: int32[R] in [0, S), entries whose attention is wanted.
+
+        Returns:
+          Attention weights float32[layers, heads, R, S], 0 on later entries, and L2 norms of the keys
+          float32[layers, kv_heads, S], taken before the rotation, which without Gaussian damping keeps them.
+
+        Raises:
+          ValueError: a shape does not fit.
+        """
+        return self._bind(params).attention(*self._read(entries), checked("rows", rows, None))
+
+    def truncate(self, cache: KVCache, length: Array) -> KVCache:
+        """The cache without all but its first `length` entries, int32[]."""
+        return replace(cache, length=length)
+
+    def _read(self, entries: Entries) -> tuple[Array, Array, Array]:
+        """What the model reads of entries: embeddings, positions, spans."""
+        embeddings = checked("entries.embeddings", entries.embeddings, None, self.config.dim)
+        count = embeddings.shape[0]
+        positions, spans = (
+            checked(f"entries.{name}", getattr(entries, name), count) for name in ("positions", "spans")
+        )
+        return embeddings, positions, spans

@@ -1,13 +1,36 @@
 """GistNet: compresses K child embeddings into one gist of the same width."""
 
+from dataclasses import dataclass
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
-from lensjax.config import GistConfig
-from lensjax.models.transformer import SwiGLU, Transformer, TransformerConfig, linear, rms_norm
+from lensjax._settings import Count, PositiveInt, settings
+from lensjax.models.functional import Functional, checked
+from lensjax.models.interfaces import Params
+from lensjax.models.nn.transformer import SwiGLU, Transformer, TransformerConfig, linear, rms_norm
+
+
+@settings("gist")
+class GistConfig:
+    """GistNet: K child embeddings to one gist of the same width.
+
+    Example:
+      >>> import lensjax as lx
+      >>> lx.GistConfig(pooling="max")
+      Traceback (most recent call last):
+      ValueError: gist.pooling must be one of mean, query, cls, got 'max'
+    """
+
+    pooling: Literal["mean", "query", "cls"] = "mean"
+    head: Literal["linear", "mlp"] = "linear"
+    layers: Count = 0
+    heads: PositiveInt = 4
+
 
 MLP_RATIO = 3
 FRESH_GAIN = 1e-4
@@ -97,3 +120,34 @@ class GistNet(nnx.Module):
             pooled = jnp.mean(self.transformer(x.astype(self.dtype)).astype(jnp.float32), axis=0)
         correction = self.head(self.norm(pooled))
         return pooled.astype(jnp.float32) + correction.astype(jnp.float32)
+
+
+@dataclass(frozen=True)
+class GistModel(Functional[GistNet]):
+    """GistNet as pure functions."""
+
+    config: GistConfig
+    dim: int
+    """Width of embeddings and gists [D]."""
+    block_size: int
+    """Children per gist [K]."""
+    dtype: str = "float32"
+
+    def _build(self, rngs: nnx.Rngs) -> GistNet:
+        return GistNet(self.config, self.dim, self.block_size, dtype=jnp.dtype(self.dtype), rngs=rngs)
+
+    def apply(self, params: Params, children: ArrayLike) -> Array:
+        """Gists of complete blocks, each independent of the others.
+
+        Args:
+          params: from `init`.
+          children: float32[n, K, D], embeddings or gists of one LOD; n may be 0.
+
+        Returns:
+          float32[n, D].
+
+        Raises:
+          ValueError: a block does not hold K children of width D.
+        """
+        children = checked("children", children, None, self.block_size, self.dim)
+        return self._bind(params)(children)

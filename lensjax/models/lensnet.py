@@ -1,14 +1,46 @@
 """LensNet: a bidirectional policy that scores every entry of one working context."""
 
+from dataclasses import dataclass
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from lensjax.config import LensConfig
-from lensjax.context import Entries
-from lensjax.models.transformer import SwiGLU, Transformer, TransformerConfig, linear, rms_norm
+from lensjax._settings import PositiveInt, require, settings
+from lensjax.context.working import Entries
+from lensjax.models.functional import Functional, checked
+from lensjax.models.interfaces import Params
+from lensjax.models.nn.transformer import SwiGLU, Transformer, TransformerConfig, linear, rms_norm
+
+
+@settings("lens")
+class LensConfig:
+    """LensNet: bidirectional policy over the entries of one working context.
+
+    Example:
+      >>> import lensjax as lx
+      >>> lx.LensConfig(dim=65)
+      Traceback (most recent call last):
+      ValueError: lens.dim must be a multiple of lens.heads 2, got 65
+    """
+
+    dim: PositiveInt = 64
+    layers: PositiveInt = 2
+    heads: PositiveInt = 2
+    """Few and wide: a head compares entries by what it projects them to, and 16 numbers tell few of them apart."""
+    mlp_dim: PositiveInt = 192
+    head: Literal["linear", "mlp"] = "linear"
+    blocks: bool = True
+    """Whether a token is seen with the gist of its block beside it."""
+    pointer: bool = True
+    """Whether the end of the history is compared with each entry, besides what attention does (`Pointer`)."""
+
+    def _check(self) -> None:
+        require(self.dim % self.heads == 0, f"lens.dim must be a multiple of lens.heads {self.heads}, got {self.dim}")
+
 
 FREQUENCIES = (0.5, 1.0, 2.0, 4.0)
 """Radians per unit of log1p(distance), for the sine and cosine features."""
@@ -50,8 +82,8 @@ class Pointer(nnx.Module):
         weights = jax.nn.softmax(jnp.where(valid[:, None], logits, _NEVER), axis=0)
         shape = (len(valid), self.heads, -1)
         query, key = (y.astype(jnp.float32).reshape(shape) for y in (self.query(content), self.key(blocks)))
-        asked = jnp.einsum("jh,jhd->hd", weights, query)
-        return jnp.einsum("hd,ihd,h->i", asked, key, self.gain[...]) * query.shape[-1] ** -0.5
+        request = jnp.einsum("jh,jhd->hd", weights, query)
+        return jnp.einsum("hd,ihd,h->i", request, key, self.gain[...]) * query.shape[-1] ** -0.5
 
 
 class LensNet(nnx.Module):
@@ -98,7 +130,7 @@ class LensNet(nnx.Module):
         )
 
     def __call__(self, entries: Entries) -> tuple[Array, Array]:
-        """Scores float32[W] and features float32[W, dim]. See `lensjax.models.functional.LensModel`."""
+        """Scores float32[W] and features float32[W, dim]. See `LensModel`."""
         # A masked key still meets its value as 0 * v: whatever stands in padding must at least be finite.
         valid = entries.valid
         lods = jnp.where(valid, entries.lods, 0)
@@ -133,3 +165,55 @@ def time_features(spans: Array, distances: Array) -> Array:
     age = jnp.log1p(distances)
     angles = age[:, None] * jnp.asarray(FREQUENCIES, jnp.float32)[None, :]
     return jnp.concatenate([jnp.log(spans)[:, None], age[:, None], jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+@dataclass(frozen=True)
+class LensModel(Functional[LensNet]):
+    """LensNet as pure functions."""
+
+    config: LensConfig
+    embedding_dim: int
+    """Width of the entries' embeddings [D]."""
+    max_lod: int
+    """Highest level of detail [L]."""
+    dtype: str = "float32"
+
+    def _build(self, rngs: nnx.Rngs) -> LensNet:
+        return LensNet(self.config, self.embedding_dim, self.max_lod, dtype=jnp.dtype(self.dtype), rngs=rngs)
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of the features of `apply_with_features`."""
+        return self.config.dim
+
+    @property
+    def targets(self) -> tuple[tuple[str, int, int], ...]:
+        """What a hypernetwork adapts: the last matrix of each MLP and of the head; their paths, inputs and outputs."""
+        shapes = jax.tree_util.tree_leaves_with_path(jax.eval_shape(self.init, jax.random.key(0)))
+        named = [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape) for path, leaf in shapes]
+        ends = ("mlp/down/kernel", "head/down/kernel", "head/kernel")
+        return tuple((name, *shape) for name, shape in named if name.endswith(ends))
+
+    def apply(self, params: Params, entries: Entries) -> Array:
+        """Policy scores: positive asks to expand an entry, negative to collapse it.
+
+        Args:
+          params: from `init`.
+          entries: W entries of one working context. Detach them where LensNet's loss must not train their source. What
+            stands in padding is ignored.
+
+        Returns:
+          float32[W] in (-1, 1), 0 at padding.
+
+        Raises:
+          ValueError: a shape does not fit.
+        """
+        return self.apply_with_features(params, entries)[0]
+
+    def apply_with_features(self, params: Params, entries: Entries) -> tuple[Array, Array]:
+        """The scores of `apply`, and what the last layer says of each entry, float32[W, dim], 0 at padding."""
+        embeddings = checked("entries.embeddings", entries.embeddings, None, self.embedding_dim)
+        checked("entries.blocks", entries.blocks, *embeddings.shape)
+        for name in ("lods", "spans", "distances", "valid"):
+            checked(f"entries.{name}", getattr(entries, name), embeddings.shape[0])
+        return self._bind(params)(entries)

@@ -1,0 +1,259 @@
+"""Trains LensNet under many settings and seeds on one frozen base model, and reports what each setting changes.
+
+    python -m experiments.studies.ablate recall --base-run runs/recall/base --output-dir runs/ablation
+    python -m experiments.studies.ablate recall --base-run runs/recall/base --output-dir runs/ablation --resume
+
+The first argument names a file of `experiments/sweeps/` (or is the path of such a file) that defines `SWEEP`. Settings
+that differ in hyperparameters only are arms of one compiled program; each other difference makes one more program. All
+arms of a seed see the same data in the same order. Arms are trained in chunks, spread over all devices (on a CPU its
+cores): what is interrupted loses the chunk in flight, and `--resume` trains only what is missing. Leaves `arms.csv`,
+one row an arm, and what each setting changes: `report.md`, `effects.csv` and `effects.png`.
+"""
+
+import functools
+import itertools
+import json
+import math
+import os
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+
+from experiments import command
+from experiments.studies import ablate_arms
+from experiments.studies.ablate_arms import Arm
+from experiments.tables import write_csv
+from experiments.train import load_object, load_preset
+from lensjax import _settings
+from lensjax.evaluation import compare, effects
+from lensjax.models import Params
+from lensjax.plots.effects import forest
+from lensjax.runs import sweep
+from lensjax.runs.config import Config
+from lensjax.runs.load import load_start
+from lensjax.runs.store import run_folder
+from lensjax.runs.sweep import Sweep
+
+SWEEPS = Path(__file__).parents[1] / "sweeps"
+METRICS = {
+    "preference_agreement": "mc/preference_agreement",
+    "preference_agreement_lod_only": "mc/preference_agreement_lod_only",
+    "preference_corr_mean": "mc/preference_corr_mean",
+    "swap_rate": "mc/swap_rate",
+    "policy_score_abs_mean": "mc/policy_score_abs_mean",
+    "adv_delta_mean": "mc/adv_delta_mean",
+    "adv_delta_std": "mc/adv_delta_std",
+    "hit_rate": "hit_rate",
+}
+"""Columns of the table, and the held-out metrics that they show; a task without a metric has no such column."""
+REPORTED = (
+    *("gap_closed_oracle", "hit_rate", "preference_agreement", "preference_agreement_lod_only"),
+    *("preference_corr_mean", "swap_rate"),
+)
+"""Further columns of the report, where the table has them."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What to run."""
+
+    sweep: tyro.conf.Positional[str]
+    """Name in `experiments/sweeps/`, or path, of a Python file that defines SWEEP."""
+    base_run: Path
+    """Run folder whose base model and GistNet all arms share."""
+    output_dir: Path
+    chunk: int = 32
+    """Arms trained at a time, at most."""
+    at_once: int | None = None
+    """Arms computed together (`vmap`), for accelerators; None computes one after the other."""
+    resume: bool = False
+    """Go on with an interrupted sweep."""
+
+
+def main(words: list[str] | None = None) -> None:
+    """Command line; bad values end it with one message, before anything is written."""
+    arguments = tyro.cli(Arguments, args=words, description=__doc__)
+    with command.errors_end():
+        ablate(arguments)
+
+
+def ablate(arguments: Arguments) -> list[Row]:
+    """Runs the sweep and returns the rows of `arms.csv`; all arms are checked before the first one is trained."""
+    console = Console()
+    if arguments.chunk < 1 or (arguments.at_once is not None and arguments.at_once < 1):
+        raise ValueError(f"chunk and at_once must be at least 1, got {arguments.chunk} and {arguments.at_once}")
+    plan = load_sweep(arguments.sweep)
+    arms = _arms(plan, arguments.base_run)
+    groups = [_Group(members, _start(members[0].config)) for members in _by_structure(arms)]
+    folder = _open(arguments, plan, arms)
+    swept = list(dict.fromkeys(name for arm in arms for name in arm.setting))
+    bounds: dict[Hashable, tuple[float, float]] = {}
+    rows: dict[str, Row] = {}
+    for group in groups:
+        for chunk in group.chunks(arguments.chunk):
+            if not all(arm.file(folder).is_file() for arm in chunk):
+                ablate_arms.train(chunk, group.params, folder, at_once=arguments.at_once, console=console)
+        for arm in group.arms:
+            if (key := _measured_on(arm.config)) not in bounds:
+                bounds[key] = ablate_arms.bounds(arm.config, group.params)
+            rows[arm.name] = _row(arm, bounds[key], swept, folder)
+    table = [rows[arm.name] for arm in arms]
+    write_csv(table, folder / "arms.csv")
+    _report(arguments, plan, arms, table, swept)
+    console.out(f"{len(table)} arms are in {folder}/arms.csv, what they say in report.md", highlight=False)
+    return table
+
+
+def load_sweep(name: str) -> Sweep:
+    """The sweep of a name in `experiments/sweeps/`, or of a Python file.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it defines no `SWEEP`.
+    """
+    path = Path(name) if Path(name).suffix == ".py" else SWEEPS / f"{name}.py"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in SWEEPS.glob("*.py")))
+        raise FileNotFoundError(f"no sweep {path}; name a Python file, or one of: {known}")
+    return load_object(path, "SWEEP", Sweep)
+
+
+def _arms(plan: Sweep, base_run: Path) -> list[Arm]:
+    """Every setting with every seed, the default first.
+
+    Raises:
+      ValueError: a setting is not valid, has patience, or is measured on one batch alone.
+    """
+    default = _settings.replace(load_preset(plan.preset), **plan.changes, base_run=str(base_run))
+    arms = [
+        Arm(setting, _settings.replace(default, seed=seed, output_dir="-", **setting))
+        for setting in plan.settings()
+        for seed in plan.seeds
+    ]
+    for arm in arms:
+        if arm.config.stopping.patience is not None:
+            raise ValueError(
+                "arms are compared after the same number of steps: stopping.patience must be None in a sweep, "
+                f"got {arm.config.stopping.patience}"
+            )
+        if arm.config.eval_batches < 2:
+            raise ValueError(
+                f"intervals are over held-out batches: eval_batches must be 2 or more, got {arm.config.eval_batches}"
+            )
+    return arms
+
+
+def _by_structure(arms: Sequence[Arm]) -> list[list[Arm]]:
+    groups: dict[Config, list[Arm]] = {}
+    for arm in arms:
+        groups.setdefault(sweep.structure(arm.config), []).append(arm)
+    return list(groups.values())
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Arms that one program can train, and the models they share."""
+
+    arms: list[Arm]
+    params: dict[str, Params]
+
+    def chunks(self, size: int) -> Iterator[list[Arm]]:
+        # Of one size, or nearly: most chunks then share what is compiled.
+        count = math.ceil(len(self.arms) / size)
+        edges = [len(self.arms) * index // count for index in range(count + 1)]
+        for first, last in itertools.pairwise(edges):
+            yield self.arms[first:last]
+
+
+def _start(config: Config) -> dict[str, Params]:
+    start = load_start(config, config.build_models())
+    assert start is not None
+    return start
+
+
+def _open(arguments: Arguments, plan: Sweep, arms: Sequence[Arm]) -> Path:
+    """Makes the sweep's folder, or checks that it is one of the same sweep."""
+    folder, described = arguments.output_dir, {"plan": asdict(plan), "arms": {arm.name: arm.setting for arm in arms}}
+    file, text = folder / "sweep.json", json.dumps(described, indent=2) + "\n"
+    if not folder.exists() or not any(folder.iterdir()):
+        (folder / "arms").mkdir(parents=True, exist_ok=True)
+        (folder / "environment.json").write_text(json.dumps(run_folder.environment(arms[0].config), indent=2) + "\n")
+        file.write_text(text)
+        return folder
+    if not arguments.resume:
+        raise FileExistsError(f"{folder} is not empty: choose another --output-dir, or pass --resume to finish it")
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} holds no sweep (sweep.json is missing): name the folder of a sweep")
+    if file.read_text() != text:
+        raise ValueError(
+            f"{folder} was begun with another sweep or preset than {arguments.sweep} is now: "
+            "choose another --output-dir, or take the change back"
+        )
+    return folder
+
+
+def _row(arm: Arm, bounds: tuple[float, float], swept: Sequence[str], folder: Path) -> Row:
+    stored = json.loads(arm.file(folder).read_text())
+    metrics, diverged = stored["metrics"], stored["diverged"]
+    gap = None if diverged else compare.gap_closed(metrics["nll_policy"], *bounds)
+    row: Row = {name: _value(arm.config, name) for name in swept}
+    row |= {"seed": arm.config.seed, "nll": metrics["nll_policy"], "gap_closed_oracle": gap}
+    row |= {column: metrics[name] for column, name in METRICS.items() if name in metrics}
+    return row | {"diverged": diverged, "steps": arm.config.steps}
+
+
+def _measured_on(config: Config) -> Hashable:
+    """What recency and the search depend on: arms that have it in common are measured against one pair of bounds."""
+    batches = (config.data, config.batch_size, config.eval_batches, config.dtype)
+    return (*batches, config.context.geometry, config.context.horizon, config.hyper.context_end)
+
+
+def _report(arguments: Arguments, plan: Sweep, arms: Sequence[Arm], table: Sequence[Row], swept: Sequence[str]) -> None:
+    """Compares every setting with the default."""
+    folder = arguments.output_dir
+    columns = [name for name in REPORTED if name in table[0]]
+    stored = [json.loads(arm.file(folder).read_text()) for arm in arms]
+    count, measured = len(plan.seeds), []
+    for first in range(0, len(arms), count):
+        rows, files = table[first : first + count], stored[first : first + count]
+        others = {name: np.asarray([math.nan if row[name] is None else row[name] for row in rows]) for name in columns}
+        diverged = np.asarray([row["diverged"] for row in rows])
+        nothing = [math.nan] * arms[first].config.eval_batches
+        losses = np.asarray([one["nll_by_batch"] or nothing for one in files])
+        measured.append(effects.Measured(arms[first].setting, losses, others, diverged))
+    differences = effects.effects(measured)
+    title = f"{plan.preset}: {len(measured)} settings, {count} seeds"
+    command = (
+        f"python -m experiments.studies.ablate {arguments.sweep} --base-run {arguments.base_run} --output-dir {folder}"
+    )
+    default = {name: _value(arms[0].config, name) for name in swept}
+    report = effects.markdown(differences, default=default, title=title, columns=columns, command=command)
+    (folder / "report.md").write_text(report)
+    write_csv([_effect_row(one) for one in differences], folder / "effects.csv")
+    if len(differences) > 1:
+        forest(differences, folder / "effects.png", default=default, title=title)
+
+
+def _effect_row(one: effects.Effect) -> Row:
+    row = asdict(one)
+    return row | row.pop("others")
+
+
+def _value(config: Any, name: str) -> Any:
+    """The field of a dotted name."""
+    return functools.reduce(getattr, name.split("."), config)
+
+
+if __name__ == "__main__":
+    # Each core of a CPU becomes a device with arms of its own: one arm cannot keep several busy.
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+    main()

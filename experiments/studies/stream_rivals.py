@@ -1,0 +1,110 @@
+"""A session's rivals on the stream that it has read: what they cost, and how far apart they are.
+
+A sliding window of as many tokens in full as the session has entries; sessions with other scores than LensNet's; the
+whole history in full, which has no budget.
+"""
+
+import csv
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from experiments.studies.stream_watch import Watch
+from lensjax.evaluation import rivals, streams
+from lensjax.evaluation.statistics import estimate
+from lensjax.plots.stream import StreamQuality, stream_quality
+from lensjax.runs.config import Config
+from lensjax.session import Session
+
+# Consecutive pieces of the stream, over which the intervals of a comparison are.
+STRETCHES = 20
+ENDS = ("", "_low", "_high")
+SESSION, SLIDING, WHOLE = "session", "sliding_window", "whole_window"
+POLICIES = {"collapse_oldest": streams.collapse_oldest, "random_scores": streams.random_scores}
+Row = dict[str, Any]
+
+
+def compare(config: Config, session: Session, tokens: np.ndarray, watch: Watch, title: str, folder: Path) -> list[Row]:
+    """Measures the rivals where a session decides with a full history behind it; writes table and picture.
+
+    Args:
+      config: the run's, whose session it is.
+      session: the session.
+      tokens: int32[S], the stream.
+      watch: of the session that has read it.
+      title: of the picture.
+      folder: for `quality.csv` and `quality.png`.
+
+    Returns:
+      `quality_rows`.
+    """
+    history, interval = config.context.history, config.context.horizon
+    # Step s ends interval s and decides what the next is read with. As many of these for each stretch.
+    steps = np.arange(-(-history // interval), len(watch.losses))
+    steps = steps[len(steps) % STRETCHES :]
+    cursors, entries = interval * steps, watch.entries[steps - 1]
+    losses = {SESSION: watch.losses[steps]}
+    losses[SLIDING] = _of_windows(config, session, tokens, cursors, entries)
+    for name, policy in POLICIES.items():
+        rival = Session(session.models, session.params, session.config, policy=policy)
+        read = rival.append(rival.init(config.seed), tokens[: cursors[-1] + interval])[1]
+        losses[name] = read.reshape(-1, interval).mean(axis=1)[steps]
+    losses[WHOLE] = _of_windows(config, session, tokens, cursors, np.full_like(entries, history))
+    rows = quality_rows(losses, {name: history if name == WHOLE else float(entries.mean()) for name in losses})
+    with (folder / "quality.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    apart = {row["policy"]: tuple(row[f"minus_{SESSION}{end}"] for end in ENDS) for row in rows[1:]}
+    stream_quality(StreamQuality(title, cursors, losses, apart), folder / "quality.png")
+    return rows
+
+
+def _of_windows(
+    config: Config, session: Session, tokens: np.ndarray, cursors: np.ndarray, lengths: np.ndarray
+) -> np.ndarray:
+    """Of the last tokens before each cursor in full."""
+    context, capacity = config.context, int(lengths.max())
+    measure = functools.partial(streams.window_nll, session.models, capacity=capacity, context=context)
+    return np.asarray(jax.jit(measure)(session.params, tokens, cursors.astype(np.int32), lengths.astype(np.int32)))
+
+
+def quality_rows(losses: dict[str, np.ndarray], entries: dict[str, float]) -> list[Row]:
+    """The table: a row for each policy.
+
+    Args:
+      losses: float[N] by policy, nats per token on the same horizons in their order; N a multiple of `STRETCHES`.
+      entries: mean entries of each policy's contexts.
+
+    Returns:
+      Rows; what a policy minus itself would be is None.
+    """
+    stretches = {name: values.astype(float).reshape(STRETCHES, -1).mean(axis=1) for name, values in losses.items()}
+    rows = []
+    for name, own in stretches.items():
+        row: Row = {"policy": name, "information": rivals.information(name), "entries": entries[name]}
+        row["nats"] = float(own.mean())
+        for other in (SESSION, SLIDING):
+            cells: tuple[float | None, ...] = (None,) * 3
+            if name != other:
+                difference = estimate(own - stretches[other])
+                cells = difference.mean, *difference.interval
+            row |= {f"minus_{other}{end}": value for end, value in zip(ENDS, cells, strict=True)}
+        rows.append(row | {"stretches": STRETCHES})
+    return rows
+
+
+def print_table(console: Console, rows: list[Row]) -> None:
+    """The same in lines for a terminal."""
+    columns = ("nats", "minus session, 95 % interval", "minus sliding window, 95 % interval")
+    console.out(f"  {'':<18}{columns[0]:>7}  {columns[1]:<30}  {columns[2]}", highlight=False)
+    for row in rows:
+        cells = []
+        for other in (SESSION, SLIDING):
+            mean, low, high = (row[f"minus_{other}{end}"] for end in ENDS)
+            cells.append("" if mean is None else f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]")
+        console.out(f"  {row['policy']:<18}{row['nats']:>7.4f}  {cells[0]:<30}  {cells[1]}".rstrip(), highlight=False)

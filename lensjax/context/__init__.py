@@ -1,0 +1,1 @@
+"""What is read: trees, working contexts, cuts and edits of them. Knows no model."""

@@ -1,0 +1,88 @@
+"""Which lengths a working context can have: integer arithmetic on the shape of the tree, no arrays.
+
+Every cut of a window arises from the uncompressed one by *collapses*; one collapse replaces K siblings by their
+parent and so saves K - 1 entries, at every level. A history of C tokens therefore reaches the lengths
+C - u (K - 1), where u runs from 0 to the number of blocks that lie wholly before the protected tail.
+"""
+
+import math
+from dataclasses import dataclass
+
+# A fraction of the window is computed in float32 on the device and in float64 here; both add this before rounding
+# down, so that 0.7 * 100 is 70 in both. It exceeds the error of float32 up to windows of 100,000 tokens.
+ROUNDING = 1e-2
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A history, and the cuts that it allows.
+
+    Example:
+      >>> import lensjax as lx
+      >>> geometry = lx.Geometry(history=64, block_size=4, max_lod=2, recent_tokens=17)
+      >>> geometry.shortest, geometry.length(60)
+      (25, 58)
+    """
+
+    history: int
+    """Tokens [C]."""
+    block_size: int
+    """Children per gist [K]."""
+    max_lod: int
+    """Highest level of detail [L]."""
+    recent_tokens: int
+    """Last tokens, which stay in full: the query."""
+
+    def __post_init__(self) -> None:
+        least = {"history": 1, "block_size": 2, "max_lod": 1, "recent_tokens": 0}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"Geometry.{name} must be at least {low}, got {getattr(self, name)}")
+
+    @property
+    def tail(self) -> int:
+        """First token of the protected tail."""
+        return self.history - self.recent_tokens
+
+    def blocks(self, lod: int) -> int:
+        """Number of blocks of one level that may be collapsed: complete, and wholly before the protected tail."""
+        return self.tail // self.block_size**lod
+
+    @property
+    def max_collapses(self) -> int:
+        """Collapses that take every eligible block of every level: u at the shortest length."""
+        return sum(self.blocks(lod) for lod in range(1, self.max_lod + 1))
+
+    @property
+    def shortest(self) -> int:
+        """Fewest entries that a cut can have."""
+        return self.history - self.max_collapses * (self.block_size - 1)
+
+    def length(self, target: int, *, name: str = "length") -> int:
+        """Rounds a target length down to the nearest reachable one.
+
+        Args:
+          target: entries wanted, at least `shortest`.
+          name: what the target is called in the error.
+
+        Returns:
+          The largest reachable length that is at most `target`.
+
+        Raises:
+          ValueError: the target is below the shortest cut; names the nearest reachable lengths.
+        """
+        if target < self.shortest:
+            step = self.block_size - 1
+            above = min(self.shortest + step, self.history)
+            raise ValueError(
+                f"{name} asks for {target} entries, which no cut of {self.history} tokens reaches with block_size "
+                f"{self.block_size}, max_lod {self.max_lod} and {self.recent_tokens} recent tokens kept in full: the "
+                f"nearest reachable lengths are {self.shortest} and {above}. Raise {name}, raise max_lod or keep "
+                "fewer recent tokens."
+            )
+        collapses = -(-max(self.history - target, 0) // (self.block_size - 1))
+        return self.history - collapses * (self.block_size - 1)
+
+    def length_of_fraction(self, fraction: float, *, name: str = "length") -> int:
+        """As `length`, for a target given as a fraction of the history."""
+        return self.length(math.floor(fraction * self.history + ROUNDING), name=name)

@@ -1,0 +1,258 @@
+"""The working context: one cut of the tree, as a fixed number of entries in time order.
+
+Two views of the same thing are used. `WorkingContext` lists the entries, which is what models read. A *cut* is
+int32[T], the level of detail at which each token is shown (`MISSING` where it is not), which is what comparing,
+sampling and drawing are easy on. `from_cut` and `to_cut` go between them.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from lensjax.context import tree as trees
+from lensjax.context.geometry import Geometry
+from lensjax.context.tree import TreeState
+
+MISSING = -1
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class WorkingContext:
+    """Entries in time order, padding last.
+
+    Example:
+      >>> import jax.numpy as jnp, lensjax as lx
+      >>> valid = jnp.array([True, True, True, False])
+      >>> context = lx.WorkingContext(start=jnp.array([0, 2, 3, 4]), lod=jnp.array([1, 0, 0, 0]), valid=valid)
+      >>> int(context.length)
+      3
+    """
+
+    start: Array
+    """int32[W]: first token covered; the window's length at padding, so that starts stay sorted."""
+    lod: Array
+    """int32[W]: level of detail; 0 at padding."""
+    valid: Array
+    """bool[W]: False at padding."""
+
+    @property
+    def length(self) -> Array:
+        """int32[...]: number of valid entries."""
+        return self.valid.sum(axis=-1, dtype=jnp.int32)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Entries:
+    """A working context as models read it; every array is zero at padding.
+
+    Example:
+      >>> import jax.numpy as jnp, lensjax as lx
+      >>> mean = lambda children: children.mean(axis=1)
+      >>> history = lx.tree.build(jnp.array([[1.0], [3.0], [5.0], [7.0]]), mean, block_size=2, max_lod=1)
+      >>> geometry = lx.Geometry(history=4, block_size=2, max_lod=1, recent_tokens=1)
+      >>> entries = lx.materialise(history, lx.from_cut([1, 1, 0, 0], geometry, capacity=3))
+      >>> entries.positions.tolist(), entries.spans.tolist(), entries.distances.tolist()
+      ([0.5, 2.0, 3.0], [2.0, 1.0, 1.0], [2.5, 1.0, 0.0])
+    """
+
+    embeddings: Array
+    """float[W, D]."""
+    blocks: Array
+    """float[W, D]: of a token the gist of its block, of whatever has no gist yet or is one itself its own embedding."""
+    positions: Array
+    """float32[W]: centre of the span, in tokens from the start of the window."""
+    lods: Array
+    """int32[W]."""
+    spans: Array
+    """float32[W]: tokens covered, K**lod."""
+    distances: Array
+    """float32[W]: tokens from the centre of the span to the last token."""
+    valid: Array
+    """bool[W]."""
+
+
+def recency(length: ArrayLike, geometry: Geometry, *, capacity: int) -> WorkingContext:
+    """The last `length` tokens of the history in full: the baseline that every policy is held against.
+
+    Args:
+      length: int32[], entries wanted, at most `capacity`; may be traced.
+      geometry: the history.
+      capacity: static number of entries W.
+
+    Returns:
+      A `WorkingContext` that covers [C - length, C).
+
+    Example:
+      >>> import lensjax as lx
+      >>> geometry = lx.Geometry(history=8, block_size=2, max_lod=1, recent_tokens=2)
+      >>> lx.recency(3, geometry, capacity=4).start.tolist()
+      [5, 6, 7, 8]
+    """
+    index = jnp.arange(capacity, dtype=jnp.int32)
+    length = jnp.asarray(length, jnp.int32)
+    valid = index < length
+    start = jnp.where(valid, geometry.history - length + index, geometry.history)
+    return WorkingContext(start, jnp.zeros_like(index), valid)
+
+
+def from_cut(cut: ArrayLike, geometry: Geometry, *, capacity: int) -> WorkingContext:
+    """Lists the entries of a cut.
+
+    Args:
+      cut: int32[C], level at which each token is shown, `MISSING` where it is not. Each level holds whole, aligned
+        blocks, as every cut of a tree does.
+      geometry: the history.
+      capacity: static number of entries W; entries beyond it are lost, so it must be at least the cut's length.
+
+    Returns:
+      The `WorkingContext`.
+
+    Example:
+      >>> import lensjax as lx
+      >>> geometry = lx.Geometry(history=5, block_size=2, max_lod=1, recent_tokens=1)
+      >>> context = lx.from_cut([1, 1, 0, 0, 0], geometry, capacity=4)
+      >>> context.start.tolist(), context.lod.tolist()
+      ([0, 2, 3, 4], [1, 0, 0, 0])
+    """
+    cut = jnp.asarray(cut, jnp.int32)
+    history = cut.shape[0]
+    tokens = jnp.arange(history, dtype=jnp.int32)
+    is_start = (cut >= 0) & (tokens % geometry.block_size ** jnp.maximum(cut, 0) == 0)
+    (start,) = jnp.nonzero(is_start, size=capacity, fill_value=history)
+    start = start.astype(jnp.int32)
+    valid = start < history
+    lod = jnp.where(valid, jnp.take(cut, start, mode="clip"), 0)
+    return WorkingContext(start, lod, valid)
+
+
+def to_cut(context: WorkingContext, geometry: Geometry) -> Array:
+    """The level at which each token is shown.
+
+    Args:
+      context: entries in time order that cover one range up to the history's end.
+      geometry: the history.
+
+    Returns:
+      int32[C], `MISSING` for tokens before the first entry.
+
+    Example:
+      >>> import lensjax as lx
+      >>> geometry = lx.Geometry(history=5, block_size=2, max_lod=1, recent_tokens=1)
+      >>> lx.to_cut(lx.recency(2, geometry, capacity=2), geometry).tolist()
+      [-1, -1, -1, 0, 0]
+    """
+    tokens = jnp.arange(geometry.history, dtype=jnp.int32)
+    # The entry that covers a token is the last one that starts at or before it; padding starts at T.
+    entry = jnp.searchsorted(context.start, tokens, side="right").astype(jnp.int32) - 1
+    return jnp.where(entry >= 0, jnp.take(context.lod, entry, mode="clip"), MISSING)
+
+
+def spans(context: WorkingContext, *, block_size: int) -> Array:
+    """int32[W]: tokens that each entry covers, K**lod; 0 at padding."""
+    return jnp.where(context.valid, block_size**context.lod, 0)
+
+
+def materialise(tree: TreeState, context: WorkingContext) -> Entries:
+    """Gathers what models read about a working context.
+
+    Args:
+      tree: the history; its last token is the cursor.
+      context: W entries of it.
+
+    Returns:
+      `Entries` of W rows, zero at padding.
+
+    Example:
+      >>> import jax.numpy as jnp, lensjax as lx
+      >>> mean = lambda children: children.mean(axis=1)
+      >>> history = lx.tree.build(jnp.array([[1.0], [3.0], [5.0], [7.0]]), mean, block_size=2, max_lod=1)
+      >>> geometry = lx.Geometry(history=4, block_size=2, max_lod=1, recent_tokens=1)
+      >>> entries = lx.materialise(history, lx.from_cut([1, 1, 0, 0], geometry, capacity=4))
+      >>> entries.embeddings[:, 0].tolist(), entries.valid.tolist()
+      ([2.0, 5.0, 7.0, 0.0], [True, True, True, False])
+    """
+    valid = context.valid
+    width = spans(context, block_size=tree.block_size).astype(jnp.float32)
+    positions = jnp.where(valid, context.start.astype(jnp.float32) + (width - 1) / 2, 0.0)
+    distances = jnp.where(valid, (tree.length - 1).astype(jnp.float32) - positions, 0.0)
+    embeddings = trees.lookup(tree, context.start, context.lod)
+    block = context.start // tree.block_size * tree.block_size
+    has_gist = (context.lod == 0) & (block + tree.block_size <= tree.length)
+    blocks = jnp.where(has_gist[:, None], trees.lookup(tree, block, jnp.ones_like(block)), embeddings)
+    return Entries(
+        embeddings=jnp.where(valid[:, None], embeddings, 0),
+        blocks=jnp.where(valid[:, None], blocks, 0),
+        positions=positions,
+        lods=context.lod,
+        spans=width,
+        distances=distances,
+        valid=valid,
+    )
+
+
+def in_full(embeddings: ArrayLike, positions: ArrayLike) -> Entries:
+    """Tokens in full, as models read them.
+
+    Args:
+      embeddings: float[S, D].
+      positions: [S], in tokens from the start of the window.
+
+    Returns:
+      `Entries` of S rows; distances are to the last of them.
+    """
+    embeddings = jnp.asarray(embeddings)
+    positions = jnp.asarray(positions, jnp.float32)
+    count = positions.shape[0]
+    return Entries(
+        embeddings=embeddings,
+        blocks=embeddings,
+        positions=positions,
+        lods=jnp.zeros(count, jnp.int32),
+        spans=jnp.ones(count, jnp.float32),
+        distances=positions[-1:] - positions,
+        valid=jnp.ones(count, bool),
+    )
+
+
+def invariants(
+    context: WorkingContext,
+    geometry: Geometry,
+    *,
+    length: ArrayLike,
+    first_token: ArrayLike = 0,
+    tokens: ArrayLike | None = None,
+) -> dict[str, Array]:
+    """The four invariants of a working context, for tests and debugging; works under `jit` and `vmap`.
+
+    Args:
+      context: the entries.
+      geometry: the history.
+      length: int32[], valid entries that there must be.
+      first_token: int32[], where the first entry must start: 0 for a rollout, C - length for recency.
+      tokens: int32[], tokens that the history holds so far; None for all of it.
+
+    Returns:
+      bool[] by name: `alignment` (every start is a multiple of its span), `contiguity` (each entry starts where the
+      one before it ends, from `first_token` up to C), `budget` (exactly `length` valid entries, padding last),
+      `tail` (the last `recent_tokens` tokens are at LOD 0).
+    """
+    valid, start = context.valid, context.start
+    held = geometry.history if tokens is None else tokens
+    width = spans(context, block_size=geometry.block_size)
+    end = start + width
+    index = jnp.arange(valid.shape[0])
+    count = context.length
+    expected_start = jnp.concatenate([jnp.asarray(first_token, start.dtype)[None], end[:-1]])
+    last_end = jnp.take(end, count - 1, mode="clip")
+    in_tail = valid & (end > held - geometry.recent_tokens)
+    return {
+        "alignment": jnp.all(~valid | (start % jnp.maximum(width, 1) == 0)),
+        "contiguity": jnp.all(~valid | (start == expected_start)) & (last_end == held),
+        "budget": (count == length) & jnp.all(valid == (index < count)),
+        "tail": jnp.all(~in_tail | (context.lod == 0)),
+    }

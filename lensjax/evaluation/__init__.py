@@ -1,0 +1,1 @@
+"""Is it any good? Held-out losses, baselines, comparisons and their statistics."""

@@ -1,0 +1,292 @@
+"""Every policy on the same sequences at the same number of entries, and what the differences between them are worth."""
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lensjax.context import allocator, refocus, rollouts
+from lensjax.context import working as contexts
+from lensjax.context.geometry import Geometry
+from lensjax.context.tree import TreeState
+from lensjax.context.working import WorkingContext
+from lensjax.evaluation import faithfulness, rivals
+from lensjax.evaluation.answers import shows_in_full
+from lensjax.models import Models, Params
+from lensjax.models.decision import build_tree, policy, policy_scores, split
+from lensjax.training import nll, preferences
+from lensjax.training.recipe import Recipe
+
+FULL = "full"
+"""Name of the whole history in full, which is no policy and has no budget."""
+FRESH = "lensnet_fresh"
+"""Name of a LensNet that nobody has trained, drawn anew for each sequence: what its architecture alone is worth."""
+FRESH_STREAM = 1
+FOREIGN = "lensnet_foreign"
+"""Name of LensNet's focus on another sequence, applied to this one: no policy, but what one has to be better than."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Measured:
+    """One policy on one sequence; a leading axis for many."""
+
+    nll: Array
+    """float32[]: nats per token on the horizon; for a random policy the mean over its draws."""
+    hit: Array
+    """float32[]: share of its contexts that show the answer in full; NaN where there is none."""
+    swap_rate: Array
+    """float32[]: share of the entries that a refocus step replaces, mean over steps; NaN for policies without steps."""
+    residency: Array
+    """float32[]: mean number of contexts in a row that hold an entry; NaN for policies without steps."""
+    entries: Array
+    """int32[2]: fewest and most entries of its contexts."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FocusEvidence:
+    """Whether LensNet's focus on one sequence is about that sequence (see `faithfulness`); a leading axis for many."""
+
+    foreign: Measured
+    """The sequence shown as another one's focus would have it."""
+    divergence: Array
+    """float32[]: edit distance to the entries of recency, as a share of their number."""
+    changed_edits: Array
+    """float32[]: of the nodes that either focus edits in the cold start, the share that only one of them does."""
+    correlation: Array
+    """float32[]: of LensNet's values of random rollouts and their advantages; NaN where one of these is constant."""
+
+
+def measure(
+    models: Models,
+    params: dict[str, Params],
+    tokens: Array,
+    answers: Array | None,
+    key: Array,
+    *,
+    length: int,
+    draws: int,
+    oracle_rounds: int,
+    recipe: Recipe,
+) -> dict[str, Measured]:
+    """All policies on one sequence, at one length.
+
+    Args:
+      models: all three are called.
+      params: parameters of `base`, `gist` and `lens`.
+      tokens: int32[T].
+      answers: int32[A], first tokens of the blocks to be shown; None where they are not known.
+      key: PRNG key of the random policies, consumed.
+      length: entries of every context, a reachable length.
+      draws: contexts of each random policy.
+      oracle_rounds: see `baselines.greedy_oracle`; known answers are one of its starts.
+      recipe: shapes, and how the allocator acts.
+
+    Returns:
+      `Measured` by the name of the policy; `rivals.information` says what each may know.
+    """
+    geometry = recipe.geometry
+    window = split(tokens, horizon=recipe.context.horizon)
+    tree = build_tree(models, params, window.history, geometry)
+    rival_key, lens_key = _keys(key)
+    shown = _causal(models, params, window.history, rival_key, length=length, draws=draws, recipe=recipe)
+    path = _path(models, params, tree, lens_key, length=length, recipe=recipe)
+    fresh = {**params, "lens": models.lens.init(jax.random.fold_in(lens_key, FRESH_STREAM))}
+    untrained = _path(models, fresh, tree, lens_key, length=length, recipe=recipe)
+    paths = {"lensnet_1": path[:2], f"lensnet_{recipe.focus.steps}": path, FRESH: untrained}
+    shown |= {name: steps[-1] for name, steps in paths.items()}
+    shown |= rivals.hindsight(
+        models, params, window, shown, answers, geometry, length=length, oracle_rounds=oracle_rounds
+    )
+
+    def measured(variants: WorkingContext) -> Measured:
+        each, _ = nll.variant_nll(models.base, params["base"], tree, variants, window.horizon)
+        return _measured(variants, each, answers, geometry)
+
+    report = {name: measured(variants) for name, variants in shown.items()}
+    for name, steps in paths.items():
+        report[name] = replace(report[name], **_movement(steps, geometry))
+    return report
+
+
+def bounds(
+    models: Models,
+    params: dict[str, Params],
+    tokens: Array,
+    answers: Array | None,
+    key: Array,
+    *,
+    length: int,
+    draws: int,
+    oracle_rounds: int,
+    recipe: Recipe,
+) -> tuple[Array, Array]:
+    """The two ends of the gap that a policy can close; arguments of `measure`.
+
+    Returns:
+      float32[], the loss of recency, and float32[], that of the best context that the greedy search finds from the
+      contexts of all policies but LensNet.
+    """
+    geometry = recipe.geometry
+    window = split(tokens, horizon=recipe.context.horizon)
+    tree = build_tree(models, params, window.history, geometry)
+    shown = _causal(models, params, window.history, _keys(key)[0], length=length, draws=draws, recipe=recipe)
+    known = rivals.hindsight(
+        models, params, window, shown, answers, geometry, length=length, oracle_rounds=oracle_rounds
+    )
+    both = jax.tree.map(lambda one, other: jnp.concatenate([one, other]), shown["recency"], known["oracle"])
+    each, _ = nll.variant_nll(models.base, params["base"], tree, both, window.horizon)
+    return each[0], each[1]
+
+
+def measure_full(
+    models: Models, params: dict[str, Params], tokens: Array, answers: Array | None, *, recipe: Recipe
+) -> Measured:
+    """The whole history in full, without a budget; arguments of `measure`."""
+    geometry = recipe.geometry
+    window = split(tokens, horizon=recipe.context.horizon)
+    in_full = _one(contexts.recency(geometry.history, geometry, capacity=geometry.history))
+    tree = build_tree(models, params, window.history, geometry)
+    each, _ = nll.variant_nll(models.base, params["base"], tree, in_full, window.horizon)
+    return _measured(in_full, each, answers, geometry)
+
+
+def focused(
+    models: Models, params: dict[str, Params], history: Array, key: Array, *, length: int, recipe: Recipe
+) -> WorkingContext:
+    """LensNet's last context of one history int32[C], that of `measure`."""
+    tree = build_tree(models, params, history, recipe.geometry)
+    last = _path(models, params, tree, _keys(key)[1], length=length, recipe=recipe)[-1]
+    return jax.tree.map(lambda leaf: leaf[0], last)
+
+
+def measure_focus(
+    models: Models,
+    params: dict[str, Params],
+    tokens: Array,
+    answers: Array | None,
+    key: Array,
+    own: WorkingContext,
+    foreign: WorkingContext,
+    *,
+    length: int,
+    draws: int,
+    recipe: Recipe,
+) -> FocusEvidence:
+    """LensNet's focus beside another sequence's, and beside recency.
+
+    LensNet acts on a context by its scores of the nodes alone, and all sequences have one cold start. So the scores of
+    another sequence, applied to this one step by step, show the spans that they showed of the other.
+
+    Args:
+      models: all three are called.
+      params: parameters of `base`, `gist` and `lens`.
+      tokens: int32[T].
+      answers: int32[A], see `measure`.
+      key: PRNG key of the rollouts, consumed; with the key of `measure` they are those of its `random`.
+      own: what `focused` makes of the sequence.
+      foreign: what it makes of another one.
+      length: entries of every context, a reachable length.
+      draws: number of random rollouts.
+      recipe: shapes.
+
+    Returns:
+      `FocusEvidence`.
+    """
+    geometry, share = recipe.geometry, recipe.hyper.high_lod_share
+    window = split(tokens, horizon=recipe.context.horizon)
+    tree = build_tree(models, params, window.history, geometry)
+    random_key, _ = jax.random.split(_keys(key)[0])
+    drawn, distinct = rollouts.sample_rollouts(
+        random_key, length, share, rollouts=draws, geometry=geometry, capacity=length
+    )
+    variants = jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), foreign, drawn)
+    each, entries = nll.variant_nll(models.base, params["base"], tree, variants, window.horizon)
+
+    scores = policy_scores(models.lens, params["lens"], jax.tree.map(lambda leaf: leaf[1:], entries))
+    values = preferences.variant_values(scores, drawn, geometry)
+    # What all rollouts share, the loss of recency, changes no correlation.
+    correlation, is_defined = preferences.correlation(values, -each[1:], distinct)
+
+    def symbols(context: WorkingContext) -> Array:
+        return context.start * (geometry.max_lod + 1) + context.lod
+
+    recency = contexts.recency(length, geometry, capacity=length)
+    return FocusEvidence(
+        foreign=_measured(_one(foreign), each[:1], answers, geometry),
+        divergence=faithfulness.divergence(symbols(own), own.length, symbols(recency), recency.length),
+        changed_edits=_changed_edits(own, foreign, geometry, length=length),
+        correlation=jnp.where(is_defined, correlation, jnp.nan),
+    )
+
+
+def _causal(
+    models: Models, params: dict[str, Params], history: Array, key: Array, *, length: int, draws: int, recipe: Recipe
+) -> dict[str, WorkingContext]:
+    share = recipe.hyper.high_lod_share
+    return rivals.causal(
+        models, params, history, key, recipe.geometry, length=length, draws=draws, high_lod_share=share
+    )
+
+
+def _changed_edits(own: WorkingContext, foreign: WorkingContext, geometry: Geometry, *, length: int) -> Array:
+    """Jaccard distance of two contexts' edits of the cold start, float32[]; 0 where there are none."""
+    start = allocator.uniform(length, geometry).collapsed
+
+    def edited(context: WorkingContext) -> Array:
+        cut = contexts.to_cut(context, geometry)
+        return allocator.from_cut(cut, geometry).collapsed != start
+
+    by_own, by_foreign = edited(own), edited(foreign)
+    changed, either = (jnp.sum(x, dtype=jnp.float32) for x in (by_own ^ by_foreign, by_own | by_foreign))
+    return changed / jnp.maximum(either, 1)
+
+
+def _keys(key: Array) -> tuple[Array, Array]:
+    """Randomness of the rivals, and of LensNet's allocator."""
+    rival_key, lens_key = jax.random.split(key)
+    return rival_key, lens_key
+
+
+def _path(
+    models: Models, params: dict[str, Params], tree: TreeState, key: Array, *, length: int, recipe: Recipe
+) -> list[WorkingContext]:
+    """The steps of LensNet's way from the cold start."""
+    score_fn = policy(models.lens, params["lens"], tree)
+    walk = refocus.cold_start(score_fn, length, recipe.geometry, capacity=length, settings=recipe.focus, key=key)
+    return [_one(jax.tree.map(lambda leaf, i=i: leaf[i], walk)) for i in range(recipe.focus.steps + 1)]
+
+
+def _one(context: WorkingContext) -> WorkingContext:
+    return jax.tree.map(lambda leaf: leaf[None], context)
+
+
+def _measured(variants: WorkingContext, each: Array, answers: Array | None, geometry: Geometry) -> Measured:
+    nothing = jnp.full((), jnp.nan)
+    hit = nothing
+    if answers is not None:
+        shown = jax.vmap(lambda one: shows_in_full(one, answers, geometry))(variants)
+        hit = jnp.mean(shown, dtype=jnp.float32)
+    entries = jnp.stack([variants.length.min(), variants.length.max()])
+    return Measured(each.mean(), hit, nothing, nothing, entries)
+
+
+def _movement(path: list[WorkingContext], geometry: Geometry) -> dict[str, Array]:
+    """How much a sequence of contexts of one length moves."""
+    rates = [
+        jax.vmap(lambda a, b: refocus.swap_rate(a, b, geometry))(before, after)[0]
+        for before, after in itertools.pairwise(path)
+    ]
+    # Of n contexts of W entries, W + new entries stays begin; together they last n W steps.
+    residency = len(path) / (1 + sum(rates, jnp.zeros(())))
+    return {"swap_rate": jnp.mean(jnp.stack(rates)), "residency": residency}
+
+
+def gap_closed(policy: float, recency: float, reference: float) -> float:
+    """(recency - policy) / (recency - reference): 0 is recency, 1 the reference; NaN if that is not below recency."""
+    gap = recency - reference
+    return (recency - policy) / gap if gap > 0 else math.nan

@@ -1,0 +1,166 @@
+"""Everybody who could choose a context, by name: policies that see the history alone, and bounds in hindsight."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lensjax.context import allocator, rollouts
+from lensjax.context import working as contexts
+from lensjax.context.allocator import FocusState
+from lensjax.context.geometry import Geometry
+from lensjax.context.working import WorkingContext
+from lensjax.evaluation import baselines
+from lensjax.evaluation.answers import oracle_state
+from lensjax.models import AttentiveLanguageModel, Models, Params
+from lensjax.models.decision import Window, build_tree
+from lensjax.training import nll
+
+
+def causal(
+    models: Models,
+    params: dict[str, Params],
+    history: Array,
+    key: Array,
+    geometry: Geometry,
+    *,
+    length: int,
+    draws: int,
+    high_lod_share: float,
+) -> dict[str, WorkingContext]:
+    """The contexts of every causal policy but LensNet: they see the history, and the query at its end.
+
+    Args:
+      models: base model and GistNet are called.
+      params: parameters of `base` and `gist`.
+      history: int32[C].
+      key: PRNG key of the random policies, consumed.
+      geometry: the history.
+      length: entries of every context, a reachable length.
+      draws: contexts of each random policy.
+      high_lod_share: see `rollouts.sample_cut`.
+
+    Returns:
+      By name; leading axis: the policy's draws. `key_norm` and `snapkv` only where the base model shows its attention.
+    """
+    share = high_lod_share
+    random_key, recent_key = jax.random.split(key)
+    drawn, _ = rollouts.sample_rollouts(random_key, length, share, rollouts=draws, geometry=geometry, capacity=length)
+    query = slice(-geometry.recent_tokens, None)
+    scored: dict[str, Array] = {}
+    if isinstance(models.base, AttentiveLanguageModel):
+        attention, key_norm = baselines.attention(models.base, params["base"], history, query, geometry)
+        scored |= {"key_norm": key_norm, "snapkv": attention}
+    scored |= {"bm25": baselines.bm25(history, history[query], geometry), "lookup": baselines.lookup(history, geometry)}
+    return {
+        "recency": _one(contexts.recency(length, geometry, capacity=length)),
+        "uniform": _one(allocator.to_context(allocator.uniform(length, geometry), geometry, capacity=length)),
+        "random": drawn,
+        "recent_random": baselines.recent_random(recent_key, length, share, draws=draws, geometry=geometry),
+        **{name: _by_scores(scores, length, geometry) for name, scores in scored.items()},
+    }
+
+
+def hindsight(
+    models: Models,
+    params: dict[str, Params],
+    window: Window,
+    rivals: dict[str, WorkingContext],
+    answers: Array | None,
+    geometry: Geometry,
+    *,
+    length: int,
+    oracle_rounds: int,
+) -> dict[str, WorkingContext]:
+    """Contexts chosen by the horizon itself, bounds that no policy can be held to.
+
+    Args:
+      models: base model and GistNet are called.
+      params: parameters of `base` and `gist`.
+      window: history and horizon.
+      rivals: contexts of the causal policies, the search's starts.
+      answers: int32[A], first tokens of the blocks to be shown; None where they are not known.
+      geometry: the history.
+      length: entries of every context.
+      oracle_rounds: see `baselines.greedy_oracle`.
+
+    Returns:
+      By name: `snapkv_hindsight` and `bm25_hindsight` have the horizon as their query, `answer` shows what is known to
+      be needed, `best_of_N` and `oracle` choose by the loss. Leading axis 1.
+    """
+    tree = build_tree(models, params, window.history, geometry)
+    scored: dict[str, Array] = {}
+    if isinstance(models.base, AttentiveLanguageModel):
+        tokens = jnp.concatenate([window.history, window.horizon])
+        # The rows that predict the horizon: those of its tokens but the last, and of the token before it.
+        query = slice(geometry.history - 1, -1)
+        scored["snapkv_hindsight"], _ = baselines.attention(models.base, params["base"], tokens, query, geometry)
+    scored["bm25_hindsight"] = baselines.bm25(window.history, window.horizon, geometry)
+    drawn = rivals["random"]
+    measured, _ = nll.variant_nll(models.base, params["base"], tree, drawn, window.horizon)
+    best = jnp.argmin(measured)
+
+    def loss(context: WorkingContext) -> Array:
+        return nll.token_nll(models.base, params["base"], contexts.materialise(tree, context), window.horizon).mean()
+
+    starts = _starts(rivals, answers, length, geometry)
+    oracle = baselines.greedy_oracle(loss, starts, geometry, length=length, rounds=oracle_rounds)
+    return {
+        **{name: _by_scores(scores, length, geometry) for name, scores in scored.items()},
+        **({} if answers is None else {"answer": _one(_in_full(answers, length, geometry))}),
+        f"best_of_{len(measured)}": jax.tree.map(lambda leaf: leaf[best][None], drawn),
+        "oracle": _one(allocator.to_context(oracle, geometry, capacity=length)),
+    }
+
+
+def information(name: str) -> Literal["causal", "hindsight"]:
+    """Whether a policy chooses from the history alone, or knows the horizon or its loss."""
+    is_hindsight = name in ("answer", "oracle") or name.startswith("best_of_") or name.endswith("_hindsight")
+    return "hindsight" if is_hindsight else "causal"
+
+
+def order(name: str) -> tuple[int, str]:
+    """Key to sort the names of policies by: what knows nothing first, what chooses in hindsight last."""
+    kinds = (
+        "recency",
+        "uniform",
+        "random",
+        "recent_random",
+        "key_norm",
+        "snapkv",
+        "bm25",
+        "lookup",
+        "lensnet",
+        "snapkv_hindsight",
+        "bm25_hindsight",
+        "best_of",
+        "answer",
+        "oracle",
+    )
+    places = [place for place, kind in enumerate(kinds) if name == kind or name.startswith(f"{kind}_")]
+    return (max(places, default=len(kinds)), name)
+
+
+def _starts(rivals: dict[str, WorkingContext], answers: Array | None, length: int, geometry: Geometry) -> FocusState:
+    """Where the search for the oracle may start: every cut of the whole history (recency leaves its beginning out)."""
+    covering = [context for name, context in rivals.items() if name != "recency"]
+    variants = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *covering)
+    cuts = jax.vmap(lambda one: contexts.to_cut(one, geometry))(variants)
+    starts = jax.vmap(lambda cut: allocator.from_cut(cut, geometry))(cuts)
+    if answers is None:
+        return starts
+    known = oracle_state(answers, length, geometry)
+    return jax.tree.map(lambda many, one: jnp.concatenate([many, one[None]]), starts, known)
+
+
+def _in_full(answers: Array, length: int, geometry: Geometry) -> WorkingContext:
+    return allocator.to_context(oracle_state(answers, length, geometry), geometry, capacity=length)
+
+
+def _by_scores(scores: Array, length: int, geometry: Geometry) -> WorkingContext:
+    return _one(allocator.to_context(baselines.by_scores(scores, length, geometry), geometry, capacity=length))
+
+
+def _one(context: WorkingContext) -> WorkingContext:
+    return jax.tree.map(lambda leaf: leaf[None], context)

@@ -1,0 +1,89 @@
+"""Who else could hold a stream: policies in LensNet's place in a session, and windows of its last tokens.
+
+All of them choose before they read: none sees a token that it is scored on.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from lensjax.context import working as contexts
+from lensjax.models import Models, Params, decision
+from lensjax.session import SessionState
+from lensjax.training import nll
+from lensjax.training.scoring import ContextConfig
+
+_AT_ONCE = 16
+"""Windows that the base model reads at a time."""
+
+
+def collapse_oldest(params: dict[str, Params], state: SessionState) -> Array:
+    """A session's policy (`session.Policy`) that knows the age of an entry and nothing else: the oldest collapse first.
+
+    Args:
+      params: not read.
+      state: the session.
+
+    Returns:
+      float32[W + H]: from -1 for the oldest token held to 1 for the newest, 0 at padding.
+    """
+    del params
+    context, held = state.context, state.tree.length.astype(jnp.float32)
+    span = contexts.spans(context, block_size=state.tree.block_size).astype(jnp.float32)
+    centre = context.start.astype(jnp.float32) + (span - 1) / 2
+    return jnp.where(context.valid, 2 * centre / jnp.maximum(held - 1, 1) - 1, 0.0)
+
+
+def random_scores(params: dict[str, Params], state: SessionState) -> Array:
+    """A session's policy that draws every score, uniform in [-1, 1), anew at every refocus step.
+
+    Args:
+      params: not read.
+      state: the session; read are its key and position.
+
+    Returns:
+      float32[W + H].
+    """
+    del params
+    # The allocator may draw with the step's own key.
+    key = jax.random.fold_in(jax.random.fold_in(state.key, state.read), 1)
+    return jax.random.uniform(key, state.context.start.shape, minval=-1.0, maxval=1.0)
+
+
+def window_nll(
+    models: Models,
+    params: dict[str, Params],
+    tokens: ArrayLike,
+    cursors: ArrayLike,
+    lengths: ArrayLike,
+    *,
+    capacity: int,
+    context: ContextConfig,
+) -> Array:
+    """Losses of a sliding window: the last tokens before each cursor in full, then the horizon.
+
+    Args:
+      models: base model and GistNet are called.
+      params: parameters of `base` and `gist`.
+      tokens: int32[S], the stream.
+      cursors: int32[N], each with a history of C tokens before it and a horizon of H behind it.
+      lengths: int32[N], tokens that the window holds at each cursor, at most C; positions count from within these.
+      capacity: static, at least the largest of these lengths.
+      context: shapes.
+
+    Returns:
+      float32[N]: nats per token on the horizon behind each cursor.
+    """
+    geometry = context.geometry
+
+    def one(place: tuple[Array, Array]) -> Array:
+        cursor, length = place
+        near = jax.lax.dynamic_slice_in_dim(jnp.asarray(tokens), cursor - geometry.history, context.window)
+        window = decision.split(near, horizon=context.horizon)
+        tree = decision.build_tree(models, params, window.history, geometry)
+        shown = contexts.recency(length, geometry, capacity=capacity)
+        variants = jax.tree.map(lambda leaf: leaf[None], shown)
+        return nll.variant_nll(models.base, params["base"], tree, variants, window.horizon)[0][0]
+
+    return jax.lax.map(one, (jnp.asarray(cursors), jnp.asarray(lengths)), batch_size=_AT_ONCE)

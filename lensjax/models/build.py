@@ -1,0 +1,48 @@
+"""The models of this library, from their settings."""
+
+from typing import Literal
+
+from lensjax.models.base_lm import BaseConfig, BaseModel
+from lensjax.models.gistnet import GistConfig, GistModel
+from lensjax.models.interfaces import Models
+from lensjax.models.lensnet import LensConfig, LensModel
+
+
+def build_models(
+    base: BaseConfig,
+    gist: GistConfig,
+    lens: LensConfig,
+    *,
+    block_size: int,
+    max_lod: int,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> Models:
+    """Builds the models of this library; call it once, outside `jax.jit`.
+
+    Args:
+      base: the language model.
+      gist: GistNet.
+      lens: LensNet.
+      block_size: children per gist K.
+      max_lod: highest level L.
+      dtype: compute type; parameters, softmax and losses stay in float32.
+
+    Returns:
+      `Models`.
+
+    Raises:
+      ValueError: `base.dim` is no multiple of `gist.heads`.
+
+    Example:
+      >>> import lensjax as lx
+      >>> models = lx.build_models(lx.BaseConfig(), lx.GistConfig(), lx.LensConfig(), block_size=8, max_lod=2)
+      >>> models.base.dim, models.base.vocab_size
+      (64, 256)
+    """
+    if base.dim % gist.heads:
+        raise ValueError(f"base.dim must be a multiple of gist.heads {gist.heads}, got {base.dim}")
+    return Models(
+        base=BaseModel(base, dtype),
+        gist=GistModel(gist, base.dim, block_size, dtype),
+        lens=LensModel(lens, base.dim, max_lod, dtype),
+    )

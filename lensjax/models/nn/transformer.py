@@ -1,0 +1,323 @@
+"""The pre-norm transformer that the base model, GistNet and LensNet share.
+
+Everything is written for one sequence `[S, D]`. Matrix products run in `dtype`; parameters, norms, rotary
+angles and softmax are float32.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+
+from lensjax.models.nn.rope import apply_rotary
+
+# Smaller blocks would keep a GPU waiting, more of them the compiler.
+_MIN_BLOCK, _MAX_BLOCKS = 128, 8
+
+Rotary = tuple[Array, Array]
+"""cos and sin, each float32[S, head_dim / 2]."""
+Memory = tuple[Array, Array]
+"""Keys, turned already, and values: [S, kv_heads, head_dim] each in one layer, [layers, ...] in a stack."""
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """What all blocks of a stack have in common."""
+
+    dim: int
+    """Width of the entries [D]."""
+    heads: int
+    """Attention heads; a divisor of `dim`."""
+    kv_heads: int
+    """Key and value heads; a divisor of `heads`."""
+    mlp_dim: int
+    """Hidden width of the MLPs."""
+    layers: int
+    """Number of blocks, 0 or more."""
+    causal: bool
+    """Whether an entry sees only itself and earlier entries."""
+    dtype: DTypeLike
+    """Type of the matrix products and of the residual stream."""
+    gain: float = 1.0
+    """Scale of what all fresh blocks together add to the residual stream."""
+    equal_query_key: bool = False
+    """Start the query and key projections equal (see `Attention`)."""
+    copy_heads: int = 0
+    """Key heads, the first ones, that stand for the entry after theirs (see `Attention`)."""
+
+    def __post_init__(self) -> None:
+        """Refuses widths that do not fit each other."""
+        if self.dim % self.heads:
+            raise ValueError(f"dim must be a multiple of heads, got {self.dim} and {self.heads}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
+        if not 0 <= self.copy_heads <= self.kv_heads:
+            raise ValueError(f"copy_heads must be between 0 and kv_heads {self.kv_heads}, got {self.copy_heads}")
+        if self.equal_query_key and self.kv_heads != self.heads:
+            raise ValueError(f"equal_query_key needs as many kv_heads as heads, got {self.kv_heads} and {self.heads}")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.dim // self.heads
+
+    @property
+    def branch_gain(self) -> float:
+        """Scale of one branch: with two a block, the sum does not grow with depth."""
+        return self.gain * (2 * self.layers) ** -0.5
+
+
+def rms_norm(dim: int, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    """RMSNorm in float32. Its epsilon keeps all-zero rows (padding) and their gradients finite.
+
+    It is smaller than usual: the mean of 64 fresh embeddings has a mean square of 6e-6, and must come out at
+    unit scale like any other entry.
+    """
+    return nnx.RMSNorm(dim, epsilon=1e-8, dtype=jnp.float32, rngs=rngs)
+
+
+def linear(
+    inputs: int, outputs: int, *, dtype: DTypeLike, rngs: nnx.Rngs, gain: float = 1.0, bias: bool = False
+) -> nnx.Linear:
+    """Linear layer with weights ~ Normal(0, gain^2 / inputs)."""
+    kernel_init = nnx.initializers.variance_scaling(gain**2, "fan_in", "normal")
+    return nnx.Linear(inputs, outputs, use_bias=bias, dtype=dtype, kernel_init=kernel_init, rngs=rngs)
+
+
+class SwiGLU(nnx.Module):
+    """Gated MLP: down(silu(gate(x)) * up(x)).
+
+    References:
+      Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202, Eq. 6.
+    """
+
+    def __init__(
+        self, inputs: int, hidden: int, outputs: int, *, dtype: DTypeLike, rngs: nnx.Rngs, gain: float = 1.0
+    ) -> None:
+        # One product for both halves: on a CPU its gradient takes less than half the time of two.
+        self.gate_up = linear(inputs, 2 * hidden, dtype=dtype, rngs=rngs)
+        self.down = linear(hidden, outputs, dtype=dtype, rngs=rngs, gain=gain)
+
+    def __call__(self, x: Array) -> Array:
+        """Maps [..., inputs] to [..., outputs]."""
+        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
+        return self.down(jax.nn.silu(gate) * up)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with grouped keys and values.
+
+    With `equal_query_key` the query and key projections start as the same random matrix W, so the logits of a
+    fresh layer are x W W^T y: large where two entries are alike. Attention begins as a similarity kernel, not as
+    noise, and training is free to part the two matrices.
+
+    A copy head looks one entry back for its keys: an entry is found by what came before it. With query and key
+    projections that start equal, a fresh copy head reads what followed the places that resemble this one, which is
+    what a language model must do to repeat a name it has read. Two plain layers can learn to do so, but had not after
+    seven million bytes of text.
+
+    References:
+      Olsson et al., In-context Learning and Induction Heads, arXiv:2209.11895 (the head, and the "smeared keys" with
+      which one layer has it); Ainslie et al., GQA, arXiv:2305.13245, section 2.2; Trockman and Kolter, Mimetic
+      Initialization of Self-Attention Layers, arXiv:2305.09828 (their W_q W_k^T starts near a multiple of the
+      identity; equal random factors are the simplest such pair).
+    """
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        kv_dim = config.kv_heads * config.head_dim
+        # One key used twice draws equal matrices into separate buffers, so that both can be donated.
+        shared = rngs.params()
+        key_rngs = nnx.Rngs(shared) if config.equal_query_key else rngs
+        self.query = linear(config.dim, config.dim, dtype=config.dtype, rngs=nnx.Rngs(shared))
+        self.key = linear(config.dim, kv_dim, dtype=config.dtype, rngs=key_rngs)
+        if config.copy_heads:
+            group, width = config.heads // config.kv_heads, config.copy_heads * config.head_dim
+            keys = self.key.kernel[...][:, :width].reshape(config.dim, config.copy_heads, 1, config.head_dim)
+            queries = jnp.repeat(keys, group, axis=2).reshape(config.dim, width * group)
+            self.query.kernel[...] = self.query.kernel[...].at[:, : width * group].set(queries)
+        self.value = linear(config.dim, kv_dim, dtype=config.dtype, rngs=rngs)
+        self.out = linear(config.dim, config.dim, dtype=config.dtype, rngs=rngs, gain=config.branch_gain)
+
+    def __call__(self, x: Array, *, rotary: Rotary | None, key_mask: Array | None, rows: Array | None) -> Array:
+        """Attends from `rows` (all entries if None) of x [S, D] to every entry; returns [R, D] or [S, D]."""
+        source, own_rotary = (x, rotary) if rows is None else _take((x, rotary), rows)
+        # Query, key, value: in this order their gradients are added up, and another one gives other last bits.
+        query, key = self._heads(self.query(source), own_rotary), self._heads(self.key(x), rotary)
+        value = self._heads(self.value(x))
+        mask = None if key_mask is None else key_mask[None, None, :]
+        if not self.config.causal:
+            return self._attend(query, key, value, mask)
+        if rows is None:
+            return self._attend_to_earlier(query, key, value, mask)
+        earlier = _up_to(rows, x.shape[0])
+        return self._attend(query, key, value, earlier if mask is None else earlier & mask)
+
+    def extend(self, x: Array, memory: Memory, *, rotary: Rotary | None, slots: Array) -> tuple[Array, Memory]:
+        """Writes x [R, D] to `slots` int32[R] of the memory and attends to all slots up to each: [R, D], memory."""
+        query = self._heads(self.query(x), rotary)
+        key = memory[0].at[slots].set(self._heads(self.key(x), rotary), mode="drop")
+        value = memory[1].at[slots].set(self._heads(self.value(x)), mode="drop")
+        return self._attend(query, key, value, _up_to(slots, key.shape[0])), (key, value)
+
+    def weights(self, x: Array, *, rotary: Rotary | None, rows: Array) -> tuple[Array, Array]:
+        """What `rows` of x [S, D] attend to, causally, and the norms of unturned keys: [heads, R, S], [kv_heads, S]."""
+        config = self.config
+        source, own_rotary = _take((x, rotary), rows)
+        query, projected = self._heads(self.query(source), own_rotary), self.key(x)
+        key = jnp.repeat(self._shift(self._heads(projected, rotary)), config.heads // config.kv_heads, axis=1)
+        logits = jnp.einsum("rhd,shd->hrs", query, key, preferred_element_type=jnp.float32) * config.head_dim**-0.5
+        weights = jax.nn.softmax(jnp.where(_up_to(rows, x.shape[0]), logits, -jnp.inf))
+        return weights, jnp.linalg.norm(self._heads(projected).astype(jnp.float32), axis=-1).T
+
+    def _attend(self, query: Array, key: Array, value: Array, mask: Array | None) -> Array:
+        return self.out(_mixed(query, self._shift(key), value, mask))
+
+    def _attend_to_earlier(self, query: Array, key: Array, value: Array, mask: Array | None) -> Array:
+        """Causal attention of every entry, a block of queries at a time: no later key is multiplied, only to be masked.
+
+        That is half of the products, and a block's logits stay in a processor's cache.
+        """
+        key, length, parts = self._shift(key), query.shape[0], []
+        size = max(_MIN_BLOCK, -(-length // _MAX_BLOCKS))
+        for start in range(0, length, size):
+            end = min(start + size, length)
+            earlier = _up_to(jnp.arange(start, end), end)
+            seen = earlier if mask is None else earlier & mask[..., :end]
+            parts.append(_mixed(query[start:end], key[:end], value[:end], seen))
+        return self.out(jnp.concatenate(parts))
+
+    def _shift(self, key: Array) -> Array:
+        """Gives each entry, in the copy heads, the key of the one before it; the first has a key of zeros."""
+        count = self.config.copy_heads
+        if count == 0:
+            return key
+        before = jnp.pad(key[:-1, :count], ((1, 0), (0, 0), (0, 0)))
+        return jnp.concatenate([before, key[:, count:]], axis=1)
+
+    def _heads(self, x: Array, rotary: Rotary | None = None) -> Array:
+        """Splits [S, heads * head_dim] into heads and turns them to their positions."""
+        heads = x.reshape(x.shape[0], -1, self.config.head_dim)
+        return heads if rotary is None else apply_rotary(heads, *rotary)
+
+
+def _mixed(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
+    """Values [S, ...] mixed by attention, heads side by side: [R, heads * head_dim]."""
+    # JAX's implementation mixes bfloat16 with float32 (its softmax), which strict promotion refuses.
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.nn.dot_product_attention(query, key, value, mask=mask).reshape(query.shape[0], -1)
+
+
+def _take(entries: tuple[Array, Rotary | None], rows: Array) -> tuple[Array, Rotary | None]:
+    return jax.tree.map(lambda of_entry: of_entry[rows], entries)
+
+
+def _up_to(rows: Array, length: int) -> Array:
+    """bool[1, R, S]: whether each of `rows` may see each of S entries in causal order."""
+    return jnp.arange(length)[None, None, :] <= rows[None, :, None]
+
+
+class Block(nnx.Module):
+    """Pre-norm residual block: x += attention(norm(x)); x += mlp(norm(x))."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs) -> None:
+        self.attention_norm = rms_norm(config.dim, rngs)
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp_norm = rms_norm(config.dim, rngs)
+        self.mlp = SwiGLU(
+            config.dim, config.mlp_dim, config.dim, dtype=config.dtype, rngs=rngs, gain=config.branch_gain
+        )
+
+    def __call__(
+        self,
+        x: Array,
+        *,
+        rotary: Rotary | None = None,
+        key_mask: Array | None = None,
+        rows: Array | None = None,
+    ) -> Array:
+        """Maps x [S, D] to [S, D], or to [R, D] when only `rows` are asked for."""
+        mixed = self.attention(self.attention_norm(x), rotary=rotary, key_mask=key_mask, rows=rows)
+        return self._add(x if rows is None else x[rows], mixed)
+
+    def extend(self, x: Array, memory: Memory, *, rotary: Rotary | None, slots: Array) -> tuple[Array, Memory]:
+        """Maps new entries x [R, D] to [R, D] and the memory of this layer to a longer one."""
+        mixed, memory = self.attention.extend(self.attention_norm(x), memory, rotary=rotary, slots=slots)
+        return self._add(x, mixed), memory
+
+    def _add(self, x: Array, mixed: Array) -> Array:
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Transformer(nnx.Module):
+    """A stack of blocks whose last one is computed only where its output is read."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        # String names, not a list: the parameters are then a dict with string keys all the way down.
+        for layer in range(config.layers):
+            setattr(self, f"block_{layer}", Block(config, rngs=rngs))
+
+    def __call__(
+        self,
+        x: Array,
+        *,
+        rotary: Rotary | None = None,
+        key_mask: Array | None = None,
+        rows: Array | None = None,
+    ) -> Array:
+        """Runs the blocks.
+
+        Args:
+          x: [S, D].
+          rotary: cos and sin for queries and keys, each [S, head_dim / 2]; None for no positions.
+          key_mask: bool[S], entries that may be attended to; None for all.
+          rows: int32[R] in [0, S), the outputs wanted; None for all. The last block computes queries and MLP
+            for these alone.
+
+        Returns:
+          [S, D], or [R, D] when `rows` are given.
+        """
+        blocks = self._blocks()
+        if not blocks:
+            return x if rows is None else x[rows]
+        for block in blocks[:-1]:
+            x = block(x, rotary=rotary, key_mask=key_mask)
+        return blocks[-1](x, rotary=rotary, key_mask=key_mask, rows=rows)
+
+    def extend(self, x: Array, memory: Memory, *, rotary: Rotary | None, slots: Array) -> tuple[Array, Memory]:
+        """Runs the blocks of a causal stack on new entries after those that it remembers.
+
+        Args:
+          x: [R, D].
+          memory: keys and values of all layers, each [layers, S, kv_heads, head_dim].
+          rotary: cos and sin of the new entries, each [R, head_dim / 2]; None for no positions.
+          slots: int32[R], rising, where the new entries go; S for padding, which is not written. An entry attends to
+            all slots up to its own.
+
+        Returns:
+          [R, D] and the memory with the new entries.
+        """
+        keys, values = memory
+        for layer, block in enumerate(self._blocks()):
+            x, (key, value) = block.extend(x, (keys[layer], values[layer]), rotary=rotary, slots=slots)
+            keys, values = keys.at[layer].set(key), values.at[layer].set(value)
+        return x, (keys, values)
+
+    def attention(self, x: Array, *, rotary: Rotary | None, rows: Array) -> tuple[Array, Array]:
+        """Attention weights of `rows` [layers, heads, R, S] and norms of the keys [layers, kv_heads, S]."""
+        weights, key_norms = [], []
+        for block in self._blocks():
+            of_rows, of_keys = block.attention.weights(block.attention_norm(x), rotary=rotary, rows=rows)
+            weights.append(of_rows)
+            key_norms.append(of_keys)
+            # Nothing reads the last block's output; jit leaves it out.
+            x = block(x, rotary=rotary)
+        return jnp.stack(weights), jnp.stack(key_norms)
+
+    def _blocks(self) -> list[Block]:
+        return [getattr(self, f"block_{layer}") for layer in range(self.config.layers)]

@@ -1,0 +1,1 @@
+"""The outside world: configurations, files, devices, signals."""

@@ -1,0 +1,121 @@
+"""Configuration of a run: a recipe, its models and data, where it goes and how often it looks."""
+
+import dataclasses
+from dataclasses import field
+from typing import Annotated, Literal
+
+from lensjax._settings import Bound, PositiveInt, require, settings
+from lensjax.models import HyperLoRAModel, LensModel, Models, build_models
+from lensjax.models.base_lm import BaseConfig
+from lensjax.models.gistnet import GistConfig
+from lensjax.models.lensnet import LensConfig
+from lensjax.runs.data.task import DataConfig
+from lensjax.runs.engine.stopping import StoppingConfig
+from lensjax.session import SessionConfig
+from lensjax.training.recipe import Recipe
+from lensjax.training.steps.adaptation import AdaptationConfig, build_hypernet
+from lensjax.training.steps.online import OnlineConfig
+from lensjax.training.steps.pretrain import PretrainConfig
+
+PHASES = ("pretrain", "lens", "online")
+"""What a run does one after the other; each has its checkpoints and its rows in the log."""
+
+
+@settings()
+class Config(Recipe):
+    """One run. Every field is a flag of `python -m experiments.train`.
+
+    Example:
+      >>> import lensjax as lx
+      >>> config = lx.Config(steps=100, hyper=lx.Hyperparameters(context_end=0.5))
+      >>> config.context.history, config.budget
+      (224, 112)
+    """
+
+    output_dir: str = "runs/default"
+    seed: Annotated[int, Bound(0, 2**31, high_excluded=True)] = 0
+    batch_size: PositiveInt = 16
+    """Sequences in a batch [B]."""
+    base_run: str | None = None
+    """Run folder whose base model and GistNet are taken instead of pretraining."""
+    start_from: str | None = None
+    """Run folder whose LensNet this run starts from, its base model and GistNet with it; instead of `base_run`."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type of the models; parameters, softmax and losses stay in float32."""
+    shard_parameters: bool = False
+    """Split parameters and optimizer state over the devices as well as the batch (FSDP): less memory, more traffic."""
+    logging_steps: PositiveInt = 10
+    eval_steps: PositiveInt = 100
+    eval_batches: PositiveInt = 8
+    save_steps: PositiveInt = 100
+    base: BaseConfig = field(default_factory=BaseConfig)
+    gist: GistConfig = field(default_factory=GistConfig)
+    lens: LensConfig = field(default_factory=LensConfig)
+    stopping: StoppingConfig = field(default_factory=StoppingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    online: OnlineConfig = field(default_factory=OnlineConfig)
+    adaptation: AdaptationConfig = field(default_factory=AdaptationConfig)
+
+    def _check(self) -> None:
+        super()._check()
+        require(bool(self.output_dir), "output_dir must name a folder, got an empty string")
+        counts = {"steps": self.steps, "pretrain.steps": self.pretrain.steps, "online.steps": self.online.steps}
+        for name, steps in counts.items():
+            require(
+                steps == 0 or steps > self.optimizer.warmup_steps,
+                f"{name} must be above optimizer.warmup_steps {self.optimizer.warmup_steps}, got {steps}",
+            )
+        for name, source in (("base_run", self.base_run), ("start_from", self.start_from)):
+            require(
+                self.steps + self.online.steps > 0 or source is None,
+                f"steps is 0 and {name} is {source!r}: there is nothing to do; raise steps or drop {name}",
+            )
+        require(
+            self.base_run is None or self.start_from is None,
+            f"base_run {self.base_run!r} and start_from {self.start_from!r} both give a base model: name one of them",
+        )
+        is_pretrained = self.base_run is not None or self.start_from is not None
+        self.stopping.require_reachable(
+            {name: steps for name, steps in counts.items() if not (is_pretrained and name == "pretrain.steps")},
+            eval_steps=self.eval_steps,
+        )
+        require(
+            self.base.dim % self.gist.heads == 0,
+            f"base.dim must be a multiple of gist.heads {self.gist.heads}, got {self.base.dim}",
+        )
+        require(
+            not self.data.is_text or self.base.vocab_size >= 256,
+            f"base.vocab_size must be at least 256 for text, which is read as bytes, got {self.base.vocab_size}",
+        )
+
+    @property
+    def recipe(self) -> Recipe:
+        """What is compiled of this run: its recipe alone."""
+        return Recipe(**{item.name: getattr(self, item.name) for item in dataclasses.fields(Recipe)})
+
+    @property
+    def session(self) -> SessionConfig:
+        """The session whose decisions are those of training."""
+        return SessionConfig(self.geometry, budget=self.budget, interval=self.context.horizon, focus=self.focus)
+
+    @property
+    def example_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of one example of a training batch by the name of the array."""
+        return {"tokens": (self.context.window,)}
+
+    def build_models(self) -> Models:
+        """The models of the run; call it once, outside `jax.jit`."""
+        shape = {"block_size": self.context.block_size, "max_lod": self.context.max_lod}
+        return build_models(self.base, self.gist, self.lens, **shape, dtype=self.dtype)
+
+    def build_hypernet(self, models: Models) -> HyperLoRAModel | None:
+        """What adapts LensNet to a document, where it is trained."""
+        if "hypernet" not in self.trainable:
+            return None
+        require(
+            isinstance(models.lens, LensModel),
+            f"the hypernetwork adapts the matrices of a LensModel, got {type(models.lens).__name__}",
+        )
+        assert isinstance(models.lens, LensModel)
+        return build_hypernet(models.lens, self.adaptation)

@@ -1,0 +1,51 @@
+"""Which data a run is about."""
+
+from typing import Literal, Protocol
+
+from lensjax._settings import PositiveInt, require, settings
+from lensjax.models.base_lm import BaseConfig
+from lensjax.training.scoring import ContextConfig
+
+
+@settings("data")
+class DataConfig:
+    """Where tokens come from."""
+
+    task: Literal["stdlib", "text", "recall", "tracking"] = "stdlib"
+    """The running Python's standard library, the user's own text files, single-span recall, or variable tracking."""
+    path: str | None = None
+    """Folder or glob of text files; for task text."""
+    max_files: PositiveInt | None = None
+    """Read at most this many files a split, in hash order; None reads all."""
+    recall_pool: PositiveInt = 4
+    """Distinct blocks in a recall pretraining sequence; few, so that most positions repeat something."""
+    query: PositiveInt = 2
+    """First tokens of the block to recall that stand before the cursor; the rest of it is scored."""
+    hops: PositiveInt = 2
+    """Statements in a chain of variables to track, each of which takes a look-up."""
+
+    def _check(self) -> None:
+        require(
+            self.task != "text" or bool(self.path),
+            f"data.path must name a folder or a glob where data.task is text, got {self.path!r}",
+        )
+        require(
+            self.task == "text" or self.path is None,
+            f"data.path is read only where data.task is text: set data.task text, got {self.task!r}",
+        )
+
+    @property
+    def is_text(self) -> bool:
+        """Whether tokens are bytes of files; otherwise they are of a synthetic task."""
+        return self.task in ("stdlib", "text")
+
+
+class Windows(Protocol):
+    """What is read of a configuration, such as `lensjax.Config`."""
+
+    @property
+    def data(self) -> DataConfig: ...  # noqa: D102
+    @property
+    def context(self) -> ContextConfig: ...  # noqa: D102
+    @property
+    def base(self) -> BaseConfig: ...  # noqa: D102

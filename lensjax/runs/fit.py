@@ -1,0 +1,289 @@
+"""One whole run: pretrain a base model or take one, train LensNet, measure it, and leave everything in its folder."""
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax import Array
+from jax.sharding import Mesh
+from rich.console import Console
+
+from lensjax.evaluation import held_out
+from lensjax.models import HyperLoRAModel, Models, Params
+from lensjax.plots.maps import VariantMap
+from lensjax.runs import load, results
+from lensjax.runs.config import PHASES, Config
+from lensjax.runs.data import batches as data
+from lensjax.runs.engine import devices, loop
+from lensjax.runs.engine.loop import RunConfig
+from lensjax.runs.load import Trained
+from lensjax.runs.store import run_folder
+from lensjax.runs.store.log import RunLogger
+from lensjax.training.steps import adaptation, online, preference, pretrain
+from lensjax.training.steps.preference import TrainState
+from lensjax.training.steps.update import Learner
+
+Batches = list[dict[str, Array]]
+Report = Callable[[TrainState, Batches], dict[str, float]]
+
+# Streams of randomness that must not touch: each is folded into the run's seed.
+PRETRAIN_STREAM, LENS_STREAM, ONLINE_STREAM, EVALUATION_SEED = 0, 1, 2, 2026
+ONLINE_SEED = 2**32
+"""Above all seeds of the other phases' data."""
+HEADLINE = (
+    "nll_policy",
+    "nll_policy_adapted",
+    "nll_baseline",
+    "nll_rollout_mean",
+    "mc/preference_agreement",
+    "hit_rate",
+)
+"""Held-out metrics to show while LensNet is trained."""
+
+
+def fit(config: Config, *, resume: bool = False, console: Console | None = None) -> Trained:
+    """Trains a run from its first phase to its last, and writes its folder (extras `train` and `plots`).
+
+    Args:
+      config: the run.
+      resume: go on with the run in `config.output_dir`, from its newest checkpoint.
+      console: shows the progress; None for the terminal.
+
+    Returns:
+      What it has come to, with the summary of its measurements.
+
+    Raises:
+      ValueError: the data or the run that it starts from do not fit. Nothing was written then.
+      FileExistsError: the folder is not empty, and `resume` is False.
+    """
+    started = time.perf_counter()
+    console = console or Console(quiet=not devices.is_first())
+    models = config.build_models()
+    job = _Job(config, models, config.build_hypernet(models), _make_mesh(config), console)
+    inputs = _Inputs(config, job.mesh)  # reads all data first: an empty corpus must not leave a folder behind
+    start = load.load_start(config, models)
+    with open_run(config, PHASES, resume=resume, console=console) as (folder, logger):
+        params, seconds, summary = start or {}, 0.0, dict[str, Any]()
+        maps: list[VariantMap] = []
+        if start is None:
+            report = _pretrain_evaluator(job)
+            params, seconds = _pretrain(job, inputs, report, folder, logger)
+            summary |= report(params, inputs.test)
+        if config.steps or config.online.steps:
+            state, more, measured = _train(job, inputs, params, folder, logger)
+            seconds, summary, params = seconds + more, summary | measured, state.params
+            key = jax.random.key(EVALUATION_SEED)
+            maps = results.variant_maps(state, inputs.test[0], key, config=config, models=models)
+    if config.stopping.patience is not None:
+        summary |= results.stops(folder)
+    whole = time.perf_counter() - started
+    summary = results.summary(config, summary, training_seconds=seconds, seconds=whole)
+    devices.in_first(lambda: results.write(folder, summary, maps))
+    results.print_summary(console, folder, summary)
+    return Trained(config, models, params, summary)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What all phases of a run share."""
+
+    config: Config
+    models: Models
+    hypernet: HyperLoRAModel | None
+    mesh: Mesh
+    console: Console
+
+    def run(self, phase: loop.Phase, state: Any, rows: Any, folder: Path, logger: RunLogger) -> tuple[Any, float]:
+        """One phase: the state after it, and its seconds."""
+        return loop.run_phase(
+            phase,
+            state,
+            rows,
+            run_dir=folder,
+            config=self.config,
+            mesh=self.mesh,
+            logger=logger,
+            console=self.console,
+        )
+
+
+def _make_mesh(config: Config) -> Mesh:
+    batch_sizes = {"batch_size": config.batch_size}
+    if config.base_run is None and config.start_from is None:
+        batch_sizes["pretrain.batch_size"] = config.pretrain.batch_size
+    return devices.make_mesh(batch_sizes)
+
+
+class _Inputs:
+    """All data of a run, checked and in memory before the run's folder is made."""
+
+    def __init__(self, config: Config, mesh: Mesh) -> None:
+        share = (jax.process_index(), jax.process_count())
+        batches = functools.partial(
+            data.fixed_batches,
+            config,
+            batch_size=config.batch_size,
+            count=config.eval_batches,
+            seed=EVALUATION_SEED,
+            share=share,
+        )
+        self.validation, self.test = (
+            jax.tree.map(lambda rows: devices.share_out(rows, mesh), batches(split)) for split in ("validation", "test")
+        )
+        self.pretrain = data.make_iterator(
+            config,
+            "train",
+            seed=2 * config.seed + PRETRAIN_STREAM,
+            batch_size=config.pretrain.batch_size,
+            pretraining=True,
+            share=share,
+        )
+        self.lens, self.online = (
+            data.make_iterator(config, "train", seed=seed, batch_size=config.batch_size, share=share)
+            for seed in (2 * config.seed + LENS_STREAM, ONLINE_SEED + config.seed)
+        )
+
+
+def stream(config: Config, number: int) -> Array:
+    """The PRNG key of one of a run's streams of randomness."""
+    return jax.random.fold_in(jax.random.key(config.seed), number)
+
+
+@contextmanager
+def open_run(
+    config: RunConfig, phases: tuple[str, ...], *, resume: bool, console: Console
+) -> Iterator[tuple[Path, RunLogger]]:
+    """Makes or opens the folder of a run, in the first process, and the log in it.
+
+    Args:
+      config: the run's.
+      phases: all that a run of this kind has, in their order.
+      resume: go on with a run: rows after its newest checkpoint are dropped.
+      console: is told the folder.
+
+    Yields:
+      The folder, and the log.
+
+    Raises:
+      ValueError: see `lensjax.runs.store.run_folder`.
+      OSError: likewise.
+    """
+    folder = Path(config.output_dir)
+    devices.in_first(lambda: (run_folder.open_run if resume else run_folder.create_run)(folder, config))
+    console.out(f"run folder {folder}, {jax.default_backend()}, seed {config.seed}", highlight=False)
+    restored = run_folder.restore_point(folder, phases) if resume else None
+    with RunLogger(folder if devices.is_first() else None, resume=restored, phases=phases) as logger:
+        yield folder, logger
+
+
+def _pretrain(
+    job: _Job,
+    inputs: _Inputs,
+    report: Callable[[dict[str, Params], Batches], dict[str, float]],
+    folder: Path,
+    logger: RunLogger,
+) -> tuple[dict[str, Params], float]:
+    config, models = job.config, job.models
+    settings, recipe = config.pretrain, config.recipe
+    phase = loop.Phase(
+        name="pretrain",
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        step=functools.partial(pretrain.pretrain_step, recipe=recipe, settings=settings, models=models),
+        evaluate=lambda state: report(state.params, inputs.validation),
+        headline=("nll_full", "nll_full_tail"),
+        monitor="nll_full",
+    )
+    key = stream(config, PRETRAIN_STREAM)
+    state: Learner = pretrain.init_pretrain_state(key, recipe=recipe, settings=settings, models=models)
+    state, seconds = job.run(phase, state, inputs.pretrain, folder, logger)
+    return state.params, seconds
+
+
+def _train(
+    job: _Job, inputs: _Inputs, params: dict[str, Params], folder: Path, logger: RunLogger
+) -> tuple[TrainState, float, dict[str, float]]:
+    """LensNet's phases: the last state, their seconds, and what is measured of it on the test split."""
+    config, report, seconds = job.config, evaluator(job.config, job.models, job.hypernet), 0.0
+    key, recipe, models = stream(config, LENS_STREAM), config.recipe, job.models
+    if job.hypernet is None:
+        state = preference.init_train_state(key, recipe=recipe, models=models, params=params)
+    else:
+        state = adaptation.init_adaptation_state(
+            key, recipe=recipe, models=models, hypernet=job.hypernet, params=params
+        )
+    for steps, train_by in ((config.steps, _by_preferences), (config.online.steps, _by_episodes)):
+        if steps:
+            state, more = train_by(job, state, inputs, report, folder, logger)
+            seconds += more
+    return state, seconds, report(state, inputs.test)
+
+
+def _by_preferences(
+    job: _Job, state: TrainState, inputs: _Inputs, report: Report, folder: Path, logger: RunLogger
+) -> tuple[TrainState, float]:
+    config, recipe, models = job.config, job.config.recipe, job.models
+    step: Callable[..., Any] = functools.partial(preference.train_step, recipe=recipe, models=models)
+    if job.hypernet is not None:
+        step = functools.partial(adaptation.adaptation_step, recipe=recipe, models=models, hypernet=job.hypernet)
+    phase = loop.Phase(
+        name="lens",
+        steps=config.steps,
+        batch_size=config.batch_size,
+        step=step,
+        evaluate=lambda state: report(state, inputs.validation),
+        headline=HEADLINE,
+        monitor="nll_policy",
+    )
+    return job.run(phase, state, inputs.lens, folder, logger)
+
+
+def _by_episodes(
+    job: _Job, state: TrainState, inputs: _Inputs, report: Report, folder: Path, logger: RunLogger
+) -> tuple[TrainState, float]:
+    """Goes on with the LensNet of a state; what is measured is measured as before."""
+    config, models, settings = job.config, job.models, job.config.online
+    state = devices.place(state, job.mesh, split=config.shard_parameters)
+
+    def with_lens(after: online.OnlineState) -> TrainState:
+        return replace(state, params={**state.params, "lens": after.params["lens"]})
+
+    phase = loop.Phase(
+        name="online",
+        steps=settings.steps,
+        batch_size=config.batch_size,
+        step=functools.partial(online.online_step, recipe=config.recipe, settings=settings, models=models),
+        evaluate=lambda after: report(with_lens(after), inputs.validation),
+        headline=HEADLINE,
+        monitor="nll_policy",
+    )
+    start = online.init_online_state(
+        stream(config, ONLINE_STREAM), recipe=config.recipe, settings=settings, models=models, params=state.params
+    )
+    after, seconds = job.run(phase, start, inputs.online, folder, logger)
+    return with_lens(after), seconds
+
+
+def evaluator(config: Config, models: Models, hypernet: HyperLoRAModel | None = None) -> Report:
+    """Held-out metrics of a state, always on the same rollouts of a batch; compiled once for all splits."""
+    measure: Callable[..., Any] = functools.partial(held_out.eval_step, recipe=config.recipe, models=models)
+    if hypernet is not None:
+        measure = functools.partial(
+            held_out.adaptation_eval_step, recipe=config.recipe, models=models, hypernet=hypernet
+        )
+    step = jax.jit(measure)
+    keys = [jax.random.fold_in(jax.random.key(EVALUATION_SEED), i) for i in range(config.eval_batches)]
+    return lambda state, batches: held_out.mean_over_batches(
+        step(key, state, batch) for batch, key in zip(batches, keys, strict=True)
+    )
+
+
+def _pretrain_evaluator(job: _Job) -> Callable[[dict[str, Params], Batches], dict[str, float]]:
+    horizon, models = job.config.context.horizon, job.models
+    step = jax.jit(functools.partial(held_out.pretrain_eval_step, horizon=horizon, models=models))
+    return lambda params, batches: held_out.mean_over_batches(step(params, batch) for batch in batches)

@@ -1,0 +1,101 @@
+"""What a finished run leaves beside its checkpoints: a summary, curves, and maps of what LensNet picks."""
+
+import functools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax import Array
+from rich.console import Console
+
+from lensjax.evaluation import held_out
+from lensjax.models import Models
+from lensjax.plots import curves
+from lensjax.plots.maps import VariantMap, lod_maps
+from lensjax.runs.config import PHASES, Config
+from lensjax.runs.engine import devices, loop
+from lensjax.runs.store import checkpoint, run_folder
+from lensjax.runs.store.log import read_rows
+from lensjax.training.metrics import UNDEFINED
+from lensjax.training.steps.preference import TrainState
+
+MAPPED_SEQUENCES = 4
+SHOWN = (
+    *("nll_full", "nll_policy", "nll_baseline", "nll_rollout_mean", "nll_rollout_best", "nll_oracle", "hit_rate"),
+    *("preference_agreement", "preference_agreement_lod_only", "preference_corr_mean", "seconds"),
+)
+"""Lines of a summary that the terminal shows."""
+
+
+def variant_maps(
+    state: TrainState, batch: Mapping[str, Array], key: Array, *, config: Config, models: Models
+) -> list[VariantMap]:
+    """What recency, the rollouts and the policy show of the first sequences of a held-out batch; `key` is consumed."""
+    context = config.context
+    compute = jax.jit(functools.partial(held_out.variant_maps, recipe=config.recipe, models=models))
+    first = {name: value[:MAPPED_SEQUENCES] for name, value in devices.to_host(batch).items()}
+    arrays = devices.to_host(compute(state, first["tokens"], key))
+    labels = ["recency", *(f"rollout {i + 1}" for i in range(context.rollouts)), "LensNet's pick"]
+    answers = first["answers"].tolist() if "answers" in first else []
+    return [
+        VariantMap(
+            title=f"held-out sequence {i + 1}",
+            cuts=arrays["cuts"][i],
+            scores=arrays["scores"][i],
+            nll=arrays["nll"][i],
+            labels=labels,
+            recent_tokens=context.recent_tokens,
+            block_size=context.block_size,
+            answer=tuple((begin, begin + context.block_size) for begin in answers[i]) if answers else (),
+        )
+        for i in range(len(first["tokens"]))
+    ]
+
+
+def stops(folder: Path) -> dict[str, int]:
+    """Where the phases of a run stopped, and the steps whose parameters they kept."""
+    steps: dict[str, int] = {}
+    for phase in PHASES:
+        directory = run_folder.checkpoint_dir(folder, phase)
+        last, kept = checkpoint.latest_step(directory), loop.kept_step(directory)
+        if last is not None and kept is not None:
+            steps |= {f"{phase}_stopped_at": last, f"{phase}_kept_step": kept}
+    return steps
+
+
+def summary(config: Config, report: Mapping[str, float], *, training_seconds: float, seconds: float) -> dict[str, Any]:
+    """Held-out test metrics under short names, and what they came from."""
+    short = {name.removeprefix("mc/"): value for name, value in report.items()}
+    undefined = {name: UNDEFINED for name, value in short.items() if math.isnan(value)}
+    return {
+        "task": config.data.task,
+        "split": "test",
+        "sequences": config.batch_size * config.eval_batches,
+        "steps": config.steps,
+        "seed": config.seed,
+        "context_length": config.budget,
+        "compression": config.context.history / config.budget,
+        "seconds": round(seconds, 1),
+        "training_seconds": round(training_seconds, 1),
+        **short,
+        **undefined,
+    }
+
+
+def write(folder: Path, report: Mapping[str, Any], maps: Sequence[VariantMap]) -> None:
+    """The pictures and the summary of a finished run."""
+    if maps:
+        lod_maps(maps, folder / "maps.png")
+    curves.training_curves(read_rows(folder), folder / "training.png")
+    (folder / run_folder.SUMMARY).write_text(json.dumps(report, indent=2) + "\n")
+
+
+def print_summary(console: Console, folder: Path, report: Mapping[str, Any]) -> None:
+    """The numbers of `SHOWN` that are defined, and where the rest is."""
+    for name in SHOWN:
+        if isinstance(report.get(name), float):
+            console.out(f"  {name:<32}{report[name]:>9.3f}", highlight=False)
+    console.out(f"pictures, metrics and checkpoints are in {folder}", highlight=False)

@@ -1,0 +1,248 @@
+"""Metrics on disk: `metrics.jsonl`, and the same names for TensorBoard under `tensorboard/<phase>`, with histograms.
+
+`RunLogger.log` keeps arrays where they are; `flush` fetches everything that waits in one transfer and writes
+it, so the device runs on undisturbed in between. No other thread writes: what `flush` wrote survives a kill.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+from tensorboardX import RecordWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import HistogramProto, Summary
+
+from lensjax.training.metrics import HISTOGRAMS, MAY_BE_UNDEFINED, UNDEFINED
+
+Row = dict[str, Any]
+
+_FILE = "metrics.jsonl"
+
+
+class RunLogger:
+    """Writes the metrics of one run; use it in a `with` statement.
+
+    A row is `{"phase": ..., "step": ..., name: value, ...}`. Values that are undefined are `"n/a"`, and
+    missing in TensorBoard. Other values that are not finite are the strings "nan", "inf" and "-inf" in the
+    file (JSON has no such numbers) and floats in the rows which `flush` returns, where `check_finite` finds
+    them. Histograms (see `HISTOGRAMS`) are no part of a row.
+
+    Args:
+      run_dir: the run's folder; None to write nothing, as in all but the first of several processes.
+      resume: phase and step of the restored checkpoint: later rows are dropped, and hidden in TensorBoard,
+        since they will be written again. None for a new run.
+      phases: the phases that a run of this kind has, in their order.
+
+    Raises:
+      ValueError: a new run finds metrics in the folder, the phase is unknown, or the file is damaged before its
+        last line (a torn last line is what a kill leaves: it is dropped).
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path | None,
+        *,
+        resume: tuple[str, int] | None = None,
+        phases: tuple[str, ...],
+    ) -> None:
+        self._phases = phases
+        self._pending: list[tuple[str, int, dict[str, ArrayLike]]] = []
+        self._files = None if run_dir is None else _Files(Path(run_dir), resume, phases)
+
+    def log(self, phase: str, step: int, metrics: Mapping[str, ArrayLike]) -> None:
+        """Queues one row; nothing is fetched or written before `flush`.
+
+        Args:
+          phase: one of the run's phases.
+          step: steps of that phase which the metrics describe.
+          metrics: scalars by name, and counts of histograms, on the device or on the host.
+
+        Raises:
+          ValueError: the phase is unknown, or a metric has another shape than its name says, or the name of another
+            column.
+        """
+        _checked_phase(phase, self._phases)
+        for name, value in metrics.items():
+            if name in ("phase", "step"):
+                raise ValueError(f"a metric cannot be named {name!r}: it is a column of its own")
+            bins = len(HISTOGRAMS[name]) - 1 if name in HISTOGRAMS else None
+            if np.shape(value) != (() if bins is None else (bins,)):
+                wanted = "be a scalar" if bins is None else f"have {bins} bins"
+                raise ValueError(f"metric {name} must {wanted}, got shape {np.shape(value)}")
+        self._pending.append((phase, step, dict(metrics)))
+
+    def flush(self) -> list[Row]:
+        """Fetches and writes all queued rows, in order, and returns them."""
+        pending, self._pending = self._pending, []
+        fetched = jax.device_get([metrics for _, _, metrics in pending])
+        rows = [
+            {"phase": phase, "step": step}
+            | {name: _to_number(name, value) for name, value in metrics.items() if name not in HISTOGRAMS}
+            for (phase, step, _), metrics in zip(pending, fetched, strict=True)
+        ]
+        if self._files is not None:
+            self._files.write(rows, [{name: m[name] for name in m if name in HISTOGRAMS} for m in fetched])
+        return rows
+
+    def close(self) -> None:
+        """Writes what is queued and closes the files."""
+        try:
+            self.flush()
+        finally:
+            if self._files is not None:
+                self._files.close()
+
+    def __enter__(self) -> "RunLogger":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Files:
+    """The files that a run's rows go to."""
+
+    def __init__(self, run_dir: Path, resume: tuple[str, int] | None, phases: tuple[str, ...]) -> None:
+        self._run_dir, self._phases = run_dir, phases
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / _FILE
+        if resume is not None:
+            _checked_phase(resume[0], phases)
+            _rewind(path, resume, phases)
+        elif path.exists() and path.stat().st_size:
+            raise ValueError(f"{path} holds the metrics of another run; resume that one, or choose another folder")
+        self._resume = resume
+        self._boards: dict[str, RecordWriter] = {}
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, rows: list[Row], histograms: list[dict[str, np.ndarray]]) -> None:
+        self._file.write("".join(json.dumps(_to_json(row), allow_nan=False) + "\n" for row in rows))
+        self._file.flush()
+        for row, counts in zip(rows, histograms, strict=True):
+            self._board(row["phase"]).write(_event(row, counts).SerializeToString())
+        for board in self._boards.values():
+            board.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        for board in self._boards.values():
+            board.close()
+
+    def _board(self, phase: str) -> RecordWriter:
+        if phase not in self._boards:
+            folder = self._run_dir / "tensorboard" / phase
+            folder.mkdir(parents=True, exist_ok=True)
+            # TensorBoard reads a folder's files in the order of their names; with the usual time stamp, two
+            # starts in one second would share a file.
+            board = RecordWriter(str(folder / f"events.out.tfevents.{len(list(folder.iterdir())):06d}"))
+            board.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+            if self._resume is not None and phase in self._phases[self._phases.index(self._resume[0]) :]:
+                # Hides what earlier files say about this step and later ones.
+                first = self._resume[1] + 1 if phase == self._resume[0] else 0
+                start = SessionLog(status=SessionLog.START)
+                board.write(Event(wall_time=time.time(), step=first, session_log=start).SerializeToString())
+            self._boards[phase] = board
+        return self._boards[phase]
+
+
+def read_rows(run_dir: str | Path) -> list[Row]:
+    """Reads the rows of a run; a torn last line is left out.
+
+    Raises:
+      ValueError: a line before the last one is not JSON.
+    """
+    return [row for _, row in _parsed_lines(Path(run_dir) / _FILE)]
+
+
+def check_finite(rows: Iterable[Row], *, advice: str) -> None:
+    """Stops a run whose metrics are not finite.
+
+    Args:
+      rows: as returned by `RunLogger.flush`.
+      advice: ends the message; says where the last good checkpoint is.
+
+    Raises:
+      FloatingPointError: names the first step with such a value, and all such metrics of that step.
+    """
+    for row in rows:
+        faults = [f"{name} = {value}" for name, value in row.items() if _is_fault(value)]
+        if faults:
+            raise FloatingPointError(f"phase {row['phase']}, step {row['step']}: {', '.join(faults)}; {advice}")
+
+
+def _checked_phase(phase: str, phases: tuple[str, ...]) -> None:
+    if phase not in phases:
+        raise ValueError(f"phase must be one of {', '.join(phases)}, got {phase!r}")
+
+
+def _to_number(name: str, value: Any) -> Any:
+    number = np.asarray(value).item()
+    is_undefined = name.endswith(MAY_BE_UNDEFINED) and math.isnan(number)
+    return UNDEFINED if is_undefined else number
+
+
+def _is_fault(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _to_json(row: Row) -> Row:
+    return {name: str(value) if _is_fault(value) else value for name, value in row.items()}
+
+
+def _event(row: Row, histograms: Mapping[str, np.ndarray]) -> Event:
+    values = [
+        Summary.Value(tag=name, simple_value=value)
+        for name, value in row.items()
+        if name not in ("phase", "step") and value != UNDEFINED
+    ]
+    values += [
+        Summary.Value(tag=name, histo=_histogram(HISTOGRAMS[name], counts)) for name, counts in histograms.items()
+    ]
+    return Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values))
+
+
+def _histogram(edges: np.ndarray, counts: np.ndarray) -> HistogramProto:
+    """What TensorBoard draws: bins by their upper edges; of the values it knows the bins alone."""
+    middles = (edges[1:] + edges[:-1]) / 2
+    return HistogramProto(
+        min=edges[0],
+        max=edges[-1],
+        num=counts.sum(),
+        sum=counts @ middles,
+        sum_squares=counts @ middles**2,
+        bucket_limit=edges[1:].tolist(),
+        bucket=counts.tolist(),
+    )
+
+
+def _parsed_lines(path: Path) -> list[tuple[str, Row]]:
+    """Pairs each complete line with its row."""
+    parsed = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        if number == len(lines) and not line.endswith("\n"):
+            break
+        try:
+            parsed.append((line, json.loads(line)))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is damaged: line {number} is not JSON ({error}); delete that line") from error
+    return parsed
+
+
+def _rewind(path: Path, last: tuple[str, int], phases: tuple[str, ...]) -> None:
+    """Drops the rows after a phase and step; a kill in the middle leaves the old file or the new one."""
+    end = (phases.index(last[0]), last[1])
+    kept = [line for line, row in _parsed_lines(path) if (phases.index(row["phase"]), row["step"]) <= end]
+    hidden = path.with_name(f".{path.name}.tmp")
+    hidden.write_text("".join(kept), encoding="utf-8")
+    os.replace(hidden, path)

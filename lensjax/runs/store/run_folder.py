@@ -1,0 +1,151 @@
+"""A run's folder: who made it, with what, and whether a resumed run is still the same one."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+
+from lensjax._version import __version__
+from lensjax.runs.store import checkpoint, config_file
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+_CONFIG, _ENVIRONMENT, SUMMARY = "config.json", "environment.json", "summary.json"
+
+
+class RunConfig(Protocol):
+    """A frozen dataclass of settings, such as `lensjax.Config`."""
+
+    @property
+    def seed(self) -> int: ...  # noqa: D102
+
+
+def create_run(output_dir: str | Path, config: RunConfig) -> Path:
+    """Makes the folder of a new run, with `config.json` and `environment.json`.
+
+    Raises:
+      FileExistsError: the folder is there already, and not empty.
+    """
+    folder = Path(output_dir)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(
+            f"{folder} is not empty: choose another --output-dir, or go on with that run by --resume {folder}"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _ENVIRONMENT).write_text(json.dumps(environment(config), indent=2) + "\n")
+    (folder / _CONFIG).write_text(config_file.to_json(config))
+    return folder
+
+
+def open_run(output_dir: str | Path, config: RunConfig) -> Path:
+    """Opens the folder of a run to resume it with the configuration that it was started with.
+
+    The folder itself may have moved: `output_dir` is not compared.
+
+    Raises:
+      FileNotFoundError: there is no run in the folder.
+      ValueError: the configurations differ; names each key, with both values.
+    """
+    folder = Path(output_dir)
+    stored, given = _flat(config_file.load(config_path(folder), type(config))), _flat(config)
+    differences = [
+        f"{key} is {stored[key]!r} in the run and {given[key]!r} now"
+        for key in given
+        if key != "output_dir" and stored[key] != given[key]
+    ]
+    if differences:
+        raise ValueError(
+            f"cannot resume {folder} with another configuration: {'; '.join(differences)}. "
+            "Pass the run's own values, or start a new run"
+        )
+    return folder
+
+
+def config_path(run_dir: str | Path) -> Path:
+    """The file that holds a run's configuration.
+
+    Raises:
+      FileNotFoundError: there is no run in the folder.
+    """
+    path = Path(run_dir) / _CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{run_dir} holds no run ({_CONFIG} is missing): name the folder of a run")
+    return path
+
+
+def checkpoint_dir(run_dir: Path, phase: str) -> Path:
+    """Where a phase's checkpoints are."""
+    return run_dir / "checkpoints" / phase
+
+
+def read_summary(run_dir: str | Path) -> dict[str, Any]:
+    """What `summary.json` holds; empty while the run is not finished."""
+    path = Path(run_dir) / SUMMARY
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def restore_point(folder: Path, phases: tuple[str, ...]) -> tuple[str, int]:
+    """The newest checkpoint of the last phase that has one; a run without any starts from its first step."""
+    for phase in reversed(phases):
+        step = checkpoint.latest_step(checkpoint_dir(folder, phase))
+        if step is not None:
+            return phase, step
+    return phases[0], 0
+
+
+def environment(config: RunConfig) -> dict[str, Any]:
+    """Describes what a run depends on beside its configuration; all of it is JSON."""
+    return {
+        "command": sys.argv,
+        "seed": config.seed,
+        "git": _git_state(),
+        "python": platform.python_version(),
+        "packages": {"lensjax": __version__} | {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "backend": jax.default_backend(),
+        "processes": jax.process_count(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(("JAX_", "XLA_"))},
+    }
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Returns the commit of this file, and whether tracked files differ from it; None outside git."""
+    # An installed copy may lie inside another project's repository, whose commit says nothing about this code.
+    if (
+        _git("ls-files", "--error-unmatch", Path(__file__).name) is None
+        or (commit := _git("rev-parse", "HEAD")) is None
+    ):
+        return None
+    return {"commit": commit, "is_dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=30,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Maps dotted names to the values of a config and its sections."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), prefix + field.name
+        flat |= _flat(value, f"{name}.") if dataclasses.is_dataclass(value) else {name: value}
+    return flat

@@ -1,0 +1,252 @@
+"""Many settings and seeds of one run in one compiled program: the arms of a sweep are a batch axis.
+
+What `Hyperparameters` holds differs from arm to arm as data. Arms that draw the same rollouts (same seed, same lengths,
+same share of LOD 2) read the same scored variants: the base model's passes are paid once for all of them. With several
+devices each takes some of the arms, and nothing passes between them.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lensjax.evaluation import held_out
+from lensjax.models import Models, Params
+from lensjax.runs.config import Config
+from lensjax.runs.engine.devices import AXIS
+from lensjax.training.hyperparameters import Hyperparameters
+from lensjax.training.metrics import Metrics
+from lensjax.training.recipe import Recipe
+from lensjax.training.scoring import Batch, ScoredVariants
+from lensjax.training.steps import preference
+from lensjax.training.steps.preference import TrainState
+
+Setting = dict[str, Any]
+"""Changed fields of a config by dotted name; empty for the default."""
+ROLLOUT_SETTINGS = ("context_start", "context_end", "high_lod_share")
+"""What decides, beside the seed, which rollouts an arm draws."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Which settings to compare; the preset with `changes` is the default, and the first of them."""
+
+    preset: str
+    """Name or path of a config, as for `python -m experiments.train`."""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """What the default itself changes in the preset."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    one_at_a_time: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """Each value of each field alone."""
+    grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """Every combination of values."""
+    together: Sequence[Setting] = ()
+    """Settings that change several fields at once."""
+
+    def settings(self) -> list[Setting]:
+        """All settings, the default first, none twice.
+
+        Raises:
+          ValueError: a seed comes twice or not at all.
+        """
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds must name one or more different seeds, got {self.seeds}")
+        settings: list[Setting] = [{}]
+        settings += [{name: value} for name, values in self.one_at_a_time.items() for value in values]
+        if self.grid:
+            settings += [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+        settings += [dict(setting) for setting in self.together]
+        return [setting for i, setting in enumerate(settings) if setting not in settings[:i]]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SweepState:
+    """A arms of S seeds, which read R different draws of rollouts."""
+
+    arms: TrainState
+    """Leading axis A; of the parameters it holds LensNet's alone."""
+    frozen: dict[str, Params]
+    """Parameters of `base` and `gist`, which all arms share."""
+    draw: Array
+    """int32[A]: which of the draws each arm reads."""
+    reader: Array
+    """int32[R]: an arm that reads each draw."""
+    row: Array
+    """int32[R]: the row of the batch, one a seed, that each draw is of."""
+
+
+def program(configs: Sequence[Config]) -> Recipe:
+    """The recipe that all arms of one program share.
+
+    Its hyperparameters only decide what is compiled in: the longest context of any arm, and the KL term if any arm has
+    a weight for it.
+
+    Args:
+      configs: the arms; they may differ in seed, output folder and hyperparameters.
+
+    Returns:
+      A `Recipe`.
+
+    Raises:
+      ValueError: there is no arm, they differ in what is compiled, or they train more than LensNet.
+    """
+    if not configs:
+        raise ValueError("a sweep needs at least one arm, got none")
+    first = configs[0]
+    if len({structure(config) for config in configs}) > 1:
+        raise ValueError("the arms of one program may differ in seed and hyperparameters only: split them up")
+    if first.trainable != ("lens",):
+        raise ValueError(f"a sweep trains LensNet alone, on one frozen base model; got trainable {first.trainable}")
+    largest = {
+        name: max(getattr(config.hyper, name) for config in configs)
+        for name in ("context_start", "context_end", "kl_weight")
+    }
+    shared = structure(first).recipe
+    return replace(shared, hyper=replace(shared.hyper, **largest))
+
+
+def structure(config: Config) -> Config:
+    """What arms must have in common to run in one program: all but seed, output folder and hyperparameters."""
+    return replace(config, seed=0, output_dir="-", hyper=Hyperparameters())
+
+
+def init(
+    configs: Sequence[Config],
+    keys: Mapping[int, Array],
+    *,
+    recipe: Recipe,
+    models: Models,
+    params: dict[str, Params],
+) -> SweepState:
+    """The arms before their first step; each begins as a run of its own does.
+
+    Args:
+      configs: the A arms.
+      keys: for each of their seeds, in the order of the batch's rows, the key of `init_train_state`.
+      recipe: `program(configs)`.
+      models: static.
+      params: parameters of `base` and `gist`, and of `lens` where the arms do not start from fresh ones.
+
+    Returns:
+      `SweepState`.
+    """
+    fresh = {}
+    for seed, key in keys.items():
+        state = preference.init_train_state(key, recipe=recipe, models=models, params=params)
+        fresh[seed] = replace(state, params={"lens": state.params["lens"]})
+    arms = [replace(fresh[arm.seed], hyper=jax.tree.map(jnp.float32, arm.hyper)) for arm in configs]
+    draws = [_draw(arm) for arm in configs]
+    different = list(dict.fromkeys(draws))
+    rows = list(keys)
+    return SweepState(
+        arms=jax.tree.map(lambda *leaves: jnp.stack(leaves), *arms),
+        frozen={name: jax.tree.map(jnp.copy, params[name]) for name in ("base", "gist")},
+        draw=jnp.asarray([different.index(draw) for draw in draws], jnp.int32),
+        reader=jnp.asarray([draws.index(draw) for draw in different], jnp.int32),
+        row=jnp.asarray([rows.index(int(draw[0])) for draw in different], jnp.int32),
+    )
+
+
+def _draw(config: Config) -> tuple[float, ...]:
+    """What an arm has in common with those that draw the same rollouts, the seed first."""
+    return (config.seed, *(getattr(config.hyper, name) for name in ROLLOUT_SETTINGS))
+
+
+def split(configs: Sequence[Config], parts: int) -> list[list[int]]:
+    """Which arms each of some devices takes: equally many, those that read the same rollouts side by side.
+
+    Args:
+      configs: the arms.
+      parts: devices.
+
+    Returns:
+      Places in `configs`, a list a device; where the number does not divide, the last arm comes more than once.
+    """
+    draws = [_draw(arm) for arm in configs]
+    order = sorted(range(len(configs)), key=lambda place: draws.index(draws[place]))
+    size = math.ceil(len(configs) / parts)
+    order += order[-1:] * (size * parts - len(order))
+    return [order[first : first + size] for first in range(0, len(order), size)]
+
+
+def stack(states: Sequence[SweepState], mesh: Mesh) -> SweepState:
+    """The states of as many devices as one, for functions of `over_devices`; leading axis: the device."""
+    most = max(len(state.row) for state in states)
+
+    def padded(state: SweepState) -> SweepState:
+        # Devices run one program: those with fewer draws repeat one, which no arm reads.
+        missing = (0, most - len(state.row))
+        return replace(
+            state, reader=jnp.pad(state.reader, missing, mode="edge"), row=jnp.pad(state.row, missing, mode="edge")
+        )
+
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(padded, states))
+    return jax.device_put(stacked, NamedSharding(mesh, PartitionSpec(AXIS)))
+
+
+def over_devices(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """`step` or `evaluate` on every device: the state, and what is returned, have a leading axis for the device."""
+
+    def local(state: SweepState, rest: tuple[Any, ...]) -> Any:
+        returned = function(jax.tree.map(lambda leaf: leaf[0], state), *rest)
+        return jax.tree.map(lambda leaf: leaf[None], returned)
+
+    specs = (PartitionSpec(AXIS), PartitionSpec())
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(AXIS), check_vma=False)
+
+    def on_devices(state: SweepState, *rest: Any) -> Any:
+        return mapped(state, rest)
+
+    return on_devices
+
+
+def step(
+    state: SweepState, batch: Batch, *, recipe: Recipe, models: Models, at_once: int | None = None
+) -> tuple[SweepState, Metrics]:
+    """One update of every arm; compile it once, with the state donated.
+
+    Args:
+      state: the state before the step.
+      batch: `tokens` int32[S, B, T], one batch a seed.
+      recipe: `program` of the arms.
+      models: static.
+      at_once: arms that are computed together, by `vmap`; the others wait in the same program. None takes one after the
+        other, which is the faster on a CPU, whose cores one arm keeps busy, and gives the numbers of a run of its own.
+
+    Returns:
+      The next state, and the metrics of `train_step`, each float32[A].
+    """
+
+    def score(one: tuple[Array, Array]) -> ScoredVariants:
+        arm = jax.tree.map(lambda leaf: leaf[one[0]], state.arms)
+        return preference.score_batch(
+            state.frozen, arm, {"tokens": batch["tokens"][one[1]]}, recipe=recipe, models=models
+        )
+
+    scored = jax.lax.map(score, (state.reader, state.row), batch_size=at_once)
+
+    def update(one: tuple[TrainState, Array]) -> tuple[TrainState, Metrics]:
+        read = jax.tree.map(lambda leaf: leaf[one[1]], scored)
+        return preference.lens_step(one[0], read, recipe=recipe, models=models)
+
+    arms, metrics = jax.lax.map(update, (state.arms, state.draw), batch_size=at_once)
+    return replace(state, arms=arms), metrics
+
+
+def evaluate(
+    state: SweepState, batch: Batch, key: Array, *, recipe: Recipe, models: Models, at_once: int | None = None
+) -> Metrics:
+    """`held_out.eval_step` of every arm on one held-out batch, each value float32[A]."""
+
+    def one(arm: TrainState) -> Metrics:
+        whole = replace(arm, params={**state.frozen, **arm.params})
+        return held_out.eval_step(key, whole, batch, recipe=recipe, models=models)
+
+    return jax.lax.map(one, state.arms, batch_size=at_once)

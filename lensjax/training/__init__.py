@@ -1,0 +1,1 @@
+"""Pure training steps on arrays."""

@@ -1,0 +1,64 @@
+"""The numbers that an ablation sweeps: data of a training step, not code."""
+
+from typing import Annotated
+
+import jax
+
+from lensjax._settings import Bound, Decay, NonNegative, Positive, Share, settings
+
+
+@jax.tree_util.register_dataclass
+@settings("hyper")
+class Hyperparameters:
+    """What an ablation sweeps. Floats in a `Recipe`; float32 scalars, or a batch of them, in a `TrainState`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lensjax as lx
+      >>> batch = jax.tree.map(lambda value: jnp.full(3, value), lx.Hyperparameters(margin=0.25))
+      >>> batch.margin.tolist()
+      [0.25, 0.25, 0.25]
+    """
+
+    learning_rate: Positive = 1e-3
+    weight_decay: NonNegative = 0.0
+    temperature: Positive = 1.0
+    """Temperature of the preference scale g, of the Bernoulli policy in the KL, and of `disco` and `info_nce` (tau)."""
+    temperature_end: Positive = 1.0
+    """Temperature at the last step; linear in between."""
+    beta: Positive = 1.0
+    """Scale of the variants' values in the objectives over groups (alpha of `cpl`)."""
+    reward_temperature: Positive = 1.0
+    """Temperature of the rewards in `info_nca` (alpha), in nats."""
+    cpl_bias: Positive = 0.5
+    """Weight of the worse variant in `cpl` (lambda)."""
+    clip: Annotated[float, Bound(0, 1, low_excluded=True, high_excluded=True)] = 0.2
+    """How far from 1 the ratio of `grpo` counts (epsilon)."""
+    rpo_weight: NonNegative = 0.1
+    """Weight of the better variant's own value in `rpo` (eta)."""
+    adv_norm_beta: Decay = 0.9
+    """Decay of the advantage normaliser's moving averages."""
+    collapse_weight: NonNegative = 1.0
+    """Weight of entries whose target is to collapse."""
+    rank_weight: NonNegative = 0.5
+    margin: NonNegative = 0.1
+    """Margin of the rank loss."""
+    budget_weight: NonNegative = 0.1
+    smooth_weight: NonNegative = 0.0
+    budget_smooth_beta: Decay = 0.9
+    kl_weight: NonNegative = 0.0
+    """0 in the `Recipe` leaves the term, and the anchor's forward pass, out of the compiled step."""
+    anchor_beta: Decay = 0.99
+    """Decay of the policy anchor's parameters when the anchor is an EMA."""
+    hard_negative_ratio: Share = 1.0
+    """Share kept of the pairs that do not hold the best variant, largest difference first."""
+    high_lod_share: Share = 0.1
+    """Probability of each block of LOD 2 or above that the target length leaves open."""
+    context_start: Annotated[float, Bound(0, 1, low_excluded=True)] = 0.8
+    """Length of a working context at step 0, as a fraction of the history. The larger of the two lengths in the
+    `Recipe` is the compiled capacity, which bounds them in a state."""
+    context_end: Annotated[float, Bound(0, 1, low_excluded=True)] = 0.75
+    """Length of a working context at the end of the curriculum, as a fraction of the history."""
+    token_loss_weight: NonNegative = 1.0
+    """Weight of mean_v nll(v) when the base model or GistNet is trained."""
+    gist_delta_weight: NonNegative = 0.0
+    """Weight of relu(nll(v) - nll(baseline)) when the base model or GistNet is trained."""

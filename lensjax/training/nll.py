@@ -1,0 +1,156 @@
+"""The reward: next-token loss behind the cursor, of a base model that reads a working context of what is before it.
+
+    nll(v) = mean over t in [C, C + H) of -log p(token_t | entries of v, tokens C .. t - 1)
+
+The base model reads the W entries of v and then the horizon in full, at its true positions. Token C is predicted by the
+last entry, that of token C - 1, which every variant holds in full. Training, evaluation and pretraining all use the
+functions of this file.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.typing import ArrayLike
+
+from lensjax.context import working as contexts
+from lensjax.context.tree import TreeState
+from lensjax.context.working import Entries, WorkingContext
+from lensjax.models import LanguageModel, Params
+
+
+class Reading(NamedTuple):
+    """What the base model reads, S = W + H - 1 rows: the entries, the horizon but for its last token, then padding."""
+
+    entries: Entries
+    """Leading axis S."""
+    rows: Array
+    """int32[H]: the row that predicts each token of the horizon."""
+
+
+def reading(base: LanguageModel, params: Params, entries: Entries, horizon: ArrayLike) -> Reading:
+    """A working context followed by the horizon.
+
+    Args:
+      base: the base model.
+      params: its parameters.
+      entries: W entries of the history, the last valid one its last token.
+      horizon: int32[H], the tokens behind the cursor.
+
+    Returns:
+      `Reading`.
+    """
+    horizon = jnp.asarray(horizon)
+    length = entries.valid.sum(dtype=jnp.int32)
+    steps = jnp.arange(horizon.shape[0], dtype=jnp.int32)
+    # Nothing is predicted from the last token of the horizon. The others come right behind the entries: padding, which
+    # must be last, moves to the end.
+    slots, cursor = length + steps[:-1], entries.positions[length - 1] + 1
+    behind = contexts.in_full(base.embed(params, horizon[:-1]), cursor + steps[:-1].astype(jnp.float32))
+
+    def followed_by(rows: Array, later: Array) -> Array:
+        room = [(0, steps.shape[0] - 1)] + [(0, 0)] * (rows.ndim - 1)
+        return jnp.pad(rows, room).at[slots].set(later.astype(rows.dtype))
+
+    return Reading(jax.tree.map(followed_by, entries, behind), rows=length - 1 + steps)
+
+
+def token_nll(base: LanguageModel, params: Params, entries: Entries, horizon: ArrayLike) -> Array:
+    """Loss of each token of the horizon under one working context.
+
+    Args:
+      base: the base model.
+      params: its parameters.
+      entries: W entries of the history, the last valid one its last token.
+      horizon: int32[H], the tokens behind the cursor.
+
+    Returns:
+      float32[H], in nats.
+    """
+    read = reading(base, params, entries, horizon)
+    logits = base.logits(params, read.entries, read.rows)
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(horizon))
+
+
+def variant_nll(
+    base: LanguageModel, params: Params, tree: TreeState, variants: WorkingContext, horizon: ArrayLike
+) -> tuple[Array, Entries]:
+    """Loss of every variant of one sequence, in one pass over all of them.
+
+    Args:
+      base: the base model.
+      params: its parameters.
+      tree: the history.
+      variants: V working contexts of it (leading axis V) that show its last token in full.
+      horizon: int32[H], the tokens behind it.
+
+    Returns:
+      float32[V], mean loss in nats per token, and the materialised `Entries` with leading axis V.
+
+    Raises:
+      ValueError: the horizon is empty, or no sequence.
+
+    Example:
+      >>> import functools, jax, jax.numpy as jnp, lensjax as lx
+      >>> config = lx.BaseConfig(dim=16, heads=2, layers=1)
+      >>> base = lx.build_models(config, lx.GistConfig(), lx.LensConfig(), block_size=2, max_lod=1).base
+      >>> params, geometry = base.init(jax.random.key(0)), lx.Geometry(8, 2, 1, recent_tokens=2)
+      >>> mean = lambda children: children.mean(axis=1)
+      >>> history = lx.tree.build(base.embed(params, jnp.arange(8)), mean, block_size=2, max_lod=1)
+      >>> variants = jax.tree.map(lambda leaf: leaf[None], lx.recency(4, geometry, capacity=4))
+      >>> nll, _ = jax.jit(functools.partial(lx.variant_nll, base))(params, history, variants, jnp.array([8, 9]))
+      >>> bool(jnp.abs(nll[0] - jnp.log(256.0)) < 0.2)  # a fresh model is near uniform
+      True
+    """
+    horizon = jnp.asarray(horizon)
+    if horizon.ndim != 1 or horizon.shape[0] < 1:
+        raise ValueError(f"horizon must hold one sequence of at least 1 token to score, got shape {horizon.shape}")
+    entries = jax.vmap(lambda variant: contexts.materialise(tree, variant))(variants)
+    losses = jax.vmap(lambda row: token_nll(base, params, row, horizon))(entries)
+    return losses.mean(axis=-1), entries
+
+
+def entry_nll(base: LanguageModel, params: Params, entries: Entries, tokens: ArrayLike, *, horizon: int) -> Array:
+    """Mean loss of the token after each one that a reading holds in full, in the context or behind it.
+
+    The horizon's losses are the last ones of these. Pretraining uses them all: a context of W entries then teaches as
+    many times how to read gists as it holds tokens.
+
+    Args:
+      base: the base model.
+      params: its parameters.
+      entries: W entries of the history.
+      tokens: int32[T], the whole window.
+      horizon: tokens behind the cursor H.
+
+    Returns:
+      float32[], in nats.
+    """
+    tokens = jnp.asarray(tokens)
+    read = reading(base, params, entries, tokens[-horizon:])
+    spans = read.entries.spans
+    logits = base.logits(params, read.entries, jnp.arange(spans.shape[0], dtype=jnp.int32))
+    targets = jnp.take(tokens, read.entries.positions.astype(jnp.int32) + 1, mode="clip")
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets)
+    in_full = spans == 1
+    return jnp.sum(jnp.where(in_full, losses, 0.0)) / jnp.sum(in_full, dtype=jnp.float32)
+
+
+def sequence_nll(base: LanguageModel, params: Params, tokens: ArrayLike) -> Array:
+    """Ordinary teacher-forced loss of a whole window.
+
+    Args:
+      base: the base model.
+      params: its parameters.
+      tokens: int32[T].
+
+    Returns:
+      float32[T - 1], in nats: entry i is the loss of token i + 1.
+    """
+    tokens = jnp.asarray(tokens)
+    count = tokens.shape[0]
+    entries = contexts.in_full(base.embed(params, tokens), jnp.arange(count))
+    logits = base.logits(params, entries, jnp.arange(count - 1, dtype=jnp.int32))
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, tokens[1:])

@@ -1,0 +1,1 @@
+"""What moves beside the parameters: optimizers, schedules, moving statistics."""

@@ -1,0 +1,347 @@
+"""From variant losses to supervision: advantages, preference pairs, span targets, and how well a policy agrees."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from lensjax.context import working as contexts
+from lensjax.context.geometry import Geometry
+from lensjax.context.working import MISSING, WorkingContext
+from lensjax.losses.advantages import importance_weights
+
+# Standard deviations below this are rounding noise of float32 means: a correlation with them is undefined.
+MIN_STD = 1e-5
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PreferencePairs:
+    """P pairs of variants of one sequence; rows beyond the number of pairs are masked.
+
+    Example:
+      >>> import jax.numpy as jnp, lensjax as lx
+      >>> pairs = lx.select_pairs(jnp.array([2.0, 1.0, 4.0]), jnp.ones(3, bool), hard_negative_ratio=1.0, max_pairs=3)
+      >>> pairs.gap.tolist()
+      [3.0, 1.0, 2.0]
+    """
+
+    better: Array
+    """int32[P]: variant with the lower loss."""
+    worse: Array
+    """int32[P]."""
+    gap: Array
+    """float32[P]: loss of the worse minus loss of the better, in the unit of the losses given; at least 0."""
+    valid: Array
+    """bool[P]."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PairTargets:
+    """Span targets of P pairs, on both variants: axis 1 is (better, worse)."""
+
+    target: Array
+    """float32[P, 2, W]: +1 asks for detail, -1 for less of it, 0 where not supervised."""
+    where: Array
+    """bool[P, 2, W]: entries that are supervised."""
+    weight: Array
+    """float32[P, 2, W]: tokens covered, 0 where not supervised. A span weighs the same on both sides of a pair."""
+
+
+def advantage_deltas(losses: ArrayLike) -> Array:
+    """delta_v = nll(v) - nll(baseline), with the baseline at index 0.
+
+    Args:
+      losses: float[..., V], nats per token.
+
+    Returns:
+      float[..., V]; negative is better than the baseline.
+    """
+    losses = jnp.asarray(losses)
+    return losses - losses[..., :1]
+
+
+def select_pairs(
+    losses: ArrayLike, valid: ArrayLike, *, hard_negative_ratio: ArrayLike, max_pairs: int
+) -> PreferencePairs:
+    """The best variant against every other one, then the remaining pairs with the largest differences.
+
+    Args:
+      losses: float32[V], nats per token (or any loss).
+      valid: bool[V], False for duplicates.
+      hard_negative_ratio: float32[], share of the remaining pairs that is kept, largest |difference| first
+        (rounded up to a whole pair).
+      max_pairs: static bound on the pairs kept.
+
+    Returns:
+      `PreferencePairs` with P = min(max_pairs, V (V - 1) / 2) rows. Pairs of equal losses hold no preference and are
+      masked, as are those with a loss that is NaN: it is for the objective to say so.
+
+    Example:
+      >>> import jax.numpy as jnp, lensjax as lx
+      >>> pairs = lx.select_pairs(jnp.array([2.0, 1.0, 4.0]), jnp.ones(3, bool), hard_negative_ratio=0.0, max_pairs=3)
+      >>> pairs.better.tolist(), pairs.worse.tolist(), pairs.valid.tolist()
+      ([1, 1, 0], [2, 0, 2], [True, True, False])
+    """
+    losses, valid = jnp.asarray(losses), jnp.asarray(valid)
+    first, second = (jnp.asarray(index, jnp.int32) for index in np.triu_indices(losses.shape[0], k=1))
+    gap = jnp.abs(losses[first] - losses[second])
+    usable = valid[first] & valid[second] & (gap > 0)
+    gap = jnp.where(usable, gap, 0.0)
+    # `argmin` takes a NaN for the least of all.
+    best = jnp.argmin(jnp.where(valid & ~jnp.isnan(losses), losses, jnp.inf))
+    holds_best = usable & ((first == best) | (second == best))
+
+    rest = jnp.sum(usable & ~holds_best, dtype=jnp.float32)
+    # A ratio times a count that should be whole may come out a rounding error above it.
+    kept_rest = jnp.ceil(jnp.asarray(hard_negative_ratio) * rest - 1e-4).astype(jnp.int32)
+    kept = jnp.sum(holds_best, dtype=jnp.int32) + kept_rest
+    # Three groups in order: pairs with the best variant, the rest by falling difference, unusable ones.
+    group = jnp.where(holds_best, 0, jnp.where(usable, 1, 2))
+    order = jnp.lexsort((-gap, group))[:max_pairs]
+    first, second, gap = first[order], second[order], gap[order]
+    is_first_better = (losses[first] < losses[second]) | jnp.isnan(losses[second])
+    return PreferencePairs(
+        better=jnp.where(is_first_better, first, second),
+        worse=jnp.where(is_first_better, second, first),
+        gap=gap,
+        valid=jnp.arange(order.shape[0]) < kept,
+    )
+
+
+def tie_share(losses: ArrayLike, valid: ArrayLike) -> Array:
+    """Share of the pairs of valid variants whose losses are equal, float32[]; 0 without pairs, NaN with a NaN."""
+    losses, valid = jnp.asarray(losses), jnp.asarray(valid)
+    first, second = np.triu_indices(losses.shape[0], k=1)
+    both = valid[first] & valid[second]
+    gap = losses[first] - losses[second]
+    tied = jnp.where(jnp.isnan(gap), gap, (gap == 0).astype(jnp.float32))
+    return jnp.sum(jnp.where(both, tied, 0.0)) / jnp.maximum(jnp.sum(both, dtype=jnp.float32), 1)
+
+
+def span_targets(
+    variants: WorkingContext,
+    pairs: PreferencePairs,
+    geometry: Geometry,
+    *,
+    worse_only: bool = False,
+) -> PairTargets:
+    """What each entry of a pair should ask for, so that its variant comes to show what the better one shows.
+
+    Where the better variant shows a span at a finer level than the worse one does, every entry of either inside that
+    span gets +1 ("this span deserves detail"); where coarser, -1. On a token that is in full already, +1 means "do not
+    collapse me": what is legal is the allocator's business. Not supervised: spans both show alike, the protected
+    tail, and spans that one of the two does not cover.
+
+    Weighted by the tokens that entries cover, a span counts as much on one side, where it may be one gist, as on the
+    other, where it may be 64 tokens: a policy that asks for every gist and for no token gains nothing by it. Counted by
+    entries, tokens outvote gists, and the policy learns to like whatever is in full already.
+
+    Args:
+      variants: V working contexts of one history, leading axis V.
+      pairs: P pairs of them.
+      geometry: their history.
+      worse_only: the recipe as it is usually written: only entries of the worse variant. Its gists then ask for
+        detail and its tokens for less, always: the label is a function of the entry's level, and nothing about the
+        content is learned. Kept for the ablation that shows it.
+
+    Returns:
+      `PairTargets`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lensjax as lx
+      >>> geometry = lx.Geometry(history=6, block_size=2, max_lod=1, recent_tokens=2)
+      >>> cuts = jnp.array([[0, 0, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]])
+      >>> variants = jax.jit(jax.vmap(lambda cut: lx.from_cut(cut, geometry, capacity=5)))(cuts)
+      >>> pairs = lx.select_pairs(jnp.array([1.0, 2.0]), jnp.ones(2, bool), hard_negative_ratio=1.0, max_pairs=1)
+      >>> targets = jax.jit(lx.span_targets, static_argnums=2)(variants, pairs, geometry)
+      >>> targets.target[0].tolist()  # the better shows tokens 0 and 1 in full
+      [[1.0, 1.0, -1.0, 0.0, 0.0], [1.0, -1.0, -1.0, 0.0, 0.0]]
+    """
+    cuts = jax.vmap(lambda variant: contexts.to_cut(variant, geometry))(variants)
+    better_cut, worse_cut = cuts[pairs.better], cuts[pairs.worse]
+    # Cuts of one tree are nested: inside a span that either shows as one entry, the sign cannot change.
+    sign = jnp.sign(worse_cut - better_cut).astype(jnp.float32)
+    covered = (better_cut != MISSING) & (worse_cut != MISSING)
+    # What either shows as one entry counts as a whole or not at all: its first token answers for it.
+    width = geometry.block_size ** jnp.maximum(jnp.maximum(better_cut, worse_cut), 0)
+    first = jnp.arange(geometry.history)[None] // width * width
+    covered = jnp.take_along_axis(covered, first, axis=1)
+
+    members = jnp.stack([pairs.better, pairs.worse], axis=1)
+    start, valid = variants.start[members], variants.valid[members]
+    at_start = jax.vmap(lambda row, index: jnp.take(row, index, mode="clip"))
+    target = at_start(sign, start)
+    where = valid & at_start(covered, start) & (start < geometry.tail) & (target != 0)
+    where &= pairs.valid[:, None, None]
+    if worse_only:
+        where &= jnp.asarray([False, True])[None, :, None]
+    spans = contexts.spans(variants, block_size=geometry.block_size)[members].astype(jnp.float32)
+    return PairTargets(jnp.where(where, target, 0.0), where, jnp.where(where, spans, 0.0))
+
+
+def span_advantages(
+    losses: ArrayLike,
+    variants: WorkingContext,
+    valid: ArrayLike,
+    geometry: Geometry,
+) -> tuple[Array, Array, Array]:
+    """What the level of each entry was worth, beside the variants that show its span at another level.
+
+        A_vi = mean of nll(u) over the u that show the span of i at another level  -  nll(v)
+
+    One advantage for the whole variant credits each of its spans with what all of them did, and to spans that all
+    variants show alike as well. Here each span has a baseline of its own. Between two variants it is the difference of
+    their losses, on the entries that `span_targets` supervises.
+
+    Args:
+      losses: float32[V], nats per token.
+      variants: V working contexts of one history, leading axis V.
+      valid: bool[V], False for duplicates.
+      geometry: their history.
+
+    Returns:
+      float32[V, W], positive where the variant's level came out better; float32[V, W], +1 where that level is finer
+      than the mean level of those that it is compared with, -1 where it is coarser; and bool[V, W]: entries before the
+      protected tail whose span some other variant shows at another level. The others have 0 in both.
+    """
+    losses, valid = jax.lax.stop_gradient(jnp.asarray(losses)), jnp.asarray(valid)
+    cuts = jax.vmap(lambda variant: contexts.to_cut(variant, geometry))(variants)
+
+    def differs(other: Array, own: Array, start: Array, lod: Array) -> tuple[Array, Array]:
+        """bool[W]: entries whose span both cuts show, at two levels; int32[W]: the level of the other one."""
+        there = jnp.take(other, start, mode="clip")
+        # What either shows as one entry counts as a whole or not at all: its first token answers for it.
+        width = geometry.block_size ** jnp.maximum(there, lod)
+        first = start // width * width
+        shown = (jnp.take(other, first, mode="clip") != MISSING) & (jnp.take(own, first, mode="clip") != MISSING)
+        return shown & (there != lod), there
+
+    of_others = jax.vmap(differs, (0, None, None, None))
+    against, levels = jax.vmap(of_others, (None, 0, 0, 0))(cuts, cuts, variants.start, variants.lod)
+    against &= valid[None, :, None]
+    count = jnp.sum(against, axis=1, dtype=jnp.float32)
+    baseline = jnp.sum(jnp.where(against, losses[None, :, None], 0.0), axis=1) / jnp.maximum(count, 1)
+    where = (count > 0) & variants.valid & (variants.start < geometry.tail) & valid[:, None]
+    level = jnp.sum(jnp.where(against, levels, 0), axis=1).astype(jnp.float32) / jnp.maximum(count, 1)
+    finer = jnp.where(where, jnp.sign(level - variants.lod.astype(jnp.float32)), 0.0)
+    return jnp.where(where, baseline - losses[:, None], 0.0), finer, where
+
+
+def pair_weights(
+    values: ArrayLike, pairs: PreferencePairs, where: ArrayLike, *, beta: ArrayLike, most: ArrayLike
+) -> Array:
+    """Importance weights of pairs: how much rather the policy would have drawn the two than the sampler did.
+
+        min(most, rho_b rho_w),    rho_v = n pi(v),    pi = softmax(beta h) over the n variants that are compared
+
+    A pair is two draws. The sampler is taken to draw each of the variants at hand as readily as any other: its density
+    is not kept, and the baseline has none.
+
+    Args:
+      values: float32[V], the policy's value of each variant; constants.
+      pairs: P pairs.
+      where: bool[V], variants that are compared.
+      beta: float32[], above 0: nats of log-probability that a unit of value stands for.
+      most: float32[], above 0, bound on a weight.
+
+    Returns:
+      float32[P].
+    """
+    where = jnp.asarray(where)
+    log_policy = jax.nn.log_softmax(jnp.where(where, jnp.asarray(beta) * jnp.asarray(values), -1e30))
+    log_sampler = -jnp.log(jnp.maximum(jnp.sum(where, dtype=jnp.float32), 1))
+    return importance_weights(log_policy[pairs.better] + log_policy[pairs.worse], 2 * log_sampler, most=most)
+
+
+def pair_margins(scores: ArrayLike, targets: PairTargets, pairs: PreferencePairs) -> Array:
+    """Mean of target * score over a pair's supervised entries, weighted by the tokens they cover.
+
+    Args:
+      scores: float[V, W], policy scores.
+      targets: span targets of P pairs.
+      pairs: the pairs.
+
+    Returns:
+      float[P]: positive where the policy asks for the better variant; 0 without supervised entries.
+    """
+    picked = jnp.asarray(scores)[jnp.stack([pairs.better, pairs.worse], axis=1)]
+    total = jnp.sum(jnp.where(targets.where, targets.weight * targets.target * picked, 0), axis=(1, 2))
+    return total / jnp.maximum(jnp.sum(targets.weight, axis=(1, 2)), 1)
+
+
+def agreement(margins: ArrayLike, valid: ArrayLike) -> tuple[Array, Array]:
+    """Share of pairs in which the policy asks for the measured winner; an undecided pair counts one half.
+
+    Args:
+      margins: float[..., P], from `pair_margins`.
+      valid: bool[..., P], pairs with at least one supervised entry.
+
+    Returns:
+      float32[] share over all pairs given (0 without pairs), int32[] number of pairs.
+    """
+    margins, valid = jnp.asarray(margins), jnp.asarray(valid)
+    # Scores that depend on the level alone cancel exactly in exact arithmetic; in float32 they leave rounding noise.
+    undecided = jnp.abs(margins) < 1e-6
+    # Unlike a comparison, the sign of a NaN is a NaN.
+    wins = 0.5 + 0.5 * jnp.sign(jnp.where(undecided, 0.0, margins))
+    count = jnp.sum(valid, dtype=jnp.int32)
+    return jnp.sum(jnp.where(valid, wins, 0.0)) / jnp.maximum(count, 1).astype(jnp.float32), count
+
+
+def lod_only_scores(variants: WorkingContext) -> Array:
+    """The control policy that sees nothing but the level: expand every gist, collapse every token; float32[V, W]."""
+    return jnp.where(variants.valid, jnp.where(variants.lod > 0, 1.0, -1.0), 0.0).astype(jnp.float32)
+
+
+def variant_values(scores: ArrayLike, variants: WorkingContext, geometry: Geometry) -> Array:
+    """The policy's value of each variant: how well its scores match the detail that the variant gives.
+
+        h(v) = sum_i a_i s_i(v) d(lod_i) / sum_i a_i,    d = 1 - 2 lod / L,    a_i = tokens covered
+
+    with a_i = 0 on the protected tail. A policy that only repeats the level gives all variants of one coverage nearly
+    the same value.
+
+    Args:
+      scores: float[V, W].
+      variants: V working contexts.
+      geometry: their history.
+
+    Returns:
+      float32[V]; 0 for a variant that shows nothing but the tail.
+    """
+    weight = contexts.spans(variants, block_size=geometry.block_size).astype(jnp.float32)
+    weight = jnp.where(variants.start < geometry.tail, weight, 0.0)
+    detail = 1.0 - 2.0 * variants.lod.astype(jnp.float32) / geometry.max_lod
+    total = jnp.sum(weight * jnp.asarray(scores) * detail, axis=-1)
+    return total / jnp.maximum(jnp.sum(weight, axis=-1), 1.0)
+
+
+def correlation(values: ArrayLike, rewards: ArrayLike, valid: ArrayLike) -> tuple[Array, Array]:
+    """Pearson correlation of the policy's values and the rewards over one sequence's variants.
+
+    Args:
+      values: float32[V], from `variant_values`.
+      rewards: float32[V], -delta_v; higher is better.
+      valid: bool[V].
+
+    Returns:
+      float32[] correlation, +1 is perfect, and bool[] whether it is defined (both standard deviations above rounding);
+      the correlation is 0 where it is not.
+    """
+    values, rewards, where = jnp.asarray(values), jnp.asarray(rewards), jnp.asarray(valid)
+    count = jnp.maximum(jnp.sum(where, dtype=jnp.float32), 1)
+
+    def centre(x: Array) -> Array:
+        return jnp.where(where, x - jnp.sum(jnp.where(where, x, 0.0)) / count, 0.0)
+
+    x, y = centre(values), centre(rewards)
+    std_x, std_y = (jnp.sqrt(jnp.sum(z * z) / count) for z in (x, y))
+    # A NaN is no lack of variance, and stays.
+    defined = ~((std_x <= MIN_STD) | (std_y <= MIN_STD))
+    product = jnp.where(defined, std_x * std_y, 1.0)
+    return jnp.where(defined, jnp.sum(x * y) / count / product, 0.0), defined

@@ -1,0 +1,127 @@
+"""Everything that a training step compiles, as one static value."""
+
+import dataclasses
+from typing import Literal
+
+from lensjax._settings import Count, require, settings
+from lensjax.context.allocator import FocusConfig
+from lensjax.context.geometry import Geometry
+from lensjax.training.hyperparameters import Hyperparameters
+from lensjax.training.optim.optimizer import OptimizerConfig
+from lensjax.training.scoring import ContextConfig
+from lensjax.training.terms import ObjectiveConfig
+
+Part = Literal["base", "gist", "lens", "hypernet"]
+
+
+@settings()
+class Recipe:
+    """How LensNet is trained. Frozen and hashable: bind it with `functools.partial` before `jax.jit`.
+
+    Example:
+      >>> import lensjax as lx
+      >>> recipe = lx.Recipe(context=lx.ContextConfig(window=64, horizon=8, max_lod=1))
+      >>> recipe.geometry.history, recipe.capacity
+      (56, 42)
+    """
+
+    steps: Count = 1000
+    """LensNet training steps on preferences; 0 leaves them out."""
+    trainable: tuple[Part, ...] = ("lens",)
+    """What those steps train; `hypernet` adapts LensNet to each document."""
+    context: ContextConfig = dataclasses.field(default_factory=ContextConfig)
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    focus: FocusConfig = dataclasses.field(default_factory=FocusConfig)
+    hyper: Hyperparameters = dataclasses.field(default_factory=Hyperparameters)
+    """Where a `TrainState` starts. What they compile: the capacity, and whether there is a KL term."""
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+
+    def _check(self) -> None:
+        require(
+            self.steps == 0 or self.steps > self.optimizer.warmup_steps,
+            f"steps must be above optimizer.warmup_steps {self.optimizer.warmup_steps}, got {self.steps}",
+        )
+        require(
+            0 < len(self.trainable) == len(set(self.trainable)),
+            f"trainable must name one or more different parts of base, gist, lens, hypernet, got {self.trainable}",
+        )
+        compared = self.context.rollouts + (self.context.local_edits == 0)
+        require(
+            self.objective.keep is None or self.objective.keep <= compared,
+            f"objective.keep must be at most the {compared} variants that are compared (lower it, or raise "
+            f"context.rollouts), got {self.objective.keep}",
+        )
+        # Values are relative to the anchor's: a margin over the policy of the step before is wanted anew at each step.
+        require(
+            not self.objective.is_over_groups or self.hyper.kl_weight == 0 or self.objective.anchor != "previous",
+            f"objective.name {self.objective.name} with hyper.kl_weight {self.hyper.kl_weight} compares values with "
+            "the anchor's, and objective.anchor previous moves along with the policy, so that nothing is there to "
+            "converge to: set objective.anchor to fixed or ema, or hyper.kl_weight to 0",
+        )
+        require(
+            self.hyper.gist_delta_weight == 0 or bool({"base", "gist"} & set(self.trainable)),
+            "hyper.gist_delta_weight must be 0 where trainable names neither base nor gist, whose loss it weighs, got "
+            f"{self.hyper.gist_delta_weight}",
+        )
+        for name in ("context_start", "context_end"):
+            self.geometry.length_of_fraction(getattr(self.hyper, name), name=f"hyper.{name}")
+        if "hypernet" in self.trainable:
+            self._check_hypernet()
+
+    def _check_hypernet(self) -> None:
+        context = self.context
+        require(
+            context.rollouts >= 2,
+            f"context.rollouts must be at least 2 for the hypernetwork, which compares them, got {context.rollouts}",
+        )
+        require(
+            self.objective.name == "spans",
+            f"objective.name must be spans for the hypernetwork, which learns from them, got {self.objective.name}",
+        )
+        require(
+            self.objective.pair_weights == "none",
+            "objective.pair_weights must be none for the hypernetwork, which learns from pairs of equal weight, got "
+            f"{self.objective.pair_weights}",
+        )
+        shortest = context.block_size + context.recent_tokens + 2 * context.horizon
+        require(
+            context.window >= shortest,
+            "context.window must hold a block, context.recent_tokens and two horizons for the hypernetwork, which "
+            f"reads what was measured one horizon before the cursor: at least {shortest}, got {context.window}",
+        )
+        earlier = dataclasses.replace(self.geometry, history=context.history - context.horizon)
+        for name in ("context_start", "context_end"):
+            where = (
+                f"hyper.{name} (one context.horizon before the cursor, where the hypernetwork's support is measured)"
+            )
+            earlier.length_of_fraction(getattr(self.hyper, name), name=where)
+
+    @property
+    def geometry(self) -> Geometry:
+        """The history, and the cuts that it allows."""
+        return self.context.geometry
+
+    @property
+    def capacity(self) -> int:
+        """Entries that the longest working context of the curriculum holds: the static size W."""
+        return self.geometry.length_of_fraction(max(self.hyper.context_start, self.hyper.context_end))
+
+    @property
+    def budget(self) -> int:
+        """Entries of a working context at the end of the curriculum."""
+        return self.geometry.length_of_fraction(self.hyper.context_end)
+
+    @property
+    def has_anchor(self) -> bool:
+        """Whether the KL term is compiled in: a weight of 0 costs no second forward pass."""
+        return self.hyper.kl_weight > 0
+
+    @property
+    def past(self) -> "Recipe":
+        """The recipe at the cursor one horizon earlier, whose window is this one's history.
+
+        See `lensjax.training.steps.adaptation`.
+        """
+        fields = {item.name: getattr(self, item.name) for item in dataclasses.fields(Recipe)}
+        earlier = dataclasses.replace(self.context, window=self.context.history)
+        return Recipe(**{**fields, "context": earlier, "trainable": ("lens",)})

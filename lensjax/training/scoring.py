@@ -1,0 +1,203 @@
+"""One window to its scored variants: recency and rollouts of the history, and their NLL on the horizon."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from lensjax._settings import Count, PositiveInt, at_least, require, settings
+from lensjax.context import allocator
+from lensjax.context import working as contexts
+from lensjax.context.allocator import FocusConfig
+from lensjax.context.geometry import Geometry
+from lensjax.context.rollouts import collapses_for_length, is_distinct, sample_cut, sample_rollouts
+from lensjax.context.working import Entries, WorkingContext
+from lensjax.models import Models, Params
+from lensjax.models.decision import build_tree, split
+from lensjax.training import nll
+
+
+@settings("context")
+class ContextConfig:
+    """A training window, and the variants drawn of its history.
+
+    Example:
+      >>> import lensjax as lx
+      >>> context = lx.ContextConfig(window=64, block_size=4, horizon=8, recent_tokens=4)
+      >>> context.history, context.geometry.shortest
+      (56, 8)
+    """
+
+    window: PositiveInt = 256
+    """Tokens in a training window [T]: a history, and the horizon behind it."""
+    block_size: Annotated[int, at_least(2)] = 8
+    """Children per gist [K]."""
+    max_lod: PositiveInt = 2
+    """Highest level of detail [L]."""
+    horizon: PositiveInt = 32
+    """Tokens behind the cursor, on which every variant is scored and which no policy sees [H]."""
+    recent_tokens: PositiveInt = 8
+    """Last tokens of the history, which stay at LOD 0 in every variant: the query."""
+    rollouts: PositiveInt = 4
+    """Random variants per sequence [N]."""
+    local_edits: Count = 0
+    """Above 0 the rollouts of a sequence are one random cut and N - 1 that differ from it by so many swaps: then a
+    preference concerns few spans. The baseline, which differs from them everywhere, is in no pair."""
+
+    def _check(self) -> None:
+        require(
+            self.local_edits == 0 or self.rollouts >= 2,
+            "context.rollouts must be at least 2 where context.local_edits compares them with each other, got "
+            f"{self.rollouts}",
+        )
+        shortest = self.block_size + self.recent_tokens + self.horizon
+        require(
+            self.window >= shortest,
+            f"context.window must hold a block, context.recent_tokens and context.horizon, at least {shortest}, got "
+            f"{self.window}",
+        )
+
+    @property
+    def history(self) -> int:
+        """Tokens before the cursor [C]: all that a policy may look at."""
+        return self.window - self.horizon
+
+    @property
+    def geometry(self) -> Geometry:
+        """The history, and the cuts that it allows."""
+        return Geometry(self.history, self.block_size, self.max_lod, self.recent_tokens)
+
+
+Batch = dict[str, Array]
+"""`tokens` int32[B, T]; where answers are known also `answers` int32[B, A], first tokens of the blocks to be shown."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ScoredVariants:
+    """The variants of one sequence, and what each was worth.
+
+    Example:
+      >>> import dataclasses, lensjax as lx
+      >>> [field.name for field in dataclasses.fields(lx.ScoredVariants)]
+      ['contexts', 'distinct', 'entries', 'nll']
+    """
+
+    contexts: WorkingContext
+    """V working contexts, recency first."""
+    distinct: Array
+    """bool[V]: False for duplicates of an earlier variant."""
+    entries: Entries
+    """What models read of them, leading axis V."""
+    nll: Array
+    """float32[V]: nats per token on the horizon."""
+
+
+def score_variants(
+    key: Array,
+    params: dict[str, Params],
+    tokens: Array,
+    length: ArrayLike,
+    high_lod_share: ArrayLike,
+    *,
+    models: Models,
+    context: ContextConfig,
+    capacity: int,
+) -> ScoredVariants:
+    """Draws the variants of one history and measures each on the horizon behind it.
+
+    Args:
+      key: PRNG key, consumed.
+      params: parameters of `base` and `gist`.
+      tokens: int32[T].
+      length: int32[], entries of every variant, at most `capacity`; may be traced.
+      high_lod_share: float32[], see `rollouts.sample_cut`.
+      models: base model and GistNet are called.
+      context: the window, and how variants are drawn.
+      capacity: static number of entries W.
+
+    Returns:
+      `ScoredVariants` with V = N + 1.
+
+    Example:
+      >>> import functools, jax, jax.numpy as jnp, lensjax as lx
+      >>> config = lx.Config(base=lx.BaseConfig(dim=16, layers=1), context=lx.ContextConfig(window=64, max_lod=1))
+      >>> models, shape = config.build_models(), {"context": config.context, "capacity": config.capacity}
+      >>> params = {name: getattr(models, name).init(jax.random.key(0)) for name in ("base", "gist")}
+      >>> score = jax.jit(functools.partial(lx.score_variants, models=models, **shape))
+      >>> scored = score(jax.random.key(1), params, jnp.arange(64), config.budget, 0.0)
+      >>> scored.contexts.length.tolist(), scored.nll.shape
+      ([18, 18, 18, 18, 18], (5,))
+    """
+    geometry = context.geometry
+    window = split(tokens, horizon=context.horizon)
+    tree = build_tree(models, params, window.history, geometry)
+    recency = contexts.recency(length, geometry, capacity=capacity)
+    if context.local_edits:
+        drawn, _ = local_rollouts(
+            key,
+            length,
+            high_lod_share,
+            rollouts=context.rollouts,
+            edits=context.local_edits,
+            geometry=geometry,
+            capacity=capacity,
+        )
+    else:
+        drawn, _ = sample_rollouts(
+            key, length, high_lod_share, rollouts=context.rollouts, geometry=geometry, capacity=capacity
+        )
+    variants = jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), recency, drawn)
+    measured, entries = nll.variant_nll(models.base, params["base"], tree, variants, window.horizon)
+    # A rollout may be recency, too: where nothing has to be collapsed each of them is.
+    cuts = jax.vmap(lambda variant: contexts.to_cut(variant, geometry))(variants)
+    return ScoredVariants(variants, is_distinct(cuts), entries, measured)
+
+
+def local_rollouts(
+    key: Array,
+    length: ArrayLike,
+    high_lod_share: ArrayLike,
+    *,
+    rollouts: int,
+    edits: int,
+    geometry: Geometry,
+    capacity: int,
+) -> tuple[WorkingContext, Array]:
+    """Draws one random working context, and N - 1 that a few random swaps make of it.
+
+    Independent rollouts differ nearly everywhere, and which of the spans made one the better takes many of them to
+    learn. These differ in a few spans, so that a preference says something of each.
+
+    Args:
+      key: PRNG key, consumed.
+      length: int32[], entries of every context; may be traced.
+      high_lod_share: float32[], of the first one; see `rollouts.sample_cut`.
+      rollouts: N, static.
+      edits: static number of swaps, of one expansion and the collapse that pays for it; fewer where no more are legal.
+      geometry: the window.
+      capacity: static number of entries W, at least the length.
+
+    Returns:
+      A `WorkingContext` with a leading axis N, and bool[N]: which of them differ from all before them.
+    """
+    cut_key, swap_key = jax.random.split(key)
+    first = sample_cut(cut_key, collapses_for_length(length, geometry), high_lod_share, geometry)
+    centre, settings = allocator.from_cut(first, geometry), FocusConfig(max_edits=edits, cooldown=0)
+
+    def swapped(scores: Array) -> Array:
+        return allocator.to_cut(allocator.swap(centre, scores, geometry, settings=settings)[0], geometry)
+
+    # The allocator makes the swaps that random scores of blocks ask for. A gist of gists has the best score of its
+    # blocks, and so is opened down to the tokens: halfway the model sees little more, and no preference comes of it.
+    scores = [jax.random.uniform(swap_key, (rollouts - 1, geometry.blocks(1)))]
+    for lod in range(2, geometry.max_lod + 1):
+        members = scores[-1][:, : geometry.blocks(lod) * geometry.block_size]
+        scores.append(members.reshape(rollouts - 1, geometry.blocks(lod), geometry.block_size).max(axis=-1))
+    others = jax.vmap(swapped)(jnp.concatenate(scores, axis=1))
+    cuts = jnp.concatenate([first[None], others])
+    to_context = jax.vmap(lambda cut: contexts.from_cut(cut, geometry, capacity=capacity))
+    return to_context(cuts), is_distinct(cuts)

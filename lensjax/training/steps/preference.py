@@ -1,0 +1,336 @@
+"""LensNet training: `train_step(state, batch) -> (state, metrics)`, pure, compiled once for a whole run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.typing import ArrayLike
+
+from lensjax._numerics import masked_mean
+from lensjax.models import Models, Params
+from lensjax.models.decision import policy_scores
+from lensjax.training import metrics, objective, preferences
+from lensjax.training.hyperparameters import Hyperparameters
+from lensjax.training.metrics import Metrics
+from lensjax.training.objective import Statistics
+from lensjax.training.optim import moving, schedules
+from lensjax.training.optim.moving import EmaMoments
+from lensjax.training.optim.optimizer import make_optimizer
+from lensjax.training.recipe import Recipe
+from lensjax.training.scoring import Batch, ScoredVariants, score_variants
+from lensjax.training.steps.update import Gradient, Learner, gradient_step, init_learner
+from lensjax.training.terms import Term
+
+Loss = tuple[Array, tuple[ScoredVariants, Array, Metrics]]
+"""The loss; beside it the scored variants, the net demand of each, and scalars by name."""
+LossFn = Callable[[dict[str, Params]], Loss]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState(Learner):
+    """Everything that moves during training, and the hyperparameters, so that one `vmap` runs many settings.
+
+    Example:
+      >>> import functools, jax, lensjax as lx
+      >>> config = lx.Config()
+      >>> init = functools.partial(lx.init_train_state, recipe=config.recipe, models=config.build_models())
+      >>> state = jax.eval_shape(init, jax.random.key(0))
+      >>> sorted(state.params), state.hyper.margin.dtype
+      (['base', 'gist', 'lens'], dtype('float32'))
+    """
+
+    normaliser: EmaMoments
+    """Moving moments of the advantage deltas."""
+    anchor: Params | None
+    """The anchor policy's parameters; None when the KL term is off."""
+    demand: EmaMoments
+    """Moving moments of the net demand for detail."""
+    hyper: Hyperparameters
+    """float32[] each."""
+
+
+def init_train_state(
+    key: Array,
+    *,
+    recipe: Recipe,
+    models: Models,
+    params: dict[str, Params] | None = None,
+    tx: optax.GradientTransformation | None = None,
+) -> TrainState:
+    """A state before the first step.
+
+    Args:
+      key: PRNG key, consumed.
+      recipe: its `hyper` becomes arrays.
+      models: each draws its own parameters.
+      params: parameters of any of `base`, `gist`, `lens` to start from, and of further parts that `recipe.trainable`
+        names; of the three, those that are missing are drawn.
+      tx: the optimizer, as for `train_step`.
+
+    Returns:
+      `TrainState` at step 0.
+
+    Raises:
+      ValueError: a trainable part has no parameters, or `params` has a part that nothing trains or reads.
+
+    Example:
+      >>> import jax, lensjax as lx
+      >>> config = lx.Config(base=lx.BaseConfig(dim=16, layers=1), lens=lx.LensConfig(dim=16, layers=1))
+      >>> recipe, models = config.recipe, config.build_models()
+      >>> state = lx.init_train_state(jax.random.key(0), recipe=recipe, models=models)
+      >>> int(state.step), float(state.hyper.rank_weight)
+      (0, 0.5)
+    """
+    start = params or {}
+    drawn = {"base": models.base.init, "gist": models.gist.init, "lens": models.lens.init}
+    run_key, *part_keys = jax.random.split(key, 1 + len(drawn))
+    if unknown := set(start) - set(drawn) - set(recipe.trainable):
+        raise ValueError(f"params may hold {', '.join(drawn)} and trainable parts, got {', '.join(sorted(unknown))}")
+    if missing := set(recipe.trainable) - set(drawn) - set(start):
+        raise ValueError(f"params must hold {', '.join(sorted(missing))}, which recipe.trainable names")
+    # Copied, since a donated state takes its buffers with it.
+    full = {name: jax.tree.map(jnp.copy, part) for name, part in start.items()}
+    for (name, init), part_key in zip(drawn.items(), part_keys, strict=True):
+        full[name] = full[name] if name in start else init(part_key)
+    tx = make_optimizer(recipe.optimizer) if tx is None else tx
+    learner = init_learner(run_key, full, tx=tx, trainable=recipe.trainable)
+    return TrainState(
+        **vars(learner),
+        normaliser=moving.init_moments(),
+        anchor=moving.init_anchor(full["lens"]) if recipe.has_anchor else None,
+        demand=moving.init_moments(),
+        hyper=jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), recipe.hyper),
+    )
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    recipe: Recipe,
+    models: Models,
+    tx: optax.GradientTransformation | None = None,
+    term: Term | None = None,
+) -> tuple[TrainState, Metrics]:
+    """One update on one batch.
+
+    The caller compiles it: `jax.jit(partial(train_step, recipe=recipe, models=models), donate_argnums=0)`.
+
+    Args:
+      state: the state before the step.
+      batch: `tokens` int32[B, T].
+      recipe: static.
+      models: static.
+      tx: any optax transformation over a dict of the trainable parts. One with injected `learning_rate` and
+        `weight_decay` gets those of the state's hyperparameters and of the schedule; another has its own. None makes
+        that of `recipe.optimizer`.
+      term: any preference term; None takes that of `recipe.objective`.
+
+    Returns:
+      The next state, and scalars by name.
+
+    Example:
+      >>> import functools, jax, lensjax as lx
+      >>> config = lx.Config(base=lx.BaseConfig(dim=16, layers=1), lens=lx.LensConfig(dim=16, layers=1))
+      >>> recipe, models = config.recipe, config.build_models()
+      >>> step = jax.jit(functools.partial(lx.train_step, recipe=recipe, models=models), donate_argnums=0)
+      >>> state = lx.init_train_state(jax.random.key(0), recipe=recipe, models=models)
+      >>> tokens = jax.random.randint(jax.random.key(1), (2, config.context.window), 0, 256)
+      >>> state, metrics = step(state, {"tokens": tokens})
+      >>> int(state.step), int(metrics["context_length"])
+      (1, 175)
+    """
+
+    def loss_fn(params: dict[str, Params]) -> Loss:
+        scored = score_batch(params, state, batch, recipe=recipe, models=models)
+        return total_loss(params, state, scored, recipe=recipe, models=models, term=term)
+
+    return apply_loss(state, loss_fn, recipe=recipe, tx=tx)
+
+
+def lens_step(
+    state: TrainState, scored: ScoredVariants, *, recipe: Recipe, models: Models
+) -> tuple[TrainState, Metrics]:
+    """`train_step` on variants that are scored already, where LensNet alone is trained.
+
+    Many settings that draw the same rollouts then share one pass of the base model (see `lensjax.runs.sweep`). The
+    state needs no other parameters than LensNet's.
+
+    Args:
+      state: the state before the step.
+      scored: what `score_batch` makes of the batch.
+      recipe: static; `trainable` must be LensNet alone.
+      models: static.
+
+    Returns:
+      The next state, and scalars by name.
+    """
+
+    def loss_fn(params: dict[str, Params]) -> Loss:
+        return total_loss(params, state, scored, recipe=recipe, models=models)
+
+    return apply_loss(state, loss_fn, recipe=recipe)
+
+
+def score_batch(
+    params: dict[str, Params], state: TrainState, batch: Batch, *, recipe: Recipe, models: Models
+) -> ScoredVariants:
+    """The variants of a batch, scored; of the state only step, key and hyperparameters are read.
+
+    Args:
+      params: parameters of `base` and `gist`.
+      state: the state before the step.
+      batch: `tokens` int32[B, T].
+      recipe: static.
+      models: static.
+
+    Returns:
+      `ScoredVariants` with leading axis B.
+    """
+    length, share = current_length(state.step, state.hyper, recipe=recipe), state.hyper.high_lod_share
+
+    def score(tokens: Array, key: Array) -> ScoredVariants:
+        return score_variants(
+            key, params, tokens, length, share, models=models, context=recipe.context, capacity=recipe.capacity
+        )
+
+    return jax.vmap(score)(batch["tokens"], sequence_keys(state, batch))
+
+
+def sequence_keys(state: Learner, batch: Batch) -> Array:
+    """The key of each sequence in the next step, [B]."""
+    return jax.random.split(jax.random.fold_in(state.key, state.step), batch["tokens"].shape[0])
+
+
+def total_loss(
+    params: dict[str, Params],
+    state: TrainState,
+    scored: ScoredVariants,
+    *,
+    recipe: Recipe,
+    models: Models,
+    term: Term | None = None,
+) -> Loss:
+    """L_lens, plus the token loss where the base model or GistNet is trained.
+
+    No gradient of L_lens reaches base or gist (its inputs are constants), none of the token loss reaches LensNet.
+    """
+    hyper = state.hyper
+    scores = policy_scores(models.lens, params["lens"], scored.entries)
+    anchor_scores = None if state.anchor is None else policy_scores(models.lens, state.anchor, scored.entries)
+    output = objective.lens_objective(
+        objective_key(jax.random.fold_in(state.key, state.step)),
+        scored,
+        scores,
+        anchor_scores,
+        statistics(state, recipe=recipe),
+        hyper,
+        recipe=recipe,
+        term=term,
+    )
+    loss, report = output.loss, output.metrics
+    if {"base", "gist"} & set(recipe.trainable):
+        token_loss = masked_mean(scored.nll, scored.distinct)
+        # The baseline is a constant here: a worse one would be the cheapest way to a smaller difference.
+        rises = jax.nn.relu(scored.nll - jax.lax.stop_gradient(scored.nll[:, :1]))
+        gist_delta = masked_mean(rises, scored.distinct)
+        loss = loss + hyper.token_loss_weight * token_loss + hyper.gist_delta_weight * gist_delta
+        report = report | {"token_loss": token_loss, "gist_delta_loss": gist_delta}
+    return loss, (jax.lax.stop_gradient(scored), output.balance, report)
+
+
+def apply_loss(
+    state: TrainState, loss_fn: LossFn, *, recipe: Recipe, tx: optax.GradientTransformation | None = None
+) -> tuple[TrainState, Metrics]:
+    """One step down the gradient of a loss, and what the moving statistics take in."""
+    hyper = state.hyper
+    rate = schedules.learning_rate(
+        state.step,
+        hyper.learning_rate,
+        schedule=recipe.optimizer.schedule,
+        warmup_steps=recipe.optimizer.warmup_steps,
+        steps=recipe.steps,
+    )
+    after, seen = gradient_step(
+        state,
+        loss_fn,
+        tx=make_optimizer(recipe.optimizer) if tx is None else tx,
+        trainable=recipe.trainable,
+        rates={"learning_rate": rate, "weight_decay": hyper.weight_decay},
+    )
+    return _take_in(state, after, seen, rate, recipe)
+
+
+def _take_in(
+    state: TrainState,
+    after: TrainState,
+    seen: Gradient[tuple[ScoredVariants, Array, Metrics]],
+    rate: Array,
+    recipe: Recipe,
+) -> tuple[TrainState, Metrics]:
+    """The moving statistics and the anchor after a step, and its report."""
+    hyper, (scored, balance, report) = state.hyper, seen.aux
+    anchor = state.anchor
+    if recipe.has_anchor:
+        anchor = moving.update_anchor(
+            anchor,
+            before=state.params["lens"],
+            after=after.params["lens"],
+            kind=recipe.objective.anchor,
+            beta=hyper.anchor_beta,
+        )
+    deltas = preferences.advantage_deltas(scored.nll)
+    after = replace(
+        after,
+        normaliser=moving.update_moments(state.normaliser, deltas, scored.distinct, hyper.adv_norm_beta),
+        anchor=anchor,
+        demand=moving.update_moments(state.demand, balance, scored.distinct, hyper.budget_smooth_beta),
+    )
+    report |= {
+        "loss": seen.loss,
+        "grad_norm": optax.tree.norm(seen.grads),
+        "temperature": temperature(state, recipe=recipe),
+        "context_length": current_length(state.step, hyper, recipe=recipe).astype(jnp.float32),
+        "mc/adv_histogram": metrics.histogram(
+            deltas[:, 1:], scored.distinct[:, 1:], metrics.HISTOGRAMS["mc/adv_histogram"]
+        ),
+    }
+    # Another optimizer has its own rate, which nothing here knows.
+    if "learning_rate" in getattr(after.opt_state, "hyperparams", {}):
+        report["lr"] = rate
+    return after, report
+
+
+def objective_key(key: Array) -> Array:
+    """Randomness of the objective in a step with this key, whose `split` the sequences of the batch take."""
+    # `fold_in` with a small number would give the key of a sequence.
+    return jax.random.fold_in(key, 2**31 - 1)
+
+
+def statistics(state: TrainState, *, recipe: Recipe) -> Statistics:
+    """What the objective knows of the steps before this one."""
+    return Statistics(state.normaliser, state.demand, temperature(state, recipe=recipe))
+
+
+def temperature(state: TrainState, *, recipe: Recipe) -> Array:
+    """Temperature of the step; float32[]."""
+    return schedules.linear(
+        state.step, start=state.hyper.temperature, end=state.hyper.temperature_end, steps=recipe.steps
+    )
+
+
+def current_length(step: ArrayLike, hyper: Hyperparameters, *, recipe: Recipe) -> Array:
+    """Entries of every working context at a step of the curriculum, int32[]."""
+    steps = recipe.optimizer.curriculum_steps
+    return schedules.context_length(
+        step,
+        start=hyper.context_start,
+        end=hyper.context_end,
+        steps=recipe.steps // 2 if steps is None else steps,
+        geometry=recipe.geometry,
+        capacity=recipe.capacity,
+    )

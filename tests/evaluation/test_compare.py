@@ -1,0 +1,223 @@
+"""All policies on one sequence, and the statistics of their differences."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lensjax.context import allocator, rollouts
+from lensjax.context import working as contexts
+from lensjax.evaluation import baselines, compare
+from lensjax.models.decision import build_tree, policy_scores, split
+from lensjax.training import nll, preferences
+from tests import reference
+from tests.small import Run, batch, jit
+
+RUN = Run(**{"focus.steps": 2, "base.copy_heads": 1})
+SHAPE, GEOMETRY, RECIPE = RUN.config.context, RUN.config.geometry, RUN.recipe
+LENGTH, DRAWS, ANSWERS = 19, 3, [6]
+NAMES = {
+    *("recency", "uniform", "random", "recent_random", "key_norm", "snapkv", "bm25", "lookup"),
+    *("lensnet_1", "lensnet_2", "lensnet_fresh", "snapkv_hindsight", "bm25_hindsight", "best_of_3", "oracle"),
+}
+KEY = jax.random.key(5)
+RANDOM_KEY = jax.random.split(jax.random.split(KEY)[0])[0]
+
+
+@functools.cache
+def measured(has_answer):
+    options = {"length": LENGTH, "draws": DRAWS, "oracle_rounds": 1, "recipe": RECIPE}
+    run = jit(functools.partial(compare.measure, RUN.models, **options))
+    answers = jnp.asarray(ANSWERS) if has_answer else None
+    return jax.device_get(run(RUN.state().params, batch()["tokens"][0], answers, KEY))
+
+
+@pytest.mark.parametrize("has_answer", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_every_policy_has_exactly_the_entries(has_answer):
+    found = measured(has_answer)
+    assert set(found) == NAMES | ({"answer"} if has_answer else set())
+    assert all(one.entries.tolist() == [LENGTH, LENGTH] for one in found.values())
+    assert all(np.isfinite(one.nll) for one in found.values())
+
+
+def test_only_what_has_an_answer_can_hit_and_only_what_has_steps_can_move():
+    with_answer, without = measured(True), measured(False)
+    assert all(0 <= one.hit <= 1 for one in with_answer.values())
+    assert all(math.isnan(one.hit) for one in without.values())
+    for name, one in without.items():
+        assert math.isnan(one.swap_rate) == math.isnan(one.residency) == (not name.startswith("lensnet"))
+    # Half of all entries replaced in one step: each was there for two contexts of four thirds of their number.
+    first = without["lensnet_1"]
+    assert first.residency == pytest.approx(2 / (1 + first.swap_rate))
+
+
+def test_what_sees_the_loss_is_better_than_what_it_chose_from():
+    for found in (measured(True), measured(False)):
+        assert found["best_of_3"].nll <= found["random"].nll
+        others = [one.nll for name, one in found.items() if name not in ("recency", "random", "recent_random")]
+        assert found["oracle"].nll <= min(others)
+
+
+def test_each_policy_is_the_one_it_is_called():
+    params, tokens = RUN.state().params, batch()["tokens"][0]
+    models = RUN.models
+    window = split(tokens, horizon=SHAPE.horizon)
+
+    @jit
+    def losses(params):
+        tree = build_tree(models, params, window.history, GEOMETRY)
+
+        def of_state(state):
+            return allocator.to_context(state, GEOMETRY, capacity=LENGTH)
+
+        # The query is the last 8 tokens of the history of 32; those that predict the 4 behind it begin with its last.
+        query, knowing = window.history[24:], slice(31, 35)
+        attention, norms = baselines.attention(models.base, params["base"], window.history, slice(24, 32), GEOMETRY)
+        in_hindsight, _ = baselines.attention(models.base, params["base"], tokens, knowing, GEOMETRY)
+        drawn, _ = rollouts.sample_rollouts(
+            RANDOM_KEY, LENGTH, RECIPE.hyper.high_lod_share, rollouts=DRAWS, geometry=GEOMETRY, capacity=LENGTH
+        )
+        single = [
+            contexts.recency(LENGTH, GEOMETRY, capacity=LENGTH),
+            of_state(allocator.uniform(LENGTH, GEOMETRY)),
+            *(
+                of_state(baselines.by_scores(scores, LENGTH, GEOMETRY))
+                for scores in (
+                    norms,
+                    attention,
+                    baselines.bm25(window.history, query, GEOMETRY),
+                    baselines.lookup(window.history, GEOMETRY),
+                    in_hindsight,
+                    baselines.bm25(window.history, window.horizon, GEOMETRY),
+                )
+            ),
+        ]
+        variants = jax.tree.map(lambda many, *leaves: jnp.concatenate([jnp.stack(leaves), many]), drawn, *single)
+        return nll.variant_nll(models.base, params["base"], tree, variants, window.horizon)[0]
+
+    expected, found = np.asarray(losses(params)), measured(False)
+    names = ("recency", "uniform", "key_norm", "snapkv", "bm25", "lookup", "snapkv_hindsight", "bm25_hindsight")
+    np.testing.assert_allclose([found[name].nll for name in names], expected[:-DRAWS], rtol=1e-5)
+    assert len(set(expected)) == len(expected)
+    assert found["random"].nll == pytest.approx(expected[-DRAWS:].mean(), rel=1e-5)
+    assert found["best_of_3"].nll == pytest.approx(expected[-DRAWS:].min(), rel=1e-5)
+
+
+def test_the_bounds_are_those_of_recency_and_of_the_search():
+    options = {"length": LENGTH, "draws": DRAWS, "oracle_rounds": 1, "recipe": RECIPE}
+    run = jit(functools.partial(compare.bounds, RUN.models, **options))
+    recency, oracle = run(RUN.state().params, batch()["tokens"][0], None, KEY)
+    found = measured(False)
+    assert float(recency) == pytest.approx(found["recency"].nll, rel=1e-5)
+    # It is never worse than where it starts; that of the table may start from LensNet's contexts too.
+    starts = ("uniform", "key_norm", "snapkv", "bm25", "lookup", "best_of_3")
+    assert found["oracle"].nll - 1e-5 <= oracle <= min(found[name].nll for name in starts) + 1e-5
+
+
+def test_the_full_context_is_the_ordinary_loss_of_the_horizon():
+    params, tokens = RUN.state().params, batch()["tokens"][0]
+    measure = jit(functools.partial(compare.measure_full, RUN.models, recipe=RECIPE))
+    found = measure(params, tokens, jnp.asarray(ANSWERS))
+    whole = jit(functools.partial(nll.sequence_nll, RUN.models.base))(params["base"], tokens)
+    assert float(found.nll) == pytest.approx(float(whole[-SHAPE.horizon :].mean()), rel=1e-5)
+    assert found.entries.tolist() == [SHAPE.history, SHAPE.history] and found.hit == 1
+
+
+@functools.cache
+def focused(row):
+    run = jit(functools.partial(compare.focused, RUN.models, length=LENGTH, recipe=RECIPE))
+    return run(RUN.state().params, batch()["tokens"][row, : SHAPE.history], KEY)
+
+
+@functools.cache
+def focus_program():
+    return jit(functools.partial(compare.measure_focus, RUN.models, length=LENGTH, draws=DRAWS, recipe=RECIPE))
+
+
+def focus_evidence(own, foreign):
+    """Of the first sequence, with the focus on two of the batch."""
+    tokens = batch()["tokens"][0]
+    evidence = focus_program()(RUN.state().params, tokens, jnp.asarray(ANSWERS), KEY, focused(own), focused(foreign))
+    return jax.device_get(evidence)
+
+
+def test_a_sequence_s_own_focus_is_that_of_the_table():
+    found, expected = focus_evidence(0, 0), measured(True)["lensnet_2"]
+    assert found.foreign.nll == pytest.approx(expected.nll, rel=1e-6) and found.foreign.hit == expected.hit
+    assert found.changed_edits == 0
+
+
+def test_another_sequence_s_focus_is_read_with_this_sequence_s_tokens():
+    @jit
+    def loss(params):
+        window = split(batch()["tokens"][0], horizon=SHAPE.horizon)
+        entries = contexts.materialise(build_tree(RUN.models, params, window.history, GEOMETRY), focused(1))
+        return nll.token_nll(RUN.models.base, params["base"], entries, window.horizon).mean()
+
+    found = focus_evidence(0, 1).foreign
+    assert found.nll == pytest.approx(float(loss(RUN.state().params)), rel=1e-5)
+    assert found.entries.tolist() == [LENGTH, LENGTH] and math.isnan(found.swap_rate)
+    assert found.nll != pytest.approx(measured(True)["lensnet_2"].nll, rel=1e-5)
+
+
+def collapsed(context):
+    """Every node that is hidden below an entry, or is one."""
+    entries = reference.entries_of(context)
+    return {
+        (start + step * SHAPE.block_size**level, level)
+        for start, lod in entries
+        for level in range(1, lod + 1)
+        for step in range(SHAPE.block_size ** (lod - level))
+    }
+
+
+def test_what_a_focus_changes_is_counted_by_entries_and_by_edits():
+    found = focus_evidence(0, 1)
+    own, recency = (
+        tuple(reference.entries_of(one)) for one in (focused(0), contexts.recency(LENGTH, GEOMETRY, capacity=LENGTH))
+    )
+    assert found.divergence == pytest.approx(reference.edit_distance(own, recency) / LENGTH)
+    cold = collapsed(allocator.to_context(allocator.uniform(LENGTH, GEOMETRY), GEOMETRY, capacity=LENGTH))
+    edits, others = (collapsed(focused(row)) ^ cold for row in (0, 1))
+    assert edits and edits != others
+    assert found.changed_edits == pytest.approx(len(edits ^ others) / len(edits | others))
+    assert focus_evidence(1, 0).changed_edits == found.changed_edits
+
+
+def test_the_correlation_is_over_the_rollouts_of_the_table():
+    @jit
+    def values_and_losses(params):
+        window = split(batch()["tokens"][0], horizon=SHAPE.horizon)
+        tree = build_tree(RUN.models, params, window.history, GEOMETRY)
+        drawn, _ = rollouts.sample_rollouts(
+            RANDOM_KEY,
+            LENGTH,
+            RECIPE.hyper.high_lod_share,
+            rollouts=DRAWS,
+            geometry=GEOMETRY,
+            capacity=LENGTH,
+        )
+        losses, entries = nll.variant_nll(RUN.models.base, params["base"], tree, drawn, window.horizon)
+        scores = policy_scores(RUN.models.lens, params["lens"], entries)
+        return preferences.variant_values(scores, drawn, GEOMETRY), losses
+
+    values, losses = values_and_losses(RUN.state().params)
+    assert float(losses.mean()) == pytest.approx(measured(True)["random"].nll, rel=1e-5)
+    expected = np.corrcoef(values, -losses)[0, 1]
+    assert focus_evidence(0, 1).correlation == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("policy", "recency", "reference", "expected"),
+    [(4.0, 4.0, 1.0, 0), (1.0, 4.0, 1.0, 1), (2.0, 4.0, 1.0, 2 / 3), (5.0, 4.0, 1.0, -1 / 3)],
+)
+def test_the_gap_by_hand(policy, recency, reference, expected):
+    assert compare.gap_closed(policy, recency, reference) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("reference", [4.0, 4.5])
+def test_without_a_gap_nothing_is_closed(reference):
+    assert math.isnan(compare.gap_closed(3.0, 4.0, reference))

@@ -1,0 +1,168 @@
+"""`experiments.train` in a process of its own: what a whole run leaves, and how it ends when it is interrupted."""
+
+import json
+import math
+import re
+import signal
+from pathlib import Path
+
+import jax
+import pytest
+
+from lensjax.runs.config import Config
+from lensjax.runs.store import checkpoint, config_file
+from lensjax.runs.store.log import read_rows
+from tests.runs import TINY, all_saved_are_finite, outcome, run_script, saved_arrays, tiny_config, write_corpus
+
+OWN_EDITS = {"online.steps": 5}
+SUMMARY_KEYS = {
+    "nll_baseline",
+    "nll_rollout_mean",
+    "nll_rollout_best",
+    "preference_agreement",
+    "preference_agreement_lod_only",
+    "preference_corr_mean",
+    "preference_pair_count",
+    "steps",
+    "seconds",
+    "seed",
+}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Compiled programs that the processes of all tests share."""
+    return tmp_path_factory.getbasetemp() / "compiled"
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory, cache):
+    """A finished run on text files through all phases, with a curriculum, and what it printed."""
+    folder = tmp_path_factory.mktemp("real")
+    curriculum = {"hyper.context_start": 0.95, "optimizer.curriculum_steps": 3}
+    config = tiny_config(folder / "run", write_corpus(folder / "corpus"), **curriculum, **OWN_EDITS)
+    (folder / "config.json").write_text(config_file.to_json(config))
+    done = run_script(folder / "config.json", cache=cache, JAX_DISABLE_MOST_OPTIMIZATIONS="1", JAX_LOG_COMPILES="1")
+    assert done.returncode == 0, done.stderr
+    return folder / "run", done
+
+
+@pytest.mark.slow
+def test_the_folder_of_a_run(real):
+    folder, done = real
+    assert {path.name for path in folder.iterdir()} == {
+        *("config.json", "environment.json", "metrics.jsonl", "summary.json"),
+        *("tensorboard", "checkpoints", "training.png", "maps.png"),
+    }
+    for name in ("training.png", "maps.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG") and (folder / name).stat().st_size > 10_000
+    assert config_file.load(folder / "config.json", Config) == config_file.load(folder.parent / "config.json", Config)
+    assert {path.name for path in (folder / "tensorboard").iterdir()} == {"pretrain", "lens", "online"}
+    assert checkpoint.steps(folder / "checkpoints" / "pretrain") == [2, 4]
+    for phase in ("lens", "online"):
+        assert checkpoint.steps(folder / "checkpoints" / phase) == [2, 4, 5]
+    assert all_saved_are_finite(folder)
+    assert done.stdout.splitlines()[0] == f"run folder {folder}, {jax.default_backend()}, seed 0"
+    assert done.stdout.splitlines()[-1] == f"pictures, metrics and checkpoints are in {folder}"
+
+
+@pytest.mark.slow
+def test_the_summary_of_a_run(real):
+    folder, _ = real
+    summary = json.loads((folder / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert summary.keys() >= SUMMARY_KEYS
+    assert (summary["task"], summary["split"], summary["steps"], summary["seed"]) == ("text", "test", 5, 0)
+    assert summary["sequences"] == TINY.batch_size * TINY.eval_batches
+    numbers = [value for name, value in summary.items() if name not in ("task", "split", "preference_corr_mean")]
+    assert all(isinstance(value, int | float) and math.isfinite(value) for value in numbers)
+    # A model that knows nothing loses ln(256) nats per token, and this one has hardly been trained.
+    for name in ("nll_full", "nll_baseline", "nll_rollout_mean", "nll_rollout_best", "nll_policy"):
+        assert abs(summary[name] - math.log(256)) < 0.3
+    assert summary["nll_rollout_best"] <= summary["nll_rollout_mean"]
+    assert 0 < summary["preference_pair_count"] <= summary["sequences"] * TINY.objective.max_pairs
+    assert 0 < summary["training_seconds"] < summary["seconds"]
+
+
+@pytest.mark.slow
+def test_the_metrics_of_a_run(real):
+    rows = read_rows(real[0])
+    steps = [(row["phase"], row["step"], "eval" if "loss" not in row else "train") for row in rows]
+    both = [("train",), ("train",), ("train", "eval"), ("train",), ("train", "eval")]
+    assert steps == [("pretrain", step, kind) for step, kinds in enumerate(both[:3], 1) for kind in kinds] + [
+        ("pretrain", 4, "train"),
+        ("pretrain", 4, "eval"),
+        *((phase, step, kind) for phase in ("lens", "online") for step, kinds in enumerate(both, 1) for kind in kinds),
+    ]
+    lengths = [row["context_length"] for row in rows if "context_length" in row]
+    assert lengths == [27, 24, 21, 21, 21]
+
+
+@pytest.mark.slow
+def test_each_program_compiles_once_in_a_whole_run(real):
+    compiled = re.findall(r"Compiling jit\((\w+)\)", real[1].stderr)
+    programs = ("pretrain_step", "pretrain_eval_step", "train_step", "online_step", "eval_step", "variant_maps")
+    assert {name: compiled.count(name) for name in programs} == dict.fromkeys(programs, 1)
+
+
+@pytest.mark.slow
+def test_a_base_model_that_is_not_trained_stays_frozen(real):
+    before, after = saved_arrays(real[0], "pretrain", 4), saved_arrays(real[0], "online", 5)
+    earlier = saved_arrays(real[0], "lens", 2)
+    frozen = {name for name in after if name.startswith(("params/base/", "params/gist/"))}
+    lens = {name for name in after if name.startswith("params/lens/")}
+    assert frozen and all(after[name] == before[name] for name in frozen)
+    assert lens and all(after[name] != earlier[name] for name in lens)
+
+
+@pytest.mark.slow
+def test_a_base_run_gives_its_base_model(real, cache, tmp_path):
+    folder, _ = real
+    before = outcome(folder)
+    words = [folder / "config.json", "--output-dir", tmp_path / "run", "--base-run", folder, "--seed", "1"]
+    done = run_script(*words, cache=cache, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    assert done.returncode == 0, done.stderr
+    assert outcome(folder) == before
+    source, after = saved_arrays(folder, "pretrain", 4), saved_arrays(tmp_path / "run", "lens", 5)
+    frozen = {name for name in after if name.startswith(("params/base/", "params/gist/"))}
+    assert frozen and all(after[name] == source[name] for name in frozen)
+    assert not (tmp_path / "run" / "checkpoints" / "pretrain").exists()
+
+
+@pytest.mark.slow
+def test_a_learning_rate_that_explodes_stops_the_command(real, cache, tmp_path):
+    folder, _ = real
+    words = [folder / "config.json", "--output-dir", tmp_path / "run", "--base-run", folder]
+    words += ["--hyper.learning-rate", "1e38"]
+    done = run_script(*words, cache=cache, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    assert done.returncode == 1
+    assert re.search(r"^error: phase lens, step \d: .* = (nan|inf|-inf)[,;].* checkpoint", done.stderr, re.MULTILINE)
+    assert "Traceback" not in done.stderr
+
+
+# Both kinds of signals in one run; the kill comes in the last save of the first phase.
+SIGNALS = [("in save", "pretrain", 4, signal.SIGKILL), ("step", "lens", 3, signal.SIGTERM)]
+
+
+@pytest.mark.slow
+def test_a_run_that_gets_signals_ends_as_if_nothing_had_happened(cache, tmp_path):
+    """Real programs, in processes that a signal ends."""
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    config = tiny_config(tmp_path / "whole")
+    (tmp_path / "config.json").write_text(config_file.to_json(config))
+    whole = run_script(tmp_path / "config.json", cache=cache, **quick)
+    assert whole.returncode == 0, whole.stderr
+    folder = tmp_path / "run"
+    words: list[str | Path] = [tmp_path / "config.json", "--output-dir", folder]
+    for place, phase, step, number in SIGNALS:
+        interrupt = (place, phase, step, int(number))
+        done = run_script(*words, cache=cache, interrupt=interrupt, **quick)
+        if number == signal.SIGTERM:
+            assert done.returncode == 143, done.stderr
+            assert f"stopped at {phase} step {step}; go on with --resume {folder}\n" in done.stdout
+            assert (folder / "checkpoints" / phase / str(step)).is_dir()
+        else:
+            assert done.returncode == -signal.SIGKILL, done.stderr
+        words = ["--resume", folder]
+    done = run_script(*words, cache=cache, **quick)
+    assert done.returncode == 0, done.stderr
+    assert outcome(folder) == outcome(tmp_path / "whole")

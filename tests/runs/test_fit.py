@@ -1,0 +1,265 @@
+"""A run whose steps cost next to nothing: interrupted, gone on with, started from another, stopped early, broken."""
+
+import dataclasses
+import io
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from lensjax.runs import load
+from lensjax.runs.config import Config
+from lensjax.runs.engine import loop
+from lensjax.runs.fit import fit
+from lensjax.runs.store import checkpoint, config_file, run_folder
+from lensjax.runs.store.log import read_rows
+from lensjax.training.steps import online, preference, pretrain
+from tests.runs import (
+    Killed,
+    all_saved_are_finite,
+    cheap_programs,
+    contents,
+    hook_run,
+    outcome,
+    request_stop,
+    saved_arrays,
+    tiny_config,
+)
+
+
+@pytest.fixture(scope="module")
+def cheap():
+    with cheap_programs():
+        yield
+
+
+def start(config, **kwargs):
+    return fit(config, console=Console(file=io.StringIO()), **kwargs).summary
+
+
+def go_on(folder):
+    config = config_file.load(run_folder.config_path(folder), Config)
+    return start(dataclasses.replace(config, output_dir=str(folder)), resume=True)
+
+
+OWN_EDITS = {"online.steps": 5}
+
+
+@pytest.fixture(scope="module")
+def whole(cheap, tmp_path_factory):
+    """The folder of a run through all phases that nobody interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    start(tiny_config(folder, **OWN_EDITS))
+    return folder
+
+
+# Where a run is interrupted, one time after the other: place, phase and step (see `hook_run`).
+KILLS = [
+    ("step", "pretrain", 1),  # before the first checkpoint
+    ("in save", "pretrain", 2),
+    ("saved", "pretrain", 4),  # between the phases
+    ("step", "lens", 1),  # before the second phase has a checkpoint
+    ("step", "lens", 4),
+    ("saved", "lens", 5),
+    ("step", "online", 1),
+    ("in save", "online", 4),
+    ("saved", "online", 5),  # all done but for the summary
+]
+STOPS = [("step", "pretrain", 3), ("in save", "pretrain", 4), ("step", "lens", 1), ("step", "online", 5)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "places"), [("killed", KILLS), ("stopped", STOPS)])
+def test_an_interrupted_run_ends_as_if_nothing_had_happened(whole, tmp_path, monkeypatch, kind, places):
+    pending = list(places)
+
+    def hook(*at):
+        if at in pending:
+            pending.remove(at)
+            if kind == "killed":
+                raise Killed
+            request_stop()
+
+    hook_run(monkeypatch.setattr, hook)
+    folder = tmp_path / "run"
+    for attempt, (_, phase, step) in enumerate(places):
+        with pytest.raises(Killed if kind == "killed" else loop.Interrupted) as end:
+            go_on(folder) if attempt else start(tiny_config(folder, **OWN_EDITS))
+        assert pending == places[attempt + 1 :] and not (folder / "summary.json").exists()
+        if kind == "stopped":
+            assert end.value.code == 143
+            assert checkpoint.latest_step(folder / "checkpoints" / phase) == step
+    go_on(folder)
+    assert outcome(folder) == outcome(whole)
+
+
+def test_load_gives_what_fit_gave(cheap, tmp_path):
+    trained = fit(tiny_config(tmp_path / "run"), console=Console(file=io.StringIO()))
+    loaded = load.load(tmp_path / "run")
+    assert (loaded.config, loaded.summary) == (trained.config, trained.summary)
+    assert loaded.params.keys() == {"base", "gist", "lens"}
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, trained.params)
+    assert loaded.session(budget=20).config == dataclasses.replace(trained.config.session, budget=20)
+
+
+def test_resuming_a_finished_run_changes_nothing(whole):
+    before = outcome(whole)
+    go_on(whole)
+    assert outcome(whole) == before
+
+
+def test_another_seed_gives_another_run(whole, tmp_path):
+    start(tiny_config(tmp_path / "run", seed=1, **OWN_EDITS))
+    ours, others = outcome(whole)["saved"], outcome(tmp_path / "run")["saved"]
+    for phase in ("pretrain", "lens", "online"):
+        assert ours[phase].keys() == others[phase].keys()
+        assert ours[phase]["key"] != others[phase]["key"]
+        assert ours[phase]["position"] == others[phase]["position"]
+
+
+def test_a_folder_in_use_is_never_written_to(whole):
+    before = contents(whole)
+    with pytest.raises(FileExistsError, match=r"is not empty: choose another --output-dir, or go on .* --resume"):
+        start(tiny_config(whole))
+    assert contents(whole) == before
+
+
+def test_a_base_run_is_taken_and_left_as_it_is(cheap, whole, tmp_path, monkeypatch):
+    before = contents(whole)
+    pending = [("step", "lens", 1), ("step", "lens", 3)]
+
+    def hook(*at):
+        if at in pending:
+            pending.remove(at)
+            raise Killed
+
+    hook_run(monkeypatch.setattr, hook)
+    folder = tmp_path / "run"
+    with pytest.raises(Killed):
+        start(tiny_config(folder, seed=8, base_run=str(whole)))
+    with pytest.raises(Killed):
+        go_on(folder)
+    go_on(folder)
+    assert contents(whole) == before
+    source, after = saved_arrays(whole, "pretrain", 4), saved_arrays(folder, "lens", 5)
+    names = {name for name in after if name.startswith(("params/base/", "params/gist/"))}
+    assert {name.split("/")[1] for name in names} == {"base", "gist"}
+    assert all(after[name] == source[name] for name in names)
+    assert not (folder / "checkpoints" / "pretrain").exists()
+    assert [row["step"] for row in read_rows(folder) if "loss" in row] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(("changes", "phase"), [({}, "lens"), ({"steps": 0, **OWN_EDITS}, "online")])
+def test_start_from_takes_the_models_of_another_run(cheap, whole, tmp_path, monkeypatch, changes, phase):
+    before, source = contents(whole), saved_arrays(whole, "online", 5)
+    started = []
+    make = preference.init_train_state
+
+    def spy(*arguments, **keywords):
+        state = make(*arguments, **keywords)
+        started.append(jax.device_get(state))  # the run gives its buffers away
+        return state
+
+    monkeypatch.setattr(preference, "init_train_state", spy)
+    start(tiny_config(tmp_path / "run", seed=8, start_from=str(whole), **changes))
+    leaves = jax.tree_util.tree_leaves_with_path(started[0].params)
+    assert {path[0].key for path, _ in leaves} == {"base", "gist", "lens"}
+    for path, leaf in leaves:
+        name = "params/" + jax.tree_util.keystr(path, simple=True, separator="/")
+        assert leaf.tobytes() == source[name], name
+    assert int(started[0].step) == 0 and contents(whole) == before
+    assert {row["phase"] for row in read_rows(tmp_path / "run")} == {phase}
+
+
+def test_a_patient_run_gives_its_best_models(cheap, tmp_path, monkeypatch):
+    """What `cheap_programs` measures grows with every step: the first evaluation is the best one."""
+    folder = tmp_path / "run"
+    pending = [("saved", "pretrain", 2), ("saved", "lens", 2)]
+
+    def hook(*at):
+        if at in pending:
+            pending.remove(at)
+            raise Killed
+
+    hook_run(monkeypatch.setattr, hook)
+    config = tiny_config(folder, eval_steps=1, **{"stopping.patience": 1})
+    with pytest.raises(Killed):
+        start(config)
+    with pytest.raises(Killed):
+        go_on(folder)
+    summary = go_on(folder)
+    stops = {name: summary[name] for name in summary if name.endswith(("_stopped_at", "_kept_step"))}
+    assert stops == {"pretrain_stopped_at": 2, "pretrain_kept_step": 1, "lens_stopped_at": 2, "lens_kept_step": 1}
+    assert max(row["step"] for row in read_rows(folder)) == 2
+    params = load.load(folder).params
+    best = saved_arrays(folder, "lens", 1) | {
+        name: value for name, value in saved_arrays(folder, "pretrain", 1).items() if name.startswith("params/")
+    }
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = "params/" + jax.tree_util.keystr(path, simple=True, separator="/")
+        assert leaf.tobytes() == best[name], name
+
+
+def test_start_from_needs_a_lensnet(whole, tmp_path):
+    start(tiny_config(tmp_path / "base", steps=0))
+    with pytest.raises(ValueError, match=r"base has no checkpoint of LensNet: let it train first \(steps above 0\)"):
+        start(tiny_config(tmp_path / "run", start_from=str(tmp_path / "base")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_steps_0_only_pretrains_and_serves_as_a_base_run(whole, tmp_path):
+    summary = start(tiny_config(tmp_path / "base", steps=0))
+    assert {row["phase"] for row in read_rows(tmp_path / "base")} == {"pretrain"}
+    assert checkpoint.steps(tmp_path / "base" / "checkpoints" / "pretrain") == [2, 4]
+    assert not (tmp_path / "base" / "checkpoints" / "lens").exists()
+    assert summary["steps"] == 0 and "nll_full" in summary and "nll_policy" not in summary
+    config = tiny_config(tmp_path / "run", base_run=str(tmp_path / "base"))
+    base = load.load_start(config, config.build_models())
+    assert base is not None
+    expected = saved_arrays(whole, "pretrain", 4)
+    leaves = jax.tree_util.tree_leaves_with_path(base)
+    names = {"params/" + jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    assert names.keys() == {name for name in expected if name.startswith("params/")}
+    assert all(leaf.tobytes() == expected[name] for name, leaf in names.items())
+
+
+def test_undefined_values_are_strict_json(whole):
+    summary = json.loads((whole / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert summary["preference_corr_mean"] == "n/a"
+    assert math.isfinite(summary["nll_policy"])
+
+
+@pytest.mark.parametrize(
+    ("phase", "step", "advice"),
+    [
+        ("pretrain", 4, "the last good checkpoint is {folder}/checkpoints/pretrain/2"),
+        ("lens", 1, "there is no checkpoint of this phase yet"),
+        ("online", 3, "the last good checkpoint is {folder}/checkpoints/online/2"),
+    ],
+)
+def test_a_loss_that_is_not_finite_ends_the_run(cheap, tmp_path, monkeypatch, phase, step, advice):
+    module, name = {
+        "pretrain": (pretrain, "pretrain_step"),
+        "lens": (preference, "train_step"),
+        "online": (online, "online_step"),
+    }[phase]
+    good = getattr(module, name)
+
+    def bad(state, batch, **kwargs):
+        after, metrics = good(state, batch, **kwargs)
+        is_bad = after.step >= step
+        params = jax.tree.map(lambda leaf: jnp.where(is_bad, math.nan, leaf), after.params)
+        loss = jnp.where(is_bad, math.nan, metrics["loss"])
+        return dataclasses.replace(after, params=params), metrics | {"loss": loss}
+
+    monkeypatch.setattr(module, name, bad)
+    folder = tmp_path / "run"
+    with pytest.raises(FloatingPointError) as end:
+        start(tiny_config(folder, **OWN_EDITS))
+    assert str(end.value).startswith(f"phase {phase}, step {step}: loss = nan; {advice.format(folder=folder)}")
+    assert all_saved_are_finite(folder)
+    assert not (folder / "summary.json").exists()

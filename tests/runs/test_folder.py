@@ -1,0 +1,118 @@
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from lensjax._settings import replace
+from lensjax.runs.config import Config
+from lensjax.runs.store import run_folder
+from lensjax.runs.store.config_file import load
+
+needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_create_writes_config_and_environment(tmp_path, monkeypatch, exists):
+    monkeypatch.setattr(sys, "argv", ["experiments/train.py", "--seed", "7"])
+    monkeypatch.setenv("XLA_FLAGS_TEST", "1")
+    config = replace(Config(), **{"seed": 7, "hyper.temperature": 0.5})
+    if exists:
+        (tmp_path / "a" / "run").mkdir(parents=True)
+    folder = run_folder.create_run(tmp_path / "a" / "run", config)
+    assert folder == tmp_path / "a" / "run"
+    assert load(folder / "config.json", Config) == config
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["seed"] == 7
+    assert environment["command"] == ["experiments/train.py", "--seed", "7"]
+    assert environment["python"] == platform.python_version()
+    assert environment["packages"]["jax"] == jax.__version__
+    packages = {"lensjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"}
+    assert set(environment["packages"]) == packages
+    assert all(environment["packages"].values())
+    assert environment["devices"] == [device.device_kind for device in jax.devices()]
+    assert environment["backend"] == jax.default_backend() and environment["cpu_count"] == os.cpu_count()
+    assert environment["variables"]["XLA_FLAGS_TEST"] == "1"
+    assert all(name.startswith(("JAX_", "XLA_")) for name in environment["variables"])
+
+
+def test_create_refuses_a_folder_in_use(tmp_path):
+    run_folder.create_run(tmp_path / "run", Config())
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    message = r"run is not empty: choose another --output-dir, or go on with that run by --resume .*run"
+    with pytest.raises(FileExistsError, match=message):
+        run_folder.create_run(tmp_path / "run", Config(seed=1))
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FileExistsError, match="choose another --output-dir"):
+        run_folder.create_run(tmp_path / "file", Config())
+
+
+def test_open_accepts_the_same_config_even_in_a_moved_folder(tmp_path):
+    config = Config(output_dir=str(tmp_path / "run"), trainable=("base", "lens"))
+    folder = run_folder.create_run(config.output_dir, config)
+    assert run_folder.open_run(folder, config) == folder
+    moved = folder.rename(tmp_path / "moved")
+    assert run_folder.open_run(moved, replace(config, output_dir=str(moved))) == moved
+
+
+def test_open_names_every_difference(tmp_path):
+    config = replace(Config(), **{"steps": 60, "hyper.temperature": 2.0, "data.max_files": 4})
+    run_folder.create_run(tmp_path, config)
+    with pytest.raises(ValueError, match="another configuration") as error:
+        run_folder.open_run(
+            tmp_path, replace(config, **{"steps": 50, "hyper.temperature": 3.0, "data.max_files": None})
+        )
+    message = str(error.value)
+    assert "steps is 60 in the run and 50 now" in message
+    assert "hyper.temperature is 2.0 in the run and 3.0 now" in message
+    assert "data.max_files is 4 in the run and None now" in message
+    assert message.count(" in the run ") == 3 and str(tmp_path) in message
+
+
+def test_open_refuses_a_folder_without_a_run(tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(FileNotFoundError, match=r"holds no run .*name the folder of a run"):
+            run_folder.open_run(folder, Config())
+    (tmp_path / "config.json").write_text('{"format": 1, "sede": 1}')
+    with pytest.raises(ValueError, match="unknown key sede"):
+        run_folder.open_run(tmp_path, Config())
+
+
+@needs_git
+def test_git_state_is_that_of_the_code_that_runs(tmp_path, monkeypatch):
+    for name in list(os.environ):
+        if name.startswith("GIT_"):
+            monkeypatch.delenv(name)
+
+    def git(*arguments):
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@example.com", *arguments]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+
+    code = tmp_path / "code.py"
+    code.write_text("1")
+    monkeypatch.setattr(run_folder, "__file__", str(code))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert run_folder._git_state() is None  # no repository
+    git("init", "--quiet")
+    (tmp_path / "other.py").write_text("1")
+    git("add", "other.py")
+    git("commit", "--quiet", "--no-verify", "--message", "other")
+    assert run_folder._git_state() is None  # a repository, which does not hold the code
+    git("add", "code.py")
+    git("commit", "--quiet", "--no-verify", "--message", "code")
+    commit = git("rev-parse", "HEAD")
+    assert run_folder._git_state() == {"commit": commit, "is_dirty": False}
+    (tmp_path / "untracked").write_text("1")
+    assert run_folder._git_state() == {"commit": commit, "is_dirty": False}
+    code.write_text("2")
+    assert run_folder._git_state() == {"commit": commit, "is_dirty": True}
+
+
+def test_git_state_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert run_folder._git_state() is None

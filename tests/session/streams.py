@@ -1,0 +1,127 @@
+"""Sessions of several shapes that have read one stream, and what they should hold then."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lensjax import _settings
+from lensjax.context import tree as trees
+from lensjax.context import working as contexts
+from lensjax.session import Session
+from lensjax.training import nll
+from tests.small import SMALL, VOCABULARY, jit
+
+CASES = {
+    # 16 entries for 32 tokens of history, 4 of which are forgotten at once: from then on there are always 32.
+    "plain": SMALL,
+    # Only one token stays in full at a refocus step, and the history of 35 is no multiple of the blocks of 9.
+    "other": _settings.replace(
+        SMALL,
+        **{
+            "base.gaussian_rope": True,
+            "base.copy_heads": 1,
+            "base.conv_width": 3,
+            "context.window": 40,
+            "context.block_size": 3,
+            "context.horizon": 5,
+            "context.recent_tokens": 1,
+        },
+    ),
+    # The allocator makes no swaps, and three blocks of the highest level are forgotten at once.
+    "no edits": _settings.replace(
+        SMALL,
+        **{
+            "context.window": 32,
+            "context.max_lod": 1,
+            "context.horizon": 6,
+            "hyper.context_end": 0.75,
+            "focus.expand_threshold": 2.0,
+        },
+    ),
+    "sampled": _settings.replace(SMALL, **{"focus.temperature": 0.5}),
+}
+STREAM = np.random.default_rng(0).integers(0, VOCABULARY, 75)
+
+
+@functools.cache
+def session_of(name):
+    """A session whose parameters are far from their initialisation, so that no term is too small to notice."""
+    config, random = CASES[name], np.random.default_rng(1)
+    models = config.build_models()
+    shapes = {part: jax.eval_shape(getattr(models, part).init, jax.random.key(0)) for part in ("base", "gist", "lens")}
+    params = jax.tree.map(lambda leaf: 0.4 * random.normal(size=leaf.shape).astype("f") + (leaf.ndim == 1), shapes)
+    # The pointer's products would saturate tanh. Which of two scores of 0.9999999 is the larger is rounding's choice.
+    params["lens"]["pointer"]["gain"] *= np.float32(0.05)
+    return Session(models, params, config.session)
+
+
+def keep_in(steps):
+    return lambda *step: steps.append(jax.tree.map(jnp.copy, step))
+
+
+@functools.cache
+def read_at_once(name):
+    """States and reports of all refocus steps, the last state, and all losses."""
+    session, steps = session_of(name), []
+    last, losses = session.append(session.init(), STREAM, on_refocus=keep_in(steps))
+    return steps, last, losses
+
+
+@functools.cache
+def reference(name):
+    """Of `held` tokens int32[T], which end with padding, and a context: tree, logits, losses of a horizon, cache."""
+    session, shape = session_of(name), CASES[name].context
+    base, params, capacity = session.models.base, session.params["base"], session.config.capacity
+
+    def read(tokens, held, context, horizon):
+        tree = trees.build(
+            base.embed(params, tokens),
+            functools.partial(session.models.gist.apply, session.params["gist"]),
+            block_size=shape.block_size,
+            max_lod=shape.max_lod,
+        )
+        tree = dataclasses.replace(tree, length=held)
+        entries = contexts.materialise(tree, context)
+        last = jnp.maximum(context.length - 1, 0)[None]
+        logits = base.logits(params, entries, last)[0]
+        losses = nll.token_nll(base, params, entries, horizon)
+        _, cache = base.extend(params, base.init_cache(capacity), entries)
+        return tree, logits, losses, cache
+
+    return jit(read)
+
+
+def reread(name, state, horizon=None, stream=STREAM):
+    session = session_of(name)
+    padded, held = np.zeros(CASES[name].context.window, np.int32), int(state.tree.length)
+    padded[:held] = stream[int(state.forgotten) :][:held]
+    horizon = np.zeros(session.config.interval, np.int32) if horizon is None else horizon.astype(np.int32)
+    return reference(name)(padded, np.int32(held), state.context, horizon)
+
+
+def assert_same(one, other):
+    """To the bit."""
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        if jnp.issubdtype(left.dtype, jax.dtypes.prng_key):
+            left, right = jax.random.key_data(left), jax.random.key_data(right)
+        np.testing.assert_array_equal(left, right)
+
+
+def assert_close(actual, expected):
+    np.testing.assert_allclose(actual, expected, atol=2e-5 * max(np.abs(expected).max(initial=0.0), 1.0), rtol=0)
+
+
+def entries_of(state):
+    """What is shown, as (first token in the stream, level)."""
+    length, before = int(state.context.length), int(state.forgotten)
+    starts, lods = np.asarray(state.context.start)[:length] + before, np.asarray(state.context.lod)[:length]
+    return list(zip(starts.tolist(), lods.tolist(), strict=True))
+
+
+def expected_length(session, held):
+    """The largest length within the budget that some cut has."""
+    step = session.config.geometry.block_size - 1
+    return held - max(-(-(held - session.config.budget) // step), 0) * step
