@@ -85,6 +85,7 @@ def examples():
                 yield pytest.param(example, id=f"{page}-{index}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", list(examples()))
 def test_the_example_runs(example):
     exec(compile(example, "docs", "exec"), {"__name__": "docs"})

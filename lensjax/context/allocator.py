@@ -89,7 +89,7 @@ class FocusInfo:
 
 
 def from_cut(cut: ArrayLike, geometry: Geometry) -> FocusState:
-    """The state that shows a cut int32[T] of the whole window; nothing cools.
+    """The state that shows a cut int32[C] of the whole history; nothing cools.
 
     Example:
       >>> import lensjax as lx
@@ -106,11 +106,11 @@ def to_cut(state: FocusState, geometry: Geometry, *, tokens: ArrayLike | None = 
 
     Args:
       state: what is collapsed.
-      geometry: the window.
-      tokens: int32[], tokens that the window holds so far; None for all of it.
+      geometry: the history.
+      tokens: int32[], tokens that the history holds so far; None for all of it.
 
     Returns:
-      int32[T], `MISSING` for tokens that are not there yet.
+      int32[C], `MISSING` for tokens that are not there yet.
 
     Example:
       >>> import lensjax as lx
@@ -143,13 +143,13 @@ def to_context(
 
 
 def uniform(length: ArrayLike, geometry: Geometry) -> FocusState:
-    """The cold start: a context of one length that knows nothing, its detail spread evenly over the window.
+    """The cold start: a context of one length that knows nothing, its detail spread evenly over the history.
 
     As few levels as the length allows: all is shown at two neighbouring levels where that works out.
 
     Args:
       length: int32[], entries wanted, rounded down to a reachable length; may be traced.
-      geometry: the window.
+      geometry: the history.
 
     Returns:
       `FocusState`.
@@ -185,9 +185,9 @@ def fit(
       scores: float32[N], see `nodes.pool_scores`.
       length: int32[], entries wanted, rounded down to a reachable length. Where all that may be collapsed is, the
         context stays longer: check static lengths with `Geometry.length`, which raises.
-      geometry: the window.
+      geometry: the history.
       cooldown: int32[], steps for which edited nodes cool after the step that this begins.
-      tokens: int32[], tokens that the window holds so far; None for all of it.
+      tokens: int32[], tokens that the history holds so far; None for all of it.
 
     Returns:
       `FocusState`.
@@ -242,11 +242,11 @@ def swap(
     Args:
       state: what is collapsed.
       scores: float32[N], see `nodes.pool_scores`.
-      geometry: the window.
+      geometry: the history.
       settings: thresholds, edits a step, cool-down. With a `temperature` above 0, both sides are sampled without
         replacement with probability proportional to exp(+-score / temperature): Gumbel noise on the scores does that.
         Thresholds go by the scores themselves, whether a swap takes place by the noisy ones.
-      tokens: int32[], tokens that the window holds so far; None for all of it.
+      tokens: int32[], tokens that the history holds so far; None for all of it.
       key: PRNG key, consumed; needed where the temperature is above 0.
 
     Returns:
@@ -311,9 +311,9 @@ def edit(
       scores: float32[W], the policy's for the entries of `context`.
       context: the working context of `state`.
       length: int32[], entries that the next context must have.
-      geometry: the window.
+      geometry: the history.
       settings: see `swap`.
-      tokens: int32[], tokens that the window holds so far; None for all of it.
+      tokens: int32[], tokens that the history holds so far; None for all of it.
       key: PRNG key, consumed; needed where `settings.temperature` is above 0.
 
     Returns:
@@ -334,7 +334,7 @@ def edit(
 
 
 def drop_oldest(state: FocusState, tokens: int, geometry: Geometry) -> FocusState:
-    """The state of a window that has lost its first tokens, a multiple of K**L: all nodes move to the front.
+    """The state of a history that has lost its first tokens, a multiple of K**L: all nodes move to the front.
 
     Example:
       >>> import lensjax as lx

@@ -78,7 +78,7 @@ def draw(
       key: PRNG key, consumed.
       state: what is collapsed, and what cools.
       scores: float32[N], of the nodes (`nodes.pool_scores`).
-      geometry: the window.
+      geometry: the history.
       draws: static number M.
       temperature: float32[], above 0, in units of scores.
       cooldown: refocus steps for which an edited node is left alone.
@@ -121,7 +121,7 @@ def log_prob(
       swaps: what was drawn, by this policy or another one.
       state: before the step.
       scores: float32[N], the policy's.
-      geometry: the window.
+      geometry: the history.
       temperature: float32[], above 0.
       reference: float32[N], scores of the reference policy, constants; None for none.
 

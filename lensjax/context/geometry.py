@@ -1,6 +1,6 @@
 """Which lengths a working context can have: integer arithmetic on the shape of the tree, no arrays.
 
-Every cut of a window arises from the uncompressed one by *collapses*; one collapse replaces K siblings by their
+Every cut of a history arises from the uncompressed one by *collapses*; one collapse replaces K siblings by their
 parent and so saves K - 1 entries, at every level. A history of C tokens therefore reaches the lengths
 C - u (K - 1), where u runs from 0 to the number of blocks that lie wholly before the protected tail.
 """
@@ -8,7 +8,7 @@ C - u (K - 1), where u runs from 0 to the number of blocks that lie wholly befor
 import math
 from dataclasses import dataclass
 
-# A fraction of the window is computed in float32 on the device and in float64 here; both add this before rounding
+# A fraction of the history is computed in float32 on the device and in float64 here; both add this before rounding
 # down, so that 0.7 * 100 is 70 in both. It exceeds the error of float32 up to windows of 100,000 tokens.
 ROUNDING = 1e-2
 

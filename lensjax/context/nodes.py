@@ -1,4 +1,4 @@
-"""The nodes of a window that an edit can act on: where they are, their scores, and which edits are legal.
+"""The nodes of a history that an edit can act on: where they are, their scores, and which edits are legal.
 
 All nodes of the levels 1..L that lie before the protected tail stand in one array, level 1 first, N in all. A context
 is one flag a node, bool[N]: is this block collapsed? Blocks are collapsed from below upwards, so the flags say it all:
@@ -32,7 +32,7 @@ class Nodes(NamedTuple):
 
 @functools.cache
 def table(geometry: Geometry) -> Nodes:
-    """The nodes of a window that may be collapsed, level 1 first."""
+    """The nodes of a history that may be collapsed, level 1 first."""
     counts = [geometry.blocks(lod) for lod in range(1, geometry.max_lod + 1)]
     lod = np.repeat(np.arange(1, geometry.max_lod + 1), counts)
     index = np.concatenate([np.arange(count) for count in counts])
@@ -51,8 +51,8 @@ def pool_scores(scores: ArrayLike, context: WorkingContext, geometry: Geometry) 
 
     Args:
       scores: float32[W], the policy's.
-      context: W entries, from the window's first token on.
-      geometry: the window.
+      context: W entries, from the history's first token on.
+      geometry: the history.
 
     Returns:
       float32[N].
@@ -63,7 +63,7 @@ def pool_scores(scores: ArrayLike, context: WorkingContext, geometry: Geometry) 
 
 
 def pool_tokens(values: ArrayLike, geometry: Geometry) -> Array:
-    """Mean over the tokens of each node: float32[T] to float32[N].
+    """Mean over the tokens of each node: float32[C] to float32[N].
 
     Where a token of it has +inf, a node has +inf; else, where one has -inf, -inf; and NaN wherever one has NaN.
     """
@@ -113,7 +113,7 @@ def collapsible(collapsed: Array, among: Array, geometry: Geometry) -> Array:
 
 
 def drop_oldest(values: Array, tokens: int, geometry: Geometry) -> Array:
-    """[N] of a window that has lost its first tokens, a multiple of K**L: all move to the front, zeros come behind."""
+    """[N] of a history that has lost its first tokens, a multiple of K**L: all move to the front, zeros come behind."""
     levels = []
     for lod, level in enumerate(by_level(values, geometry), start=1):
         gone = min(tokens // geometry.block_size**lod, level.shape[0])

@@ -69,7 +69,7 @@ def iterate(
       state: where to start, at any length.
       score_fn: the policy.
       length: int32[], entries of every context but the first.
-      geometry: the window.
+      geometry: the history.
       steps: static number of steps.
       capacity: static number of entries W.
       settings: see `swap`.

@@ -1,4 +1,4 @@
-"""Stochastic rollouts: random cuts of one window, all of exactly one length.
+"""Stochastic rollouts: random cuts of one history, all of exactly one length.
 
 A cut is drawn from the top level down. First *how many* blocks of each level it shows, then *which* ones, by random
 priorities among the blocks that no higher choice covers. Any number of collapses between 0 and the number of blocks
@@ -18,11 +18,11 @@ from lensjax.context.working import WorkingContext
 
 
 def collapses_for_length(length: ArrayLike, geometry: Geometry) -> Array:
-    """Collapses that bring a window to the longest reachable length that is at most `length`.
+    """Collapses that bring a history to the longest reachable length that is at most `length`.
 
     Args:
       length: int32[...], entries wanted; may be traced.
-      geometry: the window.
+      geometry: the history.
 
     Returns:
       int32[...], at most `geometry.max_collapses`: below the shortest length the shortest one is taken, so check
@@ -48,7 +48,7 @@ def level_counts(collapses: ArrayLike, optional: list[Array], geometry: Geometry
     Args:
       collapses: int32[], collapses of the cut u, 0..`geometry.max_collapses`.
       optional: bool[blocks(l)] for each level 2..L: each step above the minimum, and whether it is taken.
-      geometry: the window.
+      geometry: the history.
 
     Returns:
       int32[] for each level 1..L, level 1 first.
@@ -77,13 +77,13 @@ def cut_from_priorities(counts: list[Array], priorities: list[Array], geometry: 
     Args:
       counts: int32[] for each level 1..L, as `level_counts` gives them.
       priorities: float[blocks(l)] for each level 1..L; ties go to the older block.
-      geometry: the window.
+      geometry: the history.
 
     Returns:
-      int32[T], the level at which each token is shown.
+      int32[C], the level at which each token is shown.
     """
-    size, window = geometry.block_size, geometry.history
-    cut = jnp.zeros(window, jnp.int32)
+    size, history = geometry.block_size, geometry.history
+    cut = jnp.zeros(history, jnp.int32)
     covered = jnp.zeros(geometry.blocks(geometry.max_lod), bool)
     for lod in range(geometry.max_lod, 0, -1):
         blocks = geometry.blocks(lod)
@@ -107,10 +107,10 @@ def sample_cut(key: Array, collapses: ArrayLike, high_lod_share: ArrayLike, geom
       collapses: int32[], 0..`geometry.max_collapses`.
       high_lod_share: float32[], probability in [0, 1] of each optional block of level 2 and above; every cut of the
         length can occur when it is strictly in between.
-      geometry: the window.
+      geometry: the history.
 
     Returns:
-      int32[T], the level at which each token is shown.
+      int32[C], the level at which each token is shown.
     """
     return _cut_from_noise(_noise(key, geometry), collapses, high_lod_share, geometry)
 
@@ -135,7 +135,7 @@ def sample_rollouts(
       length: int32[], entries wanted, rounded down to a reachable length; may be traced.
       high_lod_share: float32[], see `sample_cut`.
       rollouts: N, static.
-      geometry: the window.
+      geometry: the history.
       capacity: static number of entries W, at least the length.
 
     Returns:

@@ -74,16 +74,16 @@ def init(*, capacity: int, dim: int, block_size: int, max_lod: int, dtype: jnp.d
 
 
 def build(leaves: ArrayLike, gist_fn: GistFn, *, block_size: int, max_lod: int) -> TreeState:
-    """Builds every level over a full window of leaf embeddings.
+    """Builds every level over a full history of leaf embeddings.
 
     Args:
-      leaves: float[T, D], the token embeddings.
+      leaves: float[C, D], the token embeddings.
       gist_fn: maps the children [n, K, D] of n blocks to their gists [n, D].
       block_size: children per gist K.
       max_lod: highest level L; levels without a complete block are empty.
 
     Returns:
-      A `TreeState` of capacity and length T.
+      A `TreeState` of capacity and length C.
 
     Raises:
       ValueError: a size is out of range.

@@ -1,7 +1,7 @@
 """The working context: one cut of the tree, as a fixed number of entries in time order.
 
 Two views of the same thing are used. `WorkingContext` lists the entries, which is what models read. A *cut* is
-int32[T], the level of detail at which each token is shown (`MISSING` where it is not), which is what comparing,
+int32[C], the level of detail at which each token is shown (`MISSING` where it is not), which is what comparing,
 sampling and drawing are easy on. `from_cut` and `to_cut` go between them.
 """
 
@@ -33,7 +33,7 @@ class WorkingContext:
     """
 
     start: Array
-    """int32[W]: first token covered; the window's length at padding, so that starts stay sorted."""
+    """int32[W]: first token covered; the history's length at padding, so that starts stay sorted."""
     lod: Array
     """int32[W]: level of detail; 0 at padding."""
     valid: Array
@@ -65,7 +65,7 @@ class Entries:
     blocks: Array
     """float[W, D]: of a token the gist of its block, of whatever has no gist yet or is one itself its own embedding."""
     positions: Array
-    """float32[W]: centre of the span, in tokens from the start of the window."""
+    """float32[W]: centre of the span, in tokens from the start of the history."""
     lods: Array
     """int32[W]."""
     spans: Array
@@ -200,7 +200,7 @@ def in_full(embeddings: ArrayLike, positions: ArrayLike) -> Entries:
 
     Args:
       embeddings: float[S, D].
-      positions: [S], in tokens from the start of the window.
+      positions: [S], in tokens from the start of the history.
 
     Returns:
       `Entries` of S rows; distances are to the last of them.

@@ -31,7 +31,7 @@ def by_scores(scores: ArrayLike, length: ArrayLike, geometry: Geometry) -> Focus
       scores: float32[T], worth of each token in full, of any size (see `allocator` on those that are not finite); a
         block has the mean of its tokens (`nodes.pool_tokens`), of equal blocks the oldest goes first.
       length: int32[], entries wanted, rounded down to a reachable length; may be traced.
-      geometry: the window.
+      geometry: the history.
 
     Returns:
       `FocusState`.
@@ -57,7 +57,7 @@ def recent_random(
       length: entries of each context.
       high_lod_share: float32[], see `rollouts.sample_cut`.
       draws: number of contexts.
-      geometry: the window.
+      geometry: the history.
 
     Returns:
       `WorkingContext` with leading axis `draws`. Where half the budget leaves too little for the rest, the tail in full

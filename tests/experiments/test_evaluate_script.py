@@ -14,6 +14,8 @@ from lensjax.evaluation import compare
 from lensjax.evaluation.compare import FocusEvidence, Measured
 from tests.runs import cheap_programs, contents, tiny_config, write_corpus
 
+pytestmark = pytest.mark.slow
+
 COLUMNS = (
     "task,policy,information,budget_ratio,entries,seed,nll,nll_ci_low,nll_ci_high,"
     "gap_closed_oracle,gap_closed_full,hit_rate,swap_rate,"

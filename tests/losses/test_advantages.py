@@ -43,6 +43,7 @@ def test_advantages_by_hand():
     np.testing.assert_allclose(found, [1 + 0.25 * 3, 3])
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     seed=st.integers(0, 1000),

@@ -218,7 +218,7 @@ def _apply_last(model):
     return jit(last)
 
 
-@pytest.mark.parametrize("max_lod", [1, 2, 3])
+@pytest.mark.parametrize("max_lod", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_language_model_agrees_with_the_slow_reference(max_lod):
     for seed in range(3):
         tokens, cuts = random_tokens(seed), random_cuts(max_lod, seed)

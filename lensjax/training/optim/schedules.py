@@ -75,10 +75,10 @@ def context_length(
 
     Args:
       step: int32[].
-      start: float32[], length at step 0 as a fraction of the window.
+      start: float32[], length at step 0 as a fraction of the history.
       end: float32[], length from step `steps - 1` on.
       steps: length of the curriculum; 0 stays at `end`.
-      geometry: the window.
+      geometry: the history.
       capacity: static number of entries; the length never exceeds it.
 
     Returns:
