@@ -14,8 +14,8 @@ from typing import TypeVar
 import tyro
 
 from lensjax.runs.engine import devices
-from lensjax.runs.engine.loop import RunConfig
 from lensjax.runs.store import config_file, run_folder
+from lensjax.runs.store.run_folder import RunConfig
 
 Settings = TypeVar("Settings", bound=RunConfig)
 

@@ -113,9 +113,6 @@ class Config(Recipe):
         """What adapts LensNet to a document, where it is trained."""
         if "hypernet" not in self.trainable:
             return None
-        require(
-            isinstance(models.lens, LensModel),
-            f"the hypernetwork adapts the matrices of a LensModel, got {type(models.lens).__name__}",
-        )
-        assert isinstance(models.lens, LensModel)
+        if not isinstance(models.lens, LensModel):
+            raise ValueError(f"the hypernetwork adapts the matrices of a LensModel, got {type(models.lens).__name__}")
         return build_hypernet(models.lens, self.adaptation)

@@ -20,10 +20,10 @@ from lensjax.runs import load, results
 from lensjax.runs.config import PHASES, Config
 from lensjax.runs.data import batches as data
 from lensjax.runs.engine import devices, loop
-from lensjax.runs.engine.loop import RunConfig
 from lensjax.runs.load import Trained
 from lensjax.runs.store import run_folder
 from lensjax.runs.store.log import RunLogger
+from lensjax.runs.store.run_folder import RunConfig
 from lensjax.training.steps import adaptation, online, preference, pretrain
 from lensjax.training.steps.preference import TrainState
 from lensjax.training.steps.update import Learner

@@ -108,7 +108,7 @@ def score_metrics(scores: ArrayLike, lods: ArrayLike, where: ArrayLike, *, max_l
     Returns:
       `mc/edit_wish_rate` is the share of entries for which the policy asks for a legal edit: a positive score on a
       gist, or a negative one below the highest level. What the allocator makes of the wishes is `mc/swap_rate`, see
-      `evaluation.eval_step`.
+      `held_out.eval_step`.
     """
     scores, lods, where = jnp.asarray(scores), jnp.asarray(lods), jnp.asarray(where)
     count = jnp.maximum(jnp.sum(where, axis=-1, dtype=jnp.float32), 1)

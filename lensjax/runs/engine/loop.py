@@ -39,15 +39,6 @@ class Interrupted(SystemExit):
     """The run was asked to stop (SIGTERM or Ctrl-C), and has saved what it needs to go on."""
 
 
-class RunConfig(Protocol):
-    """What makes a run one: its folder and its seed."""
-
-    @property
-    def output_dir(self) -> str: ...  # noqa: D102
-    @property
-    def seed(self) -> int: ...  # noqa: D102
-
-
 class Settings(Protocol):
     """What the loop reads of a run's configuration, such as `lensjax.Config`."""
 

@@ -20,8 +20,10 @@ _CONFIG, _ENVIRONMENT, SUMMARY = "config.json", "environment.json", "summary.jso
 
 
 class RunConfig(Protocol):
-    """A frozen dataclass of settings, such as `lensjax.Config`."""
+    """What makes a run one: its folder and its seed."""
 
+    @property
+    def output_dir(self) -> str: ...  # noqa: D102
     @property
     def seed(self) -> int: ...  # noqa: D102
 
