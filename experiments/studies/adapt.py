@@ -228,7 +228,7 @@ def pick(
             return shown.astype(jnp.float32)
 
         variants = jax.tree.map(lambda *leaves: jnp.stack(leaves), *picks.values())
-        losses, _ = nll.variant_nll(models.base, params["base"], tree, variants, window.horizon)
+        losses, _ = nll.variant_nll(models.base, params["base"], tree, variants, window.horizon, geometry)
         shown = hits(variants)
         report = {name: (losses[place], shown[place]) for place, name in enumerate(picks)}
         ranked = jnp.where(adaptation.known_variants(scored), scored.nll, jnp.inf)

@@ -82,7 +82,7 @@ class Watch:
 
     def _checked(self, tally: dict[str, Array], seen: Row, report: Refocus, step: Array) -> dict[str, Array]:
         geometry, held = self.session.config.geometry, seen["held"]
-        over, saved = held - self.session.config.budget, geometry.block_size - 1
+        over, saved = held - self.session.config.budget, geometry.saving
         # The longest within the budget that a cut can be.
         length = held - jnp.maximum(-(-over // saved), 0) * saved
         holds = contexts.invariants(seen["context"], geometry, length=length, tokens=held)

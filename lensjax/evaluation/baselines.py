@@ -75,7 +75,9 @@ def recent_random(
     while (longer := replace(geometry, recent_tokens=recent)).shortest > length and recent > geometry.recent_tokens:
         recent -= 1
     drawn, _ = rollouts.sample_rollouts(key, length, high_lod_share, rollouts=draws, geometry=longer, capacity=length)
-    return drawn
+    # Listed anew: with omission a context has as many rows as its own geometry has blocks.
+    cuts = jax.vmap(lambda one: contexts.to_cut(one, longer))(drawn)
+    return jax.vmap(lambda cut: contexts.from_cut(cut, geometry, capacity=length))(cuts)
 
 
 def bm25(tokens: ArrayLike, query: ArrayLike, geometry: Geometry) -> Array:
@@ -211,7 +213,7 @@ def greedy_oracle(
       >>> float(loss(lx.allocator.to_context(best, geometry, capacity=7)))
       0.0
     """
-    step = geometry.block_size - 1
+    step = geometry.saving
 
     def loss(collapsed: Array, capacity: int) -> Array:
         state = FocusState(collapsed, jnp.zeros(collapsed.shape, jnp.int32))

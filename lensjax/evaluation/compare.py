@@ -10,6 +10,7 @@ from jax import Array
 
 from lensjax.context import allocator, refocus, rollouts
 from lensjax.context import working as contexts
+from lensjax.context.allocator import FocusConfig
 from lensjax.context.geometry import Geometry
 from lensjax.context.tree import TreeState
 from lensjax.context.working import WorkingContext
@@ -104,7 +105,7 @@ def measure(
     )
 
     def measured(variants: WorkingContext) -> Measured:
-        each, _ = nll.variant_nll(models.base, params["base"], tree, variants, window.horizon)
+        each, _ = nll.variant_nll(models.base, params["base"], tree, variants, window.horizon, geometry)
         return _measured(variants, each, answers, geometry)
 
     report = {name: measured(variants) for name, variants in shown.items()}
@@ -139,7 +140,7 @@ def bounds(
         models, params, window, shown, answers, geometry, length=length, oracle_rounds=oracle_rounds
     )
     both = jax.tree.map(lambda one, other: jnp.concatenate([one, other]), shown["recency"], known["oracle"])
-    each, _ = nll.variant_nll(models.base, params["base"], tree, both, window.horizon)
+    each, _ = nll.variant_nll(models.base, params["base"], tree, both, window.horizon, geometry)
     return each[0], each[1]
 
 
@@ -151,7 +152,7 @@ def measure_full(
     window = split(tokens, horizon=recipe.context.horizon)
     in_full = _one(contexts.recency(geometry.history, geometry, capacity=geometry.history))
     tree = build_tree(models, params, window.history, geometry)
-    each, _ = nll.variant_nll(models.base, params["base"], tree, in_full, window.horizon)
+    each, _ = nll.variant_nll(models.base, params["base"], tree, in_full, window.horizon, geometry)
     return _measured(in_full, each, answers, geometry)
 
 
@@ -205,7 +206,7 @@ def measure_focus(
         random_key, length, share, rollouts=draws, geometry=geometry, capacity=length
     )
     variants = jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), foreign, drawn)
-    each, entries = nll.variant_nll(models.base, params["base"], tree, variants, window.horizon)
+    each, entries = nll.variant_nll(models.base, params["base"], tree, variants, window.horizon, geometry)
 
     scores = policy_scores(models.lens, params["lens"], jax.tree.map(lambda leaf: leaf[1:], entries))
     values = preferences.variant_values(scores, drawn, geometry)
@@ -216,10 +217,11 @@ def measure_focus(
         return context.start * (geometry.max_lod + 1) + context.lod
 
     recency = contexts.recency(length, geometry, capacity=length)
+    shown, recency = contexts.read(own, geometry), contexts.read(recency, geometry)
     return FocusEvidence(
         foreign=_measured(_one(foreign), each[:1], answers, geometry),
-        divergence=faithfulness.divergence(symbols(own), own.length, symbols(recency), recency.length),
-        changed_edits=_changed_edits(own, foreign, geometry, length=length),
+        divergence=faithfulness.divergence(symbols(shown), shown.length, symbols(recency), recency.length),
+        changed_edits=_changed_edits(own, foreign, geometry, length=length, settings=recipe.focus),
         correlation=jnp.where(is_defined, correlation, jnp.nan),
     )
 
@@ -233,9 +235,11 @@ def _causal(
     )
 
 
-def _changed_edits(own: WorkingContext, foreign: WorkingContext, geometry: Geometry, *, length: int) -> Array:
+def _changed_edits(
+    own: WorkingContext, foreign: WorkingContext, geometry: Geometry, *, length: int, settings: FocusConfig
+) -> Array:
     """Jaccard distance of two contexts' edits of the cold start, float32[]; 0 where there are none."""
-    start = allocator.uniform(length, geometry).collapsed
+    start = allocator.start(length, geometry, settings=settings).collapsed
 
     def edited(context: WorkingContext) -> Array:
         cut = contexts.to_cut(context, geometry)
@@ -271,8 +275,8 @@ def _measured(variants: WorkingContext, each: Array, answers: Array | None, geom
     if answers is not None:
         shown = jax.vmap(lambda one: shows_in_full(one, answers, geometry))(variants)
         hit = jnp.mean(shown, dtype=jnp.float32)
-    entries = jnp.stack([variants.length.min(), variants.length.max()])
-    return Measured(each.mean(), hit, nothing, nothing, entries)
+    entries = contexts.entry_count(variants, geometry)
+    return Measured(each.mean(), hit, nothing, nothing, jnp.stack([entries.min(), entries.max()]))
 
 
 def _movement(path: list[WorkingContext], geometry: Geometry) -> dict[str, Array]:

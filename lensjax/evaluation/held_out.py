@@ -142,7 +142,7 @@ def pick_metrics(
         if has_answer:
             picked.append(allocator.to_context(oracle_state(blocks, length, geometry), geometry, capacity=capacity))
         variants = jax.tree.map(lambda *leaves: jnp.stack(leaves), *picked)
-        measured, _ = nll.variant_nll(models.base, params["base"], tree, variants, window.horizon)
+        measured, _ = nll.variant_nll(models.base, params["base"], tree, variants, window.horizon, geometry)
         before, after = jax.tree.map(lambda leaf: leaf[:-1], path), jax.tree.map(lambda leaf: leaf[1:], path)
         rates = jax.vmap(lambda one, other: refocus.swap_rate(one, other, geometry))(before, after)
         return measured, shows_in_full(picked[0], blocks, geometry), rates
@@ -241,7 +241,7 @@ def variant_maps(state: TrainState, tokens: Array, key: Array, *, recipe: Recipe
             score_fn, length, geometry, capacity=recipe.capacity, settings=recipe.focus, key=own_key
         )
         picked = jax.tree.map(lambda leaf: leaf[-1:], path)
-        picked_nll, entries = nll.variant_nll(models.base, state.params["base"], tree, picked, window.horizon)
+        picked_nll, entries = nll.variant_nll(models.base, state.params["base"], tree, picked, window.horizon, geometry)
         variants, all_entries, measured = jax.tree.map(
             lambda many, last: jnp.concatenate([many, last]),
             (scored.contexts, scored.entries, scored.nll),

@@ -98,11 +98,12 @@ def hindsight(
         scored["snapkv_hindsight"], _ = baselines.attention(models.base, params["base"], tokens, query, geometry)
     scored["bm25_hindsight"] = baselines.bm25(window.history, window.horizon, geometry)
     drawn = rivals["random"]
-    measured, _ = nll.variant_nll(models.base, params["base"], tree, drawn, window.horizon)
+    measured, _ = nll.variant_nll(models.base, params["base"], tree, drawn, window.horizon, geometry)
     best = jnp.argmin(measured)
 
     def loss(context: WorkingContext) -> Array:
-        return nll.token_nll(models.base, params["base"], contexts.materialise(tree, context), window.horizon).mean()
+        read = contexts.materialise(tree, contexts.read(context, geometry))
+        return nll.token_nll(models.base, params["base"], read, window.horizon).mean()
 
     starts = _starts(rivals, answers, length, geometry)
     oracle = baselines.greedy_oracle(loss, starts, geometry, length=length, rounds=oracle_rounds)
@@ -144,7 +145,7 @@ def order(name: str) -> tuple[int, str]:
 
 def _starts(rivals: dict[str, WorkingContext], answers: Array | None, length: int, geometry: Geometry) -> FocusState:
     """Where the search for the oracle may start: every cut of the whole history (recency leaves its beginning out)."""
-    covering = [context for name, context in rivals.items() if name != "recency"]
+    covering = [context for name, context in rivals.items() if geometry.omit or name != "recency"]
     variants = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *covering)
     cuts = jax.vmap(lambda one: contexts.to_cut(one, geometry))(variants)
     starts = jax.vmap(lambda cut: allocator.from_cut(cut, geometry))(cuts)

@@ -84,6 +84,6 @@ def window_nll(
         tree = decision.build_tree(models, params, window.history, geometry)
         shown = contexts.recency(length, geometry, capacity=capacity)
         variants = jax.tree.map(lambda leaf: leaf[None], shown)
-        return nll.variant_nll(models.base, params["base"], tree, variants, window.horizon)[0][0]
+        return nll.variant_nll(models.base, params["base"], tree, variants, window.horizon, geometry)[0][0]
 
     return jax.lax.map(one, (jnp.asarray(cursors), jnp.asarray(lengths)), batch_size=_AT_ONCE)

@@ -139,10 +139,17 @@ class BaseLM(nnx.Module):
         before = cache.last_inputs(max(self.config.conv_width - 1, 0))
         x = self._mix(jnp.concatenate([before, embeddings]))[before.shape[0] :]
         memory = (cache.keys, cache.values)
-        x, (keys, values) = self.transformer.extend(x, memory, rotary=self._angles(positions, spans), slots=slots)
+        x, half, (keys, values) = self.transformer.extend(
+            x, memory, rotary=self._angles(positions, spans), slots=slots
+        )
         inputs = cache.inputs.at[slots].set(embeddings, mode="drop")
+        states = cache.states.at[slots].set(half.astype(cache.states.dtype), mode="drop")
         length = jnp.minimum(cache.length + count, cache.capacity)
-        return self._logits(x), KVCache(keys, values, inputs, length)
+        return self._logits(x), KVCache(keys, values, inputs, states, length)
+
+    def states(self, embeddings: Array, positions: Array, spans: Array) -> Array:
+        """What half of the layers make of the entries. See `BaseModel.states`."""
+        return self.transformer.half(self._mix(embeddings), rotary=self._angles(positions, spans))
 
     def attention(self, embeddings: Array, positions: Array, spans: Array, rows: Array) -> tuple[Array, Array]:
         """Attention weights and norms of keys. See `BaseModel.attention`."""
@@ -239,6 +246,7 @@ class BaseModel(Functional[BaseLM]):
             keys=jnp.zeros(shape, dtype),
             values=jnp.zeros(shape, dtype),
             inputs=jnp.zeros((capacity, config.dim), jnp.float32),
+            states=jnp.zeros((capacity, config.dim), dtype),
             length=jnp.zeros((), jnp.int32),
         )
 
@@ -293,6 +301,21 @@ class BaseModel(Functional[BaseLM]):
           ValueError: a shape does not fit.
         """
         return self._bind(params).attention(*self._read(entries), checked("rows", rows, None))
+
+    def states(self, params: Params, entries: Entries) -> Array:
+        """What half of the layers, rounded down, make of entries, each given all up to it: what a policy may read.
+
+        Args:
+          params: from `init`.
+          entries: S tokens and gists.
+
+        Returns:
+          float32[S, D].
+
+        Raises:
+          ValueError: a shape does not fit.
+        """
+        return self._bind(params).states(*self._read(entries)).astype(jnp.float32)
 
     def truncate(self, cache: KVCache, length: Array) -> KVCache:
         """The cache without all but its first `length` entries, int32[]."""

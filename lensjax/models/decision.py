@@ -16,7 +16,7 @@ from lensjax.context.geometry import Geometry
 from lensjax.context.refocus import ScoreFn
 from lensjax.context.tree import TreeState
 from lensjax.context.working import Entries, WorkingContext
-from lensjax.models.interfaces import LensPolicy, Models, Params
+from lensjax.models.interfaces import LensPolicy, Models, Params, StatefulLanguageModel, StateReader
 
 
 class Window(NamedTuple):
@@ -60,12 +60,33 @@ def build_tree(models: Models, params: dict[str, Params], history: ArrayLike, ge
             f"a policy sees the {geometry.history} tokens before the cursor and no other: pass "
             f"split(tokens, horizon=...).history, got shape {history.shape}"
         )
+    embeddings = models.base.embed(params["base"], history)
+    stateful = stateful_base(models)
+    in_full = contexts.in_full(embeddings, jnp.arange(geometry.history))
+    states = None if stateful is None else stateful.states(params["base"], in_full)
     return trees.build(
-        models.base.embed(params["base"], history),
+        embeddings,
         lambda children: models.gist.apply(params["gist"], children),
         block_size=geometry.block_size,
         max_lod=geometry.max_lod,
+        states=states,
     )
+
+
+def stateful_base(models: Models) -> StatefulLanguageModel | None:
+    """The base model, where the policy reads its states.
+
+    Raises:
+      ValueError: it does, and the base model shows none.
+    """
+    if not (isinstance(models.lens, StateReader) and models.lens.reads_states):
+        return None
+    if not isinstance(models.base, StatefulLanguageModel):
+        raise ValueError(
+            "lens.states needs a base model that shows its states (a method `states`, see models.interfaces), got "
+            f"{type(models.base).__name__}: set lens.states to False"
+        )
+    return models.base
 
 
 def policy_scores(lens: LensPolicy, params: Params, entries: Entries) -> Array:

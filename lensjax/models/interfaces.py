@@ -90,6 +90,28 @@ class AttentiveLanguageModel(LanguageModel, Protocol):
         ...
 
 
+@runtime_checkable
+class StatefulLanguageModel(LanguageModel, Protocol):
+    """A language model that shows what it makes of its entries on the way: what a policy that reads states needs.
+
+    Its cache, where it has one, holds them too: `cache.states` float[S, D].
+    """
+
+    def states(self, params: Params, entries: Entries) -> Array:
+        """States float32[S, dim] of some middle layer, each given all entries up to it."""
+        ...
+
+
+@runtime_checkable
+class StateReader(Protocol):
+    """A policy that says whether it reads states of the base model; one that does not say so reads none."""
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether `Entries.states` must be there."""
+        ...
+
+
 class GistEncoder(Protocol):
     """Compresses the K children of a block into a gist of the same width.
 

@@ -35,6 +35,12 @@ class LensConfig:
     head: Literal["linear", "mlp"] = "linear"
     blocks: bool = True
     """Whether a token is seen with the gist of its block beside it."""
+    states: bool = False
+    """Whether an entry is seen with what half of the base model's layers made of it."""
+    map: bool = True
+    """Whether what is omitted is seen, as gists; without omission every gist is an entry, and seen."""
+    recency: bool = False
+    """Whether scores fall with age to begin with, so that a fresh LensNet keeps the last tokens."""
     pointer: bool = True
     """Whether the end of the history is compared with each entry, besides what attention does (`Pointer`)."""
 
@@ -50,6 +56,8 @@ text had not noticed after 200 steps that what is recent matters."""
 HEAD_GAIN = 0.1
 """Scale of what a fresh head says before tanh: small, so that no entry starts saturated by it. A fresh pointer speaks
 up: what resembles the query begins with a high score."""
+RECENCY_SLOPE = 0.15
+"""Fall of a fresh score before tanh with log1p(distance): over a thousand tokens it goes from 0 to -1."""
 _NEVER = -1e30
 """Logit of padding: finite, so that a context without entries has weights."""
 
@@ -121,6 +129,11 @@ class LensNet(nnx.Module):
         self.config = config
         if config.blocks:
             self.block = linear(config.dim, config.dim, dtype=dtype, rngs=rngs)
+        if config.states:
+            self.state_norm = rms_norm(embedding_dim, rngs)
+            self.state = linear(embedding_dim, config.dim, dtype=dtype, rngs=rngs)
+        if config.recency:
+            self.slope = nnx.Param(jnp.full((), RECENCY_SLOPE, jnp.float32))
         if config.pointer:
             self.pointer = Pointer(config.dim, config.heads, dtype=dtype, rngs=rngs)
         self.head = (
@@ -132,22 +145,27 @@ class LensNet(nnx.Module):
     def __call__(self, entries: Entries) -> tuple[Array, Array]:
         """Scores float32[W] and features float32[W, dim]. See `LensModel`."""
         # A masked key still meets its value as 0 * v: whatever stands in padding must at least be finite.
-        valid = entries.valid
+        valid = entries.valid if self.config.map else entries.valid & (entries.lods == 0)
         lods = jnp.where(valid, entries.lods, 0)
         spans, distances = jnp.where(valid, entries.spans, 1.0), jnp.where(valid, entries.distances, 0.0)
-        content = self._content(entries.embeddings, valid)
-        block = self._content(entries.blocks, valid) if self.config.blocks else content
+        content = self._content(entries.embeddings, entries.states, valid)
+        block = self._content(entries.blocks, entries.block_states, valid) if self.config.blocks else content
         x = content + self.lod(lods) + self.features(time_features(spans, distances))
         x = x + self.block(block) if self.config.blocks else x
         x = self.norm(self.transformer(x, key_mask=valid))
         scores = self.head(x)[:, 0]
         if self.config.pointer:
             scores = scores + self.pointer(content, block, x, distances, valid)
+        if self.config.recency:
+            scores = scores - self.slope[...] * jnp.log1p(distances)
         scores = jnp.where(valid, jnp.tanh(scores), 0.0)
         return scores, jnp.where(valid[:, None], x, 0.0).astype(jnp.float32)
 
-    def _content(self, embeddings: Array, valid: Array) -> Array:
-        return self.content(self.embedding_norm(jnp.where(valid[:, None], embeddings, 0.0)))
+    def _content(self, embeddings: Array, states: Array | None, valid: Array) -> Array:
+        content = self.content(self.embedding_norm(jnp.where(valid[:, None], embeddings, 0.0)))
+        if states is not None and self.config.states:
+            content = content + self.state(self.state_norm(jnp.where(valid[:, None], states, 0.0)))
+        return content
 
 
 def time_features(spans: Array, distances: Array) -> Array:
@@ -182,6 +200,11 @@ class LensModel(Functional[LensNet]):
         return LensNet(self.config, self.embedding_dim, self.max_lod, dtype=jnp.dtype(self.dtype), rngs=rngs)
 
     @property
+    def reads_states(self) -> bool:
+        """Whether `Entries.states` must be there."""
+        return self.config.states
+
+    @property
     def feature_dim(self) -> int:
         """Width of the features of `apply_with_features`."""
         return self.config.dim
@@ -214,6 +237,11 @@ class LensModel(Functional[LensNet]):
         """The scores of `apply`, and what the last layer says of each entry, float32[W, dim], 0 at padding."""
         embeddings = checked("entries.embeddings", entries.embeddings, None, self.embedding_dim)
         checked("entries.blocks", entries.blocks, *embeddings.shape)
+        if self.config.states:
+            for name in ("states", "block_states"):
+                if getattr(entries, name) is None:
+                    raise ValueError(f"entries.{name} must be there for a LensNet that reads states (lens.states)")
+                checked(f"entries.{name}", getattr(entries, name), *embeddings.shape)
         for name in ("lods", "spans", "distances", "valid"):
             checked(f"entries.{name}", getattr(entries, name), embeddings.shape[0])
         return self._bind(params)(entries)

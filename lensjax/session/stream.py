@@ -31,6 +31,7 @@ from jax.typing import ArrayLike
 from lensjax.context import allocator, refocus
 from lensjax.context import tree as trees
 from lensjax.context import working as contexts
+from lensjax.context.working import WorkingContext
 from lensjax.models import Models, Params, StreamingLanguageModel, decision
 from lensjax.session.state import Policy, Refocus, SessionConfig, SessionState
 
@@ -69,6 +70,7 @@ class Session:
         self.models, self.params, self.config = models, params, config
         self._base: StreamingLanguageModel = models.base
         self._policy = self._lensnet if policy is None else policy
+        self._reads_states = decision.stateful_base(models) is not None
         # In place: a tree of a long history is not copied for every few tokens.
         self._read = jax.jit(self._read_chunk, donate_argnums=1)
         self._refocus = jax.jit(self._refocus_now, donate_argnums=1)
@@ -83,16 +85,26 @@ class Session:
         start = jnp.zeros(geometry.history, jnp.int32)
         return SessionState(
             tree=trees.init(
-                capacity=held.history, dim=base.dim, block_size=geometry.block_size, max_lod=geometry.max_lod
+                capacity=held.history,
+                dim=base.dim,
+                block_size=geometry.block_size,
+                max_lod=geometry.max_lod,
+                state_dim=base.dim if self._reads_states else 0,
             ),
             forgotten=jnp.zeros((), jnp.int32),
             focus=allocator.from_cut(start, geometry),
-            context=contexts.recency(0, held, capacity=capacity),
+            context=self._empty_context(),
             cache=base.init_cache(capacity),
             cached=jnp.zeros((), jnp.int32),
             logits=jnp.zeros(base.vocab_size, jnp.float32),
             key=jax.random.key(seed),
         )
+
+    def _empty_context(self) -> WorkingContext:
+        rows = self.config.geometry.rows(self.config.capacity)
+        # Padding starts where nothing else does: starts stay sorted.
+        start = jnp.full(rows, self.config.geometry.history + self.config.interval, jnp.int32)
+        return WorkingContext(start, jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool))
 
     def append(
         self,
@@ -200,16 +212,18 @@ class Session:
         new = jnp.arange(self.config.interval, dtype=jnp.int32)
         place, is_new = tree.length + new, new < count
         logits, cache = base.extend(params["base"], state.cache, contexts.in_full(embeddings, place), count)
+        states = jnp.take(cache.states, state.cached + new, axis=0, mode="clip") if self._reads_states else None
         before = jnp.concatenate([state.logits[None], logits[:-1]])
         losses = optax.losses.softmax_cross_entropy_with_integer_labels(before, tokens)
-        slots = jnp.where(is_new, state.context.length + new, self.config.capacity)
+        rows = state.context.valid.shape[0]
+        slots = jnp.where(is_new, state.context.length + new, rows)
         valid = state.context.valid.at[slots].set(True, mode="drop")
         start = state.context.start.at[slots].set(place, mode="drop")
         # Padding starts where nothing else does: starts stay sorted.
         context = replace(state.context, start=jnp.where(valid, start, tree.capacity), valid=valid)
         return replace(
             state,
-            tree=trees.append(tree, embeddings, self._gists(params), count=count),
+            tree=trees.append(tree, embeddings, self._gists(params), count=count, states=states),
             context=context,
             cache=cache,
             cached=state.cached + count,
@@ -235,7 +249,8 @@ class Session:
             tokens=state.tree.length,
             key=jax.random.fold_in(state.key, state.read) if settings.temperature > 0 else None,
         )
-        same = (context.start == state.context.start) & (context.lod == state.context.lod) & context.valid
+        before, after = (contexts.read(one, self.config.geometry) for one in (state.context, context))
+        same = (after.start == before.start) & (after.lod == before.lod) & after.valid
         kept = jnp.minimum(jnp.argmin(jnp.append(same, False)).astype(jnp.int32), state.cached)
         rate = refocus.swap_rate(state.context, context, self.config.geometry)
         cache = self._base.truncate(state.cache, kept)
@@ -244,8 +259,9 @@ class Session:
 
     def _read_context(self, params: dict[str, Params], state: SessionState) -> SessionState:
         """Brings the base model's cache up to the end of the context, a chunk at a time."""
-        entries = contexts.materialise(state.tree, state.context)
-        length = state.context.length
+        shown = contexts.read(state.context, self.config.geometry)
+        entries = contexts.materialise(state.tree, shown)
+        length = shown.length
 
         Carry = tuple[Any, Array, Array]
 
@@ -271,8 +287,10 @@ class Session:
             gone = size // geometry.block_size**lod
             return jnp.concatenate([rows[gone:], jnp.zeros_like(rows[:gone])])
 
-        levels = tuple(drop(level, lod) for lod, level in enumerate(state.tree.levels))
-        tree = replace(state.tree, levels=levels, length=state.tree.length - size)
+        levels, states = (
+            tuple(drop(level, lod) for lod, level in enumerate(kept)) for kept in (state.tree.levels, state.tree.states)
+        )
+        tree = replace(state.tree, levels=levels, states=states, length=state.tree.length - size)
         focused = allocator.drop_oldest(state.focus, size, geometry)
         context = allocator.to_context(focused, geometry, capacity=self.config.capacity, tokens=tree.length)
         # The entries that are left stand elsewhere in the context now, and elsewhere in the window.

@@ -7,6 +7,7 @@ last entry, that of token C - 1, which every variant holds in full. Training, ev
 functions of this file.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from lensjax.context import working as contexts
+from lensjax.context.geometry import Geometry
 from lensjax.context.tree import TreeState
 from lensjax.context.working import Entries, WorkingContext
 from lensjax.models import LanguageModel, Params
@@ -54,6 +56,8 @@ def reading(base: LanguageModel, params: Params, entries: Entries, horizon: Arra
         room = [(0, steps.shape[0] - 1)] + [(0, 0)] * (rows.ndim - 1)
         return jnp.pad(rows, room).at[slots].set(later.astype(rows.dtype))
 
+    # No language model reads what another made of the entries.
+    entries = replace(entries, states=None, block_states=None)
     return Reading(jax.tree.map(followed_by, entries, behind), rows=length - 1 + steps)
 
 
@@ -75,7 +79,12 @@ def token_nll(base: LanguageModel, params: Params, entries: Entries, horizon: Ar
 
 
 def variant_nll(
-    base: LanguageModel, params: Params, tree: TreeState, variants: WorkingContext, horizon: ArrayLike
+    base: LanguageModel,
+    params: Params,
+    tree: TreeState,
+    variants: WorkingContext,
+    horizon: ArrayLike,
+    geometry: Geometry,
 ) -> tuple[Array, Entries]:
     """Loss of every variant of one sequence, in one pass over all of them.
 
@@ -85,9 +94,11 @@ def variant_nll(
       tree: the history.
       variants: V working contexts of it (leading axis V) that show its last token in full.
       horizon: int32[H], the tokens behind it.
+      geometry: the history; says which rows of a variant the base model reads.
 
     Returns:
-      float32[V], mean loss in nats per token, and the materialised `Entries` with leading axis V.
+      float32[V], mean loss in nats per token, and the materialised `Entries` of all rows with leading axis V: what a
+      policy sees.
 
     Raises:
       ValueError: the horizon is empty, or no sequence.
@@ -100,15 +111,18 @@ def variant_nll(
       >>> mean = lambda children: children.mean(axis=1)
       >>> history = lx.tree.build(base.embed(params, jnp.arange(8)), mean, block_size=2, max_lod=1)
       >>> variants = jax.tree.map(lambda leaf: leaf[None], lx.recency(4, geometry, capacity=4))
-      >>> nll, _ = jax.jit(functools.partial(lx.variant_nll, base))(params, history, variants, jnp.array([8, 9]))
+      >>> measure = jax.jit(functools.partial(lx.variant_nll, base, geometry=geometry))
+      >>> nll, _ = measure(params, history, variants, jnp.array([8, 9]))
       >>> bool(jnp.abs(nll[0] - jnp.log(256.0)) < 0.2)  # a fresh model is near uniform
       True
     """
     horizon = jnp.asarray(horizon)
     if horizon.ndim != 1 or horizon.shape[0] < 1:
         raise ValueError(f"horizon must hold one sequence of at least 1 token to score, got shape {horizon.shape}")
-    entries = jax.vmap(lambda variant: contexts.materialise(tree, variant))(variants)
-    losses = jax.vmap(lambda row: token_nll(base, params, row, horizon))(entries)
+    seen = jax.vmap(lambda variant: contexts.materialise(tree, variant))
+    entries = seen(variants)
+    read = seen(jax.vmap(lambda variant: contexts.read(variant, geometry))(variants)) if geometry.omit else entries
+    losses = jax.vmap(lambda row: token_nll(base, params, row, horizon))(read)
     return losses.mean(axis=-1), entries
 
 

@@ -45,6 +45,10 @@ class Recipe:
             0 < len(self.trainable) == len(set(self.trainable)),
             f"trainable must name one or more different parts of base, gist, lens, hypernet, got {self.trainable}",
         )
+        require(
+            self.focus.start == "uniform" or self.context.omit,
+            "focus.start recency needs context.omit: without omission every context covers the whole history",
+        )
         compared = self.context.rollouts + (self.context.local_edits == 0)
         require(
             self.objective.keep is None or self.objective.keep <= compared,

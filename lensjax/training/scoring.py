@@ -39,6 +39,8 @@ class ContextConfig:
     """Highest level of detail [L]."""
     horizon: PositiveInt = 32
     """Tokens behind the cursor, on which every variant is scored and which no policy sees [H]."""
+    omit: bool = False
+    """Whether the base model reads nothing of what is collapsed, rather than its gist; `max_lod` is 1 then."""
     recent_tokens: PositiveInt = 8
     """Last tokens of the history, which stay at LOD 0 in every variant: the query."""
     rollouts: PositiveInt = 4
@@ -52,6 +54,10 @@ class ContextConfig:
             self.local_edits == 0 or self.rollouts >= 2,
             "context.rollouts must be at least 2 where context.local_edits compares them with each other, got "
             f"{self.rollouts}",
+        )
+        require(
+            not self.omit or self.max_lod == 1,
+            f"context.max_lod must be 1 with context.omit (a block is read or not), got {self.max_lod}",
         )
         shortest = self.block_size + self.recent_tokens + self.horizon
         require(
@@ -68,7 +74,7 @@ class ContextConfig:
     @property
     def geometry(self) -> Geometry:
         """The history, and the cuts that it allows."""
-        return Geometry(self.history, self.block_size, self.max_lod, self.recent_tokens)
+        return Geometry(self.history, self.block_size, self.max_lod, self.recent_tokens, self.omit)
 
 
 Batch = dict[str, Array]
@@ -151,7 +157,7 @@ def score_variants(
             key, length, high_lod_share, rollouts=context.rollouts, geometry=geometry, capacity=capacity
         )
     variants = jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), recency, drawn)
-    measured, entries = nll.variant_nll(models.base, params["base"], tree, variants, window.horizon)
+    measured, entries = nll.variant_nll(models.base, params["base"], tree, variants, window.horizon, geometry)
     # A rollout may be recency, too: where nothing has to be collapsed each of them is.
     cuts = jax.vmap(lambda variant: contexts.to_cut(variant, geometry))(variants)
     return ScoredVariants(variants, is_distinct(cuts), entries, measured)

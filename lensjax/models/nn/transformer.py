@@ -289,7 +289,13 @@ class Transformer(nnx.Module):
             x = block(x, rotary=rotary, key_mask=key_mask)
         return blocks[-1](x, rotary=rotary, key_mask=key_mask, rows=rows)
 
-    def extend(self, x: Array, memory: Memory, *, rotary: Rotary | None, slots: Array) -> tuple[Array, Memory]:
+    def half(self, x: Array, *, rotary: Rotary | None = None) -> Array:
+        """What the first half of the blocks, rounded down, makes of x: [S, D]."""
+        for block in self._blocks()[: self.config.layers // 2]:
+            x = block(x, rotary=rotary)
+        return x
+
+    def extend(self, x: Array, memory: Memory, *, rotary: Rotary | None, slots: Array) -> tuple[Array, Array, Memory]:
         """Runs the blocks of a causal stack on new entries after those that it remembers.
 
         Args:
@@ -300,13 +306,15 @@ class Transformer(nnx.Module):
             all slots up to its own.
 
         Returns:
-          [R, D] and the memory with the new entries.
+          [R, D], what `half` says of the new entries [R, D], and the memory with them.
         """
         keys, values = memory
+        half = x
         for layer, block in enumerate(self._blocks()):
+            half = x if layer == self.config.layers // 2 else half
             x, (key, value) = block.extend(x, (keys[layer], values[layer]), rotary=rotary, slots=slots)
             keys, values = keys.at[layer].set(key), values.at[layer].set(value)
-        return x, (keys, values)
+        return x, half, (keys, values)
 
     def attention(self, x: Array, *, rotary: Rotary | None, rows: Array) -> tuple[Array, Array]:
         """Attention weights of `rows` [layers, heads, R, S] and norms of the keys [layers, kv_heads, S]."""

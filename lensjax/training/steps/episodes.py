@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from lensjax._numerics import masked_mean
 from lensjax.context import allocator, edits, nodes
 from lensjax.context import working as contexts
-from lensjax.context.allocator import FocusState
+from lensjax.context.allocator import FocusConfig, FocusState
 from lensjax.context.edits import ActionStats, Swaps
 from lensjax.context.geometry import Geometry
 from lensjax.context.working import Entries, WorkingContext
@@ -70,7 +70,7 @@ def run(
     geometry: Geometry,
     *,
     length: int,
-    cooldown: int,
+    focus: FocusConfig,
     settings: Exploration,
 ) -> Episode:
     """Rolls out one episode; no gradient passes through it.
@@ -82,7 +82,7 @@ def run(
       key: PRNG key, consumed.
       geometry: the history.
       length: static number of entries W of every context: none is padding.
-      cooldown: refocus steps for which an edited node is left alone.
+      focus: read are the cold start and the cool-down.
       settings: how long an episode is and how it explores.
 
     Returns:
@@ -94,7 +94,8 @@ def run(
     def see(state: FocusState) -> tuple[WorkingContext, Entries, Array]:
         context = allocator.to_context(state, geometry, capacity=length)
         entries = contexts.materialise(tree, context)
-        measured = nll.token_nll(models.base, params["base"], entries, window.horizon)
+        read = contexts.materialise(tree, contexts.read(context, geometry))
+        measured = nll.token_nll(models.base, params["base"], read, window.horizon)
         return context, entries, jnp.mean(measured)
 
     Seen = tuple[FocusState, WorkingContext, Entries]
@@ -109,13 +110,13 @@ def run(
             geometry,
             draws=settings.draws,
             temperature=settings.temperature,
-            cooldown=cooldown,
+            cooldown=focus.cooldown,
         )
         stats = edits.log_prob(swaps, state, scores, geometry, temperature=settings.temperature)
         next_context, next_entries, loss = see(after)
         return (after, next_context, next_entries), (state, context, entries, swaps, stats.log_prob, loss)
 
-    start = allocator.uniform(length, geometry)
+    start = allocator.start(length, geometry, settings=focus)
     context, entries, first = see(start)
     keys = jax.random.split(key, settings.refocus_steps)
     _, (states, seen, read, swaps, log_probs, later) = jax.lax.scan(step, (start, context, entries), keys)

@@ -176,7 +176,7 @@ def roll_out(state: OnlineState, batch: Batch, *, recipe: Recipe, settings: Onli
             key,
             recipe.geometry,
             length=recipe.budget,
-            cooldown=recipe.focus.cooldown,
+            focus=recipe.focus,
             settings=settings,
         )
 
