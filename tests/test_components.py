@@ -194,7 +194,12 @@ TREES = [
 NLL = [
     Case("reading", functools.partial(nll.reading, MODEL), (params, entries, horizon), "fffiffbi"),
     Case("token_nll", functools.partial(nll.token_nll, MODEL), (params, entries, horizon), "f"),
-    Case("variant_nll", functools.partial(nll.variant_nll, MODEL), (params, full_tree, variants, horizon), "ffffiffb"),
+    Case(
+        "variant_nll",
+        functools.partial(nll.variant_nll, MODEL, geometry=GEOMETRY),
+        (params, full_tree, variants, horizon),
+        "ffffiffb",
+    ),
     Case("entry_nll", lambda *a: nll.entry_nll(MODEL, *a, horizon=HORIZON), (params, entries, tokens), "f"),
     Case("sequence_nll", lambda p, t: nll.sequence_nll(MODEL, p, t), (params, tokens), "f"),
 ]

@@ -96,7 +96,7 @@ def test_each_policy_is_the_one_it_is_called():
             ),
         ]
         variants = jax.tree.map(lambda many, *leaves: jnp.concatenate([jnp.stack(leaves), many]), drawn, *single)
-        return nll.variant_nll(models.base, params["base"], tree, variants, window.horizon)[0]
+        return nll.variant_nll(models.base, params["base"], tree, variants, window.horizon, GEOMETRY)[0]
 
     expected, found = np.asarray(losses(params)), measured(False)
     names = ("recency", "uniform", "key_norm", "snapkv", "bm25", "lookup", "snapkv_hindsight", "bm25_hindsight")
@@ -200,7 +200,7 @@ def test_the_correlation_is_over_the_rollouts_of_the_table():
             geometry=GEOMETRY,
             capacity=LENGTH,
         )
-        losses, entries = nll.variant_nll(RUN.models.base, params["base"], tree, drawn, window.horizon)
+        losses, entries = nll.variant_nll(RUN.models.base, params["base"], tree, drawn, window.horizon, GEOMETRY)
         scores = policy_scores(RUN.models.lens, params["lens"], entries)
         return preferences.variant_values(scores, drawn, GEOMETRY), losses
 

@@ -40,6 +40,7 @@ LENSES = {
     "blocks": dataclasses.replace(LENS, layers=1, pointer=False),
     "pointer": dataclasses.replace(LENS, layers=1, head="mlp", blocks=False),
     "neither": dataclasses.replace(LENS, layers=1, head="mlp", blocks=False, pointer=False),
+    "states and recency": dataclasses.replace(LENS, layers=1, states=True, recency=True),
 }
 
 bases = pytest.mark.parametrize("config", BASES.values(), ids=BASES)
@@ -138,7 +139,8 @@ def lens_inputs(padding: int = PADDING) -> Entries:
     lods, valid = jnp.asarray([2, 1, 1] + [0] * (S - 3)), jnp.ones(S, bool)
     blocks = embeddings.at[3:7].set(gist)
     # From the centres to the last token, as in `materialise`.
-    entries = Entries(embeddings, blocks, centres, lods, spans, spans.sum() - 1 - centres, valid)
+    states, block_states = (jnp.asarray(x) for x in np.random.default_rng(9).normal(size=(2, S, D)).astype("f"))
+    entries = Entries(embeddings, blocks, centres, lods, spans, spans.sum() - 1 - centres, valid, states, block_states)
     return jax.tree.map(lambda x: jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1)), entries)
 
 

@@ -266,3 +266,27 @@ def test_embed_looks_tokens_up_and_gives_nan_outside_the_vocabulary() -> None:
     table = np.asarray(params["embedding"]["embedding"])
     embeddings = model.embed(params, jnp.asarray([3, 0, BASE.vocab_size]))
     np.testing.assert_array_equal(embeddings, [table[3], table[0], np.full(D, np.nan)])
+
+
+@bases
+def test_states_are_what_a_model_of_half_the_layers_would_predict_from(config: BaseConfig) -> None:
+    model, inputs = BaseModel(config), base_inputs()
+    params = trained(model)
+    half = dataclasses.replace(config, layers=config.layers // 2)
+    states = jax.jit(model.states)(params, inputs)
+    assert states.shape == (S, D) and states.dtype == jnp.float32
+    x = np.asarray(states, np.float64)
+    normed = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + 1e-8) * params["norm"]["scale"]
+    head = params["embedding"]["embedding"].T if config.tied else params["head"]["kernel"]
+    assert_close(normed @ head, reference_logits(params, half, inputs))
+
+
+def test_no_state_depends_on_a_later_entry() -> None:
+    model, inputs = BaseModel(dataclasses.replace(BASE, layers=3)), base_inputs()
+    params = trained(model)
+
+    def states(embeddings: Array) -> Array:
+        return model.states(params, dataclasses.replace(inputs, embeddings=embeddings))
+
+    influence = np.abs(np.asarray(jax.jit(jax.jacrev(states))(inputs.embeddings))).sum(axis=(1, 3))
+    np.testing.assert_array_equal(influence > 0, np.tri(S, dtype=bool))

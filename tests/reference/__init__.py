@@ -21,6 +21,7 @@ from tests.reference.cuts import (
     node,
     random_cut,
     reachable_lengths,
+    read,
     unstack,
     variants_of,
 )
@@ -95,6 +96,7 @@ __all__ = [
     "random_cut",
     "rank_loss",
     "reachable_lengths",
+    "read",
     "rpo",
     "select_pairs",
     "sigmoid",

@@ -1,5 +1,7 @@
 """A session reads the same however the stream is split, and holds and predicts what it should."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from tests.session.streams import (
     expected_length,
     keep_in,
     read_at_once,
+    read_of,
     reread,
     session_of,
 )
@@ -24,7 +27,8 @@ from tests.small import VOCABULARY, jit
 
 
 @pytest.mark.parametrize(
-    "name", ["plain", *(pytest.param(name, marks=pytest.mark.slow) for name in ("other", "sampled"))]
+    "name",
+    ["plain", "states", *(pytest.param(name, marks=pytest.mark.slow) for name in ("other", "sampled", "omission"))],
 )
 @settings(max_examples=6)
 @given(counts=st.lists(st.one_of(st.integers(0, 2), st.integers(0, 30)), min_size=2, max_size=25))
@@ -35,7 +39,7 @@ def test_any_split_gives_the_same_session_to_the_bit(name, counts):
         chunk = STREAM[place : place + count]
         state, chunk_losses = session.append(state, chunk, on_refocus=keep_in(seen))
         assert chunk_losses.shape == chunk.shape and chunk_losses.dtype == np.float32
-        assert int(state.context.length) <= session.config.capacity
+        assert len(read_of(session, state)) == int(state.cached) <= session.config.capacity
         losses.append(chunk_losses)
         place += len(chunk)
         assert int(state.read) == place
@@ -78,7 +82,8 @@ def test_every_refocus_step_leaves_a_legal_context_of_exactly_the_length_that_wa
         held, length = int(state.tree.length), expected_length(session, int(state.tree.length))
         found = contexts.invariants(state.context, session.config.geometry, length=length, tokens=held)
         assert all(found.values()), (int(state.read), found)
-        assert length <= session.config.budget and int(state.cached) == int(state.cache.length) == length
+        assert len(read_of(session, state)) == length <= session.config.budget
+        assert int(state.cached) == int(state.cache.length) == length
         assert held <= session.config.geometry.history
     in_full = [state for state, _ in steps if int(state.read) <= session.config.budget]
     assert in_full and all(not np.any(state.context.lod) for state in in_full)
@@ -87,7 +92,7 @@ def test_every_refocus_step_leaves_a_legal_context_of_exactly_the_length_that_wa
     assert deepest == session.config.geometry.max_lod
 
 
-@pytest.mark.parametrize("name", ["plain", "other", "no edits"])
+@pytest.mark.parametrize("name", ["plain", "other", "no edits", "omission", "states"])
 def test_the_tree_is_that_of_the_tokens_held(name):
     steps, last, _ = read_at_once(name)
     for state in [*(state for state, _ in steps), last]:
@@ -99,7 +104,7 @@ def test_the_tree_is_that_of_the_tokens_held(name):
             assert not np.any(rows[complete:])
 
 
-@pytest.mark.parametrize("name", ["plain", "other", "no edits"])
+@pytest.mark.parametrize("name", ["plain", "other", "no edits", "omission", "states"])
 def test_predictions_are_those_of_the_base_model_on_the_whole_context(name):
     """So is all that the cache keeps, at every refocus step and in between."""
     session, state = session_of(name), session_of(name).init()
@@ -108,7 +113,7 @@ def test_predictions_are_those_of_the_base_model_on_the_whole_context(name):
         state, _ = session.append(state, STREAM[place : place + 3], on_refocus=lambda *step: kept.append(step[1].kept))
         _, logits, _, fresh = reread(name, state)
         assert_close(session.predict(state), logits)
-        length = int(state.context.length)
+        length = len(read_of(session, state))
         assert int(state.cached) == int(state.cache.length) == length
         assert_close(state.cache.inputs[:length], fresh.inputs[:length])
         assert_close(state.cache.keys[:, :length], fresh.keys[:, :length])
@@ -116,7 +121,7 @@ def test_predictions_are_those_of_the_base_model_on_the_whole_context(name):
     assert max(kept) > 0
 
 
-@pytest.mark.parametrize("name", ["plain", "other", "no edits"])
+@pytest.mark.parametrize("name", ["plain", "other", "no edits", "omission", "states"])
 def test_losses_are_those_of_training_behind_the_same_context(name):
     session, (steps, _, losses) = session_of(name), read_at_once(name)
     for state, _ in steps[:-1]:
@@ -125,16 +130,17 @@ def test_losses_are_those_of_training_behind_the_same_context(name):
         assert_close(losses[read : read + session.config.interval], reread(name, state, horizon)[2])
 
 
-def test_losses_are_those_of_a_training_window():
+@pytest.mark.parametrize("name", ["plain", "states"])
+def test_losses_are_those_of_a_training_window(name):
     """From where the history is full on: its tokens and the horizon are a window, and the loss is the variant's."""
-    session, (steps, _, losses) = session_of("plain"), read_at_once("plain")
-    models, params, config = session.models, session.params, CASES["plain"]
+    session, (steps, _, losses) = session_of(name), read_at_once(name)
+    models, params, config = session.models, session.params, CASES[name]
 
     def measure(tokens, context):
         window = decision.split(tokens, horizon=config.context.horizon)
         tree = decision.build_tree(models, params, window.history, config.geometry)
         variants = jax.tree.map(lambda leaf: leaf[None], context)
-        return nll.variant_nll(models.base, params["base"], tree, variants, window.horizon)[0][0]
+        return nll.variant_nll(models.base, params["base"], tree, variants, window.horizon, config.geometry)[0][0]
 
     measure, seen = jit(measure), 0
     for state, _ in steps[:-1]:
@@ -151,8 +157,45 @@ def test_the_first_token_is_predicted_by_nothing():
         assert read_at_once(name)[2][0] == pytest.approx(np.log(VOCABULARY))
 
 
-def test_neither_memory_nor_programs_grow_with_the_stream(compiles):
-    session, (steps, _, _) = session_of("plain"), read_at_once("plain")
+def test_states_are_what_the_base_model_made_of_the_tokens_as_it_read_them():
+    """With what it was shown then: an interval's tokens behind the context of the last refocus step."""
+    session, (steps, _, _) = session_of("states"), read_at_once("states")
+    base, interval, size = session.models.base, session.config.interval, session.config.geometry.block_size
+
+    @jit
+    def states_of(tree, context):
+        entries = contexts.materialise(tree, contexts.read(context, session.config.geometry))
+        return base.states(session.params["base"], entries)
+
+    for before, after in itertools.pairwise([session.init(), *(state for state, _ in steps)]):
+        read, held = int(before.read), int(before.tree.length)
+        # All but the last token, for that brings a refocus step.
+        longer, _ = session.append(before, STREAM[read : read + interval - 1])
+        count = len(read_of(session, longer))
+        found = states_of(longer.tree, longer.context)[count - interval + 1 : count]
+        assert_close(longer.tree.states[0][held : held + interval - 1], found)
+        # What was read once stays as it was.
+        moved, now = int(after.forgotten) - int(before.forgotten), int(after.tree.length)
+        np.testing.assert_array_equal(after.tree.states[0][: held - moved], before.tree.states[0][moved:held])
+        blocks = np.asarray(after.tree.states[0][: now // size * size]).reshape(-1, size, base.dim).mean(axis=1)
+        assert_close(after.tree.states[1][: len(blocks)], blocks)
+        assert not np.any(after.tree.states[0][now:]) and not np.any(after.tree.states[1][len(blocks) :])
+    assert read_at_once("omission")[1].tree.states == ()
+
+
+def test_states_differ_from_those_of_the_whole_history_once_something_was_omitted():
+    session, (steps, _, _) = session_of("states"), read_at_once("states")
+    build = jit(lambda tokens: decision.build_tree(session.models, session.params, tokens, session.config.geometry))
+    expected = build(STREAM[:32].astype(np.int32)).states[0]
+    found = next(state for state, _ in steps if int(state.read) == 32).tree.states[0][:32]
+    in_full = session.config.capacity
+    assert_close(found[:in_full], expected[:in_full])
+    assert (np.abs(found - expected).max(axis=1)[in_full:] > 1e-3).all()
+
+
+@pytest.mark.parametrize("name", ["plain", "states"])
+def test_neither_memory_nor_programs_grow_with_the_stream(name, compiles):
+    session, (steps, _, _) = session_of(name), read_at_once(name)
     shapes = [
         jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) for state, _ in [(session.init(), None), *steps]
     ]

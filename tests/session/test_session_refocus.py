@@ -20,6 +20,7 @@ from tests.session.streams import (
     expected_length,
     keep_in,
     read_at_once,
+    read_of,
     reread,
     session_of,
 )
@@ -54,7 +55,7 @@ def scores_of(session):
 
 
 # Blocks of three would not do: how XLA rounds a gist of theirs depends on how many it computes at once.
-@pytest.mark.parametrize("name", ["plain", "no edits"])
+@pytest.mark.parametrize("name", ["plain", "no edits", "omission"])
 def test_from_a_cold_start_it_is_that_of_training_to_the_bit(name):
     session = session_of(name)
     geometry, capacity = session.config.geometry, session.config.capacity
@@ -85,7 +86,7 @@ def test_from_a_cold_start_it_is_that_of_training_to_the_bit(name):
     assert seen > 20 or name == "no edits"  # which has no edits to make at the length that it is asked for
 
 
-@pytest.mark.parametrize("name", ["plain", "no edits", "sampled"])
+@pytest.mark.parametrize("name", ["plain", "no edits", "sampled", "omission", "states"])
 def test_from_where_the_session_is_it_is_that_of_training_to_the_bit(name):
     session = session_of(name)
     geometry, capacity = session.config.geometry, session.config.capacity
@@ -112,7 +113,8 @@ def test_from_where_the_session_is_it_is_that_of_training_to_the_bit(name):
         held, forgets = int(after.tree.length), int(after.forgotten) != int(before.forgotten)
         focused = drop(before.focus) if forgets else before.focus
         context = show(focused, tokens=after.tree.length)
-        tree = reread(name, after, stream=stream)[0]
+        # States come from what the session read at the time; all else from the tokens alone.
+        tree = dataclasses.replace(reread(name, after, stream=stream)[0], states=after.tree.states)
         assert_same(scores(after.tree, context), scores(tree, context))
         decided = decide(focused, context, tree, jax.random.fold_in(after.key, after.read))
         assert_same((after.focus, after.context), decided)
@@ -137,14 +139,14 @@ def test_what_was_decided_does_not_depend_on_what_comes_later():
         assert any((one.context.start != other.context.start).any() for (one, _), (other, _) in pairs)
 
 
-@pytest.mark.parametrize("name", ["plain", "other"])
+@pytest.mark.parametrize("name", ["plain", "other", "omission"])
 def test_the_report_of_a_refocus_step(name):
     session, (steps, _, _) = session_of(name), read_at_once(name)
     for (before, _), (after, report) in itertools.pairwise(steps):
         read = int(before.read)
-        earlier = entries_of(before) + [(read + i, 0) for i in range(session.config.interval)]
+        earlier = read_of(session, before) + [(read + i, 0) for i in range(session.config.interval)]
         earlier = [entry for entry in earlier if entry[0] >= int(after.forgotten)]
-        now = entries_of(after)
+        now = read_of(session, after)
         assert float(report.swap_rate) == pytest.approx(len(set(now) - set(earlier)) / len(now))
         alike = [one == other for one, other in zip(now, earlier, strict=False)]
         moved = int(after.forgotten) != int(before.forgotten)
