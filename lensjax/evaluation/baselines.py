@@ -14,11 +14,11 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from lensjax.context import allocator, nodes, rollouts
-from lensjax.context import working as contexts
 from lensjax.context.allocator import FocusConfig, FocusState
 from lensjax.context.geometry import Geometry
 from lensjax.context.working import WorkingContext
 from lensjax.models import AttentiveLanguageModel, Params
+from lensjax.models.attention import attention_paid
 
 BM25_K1 = 1.5
 """How fast a repeated term saturates."""
@@ -114,7 +114,7 @@ def bm25(tokens: ArrayLike, query: ArrayLike, geometry: Geometry) -> Array:
     idf = jnp.log1p((count - holding + 0.5) / (holding + 0.5))
     weight = jnp.where(is_first, idf, 0.0)[None, :]
     scores = jnp.sum(weight * frequency * (BM25_K1 + 1) / (frequency + BM25_K1), axis=1)
-    return _of_tokens(scores, geometry)
+    return nodes.of_blocks(scores, geometry)
 
 
 def lookup(tokens: ArrayLike, geometry: Geometry) -> Array:
@@ -178,11 +178,8 @@ def attention(
       >>> print(f"{look(params).sum():.3f}")
       1.000
     """
-    tokens = jnp.asarray(tokens)
-    places = jnp.arange(tokens.shape[0], dtype=jnp.int32)
-    entries = contexts.in_full(base.embed(params, tokens), places)
-    weights, norms = base.attention(params, entries, places[query])
-    return weights.mean(axis=(0, 1, 2))[: geometry.history], -norms.mean(axis=(0, 1))[: geometry.history]
+    paid, norms = attention_paid(base, params, tokens, query)
+    return paid.mean(axis=0)[: geometry.history], -norms[: geometry.history]
 
 
 def greedy_oracle(
@@ -240,8 +237,3 @@ def greedy_oracle(
 
 
 _EDITS_AT_ONCE, _DOUBLINGS = 32, 6
-
-
-def _of_tokens(block_scores: Array, geometry: Geometry) -> Array:
-    covered = jnp.repeat(block_scores, geometry.block_size)
-    return jnp.zeros(geometry.history, jnp.float32).at[: covered.shape[0]].set(covered)

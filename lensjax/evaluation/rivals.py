@@ -15,7 +15,7 @@ from lensjax.evaluation import baselines
 from lensjax.evaluation.answers import oracle_state
 from lensjax.models import AttentiveLanguageModel, Models, Params
 from lensjax.models.decision import Window, build_tree
-from lensjax.training import nll
+from lensjax.training import nll, teachers
 
 
 def causal(
@@ -92,10 +92,7 @@ def hindsight(
     tree = build_tree(models, params, window.history, geometry)
     scored: dict[str, Array] = {}
     if isinstance(models.base, AttentiveLanguageModel):
-        tokens = jnp.concatenate([window.history, window.horizon])
-        # The rows that predict the horizon: those of its tokens but the last, and of the token before it.
-        query = slice(geometry.history - 1, -1)
-        scored["snapkv_hindsight"], _ = baselines.attention(models.base, params["base"], tokens, query, geometry)
+        scored["snapkv_hindsight"] = teachers.future_attention(models.base, params["base"], window)
     scored["bm25_hindsight"] = baselines.bm25(window.history, window.horizon, geometry)
     drawn = rivals["random"]
     measured, _ = nll.variant_nll(models.base, params["base"], tree, drawn, window.horizon, geometry)
