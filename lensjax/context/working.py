@@ -156,9 +156,10 @@ def read(context: WorkingContext, geometry: Geometry) -> WorkingContext:
 
     Example:
       >>> import lensjax as lx
+      >>> from lensjax.context.working import read
       >>> geometry = lx.Geometry(history=8, block_size=2, max_lod=1, recent_tokens=2, omit=True)
       >>> context = lx.from_cut([1, 1, 0, 0, 1, 1, 0, 0], geometry, capacity=4)
-      >>> context.start.tolist(), lx.working.read(context, geometry).start.tolist()
+      >>> context.start.tolist(), read(context, geometry).start.tolist()
       ([0, 2, 3, 4, 6, 7, 8], [2, 3, 6, 7])
     """
     if not geometry.omit:

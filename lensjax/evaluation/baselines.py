@@ -14,6 +14,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from lensjax.context import allocator, nodes, rollouts
+from lensjax.context import working as contexts
 from lensjax.context.allocator import FocusConfig, FocusState
 from lensjax.context.geometry import Geometry
 from lensjax.context.working import WorkingContext

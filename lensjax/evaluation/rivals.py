@@ -92,7 +92,7 @@ def hindsight(
     tree = build_tree(models, params, window.history, geometry)
     scored: dict[str, Array] = {}
     if isinstance(models.base, AttentiveLanguageModel):
-        scored["snapkv_hindsight"] = teachers.future_attention(models.base, params["base"], window)
+        scored["snapkv_hindsight"] = teachers.future_attention(models.base, params["base"], window, heads="mean")
     scored["bm25_hindsight"] = baselines.bm25(window.history, window.horizon, geometry)
     drawn = rivals["random"]
     measured, _ = nll.variant_nll(models.base, params["base"], tree, drawn, window.horizon, geometry)

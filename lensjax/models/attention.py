@@ -1,5 +1,7 @@
 """What a base model that shows its attention looks at when it reads in full."""
 
+from typing import Literal
+
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -9,19 +11,25 @@ from lensjax.models.interfaces import AttentiveLanguageModel, Params
 
 
 def attention_paid(
-    base: AttentiveLanguageModel, params: Params, tokens: ArrayLike, query: slice
+    base: AttentiveLanguageModel,
+    params: Params,
+    tokens: ArrayLike,
+    query: slice,
+    *,
+    heads: Literal["mean", "max"] = "mean",
 ) -> tuple[Array, Array]:
-    """Attention that some tokens of a sequence pay to all of them, in every layer and head alike.
+    """Attention that some tokens of a sequence pay to all of them.
 
     Args:
       base: the base model.
       params: its parameters.
       tokens: int32[S], read in full.
       query: the R tokens whose attention is wanted.
+      heads: over layers and heads, the mean or the largest.
 
     Returns:
-      float32[R, S], mean over layers and heads, each row of sum 1 and 0 on later tokens; float32[S], L2 norms of the
-      keys, mean over layers and heads.
+      float32[R, S], 0 on later tokens, of sum 1 in each row where it is the mean; float32[S], L2 norms of the keys,
+      mean over layers and heads.
 
     Example:
       >>> import jax, jax.numpy as jnp, lensjax as lx
@@ -37,4 +45,5 @@ def attention_paid(
     places = jnp.arange(tokens.shape[0], dtype=jnp.int32)
     entries = contexts.in_full(base.embed(params, tokens), places)
     weights, norms = base.attention(params, entries, places[query])
-    return weights.mean(axis=(0, 1)), norms.mean(axis=(0, 1))
+    pooled = weights.mean(axis=(0, 1)) if heads == "mean" else weights.max(axis=(0, 1))
+    return pooled, norms.mean(axis=(0, 1))

@@ -139,9 +139,7 @@ class BaseLM(nnx.Module):
         before = cache.last_inputs(max(self.config.conv_width - 1, 0))
         x = self._mix(jnp.concatenate([before, embeddings]))[before.shape[0] :]
         memory = (cache.keys, cache.values)
-        x, half, (keys, values) = self.transformer.extend(
-            x, memory, rotary=self._angles(positions, spans), slots=slots
-        )
+        x, half, (keys, values) = self.transformer.extend(x, memory, rotary=self._angles(positions, spans), slots=slots)
         inputs = cache.inputs.at[slots].set(embeddings, mode="drop")
         states = cache.states.at[slots].set(half.astype(cache.states.dtype), mode="drop")
         length = jnp.minimum(cache.length + count, cache.capacity)

@@ -39,6 +39,9 @@ class DistillConfig:
     """What the horizon attends to, or what the gradient of its loss says of each block."""
     temperature: Positive = 0.1
     """Scores, which lie in [-1, 1], are logits of what deserves detail once divided by it."""
+    sharpness: Positive = 2.0
+    """Power of the teacher's worths: above 1 what little attention every block gets counts for less."""
+    learning_rate: Positive = 1e-3
 
 
 def worth(
@@ -87,20 +90,28 @@ def worth(
 
 
 def future_attention(
-    base: AttentiveLanguageModel, params: Params, window: Window, *, weights: ArrayLike | None = None
+    base: AttentiveLanguageModel,
+    params: Params,
+    window: Window,
+    *,
+    weights: ArrayLike | None = None,
+    heads: Literal["mean", "max"] = "max",
 ) -> Array:
     """What the horizon will look at: attention, in full, of the rows that predict it.
 
-        worth_i = sum_t w_t  mean over layers and heads of attention(t - 1, i)        t in [C, C + H), i < C
+        worth_i = sum_t w_t  max over layers and heads of attention(t - 1, i)        t in [C, C + H), i < C
+
+    Not the mean over layers and heads, unless asked for: most look everywhere, and the one that does not says where.
 
     Args:
       base: the base model.
       params: its parameters.
       window: history and horizon.
       weights: float32[H] of sum 1, how much each token of the horizon counts, say key tokens alone; None for all alike.
+      heads: what is taken over layers and heads.
 
     Returns:
-      float32[C], share of the horizon's attention, at most 1 in all: it looks at itself, too.
+      float32[C], in [0, 1].
 
     Raises:
       ValueError: there is not one weight for each token of the horizon.
@@ -116,13 +127,13 @@ def future_attention(
       >>> base = lx.build_models(config, lx.GistConfig(), lx.LensConfig(), block_size=2, max_lod=1).base
       >>> look = jax.jit(lambda params, tokens: future_attention(base, params, split(tokens, horizon=2)))
       >>> found = look(base.init(jax.random.key(0)), jnp.arange(8))
-      >>> found.shape, bool(found.sum() < 1)
+      >>> found.shape, bool(found.max() <= 1)
       ((6,), True)
     """
     count = window.history.shape[0]
     # Nothing is predicted from the last token of the horizon.
     tokens = jnp.concatenate([window.history, window.horizon[:-1]])
-    paid, _ = attention_paid(base, params, tokens, slice(count - 1, None))
+    paid, _ = attention_paid(base, params, tokens, slice(count - 1, None), heads=heads)
     return jnp.sum(_weights(weights, window)[:, None] * paid, axis=0)[:count]
 
 
