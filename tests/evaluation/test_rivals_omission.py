@@ -79,9 +79,16 @@ def test_a_policy_that_nothing_convinces_stays_at_recency():
 def test_what_a_focus_does_is_told_by_what_is_read():
     run = jit(functools.partial(compare.measure_focus, MODELS, length=LENGTH, draws=DRAWS, recipe=RECIPE))
     tokens = batch()["tokens"]
-    found = jax.device_get(run(OMITTING.state().params, tokens[0], tokens[1, : SHAPE.history], None, KEY))
-    assert found.foreign.entries.tolist() == [LENGTH, LENGTH] and np.isfinite(found.foreign.nll)
-    assert 0 <= found.divergence <= 1 and 0 <= found.changed_edits <= 1 and -1 <= found.correlation <= 1
+    recency = contexts.recency(LENGTH, GEOMETRY, capacity=LENGTH)
+    # Another block of two in the place of the oldest one.
+    cut = np.asarray([0, 0] + [1] * 14 + [0] * 16, np.int32)
+    other = contexts.from_cut(cut, GEOMETRY, capacity=LENGTH)
+    for own, foreign, divergence, changed in ((recency, recency, 0, 0), (other, recency, 2 / 18, 1)):
+        found = jax.device_get(run(OMITTING.state().params, tokens[0], None, KEY, own, foreign))
+        assert found.foreign.entries.tolist() == [LENGTH, LENGTH]
+        np.testing.assert_allclose(found.foreign.nll, measured()["recency"].nll, rtol=1e-5)
+        assert (found.divergence, found.changed_edits) == (np.float32(divergence), changed)
+        assert -1 <= found.correlation <= 1
     full = jax.device_get(
         jit(functools.partial(compare.measure_full, MODELS, recipe=RECIPE))(OMITTING.state().params, tokens[0], None)
     )

@@ -84,8 +84,8 @@ def test_one_token_from_behind_the_cursor_is_noticed():
     assert changed_by(HORIZON, shift=1) == {"states", "shown", "shown_scores"}
 
 
-def test_every_score_depends_on_what_is_omitted_and_the_loss_does_not():
-    """On its gists, which the map shows: here of a block that the base model does not read."""
+def test_every_score_depends_on_what_the_base_model_does_not_read():
+    """The map shows it, as a gist: here the changed token's."""
     cut = np.zeros(SHAPE.history, np.int32)
     cut[4:8] = 1
     tokens = np.random.default_rng(3).integers(0, 7, SHAPE.window).astype(np.int32)
@@ -94,9 +94,12 @@ def test_every_score_depends_on_what_is_omitted_and_the_loss_does_not():
 
     @jit
     def scores(tokens):
-        tree = build_tree(MODELS, params(), split(tokens, horizon=SHAPE.horizon).history, GEOMETRY)
+        start = OMITTING.state().params
+        tree = build_tree(MODELS, start, split(tokens, horizon=SHAPE.horizon).history, GEOMETRY)
+        # The states of later tokens know it, too.
+        tree = dataclasses.replace(tree, states=jax.tree.map(jnp.zeros_like, tree.states))
         context = contexts.from_cut(cut, GEOMETRY, capacity=28)
-        return policy(MODELS.lens, params()["lens"], tree)(context), context.valid
+        return policy(MODELS.lens, start["lens"], tree)(context), context.valid
 
     (one, valid), (other, _) = scores(tokens), scores(others)
     assert int(valid.sum()) == 30 and (one != other)[valid].all()

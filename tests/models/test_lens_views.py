@@ -128,10 +128,10 @@ def kept_of_the_last(config: LensConfig, seed: int) -> float:
 
 
 def test_with_recency_a_fresh_lensnet_keeps_the_last_tokens() -> None:
-    plain = LensConfig(dim=32, mlp_dim=32)
+    # Without a pointer: a fresh one speaks louder than age.
+    plain = LensConfig(dim=32, mlp_dim=32, pointer=False)
     shares = {
         recency: [kept_of_the_last(dataclasses.replace(plain, recency=recency), seed) for seed in range(4)]
         for recency in (False, True)
     }
-    print(shares)
-    assert np.mean(shares[True]) > 0.8 > np.mean(shares[False])
+    assert np.mean(shares[True]) > 0.75 > 0.65 > np.mean(shares[False])

@@ -61,6 +61,8 @@ def session_of(name):
     params = jax.tree.map(lambda leaf: 0.4 * random.normal(size=leaf.shape).astype("f") + (leaf.ndim == 1), shapes)
     # The pointer's products would saturate tanh. Which of two scores of 0.9999999 is the larger is rounding's choice.
     params["lens"]["pointer"]["gain"] *= np.float32(0.05)
+    if config.lens.states:  # more is said of each entry
+        params["lens"]["head"]["kernel"] *= np.float32(0.5)
     return Session(models, params, config.session)
 
 

@@ -25,11 +25,13 @@ from tests.training.test_nll import (
 OMITTING = Geometry(HISTORY, block_size=2, max_lod=1, recent_tokens=2, omit=True)
 
 
-@jit
-def score_omitting(params, leaves, horizon, variants):
+def measure(params, leaves, horizon, variants):
     """Losses of variants under the language model, and what a policy sees of them."""
     tree = trees.build(leaves, mean_gist, block_size=2, max_lod=1)
     return nll.variant_nll(language_model()[0], params, tree, variants, horizon, OMITTING)
+
+
+score_omitting = jit(measure)
 
 
 def omitting_variants(cuts):
@@ -68,7 +70,7 @@ def test_with_omission_no_gradient_reaches_what_is_omitted():
     @jit
     @jax.grad
     def influence(leaves):
-        return score_omitting(params, leaves, tokens[HISTORY:], variants)[0].sum()
+        return measure(params, leaves, tokens[HISTORY:], variants)[0].sum()
 
     size = np.abs(np.asarray(influence(leaves_of(tokens[:HISTORY])))).max(axis=-1)
     kept = [token for token, lod in cut if lod == 0]
@@ -82,7 +84,7 @@ def test_with_omission_and_nothing_collapsed_it_is_the_ordinary_teacher_forced_l
     variants = jax.tree.map(lambda leaf: leaf[None], in_full)
     (loss,), _ = score_omitting(params, leaves_of(tokens[:HISTORY]), tokens[HISTORY:], variants)
     ordinary = jit(lambda tokens: nll.sequence_nll(model, params, tokens))(tokens)
-    assert float(loss) == pytest.approx(ordinary[-HORIZON:].mean(), rel=1e-5)
+    assert float(loss) == pytest.approx(float(ordinary[-HORIZON:].mean()), rel=1e-5)
 
 
 def test_recency_costs_the_same_with_and_without_omission():

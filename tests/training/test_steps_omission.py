@@ -87,7 +87,7 @@ def test_online_step(start, compiles):
     assert (contexts.entry_count(seen, GEOMETRY) == config.budget).all()
     cold = seen.start.reshape(-1, *seen.start.shape[-2:])[:, 0]
     recency = contexts.recency(config.budget, GEOMETRY, capacity=config.budget).start
-    assert (cold == recency).all() == (start == "recency")
+    assert np.array_equal(cold, np.broadcast_to(recency, cold.shape)) == (start == "recency")
     step = jit(functools.partial(online.online_step, **static), donate_argnums=0)
     _, _, reports = trained(step, state, compiles)
     assert_finite(reports)
