@@ -30,10 +30,11 @@ def params(seed=0):
     return {name: model.init(key) for (name, model), key in zip(parts.items(), keys, strict=True)}
 
 
-def run(parts, tokens, key, *, length):
+def run(parts, tokens, key, *, length, weights=None):
     window = split(tokens, horizon=SMALL.context.horizon)
     cooldown = SMALL.focus.cooldown
-    return episodes.run(models(), parts, window, key, GEOMETRY, length=length, cooldown=cooldown, settings=SETTINGS)
+    options = {"length": length, "cooldown": cooldown, "settings": SETTINGS, "weights": weights}
+    return episodes.run(models(), parts, window, key, GEOMETRY, **options)
 
 
 @functools.cache
