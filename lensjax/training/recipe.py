@@ -118,7 +118,10 @@ class Recipe:
 
     @property
     def short(self) -> int:
-        """Tokens of the short history that key tokens are told by: fewer than the curriculum's shortest context has."""
+        """Tokens of the short history that key tokens are told by: fewer than the curriculum's shortest context has.
+
+        The lengths are those of the `Recipe`, so that a token is key at every step, and whatever a sweep makes of them.
+        """
         shortest = min(self.hyper.context_start, self.hyper.context_end)
         return self.context.key.tokens(self.geometry.length_of_fraction(shortest))
 

@@ -63,6 +63,11 @@ def known(monkeypatch):
 
         return {name: one(name, place) for place, name in enumerate(POLICIES)}
 
+    def measure_full(models, params, tokens, answers, *, length, recipe):
+        loss, nothing = (5.0 + tokens.mean(dtype=jnp.float32) / 256).astype(jnp.float32), jnp.full((), jnp.nan)
+        entries = jnp.full(2, recipe.context.history)
+        return Measured(loss, *on_key(loss, tokens), nothing, nothing, nothing, entries)
+
     def focused(models, params, history, key, *, length, recipe):
         return WorkingContext(history, history, history > 0)
 
@@ -77,12 +82,13 @@ def known(monkeypatch):
         return FocusEvidence(shown, jnp.full((), 0.5), changed, jnp.full((), jnp.nan if answers is None else 0.75))
 
     monkeypatch.setattr(compare, "measure", measure)
+    monkeypatch.setattr(compare, "measure_full", measure_full)
     monkeypatch.setattr(compare, "focused", focused)
     monkeypatch.setattr(compare, "measure_focus", measure_focus)
-    for program in (evaluate.compiled_measure, evaluate._compiled_focus):
+    for program in (evaluate.compiled_measure, evaluate._compiled_full, evaluate._compiled_focus):
         program.cache_clear()
     yield
-    for program in (evaluate.compiled_measure, evaluate._compiled_focus):
+    for program in (evaluate.compiled_measure, evaluate._compiled_full, evaluate._compiled_focus):
         program.cache_clear()
 
 

@@ -30,11 +30,10 @@ def params(seed=0):
     return {name: model.init(key) for (name, model), key in zip(parts.items(), keys, strict=True)}
 
 
-def run(parts, tokens, key, *, length, weights=None):
+def run(parts, tokens, key, *, length):
     window = split(tokens, horizon=SMALL.context.horizon)
     cooldown = SMALL.focus.cooldown
-    options = {"length": length, "cooldown": cooldown, "settings": SETTINGS, "weights": weights}
-    return episodes.run(models(), parts, window, key, GEOMETRY, **options)
+    return episodes.run(models(), parts, window, key, GEOMETRY, length=length, cooldown=cooldown, settings=SETTINGS)
 
 
 @functools.cache
