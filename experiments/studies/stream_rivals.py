@@ -54,7 +54,11 @@ def compare(config: Config, session: Session, tokens: np.ndarray, watch: Watch, 
         read = rival.append(rival.init(config.seed), tokens[: cursors[-1] + interval])[1]
         losses[name] = read.reshape(-1, interval).mean(axis=1)[steps]
     losses[WHOLE] = _of_windows(config, session, tokens, cursors, np.full_like(entries, history))
-    rows = quality_rows(losses, {name: history if name == WHOLE else float(entries.mean()) for name in losses})
+    shown = {name: history if name == WHOLE else float(entries.mean()) for name in losses}
+    # A session decides over its entries and the interval that it has read since.
+    rows_read = config.geometry.seen(round(float(entries.mean()))) + interval
+    reads = {name: rivals.reads(name, history=history, horizon=interval, rows=rows_read) for name in losses}
+    rows = quality_rows(losses, shown, reads)
     with (folder / "quality.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -73,12 +77,13 @@ def _of_windows(
     return np.asarray(jax.jit(measure)(session.params, tokens, cursors.astype(np.int32), lengths.astype(np.int32)))
 
 
-def quality_rows(losses: dict[str, np.ndarray], entries: dict[str, float]) -> list[Row]:
+def quality_rows(losses: dict[str, np.ndarray], entries: dict[str, float], reads: dict[str, int]) -> list[Row]:
     """The table: a row for each policy.
 
     Args:
       losses: float[N] by policy, nats per token on the same horizons in their order; N a multiple of `STRETCHES`.
       entries: mean entries of each policy's contexts.
+      reads: vectors that each policy looks at for one decision.
 
     Returns:
       Rows; what a policy minus itself would be is None.
@@ -86,7 +91,8 @@ def quality_rows(losses: dict[str, np.ndarray], entries: dict[str, float]) -> li
     stretches = {name: values.astype(float).reshape(STRETCHES, -1).mean(axis=1) for name, values in losses.items()}
     rows = []
     for name, own in stretches.items():
-        row: Row = {"policy": name, "information": rivals.information(name), "entries": entries[name]}
+        row: Row = {"policy": name, "information": rivals.information(name), "reads": reads[name]}
+        row["entries"] = entries[name]
         row["nats"] = float(own.mean())
         for other in (SESSION, SLIDING):
             cells: tuple[float | None, ...] = (None,) * 3

@@ -65,6 +65,10 @@ class Geometry:
         """Rows of a working context that has room for `capacity` entries: those, and a map of what is omitted."""
         return capacity + self.blocks(1) if self.omit else capacity
 
+    def seen(self, length: int) -> int:
+        """Rows that a policy sees of a context of `length` entries: with omission a map of the rest beside them."""
+        return length + (self.history - length) // self.block_size if self.omit else length
+
     def capacity(self, rows: int) -> int:
         """Entries that a working context of so many rows has room for: the inverse of `rows`."""
         return rows - self.blocks(1) if self.omit else rows

@@ -17,8 +17,8 @@ from lensjax.context.working import WorkingContext
 from lensjax.evaluation import faithfulness, rivals
 from lensjax.evaluation.answers import shows_in_full
 from lensjax.models import Models, Params
-from lensjax.models.decision import build_tree, policy, policy_scores, split
-from lensjax.training import nll, preferences
+from lensjax.models.decision import Window, build_tree, policy, policy_scores, split
+from lensjax.training import key_tokens, nll, preferences
 from lensjax.training.recipe import Recipe
 
 FULL = "full"
@@ -37,6 +37,10 @@ class Measured:
 
     nll: Array
     """float32[]: nats per token on the horizon; for a random policy the mean over its draws."""
+    key_nll: Array
+    """float32[]: the same on the key tokens of the horizon; NaN where it has none."""
+    key_tokens: Array
+    """int32[]: how many of these there are, the same for every policy."""
     hit: Array
     """float32[]: share of its contexts that show the answer in full; NaN where there is none."""
     swap_rate: Array
@@ -104,9 +108,11 @@ def measure(
         models, params, window, shown, answers, geometry, length=length, oracle_rounds=oracle_rounds
     )
 
+    is_key = _is_key(models, params, window, length=length, recipe=recipe)
+
     def measured(variants: WorkingContext) -> Measured:
-        each, _ = nll.variant_nll(models.base, params["base"], tree, variants, window.horizon, geometry)
-        return _measured(variants, each, answers, geometry)
+        losses, _ = nll.variant_token_nll(models.base, params["base"], tree, variants, window.horizon, geometry)
+        return _measured(variants, losses, is_key, answers, geometry)
 
     report = {name: measured(variants) for name, variants in shown.items()}
     for name, steps in paths.items():
@@ -145,15 +151,16 @@ def bounds(
 
 
 def measure_full(
-    models: Models, params: dict[str, Params], tokens: Array, answers: Array | None, *, recipe: Recipe
+    models: Models, params: dict[str, Params], tokens: Array, answers: Array | None, *, length: int, recipe: Recipe
 ) -> Measured:
-    """The whole history in full, without a budget; arguments of `measure`."""
+    """The whole history in full, on the tokens that are key beside contexts of `length`; arguments of `measure`."""
     geometry = recipe.geometry
     window = split(tokens, horizon=recipe.context.horizon)
     in_full = _one(contexts.recency(geometry.history, geometry, capacity=geometry.history))
     tree = build_tree(models, params, window.history, geometry)
-    each, _ = nll.variant_nll(models.base, params["base"], tree, in_full, window.horizon, geometry)
-    return _measured(in_full, each, answers, geometry)
+    losses, _ = nll.variant_token_nll(models.base, params["base"], tree, in_full, window.horizon, geometry)
+    is_key = _is_key(models, params, window, length=length, recipe=recipe)
+    return _measured(in_full, losses, is_key, answers, geometry)
 
 
 def focused(
@@ -206,12 +213,13 @@ def measure_focus(
         random_key, length, share, rollouts=draws, geometry=geometry, capacity=length
     )
     variants = jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), foreign, drawn)
-    each, entries = nll.variant_nll(models.base, params["base"], tree, variants, window.horizon, geometry)
+    losses, entries = nll.variant_token_nll(models.base, params["base"], tree, variants, window.horizon, geometry)
+    is_key = _is_key(models, params, window, length=length, recipe=recipe)
 
     scores = policy_scores(models.lens, params["lens"], jax.tree.map(lambda leaf: leaf[1:], entries))
     values = preferences.variant_values(scores, drawn, geometry)
     # What all rollouts share, the loss of recency, changes no correlation.
-    correlation, is_defined = preferences.correlation(values, -each[1:], distinct)
+    correlation, is_defined = preferences.correlation(values, -nll.mean_nll(losses[1:]), distinct)
 
     def symbols(context: WorkingContext) -> Array:
         return context.start * (geometry.max_lod + 1) + context.lod
@@ -219,7 +227,7 @@ def measure_focus(
     recency = contexts.recency(length, geometry, capacity=length)
     shown, recency = contexts.read(own, geometry), contexts.read(recency, geometry)
     return FocusEvidence(
-        foreign=_measured(_one(foreign), each[:1], answers, geometry),
+        foreign=_measured(_one(foreign), losses[:1], is_key, answers, geometry),
         divergence=faithfulness.divergence(symbols(shown), shown.length, symbols(recency), recency.length),
         changed_edits=_changed_edits(own, foreign, geometry, length=length, settings=recipe.focus),
         correlation=jnp.where(is_defined, correlation, jnp.nan),
@@ -233,6 +241,15 @@ def _causal(
     return rivals.causal(
         models, params, history, key, recipe.geometry, length=length, draws=draws, high_lod_share=share
     )
+
+
+def _is_key(models: Models, params: dict[str, Params], window: Window, *, length: int, recipe: Recipe) -> Array:
+    """The key tokens beside contexts of `length`: told by less than recency shows, and by no context that is compared.
+
+    bool[H].
+    """
+    settings = recipe.context.key
+    return key_tokens.find(models.base, params["base"], window, settings, short=settings.tokens(length))
 
 
 def _changed_edits(
@@ -269,14 +286,19 @@ def _one(context: WorkingContext) -> WorkingContext:
     return jax.tree.map(lambda leaf: leaf[None], context)
 
 
-def _measured(variants: WorkingContext, each: Array, answers: Array | None, geometry: Geometry) -> Measured:
+def _measured(
+    variants: WorkingContext, losses: Array, is_key: Array, answers: Array | None, geometry: Geometry
+) -> Measured:
     nothing = jnp.full((), jnp.nan)
     hit = nothing
     if answers is not None:
         shown = jax.vmap(lambda one: shows_in_full(one, answers, geometry))(variants)
         hit = jnp.mean(shown, dtype=jnp.float32)
     entries = contexts.entry_count(variants, geometry)
-    return Measured(each.mean(), hit, nothing, nothing, jnp.stack([entries.min(), entries.max()]))
+    fewest, most = entries.min(), entries.max()
+    key_nll = key_tokens.key_nll(losses, is_key).mean()
+    count = is_key.sum(dtype=jnp.int32)
+    return Measured(losses.mean(), key_nll, count, hit, nothing, nothing, jnp.stack([fewest, most]))
 
 
 def _movement(path: list[WorkingContext], geometry: Geometry) -> dict[str, Array]:

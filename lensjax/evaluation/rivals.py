@@ -118,6 +118,44 @@ def information(name: str) -> Literal["causal", "hindsight"]:
     return "hindsight" if is_hindsight else "causal"
 
 
+def reads(name: str, *, history: int, horizon: int, rows: int) -> int:
+    """How many vectors, tokens or entries, a policy looks at for one decision.
+
+    Args:
+      name: of the policy.
+      history: tokens before the cursor C.
+      horizon: tokens behind it H.
+      rows: what LensNet is shown of a working context.
+
+    Returns:
+      0 for rules that look at none, `rows` for LensNet, C for what rates every token, C + H for what decides in
+      hindsight, a search on the loss included.
+
+    Raises:
+      ValueError: nobody of that name is known.
+
+    Example:
+      >>> from lensjax.evaluation import rivals
+      >>> [rivals.reads(name, history=224, horizon=32, rows=56) for name in ("recency", "lensnet_4", "bm25", "oracle")]
+      [0, 56, 224, 256]
+    """
+    if information(name) == "hindsight":
+        return history + horizon
+    if name in _BLIND:
+        return 0
+    if name in ("key_norm", "snapkv", "bm25", "lookup"):
+        return history
+    if name == "session" or name.startswith("lensnet_"):
+        return rows
+    raise ValueError(f"{name} is no policy of which is known what it reads")
+
+
+_BLIND = (
+    *("recency", "uniform", "random", "recent_random", "full"),
+    *("sliding_window", "collapse_oldest", "random_scores", "whole_window"),
+)
+
+
 def order(name: str) -> tuple[int, str]:
     """Key to sort the names of policies by: what knows nothing first, what chooses in hindsight last."""
     kinds = (

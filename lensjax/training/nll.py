@@ -78,6 +78,13 @@ def token_nll(base: LanguageModel, params: Params, entries: Entries, horizon: Ar
     return optax.losses.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(horizon))
 
 
+def mean_nll(losses: Array, weights: Array | None = None) -> Array:
+    """Mean over the horizon of float32[..., H], or with weights float32[H] that sum to 1 the weighted one."""
+    if weights is None:
+        return losses.mean(axis=-1)
+    return jnp.sum(losses * jnp.broadcast_to(weights, losses.shape), axis=-1)
+
+
 def variant_nll(
     base: LanguageModel,
     params: Params,
@@ -85,6 +92,7 @@ def variant_nll(
     variants: WorkingContext,
     horizon: ArrayLike,
     geometry: Geometry,
+    weights: Array | None = None,
 ) -> tuple[Array, Entries]:
     """Loss of every variant of one sequence, in one pass over all of them.
 
@@ -95,6 +103,7 @@ def variant_nll(
       variants: V working contexts of it (leading axis V) that show its last token in full.
       horizon: int32[H], the tokens behind it.
       geometry: the history; says which rows of a variant the base model reads.
+      weights: float32[H] that sum to 1, of the tokens of the horizon; None weighs all alike.
 
     Returns:
       float32[V], mean loss in nats per token, and the materialised `Entries` of all rows with leading axis V: what a
@@ -116,14 +125,26 @@ def variant_nll(
       >>> bool(jnp.abs(nll[0] - jnp.log(256.0)) < 0.2)  # a fresh model is near uniform
       True
     """
+    losses, entries = variant_token_nll(base, params, tree, variants, horizon, geometry)
+    return mean_nll(losses, weights), entries
+
+
+def variant_token_nll(
+    base: LanguageModel,
+    params: Params,
+    tree: TreeState,
+    variants: WorkingContext,
+    horizon: ArrayLike,
+    geometry: Geometry,
+) -> tuple[Array, Entries]:
+    """Loss of each token of the horizon under every variant, float32[V, H]; arguments and entries of `variant_nll`."""
     horizon = jnp.asarray(horizon)
     if horizon.ndim != 1 or horizon.shape[0] < 1:
         raise ValueError(f"horizon must hold one sequence of at least 1 token to score, got shape {horizon.shape}")
     seen = jax.vmap(lambda variant: contexts.materialise(tree, variant))
     entries = seen(variants)
     read = seen(jax.vmap(lambda variant: contexts.read(variant, geometry))(variants)) if geometry.omit else entries
-    losses = jax.vmap(lambda row: token_nll(base, params, row, horizon))(read)
-    return losses.mean(axis=-1), entries
+    return jax.vmap(lambda row: token_nll(base, params, row, horizon))(read), entries
 
 
 def entry_nll(base: LanguageModel, params: Params, entries: Entries, tokens: ArrayLike, *, horizon: int) -> Array:

@@ -12,11 +12,11 @@ from lensjax.context import allocator, rollouts
 from lensjax.context import working as contexts
 from lensjax.evaluation import baselines, compare
 from lensjax.models.decision import build_tree, policy_scores, split
-from lensjax.training import nll, preferences
+from lensjax.training import key_tokens, nll, preferences
 from tests import reference
 from tests.small import Run, batch, jit
 
-RUN = Run(**{"focus.steps": 2, "base.copy_heads": 1})
+RUN = Run(**{"focus.steps": 2, "base.copy_heads": 1, "context.key.alpha": 0.0, "context.key.beta": -100.0})
 SHAPE, GEOMETRY, RECIPE = RUN.config.context, RUN.config.geometry, RUN.recipe
 LENGTH, DRAWS, ANSWERS = 19, 3, [6]
 NAMES = {
@@ -119,11 +119,36 @@ def test_the_bounds_are_those_of_recency_and_of_the_search():
 
 def test_the_full_context_is_the_ordinary_loss_of_the_horizon():
     params, tokens = RUN.state().params, batch()["tokens"][0]
-    measure = jit(functools.partial(compare.measure_full, RUN.models, recipe=RECIPE))
+    measure = jit(functools.partial(compare.measure_full, RUN.models, length=LENGTH, recipe=RECIPE))
     found = measure(params, tokens, jnp.asarray(ANSWERS))
     whole = jit(functools.partial(nll.sequence_nll, RUN.models.base))(params["base"], tokens)
     assert float(found.nll) == pytest.approx(float(whole[-SHAPE.horizon :].mean()), rel=1e-5)
     assert found.entries.tolist() == [SHAPE.history, SHAPE.history] and found.hit == 1
+
+
+def test_losses_of_key_tokens_are_of_those_that_less_than_recency_does_not_help():
+    params, tokens = RUN.state().params, batch()["tokens"][0]
+
+    @jit
+    def look(params):
+        window = split(tokens, horizon=SHAPE.horizon)
+        # Half of 19 entries.
+        is_key = key_tokens.find(RUN.models.base, params["base"], window, SHAPE.key, short=9)
+        tree = build_tree(RUN.models, params, window.history, GEOMETRY)
+        entries = contexts.materialise(tree, contexts.recency(LENGTH, GEOMETRY, capacity=LENGTH))
+        recency = nll.token_nll(RUN.models.base, params["base"], entries, window.horizon)
+        return is_key, recency, nll.sequence_nll(RUN.models.base, params["base"], tokens)[-SHAPE.horizon :]
+
+    is_key, recency, whole = (np.asarray(each) for each in look(params))
+    assert 0 < is_key.sum() < SHAPE.horizon
+    found = measured(True)
+    assert {int(one.key_tokens) for one in found.values()} == {is_key.sum()}
+    assert found["recency"].key_nll == pytest.approx(recency[is_key].mean(), rel=1e-5)
+    full = jit(functools.partial(compare.measure_full, RUN.models, length=LENGTH, recipe=RECIPE))(params, tokens, None)
+    assert float(full.key_nll) == pytest.approx(whole[is_key].mean(), rel=1e-5)
+    foreign = focus_evidence(0, 0).foreign
+    assert foreign.key_nll == pytest.approx(found["lensnet_2"].key_nll, rel=1e-5)
+    assert foreign.key_tokens == is_key.sum()
 
 
 @functools.cache

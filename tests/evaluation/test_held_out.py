@@ -225,6 +225,16 @@ def test_means_over_batches():
     assert all(type(value) is float for value in found.values())
 
 
+def test_a_loss_on_key_tokens_is_their_mean_over_all_batches():
+    rows = [
+        {"nll_policy_key": 1.0, "key_token_share": 0.3},
+        {"nll_policy_key": math.nan, "key_token_share": 0.0},
+        {"nll_policy_key": 5.0, "key_token_share": 0.1},
+    ]
+    assert held_out.mean_over_batches(rows) == pytest.approx({"nll_policy_key": 2.0, "key_token_share": 0.4 / 3})
+    assert math.isnan(held_out.mean_over_batches(rows[1:2])["nll_policy_key"])
+
+
 def test_only_correlations_may_be_undefined_in_a_mean():
     rows = [
         {"nll_policy": np.float32(1), "mc/preference_corr_mean": np.float32("nan")},

@@ -241,7 +241,7 @@ def test_the_table_of_the_comparison(done, arguments):
         written = list(csv.DictReader(file))
     told = [{name: "" if value is None else str(value) for name, value in row.items()} for row in summary["quality"]]
     assert written == told and list(written[0]) == [
-        *("policy", "information", "entries", "nats"),
+        *("policy", "information", "reads", "entries", "nats"),
         *("minus_session", "minus_session_low", "minus_session_high"),
         *("minus_sliding_window", "minus_sliding_window_low", "minus_sliding_window_high", "stretches"),
     ]
@@ -251,12 +251,12 @@ def test_differences_are_paired_by_stretches_of_the_stream():
     rng = np.random.default_rng(0)
     shared, noise = rng.normal(size=60) * 10, rng.normal(size=60) / 100
     losses = {"session": shared, "sliding_window": shared + 1 + noise}
-    _, row = rivals.quality_rows(losses, {"session": 7.0, "sliding_window": 8.0})
+    _, row = rivals.quality_rows(losses, {"session": 7.0, "sliding_window": 8.0}, {"session": 11, "sliding_window": 0})
     stretches = (1 + noise).reshape(20, 3).mean(axis=1)
     expected = scipy.stats.ttest_1samp(stretches, 0).confidence_interval(0.95)
     mean, low, high = (row[f"minus_session{end}"] for end in rivals.ENDS)
     assert (mean, low, high) == pytest.approx((stretches.mean(), *expected), rel=1e-9)
-    assert (row["entries"], row["stretches"]) == (8.0, 20) and high - low < 0.05
+    assert (row["reads"], row["entries"], row["stretches"]) == (0, 8.0, 20) and high - low < 0.05
 
 
 # Faults

@@ -46,8 +46,9 @@ def make_iterator(
     Several processes together read the batches that one would read alone, each the rows of its own; a position of one
     of them is that of all, in any number of processes.
 
-    Text: with `data.quote` its windows quote themselves (see `quotes`). `train` shuffles anew each epoch and never ends; the other splits pass once, in file order, and leave
+    Text: `train` shuffles anew each epoch and never ends; the other splits pass once, in file order, and leave
     out a last partial batch. Synthetic tasks never end; example i of one is a pure function of (seed, split, i).
+    With `data.quote` windows of text quote themselves (see `quotes`), each time that they come in another place.
 
     Args:
       config: the run; read are `data`, `context` and `base.vocab_size`.
@@ -166,9 +167,7 @@ def _examples(config: Windows, split: Split, *, seed: int, pretraining: bool = F
     return grain.MapDataset.source(_windows(config, split)).map(_as_tokens)
 
 
-def _quoting(
-    config: Windows, dataset: grain.MapDataset, *, seed: int, pretraining: bool = False
-) -> grain.MapDataset:
+def _quoting(config: Windows, dataset: grain.MapDataset, *, seed: int, pretraining: bool = False) -> grain.MapDataset:
     """Windows that quote themselves, where `data.quote` asks for it: new quotes each time that a window comes."""
     if config.data.quote == 0:
         return dataset

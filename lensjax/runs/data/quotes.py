@@ -65,9 +65,9 @@ class Quotes:
         tokens, length = example["tokens"].copy(), self.length
         if self.pretraining:
             for _ in range(len(tokens) // (2 * length)):
-                place = rng.integers(length, len(tokens) - length + 1)
-                source = rng.integers(0, place - length + 1)
-                tokens[place : place + length] = tokens[source : source + length]
+                place = int(rng.integers(length, len(tokens) - length + 1))
+                earlier = int(rng.integers(0, place - length + 1))
+                tokens[place : place + length] = tokens[earlier : earlier + length]
             return {"tokens": tokens}
         size, history, horizon = self.context.block_size, self.context.history, self.context.horizon
         source = int(rng.integers(0, self._latest + 1))

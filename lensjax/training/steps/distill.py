@@ -23,7 +23,7 @@ from lensjax.training.metrics import Metrics
 from lensjax.training.optim import schedules
 from lensjax.training.optim.optimizer import make_optimizer
 from lensjax.training.recipe import Recipe
-from lensjax.training.scoring import Batch
+from lensjax.training.scoring import Batch, reward_weights
 from lensjax.training.steps.update import Learner, gradient_step, init_learner
 from lensjax.training.teachers import DistillConfig
 
@@ -107,7 +107,8 @@ def _one(
     geometry = recipe.geometry
     window = split(tokens, horizon=recipe.context.horizon)
     known = {name: jax.lax.stop_gradient(params[name]) for name in ("base", "gist")}
-    worth = teachers.worth(models.base, known["base"], window, geometry, teacher=settings.teacher)
+    weights = reward_weights(models, known, window, recipe.context, recipe.short)
+    worth = teachers.worth(models.base, known["base"], window, geometry, teacher=settings.teacher, weights=weights)
     targets = jax.lax.stop_gradient(nodes.pool_tokens(worth, geometry))
     targets = jnp.maximum(targets, 0.0) ** settings.sharpness
     tree = build_tree(models, known, window.history, geometry)

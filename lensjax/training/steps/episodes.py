@@ -54,7 +54,7 @@ class Episode:
     log_probs: Array
     """float32[S]: of what was drawn, for the policy that drew it."""
     nll: Array
-    """float32[S + 1]: nats per token on the horizon, of the cold start and of the context after each step."""
+    """float32[S + 1]: nats per token on the horizon, as rewarded; of the cold start and the context after each step."""
 
     def rewards(self, *, edit_cost: ArrayLike) -> Array:
         """float32[S]: fall of the loss in each step, minus the cost of its swaps, in nats per token."""
@@ -72,6 +72,7 @@ def run(
     length: int,
     focus: FocusConfig,
     settings: Exploration,
+    weights: Array | None = None,
 ) -> Episode:
     """Rolls out one episode; no gradient passes through it.
 
@@ -84,6 +85,7 @@ def run(
       length: static number of entries W of every context: none is padding.
       focus: read are the cold start and the cool-down.
       settings: how long an episode is and how it explores.
+      weights: float32[H] that sum to 1, of the tokens of the horizon in the reward; None weighs all alike.
 
     Returns:
       `Episode`.
@@ -96,7 +98,7 @@ def run(
         entries = contexts.materialise(tree, context)
         read = contexts.materialise(tree, contexts.read(context, geometry))
         measured = nll.token_nll(models.base, params["base"], read, window.horizon)
-        return context, entries, jnp.mean(measured)
+        return context, entries, nll.mean_nll(measured, weights)
 
     Seen = tuple[FocusState, WorkingContext, Entries]
 
