@@ -228,7 +228,15 @@ def lookup(tree: TreeState, start: ArrayLike, lod: ArrayLike) -> Array:
 
 
 def lookup_states(tree: TreeState, start: ArrayLike, lod: ArrayLike) -> Array:
-    """As `lookup`, of a language model's states, float[..., F], where the tree holds such."""
+    """As `lookup`, of a language model's states, float[..., F], where the tree holds such.
+
+    Example:
+      >>> import jax.numpy as jnp, lensjax as lx
+      >>> mean, states = lambda children: children.mean(axis=1), jnp.array([[2.0], [4.0], [0.0]])
+      >>> history = lx.tree.build(jnp.ones((3, 1)), mean, block_size=2, max_lod=1, states=states)
+      >>> lx.tree.lookup_states(history, jnp.array([0, 2]), jnp.array([1, 0])).tolist()
+      [[3.0], [0.0]]
+    """
     return _lookup(tree.states, start, lod, tree.block_size)
 
 

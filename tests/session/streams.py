@@ -63,6 +63,7 @@ def session_of(name):
     params["lens"]["pointer"]["gain"] *= np.float32(0.05)
     if config.lens.states:  # more is said of each entry
         params["lens"]["head"]["kernel"] *= np.float32(0.5)
+        params["lens"]["pointer"]["gain"] *= np.float32(0.5)
     return Session(models, params, config.session)
 
 
