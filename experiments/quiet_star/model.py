@@ -142,5 +142,5 @@ class ThoughtModel(Functional[ThoughtLM]):
 
     def _extend(self, params: Params, memory: Memory, embeddings: Array, place: ArrayLike) -> tuple[Array, Memory]:
         lm, slots = self._bind(params), jnp.asarray(place, jnp.int32) + jnp.arange(embeddings.shape[0])
-        hidden, _, memory = lm.transformer.extend(embeddings, memory, rotary=None, slots=slots)
+        hidden, memory = lm.transformer.extend(embeddings, memory, rotary=None, slots=slots)
         return lm.norm(hidden), memory

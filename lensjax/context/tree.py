@@ -33,8 +33,8 @@ class TreeState:
     """int32[]: tokens held."""
     block_size: int = field(metadata={"static": True})
     states: tuple[Array, ...] = ()
-    """What a language model made of the tokens, [C // K**l, F] at each level, a mean over the block above the tokens;
-    empty where no policy reads it."""
+    """What a policy knows of the tokens besides, [C // K**l, F] at each level, above the tokens a mean over the block;
+    empty where it knows nothing more (see `models.decision.with_states`)."""
 
     @property
     def capacity(self) -> int:
@@ -47,15 +47,7 @@ class TreeState:
         return len(self.levels) - 1
 
 
-def init(
-    *,
-    capacity: int,
-    dim: int,
-    block_size: int,
-    max_lod: int,
-    state_dim: int = 0,
-    dtype: jnp.dtype | type = jnp.float32,
-) -> TreeState:
+def init(*, capacity: int, dim: int, block_size: int, max_lod: int, dtype: jnp.dtype | type = jnp.float32) -> TreeState:
     """An empty tree.
 
     Args:
@@ -63,7 +55,6 @@ def init(
       dim: embedding width D.
       block_size: children per gist K, at least 2.
       max_lod: highest level L, at least 1.
-      state_dim: width of a language model's states F, 0 for none.
       dtype: of the embeddings.
 
     Returns:
@@ -81,16 +72,11 @@ def init(
     _check_sizes(block_size, max_lod)
     if capacity < 1:
         raise ValueError(f"capacity must be at least 1 token, got {capacity}")
-
-    def empty(width: int) -> tuple[Array, ...]:
-        return tuple(jnp.zeros((capacity // block_size**lod, width), dtype) for lod in range(max_lod + 1))
-
-    return TreeState(empty(dim), jnp.zeros((), jnp.int32), block_size, empty(state_dim) if state_dim else ())
+    levels = tuple(jnp.zeros((capacity // block_size**lod, dim), dtype) for lod in range(max_lod + 1))
+    return TreeState(levels, jnp.zeros((), jnp.int32), block_size)
 
 
-def build(
-    leaves: ArrayLike, gist_fn: GistFn, *, block_size: int, max_lod: int, states: ArrayLike | None = None
-) -> TreeState:
+def build(leaves: ArrayLike, gist_fn: GistFn, *, block_size: int, max_lod: int) -> TreeState:
     """Builds every level over a full history of leaf embeddings.
 
     Args:
@@ -98,7 +84,6 @@ def build(
       gist_fn: maps the children [n, K, D] of n blocks to their gists [n, D].
       block_size: children per gist K.
       max_lod: highest level L; levels without a complete block are empty.
-      states: float[C, F], of a language model that has read the leaves; None for none.
 
     Returns:
       A `TreeState` of capacity and length C.
@@ -114,29 +99,17 @@ def build(
       [[2.0]]
     """
     _check_sizes(block_size, max_lod)
-
-    def levels(level: Array, summarise: GistFn) -> tuple[Array, ...]:
-        found = [level]
-        for _ in range(max_lod):
-            blocks = level.shape[0] // block_size
-            children = level[: blocks * block_size].reshape(blocks, block_size, level.shape[1])
-            level = summarise(children).astype(level.dtype)
-            found.append(level)
-        return tuple(found)
-
-    rows = jnp.asarray(leaves)
-    of_states = () if states is None else levels(jnp.asarray(states), _mean)
-    return TreeState(levels(rows, gist_fn), jnp.full((), rows.shape[0], jnp.int32), block_size, of_states)
+    level = jnp.asarray(leaves)
+    tokens, dim = level.shape
+    levels = [level]
+    for _ in range(max_lod):
+        blocks = level.shape[0] // block_size
+        level = gist_fn(level[: blocks * block_size].reshape(blocks, block_size, dim)).astype(level.dtype)
+        levels.append(level)
+    return TreeState(tuple(levels), jnp.full((), tokens, jnp.int32), block_size)
 
 
-def append(
-    tree: TreeState,
-    leaves: ArrayLike,
-    gist_fn: GistFn,
-    *,
-    count: ArrayLike | None = None,
-    states: ArrayLike | None = None,
-) -> TreeState:
+def append(tree: TreeState, leaves: ArrayLike, gist_fn: GistFn, *, count: ArrayLike | None = None) -> TreeState:
     """Appends tokens; only the right edge of each level is computed and written.
 
     Args:
@@ -144,7 +117,6 @@ def append(
       leaves: float[n, D], embeddings of the new tokens.
       gist_fn: maps the children [m, K, D] of m blocks to their gists [m, D].
       count: int32[], how many of the n rows are real (the rest is padding); None for all.
-      states: float[n, F], a language model's of the new tokens, where the tree holds such.
 
     Returns:
       The longer tree. Its arrays equal those of `build` on all tokens at once.
@@ -174,26 +146,15 @@ def append(
     length = jnp.minimum(wanted, tree.capacity)
     offsets = jnp.arange(rows, dtype=jnp.int32)
     targets = jnp.where(offsets < count, tree.length + offsets, tree.capacity)
-
-    def extended(levels: tuple[Array, ...], new: Array, summarise: GistFn) -> tuple[Array, ...]:
-        longer = [levels[0].at[targets].set(new.astype(levels[0].dtype), mode="drop")]
-        for lod in range(1, tree.max_lod + 1):
-            longer.append(_extend_level(tree, levels[lod], longer[-1], lod, length, rows, summarise))
-        return tuple(longer)
-
-    of_states = () if states is None else extended(tree.states, jnp.asarray(states), _mean)
-    return TreeState(extended(tree.levels, leaves, gist_fn), length, tree.block_size, of_states)
+    levels = [tree.levels[0].at[targets].set(leaves.astype(tree.levels[0].dtype), mode="drop")]
+    for lod in range(1, tree.max_lod + 1):
+        levels.append(_extend_level(tree, levels[-1], lod, length, rows, gist_fn))
+    return TreeState(tuple(levels), length, tree.block_size)
 
 
-def _mean(children: Array) -> Array:
-    return jnp.mean(children, axis=1)
-
-
-def _extend_level(
-    tree: TreeState, level: Array, children: Array, lod: int, length: Array, new_tokens: int, gist_fn: GistFn
-) -> Array:
+def _extend_level(tree: TreeState, children: Array, lod: int, length: Array, new_tokens: int, gist_fn: GistFn) -> Array:
     """Writes the gists of the blocks of one level that the new tokens completed."""
-    span, size = tree.block_size**lod, tree.block_size
+    level, span, size = tree.levels[lod], tree.block_size**lod, tree.block_size
     # The unfinished block and then one more for every span of new tokens: no more can have been completed.
     candidates = min(new_tokens // span + 1, level.shape[0])
     if candidates == 0:
@@ -224,30 +185,39 @@ def lookup(tree: TreeState, start: ArrayLike, lod: ArrayLike) -> Array:
       >>> lx.tree.lookup(history, jnp.array([0, 2]), jnp.array([1, 0])).tolist()
       [[2.0], [5.0]]
     """
-    return _lookup(tree.levels, start, lod, tree.block_size)
-
-
-def lookup_states(tree: TreeState, start: ArrayLike, lod: ArrayLike) -> Array:
-    """As `lookup`, of a language model's states, float[..., F], where the tree holds such.
-
-    Example:
-      >>> import jax.numpy as jnp, lensjax as lx
-      >>> mean, states = lambda children: children.mean(axis=1), jnp.array([[2.0], [4.0], [0.0]])
-      >>> history = lx.tree.build(jnp.ones((3, 1)), mean, block_size=2, max_lod=1, states=states)
-      >>> lx.tree.lookup_states(history, jnp.array([0, 2]), jnp.array([1, 0])).tolist()
-      [[3.0], [0.0]]
-    """
-    return _lookup(tree.states, start, lod, tree.block_size)
-
-
-def _lookup(levels: tuple[Array, ...], start: ArrayLike, lod: ArrayLike, block_size: int) -> Array:
     start, lod = jnp.asarray(start), jnp.asarray(lod)
     # One table and one gather for all levels; under vmap over variants the table is shared.
-    table = jnp.concatenate(levels, axis=0)
-    sizes = [level.shape[0] for level in levels]
+    table = jnp.concatenate(tree.levels, axis=0)
+    sizes = [level.shape[0] for level in tree.levels]
     offsets = jnp.asarray([sum(sizes[:i]) for i in range(len(sizes))], jnp.int32)
-    spans = jnp.asarray([block_size**i for i in range(len(sizes))], jnp.int32)
+    spans = jnp.asarray([tree.block_size**i for i in range(len(sizes))], jnp.int32)
     return jnp.take(table, offsets[lod] + start // spans[lod], axis=0, mode="clip")
+
+
+def lookup_states(tree: TreeState, start: ArrayLike, *, before: int) -> Array:
+    """What is known besides of the block of LOD 1 that holds each token, and of the blocks before it.
+
+    Args:
+      tree: the history, with states.
+      start: int32[...], tokens.
+      before: static number of blocks before that one.
+
+    Returns:
+      float[..., (1 + before) * F], the nearest first; 0 where there is no complete block.
+
+    Example:
+      >>> import dataclasses, jax.numpy as jnp, lensjax as lx
+      >>> mean = lambda children: children.mean(axis=1)
+      >>> history = lx.tree.build(jnp.ones((4, 1)), mean, block_size=2, max_lod=1)
+      >>> states = (jnp.array([[1.0], [3.0], [5.0], [5.0]]), jnp.array([[2.0], [5.0]]))
+      >>> history = dataclasses.replace(history, states=states)
+      >>> lx.tree.lookup_states(history, jnp.array([0, 3]), before=1).tolist()
+      [[2.0, 0.0], [5.0, 2.0]]
+    """
+    block = jnp.asarray(start)[..., None] // tree.block_size - jnp.arange(1 + before)
+    is_there = (block >= 0) & ((block + 1) * tree.block_size <= tree.length)
+    found = jnp.take(tree.states[1], jnp.maximum(block, 0), axis=0, mode="clip")
+    return jnp.where(is_there[..., None], found, 0).reshape(*block.shape[:-1], -1)
 
 
 def _check_sizes(block_size: int, max_lod: int) -> None:

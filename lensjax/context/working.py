@@ -20,6 +20,8 @@ from lensjax.context.geometry import Geometry
 from lensjax.context.tree import TreeState
 
 MISSING = -1
+BLOCKS_BEFORE = 4
+"""Blocks before its own that an entry's states tell of: what resembles the query stands before what is needed."""
 
 
 @jax.tree_util.register_dataclass
@@ -78,9 +80,7 @@ class Entries:
     valid: Array
     """bool[W]."""
     states: Array | None = None
-    """float[W, F]: what a language model made of each span (see `TreeState.states`); None where no policy reads it."""
-    block_states: Array | None = None
-    """float[W, F]: the same of its block, as `blocks` is of `embeddings`."""
+    """float[W, 5 F]: what is known besides of its block and the four before it; None where no policy reads it."""
 
 
 def recency(length: ArrayLike, geometry: Geometry, *, capacity: int) -> WorkingContext:
@@ -234,13 +234,8 @@ def materialise(tree: TreeState, context: WorkingContext) -> Entries:
     embeddings = trees.lookup(tree, context.start, context.lod)
     block = context.start // tree.block_size * tree.block_size
     has_gist = (context.lod == 0) & (block + tree.block_size <= tree.length)
-    one = jnp.ones_like(block)
-    blocks = jnp.where(has_gist[:, None], trees.lookup(tree, block, one), embeddings)
-    states = block_states = None
-    if tree.states:
-        states = trees.lookup_states(tree, context.start, context.lod)
-        block_states = jnp.where(has_gist[:, None], trees.lookup_states(tree, block, one), states)
-        states, block_states = (jnp.where(valid[:, None], rows, 0) for rows in (states, block_states))
+    blocks = jnp.where(has_gist[:, None], trees.lookup(tree, block, jnp.ones_like(block)), embeddings)
+    states = trees.lookup_states(tree, context.start, before=BLOCKS_BEFORE) if tree.states else None
     return Entries(
         embeddings=jnp.where(valid[:, None], embeddings, 0),
         blocks=jnp.where(valid[:, None], blocks, 0),
@@ -249,8 +244,7 @@ def materialise(tree: TreeState, context: WorkingContext) -> Entries:
         spans=width,
         distances=distances,
         valid=valid,
-        states=states,
-        block_states=block_states,
+        states=None if states is None else jnp.where(valid[:, None], states, 0),
     )
 
 

@@ -139,11 +139,10 @@ class BaseLM(nnx.Module):
         before = cache.last_inputs(max(self.config.conv_width - 1, 0))
         x = self._mix(jnp.concatenate([before, embeddings]))[before.shape[0] :]
         memory = (cache.keys, cache.values)
-        x, half, (keys, values) = self.transformer.extend(x, memory, rotary=self._angles(positions, spans), slots=slots)
+        x, (keys, values) = self.transformer.extend(x, memory, rotary=self._angles(positions, spans), slots=slots)
         inputs = cache.inputs.at[slots].set(embeddings, mode="drop")
-        states = cache.states.at[slots].set(half.astype(cache.states.dtype), mode="drop")
         length = jnp.minimum(cache.length + count, cache.capacity)
-        return self._logits(x), KVCache(keys, values, inputs, states, length)
+        return self._logits(x), KVCache(keys, values, inputs, length)
 
     def states(self, embeddings: Array, positions: Array, spans: Array) -> Array:
         """What half of the layers make of the entries. See `BaseModel.states`."""
@@ -244,7 +243,6 @@ class BaseModel(Functional[BaseLM]):
             keys=jnp.zeros(shape, dtype),
             values=jnp.zeros(shape, dtype),
             inputs=jnp.zeros((capacity, config.dim), jnp.float32),
-            states=jnp.zeros((capacity, config.dim), dtype),
             length=jnp.zeros((), jnp.int32),
         )
 

@@ -5,7 +5,7 @@ Anyone's model fits that has the methods; it must be hashable, since it is a sta
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from jax import Array
 from jax.typing import ArrayLike
@@ -92,10 +92,7 @@ class AttentiveLanguageModel(LanguageModel, Protocol):
 
 @runtime_checkable
 class StatefulLanguageModel(LanguageModel, Protocol):
-    """A language model that shows what it makes of its entries on the way: what a policy that reads states needs.
-
-    Its cache, where it has one, holds them too: `cache.states` float[S, D].
-    """
+    """A language model that shows what it makes of its entries on the way, which some policies read."""
 
     def states(self, params: Params, entries: Entries) -> Array:
         """States float32[S, dim] of some middle layer, each given all entries up to it."""
@@ -103,12 +100,12 @@ class StatefulLanguageModel(LanguageModel, Protocol):
 
 
 @runtime_checkable
-class StateReader(Protocol):
-    """A policy that says whether it reads states of the base model; one that does not say so reads none."""
+class BaseReader(Protocol):
+    """A policy that says what it reads of the base model; one that does not say so reads nothing."""
 
     @property
-    def reads_states(self) -> bool:
-        """Whether `Entries.states` must be there."""
+    def reads(self) -> Literal["nothing", "states", "attention"]:
+        """What `Entries.states` must hold."""
         ...
 
 

@@ -70,7 +70,6 @@ class Session:
         self.models, self.params, self.config = models, params, config
         self._base: StreamingLanguageModel = models.base
         self._policy = self._lensnet if policy is None else policy
-        self._reads_states = decision.stateful_base(models) is not None
         # In place: a tree of a long history is not copied for every few tokens.
         self._read = jax.jit(self._read_chunk, donate_argnums=1)
         self._refocus = jax.jit(self._refocus_now, donate_argnums=1)
@@ -89,7 +88,6 @@ class Session:
                 dim=base.dim,
                 block_size=geometry.block_size,
                 max_lod=geometry.max_lod,
-                state_dim=base.dim if self._reads_states else 0,
             ),
             forgotten=jnp.zeros((), jnp.int32),
             focus=allocator.from_cut(start, geometry),
@@ -212,7 +210,6 @@ class Session:
         new = jnp.arange(self.config.interval, dtype=jnp.int32)
         place, is_new = tree.length + new, new < count
         logits, cache = base.extend(params["base"], state.cache, contexts.in_full(embeddings, place), count)
-        states = jnp.take(cache.states, state.cached + new, axis=0, mode="clip") if self._reads_states else None
         before = jnp.concatenate([state.logits[None], logits[:-1]])
         losses = optax.losses.softmax_cross_entropy_with_integer_labels(before, tokens)
         rows = state.context.valid.shape[0]
@@ -223,7 +220,7 @@ class Session:
         context = replace(state.context, start=jnp.where(valid, start, tree.capacity), valid=valid)
         return replace(
             state,
-            tree=trees.append(tree, embeddings, self._gists(params), count=count, states=states),
+            tree=trees.append(tree, embeddings, self._gists(params), count=count),
             context=context,
             cache=cache,
             cached=state.cached + count,
@@ -234,7 +231,8 @@ class Session:
         return lambda children: self.models.gist.apply(params["gist"], children)
 
     def _lensnet(self, params: dict[str, Params], state: SessionState) -> Array:
-        return decision.policy(self.models.lens, params["lens"], state.tree)(state.context)
+        tree = decision.with_states(self.models, params, state.tree)
+        return decision.policy(self.models.lens, params["lens"], tree)(state.context)
 
     def _refocus_now(self, params: dict[str, Params], state: SessionState) -> tuple[SessionState, Refocus]:
         settings = self.config.focus
@@ -287,10 +285,8 @@ class Session:
             gone = size // geometry.block_size**lod
             return jnp.concatenate([rows[gone:], jnp.zeros_like(rows[:gone])])
 
-        levels, states = (
-            tuple(drop(level, lod) for lod, level in enumerate(kept)) for kept in (state.tree.levels, state.tree.states)
-        )
-        tree = replace(state.tree, levels=levels, states=states, length=state.tree.length - size)
+        levels = tuple(drop(level, lod) for lod, level in enumerate(state.tree.levels))
+        tree = replace(state.tree, levels=levels, length=state.tree.length - size)
         focused = allocator.drop_oldest(state.focus, size, geometry)
         context = allocator.to_context(focused, geometry, capacity=self.config.capacity, tokens=tree.length)
         # The entries that are left stand elsewhere in the context now, and elsewhere in the window.

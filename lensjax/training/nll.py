@@ -56,8 +56,8 @@ def reading(base: LanguageModel, params: Params, entries: Entries, horizon: Arra
         room = [(0, steps.shape[0] - 1)] + [(0, 0)] * (rows.ndim - 1)
         return jnp.pad(rows, room).at[slots].set(later.astype(rows.dtype))
 
-    # No language model reads what another made of the entries.
-    entries = replace(entries, states=None, block_states=None)
+    # What a policy knows of the entries besides is not for the base model.
+    entries = replace(entries, states=None)
     return Reading(jax.tree.map(followed_by, entries, behind), rows=length - 1 + steps)
 
 

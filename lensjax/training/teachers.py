@@ -37,9 +37,9 @@ class DistillConfig:
     """Training steps on what the teacher says; 0 leaves them out."""
     teacher: Literal["attention", "gradient"] = "attention"
     """What the horizon attends to, or what the gradient of its loss says of each block."""
-    temperature: Positive = 0.1
+    temperature: Positive = 0.5
     """Scores, which lie in [-1, 1], are logits of what deserves detail once divided by it."""
-    sharpness: Positive = 2.0
+    sharpness: Positive = 1.0
     """Power of the teacher's worths: above 1 what little attention every block gets counts for less."""
     learning_rate: Positive = 1e-3
 

@@ -22,8 +22,6 @@ class KVCache:
     """float[layers, S, kv_heads, head_dim]."""
     inputs: Array
     """float32[S, D]: embeddings before the short convolution, whose next outputs depend on the last of them."""
-    states: Array
-    """float[S, D]: what half of the layers made of each entry."""
     length: Array
     """int32[]: entries held."""
 

@@ -295,7 +295,7 @@ class Transformer(nnx.Module):
             x = block(x, rotary=rotary)
         return x
 
-    def extend(self, x: Array, memory: Memory, *, rotary: Rotary | None, slots: Array) -> tuple[Array, Array, Memory]:
+    def extend(self, x: Array, memory: Memory, *, rotary: Rotary | None, slots: Array) -> tuple[Array, Memory]:
         """Runs the blocks of a causal stack on new entries after those that it remembers.
 
         Args:
@@ -306,15 +306,13 @@ class Transformer(nnx.Module):
             all slots up to its own.
 
         Returns:
-          [R, D], what `half` says of the new entries [R, D], and the memory with them.
+          [R, D] and the memory with the new entries.
         """
         keys, values = memory
-        half = x
         for layer, block in enumerate(self._blocks()):
-            half = x if layer == self.config.layers // 2 else half
             x, (key, value) = block.extend(x, (keys[layer], values[layer]), rotary=rotary, slots=slots)
             keys, values = keys.at[layer].set(key), values.at[layer].set(value)
-        return x, half, (keys, values)
+        return x, (keys, values)
 
     def attention(self, x: Array, *, rotary: Rotary | None, rows: Array) -> tuple[Array, Array]:
         """Attention weights of `rows` [layers, heads, R, S] and norms of the keys [layers, kv_heads, S]."""

@@ -1,6 +1,6 @@
 """Stage one of LensNet's training: it learns from the history what a teacher knows from the horizon.
 
-    L = mean over contexts of  KL(p || softmax(s / temperature)),    p_b = worth_b^sharpness / sum
+    L = mean over contexts of  KL(p || softmax(artanh(s) / temperature)),    p_b = worth_b^sharpness / sum
 
 over the blocks of one history, with s the policy's scores of them in that context. One loss for a whole variant says
 little of each of its spans; a teacher says something of every span, for one pass of the base model. The contexts are
@@ -18,16 +18,18 @@ from lensjax.context import working as contexts
 from lensjax.context.working import WorkingContext
 from lensjax.models import Models, Params
 from lensjax.models.decision import build_tree, policy_scores, split
-from lensjax.training import teachers
+from lensjax.training import key_tokens, teachers
 from lensjax.training.metrics import Metrics
 from lensjax.training.optim import schedules
 from lensjax.training.optim.optimizer import make_optimizer
 from lensjax.training.recipe import Recipe
-from lensjax.training.scoring import Batch, reward_weights
+from lensjax.training.scoring import Batch
 from lensjax.training.steps.update import Learner, gradient_step, init_learner
 from lensjax.training.teachers import DistillConfig
 
 TRAINED = ("lens",)
+WIDEST = 1 - 1e-6
+"""Scores beyond it are taken for it: what tanh rounds to 1 has no finite inverse."""
 
 
 def init_distill_state(key: Array, *, recipe: Recipe, params: dict[str, Params]) -> Learner:
@@ -78,10 +80,11 @@ def distill_step(
     keys = jax.random.split(jax.random.fold_in(state.key, state.step), batch["tokens"].shape[0])
 
     def loss_fn(params: dict[str, Params]) -> tuple[Array, Metrics]:
-        each, agreement = jax.vmap(
+        each, mass, agreement = jax.vmap(
             lambda tokens, key: _one(key, params, tokens, recipe=recipe, settings=settings, models=models)
         )(batch["tokens"], keys)
-        return jnp.mean(each), {"distill/top_agreement": jnp.mean(agreement)}
+        share = mass / jnp.maximum(jnp.sum(mass), 1e-9)
+        return jnp.sum(share * each), {"distill/top_agreement": jnp.mean(agreement)}
 
     rate = schedules.learning_rate(
         state.step,
@@ -102,13 +105,13 @@ def distill_step(
 
 def _one(
     key: Array, params: dict[str, Params], tokens: Array, *, recipe: Recipe, settings: DistillConfig, models: Models
-) -> tuple[Array, Array]:
-    """Loss of one sequence, and how far policy and teacher agree at the cold start."""
+) -> tuple[Array, Array, Array]:
+    """Loss of one sequence, how much it has to say, and how far policy and teacher agree at the cold start."""
     geometry = recipe.geometry
     window = split(tokens, horizon=recipe.context.horizon)
     known = {name: jax.lax.stop_gradient(params[name]) for name in ("base", "gist")}
-    weights = reward_weights(models, known, window, recipe.context, recipe.short)
-    worth = teachers.worth(models.base, known["base"], window, geometry, teacher=settings.teacher, weights=weights)
+    need = jax.nn.relu(key_tokens.token_gain(models.base, known["base"], window, short=recipe.short).gain)
+    worth = teachers.worth(models.base, known["base"], window, geometry, teacher=settings.teacher, weights=need)
     targets = jax.lax.stop_gradient(nodes.pool_tokens(worth, geometry))
     targets = jnp.maximum(targets, 0.0) ** settings.sharpness
     tree = build_tree(models, known, window.history, geometry)
@@ -117,13 +120,15 @@ def _one(
     seen = _contexts(key, recipe)
     entries = jax.vmap(lambda one: contexts.materialise(tree, one))(seen)
     scores = policy_scores(models.lens, params["lens"], entries)
-    pooled = jax.vmap(lambda row, one: nodes.pool_scores(row, one, geometry))(scores, seen)
+    # Scores before tanh: with it, whatever all of them have in common would in the end leave no gradient.
+    logits = jnp.arctanh(jnp.clip(scores, -WIDEST, WIDEST))
+    pooled = jax.vmap(lambda row, one: nodes.pool_scores(row, one, geometry))(logits, seen)
     loss = jax.vmap(lambda row: losses.listwise_distillation(row, targets, where, temperature=settings.temperature))(
         pooled
     )
     shown = max((recipe.budget - geometry.recent_tokens) // geometry.block_size, 1)
     both = (_among_top(pooled[0], where, shown) & _among_top(targets, where, shown)).sum(dtype=jnp.float32)
-    return jnp.mean(loss), jax.lax.stop_gradient(both / shown)
+    return jnp.mean(loss), jnp.sum(jnp.where(where, targets, 0.0)), jax.lax.stop_gradient(both / shown)
 
 
 def _contexts(key: Array, recipe: Recipe) -> WorkingContext:
