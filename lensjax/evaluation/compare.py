@@ -163,6 +163,35 @@ def measure_full(
     return _measured(in_full, losses, is_key, answers, geometry)
 
 
+def measure_pick(
+    models: Models, params: dict[str, Params], tokens: Array, answers: Array | None, key: Array, *, recipe: Recipe
+) -> dict[str, Array]:
+    """LensNet's last context at the budget, and recency: what a study needs of `measure`, at a small part of its cost.
+
+    Args:
+      models: all three are called.
+      params: parameters of `base`, `gist` and `lens`.
+      tokens: int32[T].
+      answers: int32[A], see `measure`.
+      key: PRNG key of the allocator, consumed.
+      recipe: shapes, and how the allocator acts.
+
+    Returns:
+      float32[] each: `lensnet` and `recency`, nats per token on the horizon, and `hit`, 1 where LensNet shows all
+      answers in full, NaN without answers.
+    """
+    geometry, length = recipe.geometry, recipe.budget
+    window = split(tokens, horizon=recipe.context.horizon)
+    tree = build_tree(models, params, window.history, geometry)
+    own = _path(models, params, tree, key, length=length, recipe=recipe)[-1]
+    recency = _one(contexts.recency(length, geometry, capacity=length))
+    variants = jax.tree.map(lambda one, other: jnp.concatenate([one, other]), own, recency)
+    each, _ = nll.variant_nll(models.base, params["base"], tree, variants, window.horizon, geometry)
+    shown = jax.tree.map(lambda leaf: leaf[0], own)
+    hit = jnp.full((), jnp.nan) if answers is None else shows_in_full(shown, answers, geometry).astype(jnp.float32)
+    return {"lensnet": each[0], "recency": each[1], "hit": hit}
+
+
 def focused(
     models: Models, params: dict[str, Params], history: Array, key: Array, *, length: int, recipe: Recipe
 ) -> WorkingContext:
