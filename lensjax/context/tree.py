@@ -214,7 +214,7 @@ def lookup_states(tree: TreeState, start: ArrayLike, *, before: int) -> Array:
       >>> lx.tree.lookup_states(history, jnp.array([0, 3]), before=1).tolist()
       [[2.0, 0.0], [5.0, 2.0]]
     """
-    block = jnp.asarray(start)[..., None] // tree.block_size - jnp.arange(1 + before)
+    block = jnp.subtract.outer(jnp.asarray(start) // tree.block_size, jnp.arange(1 + before))
     is_there = (block >= 0) & ((block + 1) * tree.block_size <= tree.length)
     found = jnp.take(tree.states[1], jnp.maximum(block, 0), axis=0, mode="clip")
     return jnp.where(is_there[..., None], found, 0).reshape(*block.shape[:-1], -1)

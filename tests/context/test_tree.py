@@ -75,46 +75,40 @@ def test_appending_in_any_splits_equals_building_at_once(shape, counts, seed):
     assert int(tree.length) == total
 
 
-STATE_DIM = 2
+def with_states(tree, states):
+    """The tree with states of each block beside those of its tokens."""
+    size, dim = tree.block_size, states.shape[1]
+    blocks = states[: len(states) // size * size].reshape(-1, size, dim).mean(axis=1)
+    return dataclasses.replace(tree, states=(jnp.asarray(states), jnp.asarray(blocks)))
 
 
-@settings(max_examples=10)
-@given(counts=st.lists(st.integers(0, 5), min_size=2, max_size=6))
-def test_states_are_means_over_the_tokens_however_they_come(counts):
-    total = sum(counts)
-    leaves, states = leaves_of(total), np.random.default_rng(1).normal(size=(total, STATE_DIM)).astype(np.float32)
-    tree = trees.init(capacity=32, dim=DIM, block_size=2, max_lod=2, state_dim=STATE_DIM)
-    plain = trees.init(capacity=32, dim=DIM, block_size=2, max_lod=2)
-    for end, count in zip(np.cumsum(counts), counts, strict=True):
-        given = np.full((2, 5, DIM), np.nan, np.float32)
-        given[0, :count], given[1, :count, :STATE_DIM] = leaves[end - count : end], states[end - count : end]
-        tree = append_both(tree, given[0], given[1, :, :STATE_DIM], np.int32(count))
-        plain = append_both(plain, given[0], None, np.int32(count))
-    for level, rows in enumerate(tree.states):
-        expected = [states[i : i + 2**level].mean(axis=0) for i in range(0, total - 2**level + 1, 2**level)]
-        np.testing.assert_allclose(rows[: len(expected)], np.reshape(expected, (-1, STATE_DIM)), rtol=1e-5, atol=1e-6)
-        assert not np.any(rows[len(expected) :])
-    # Embeddings know nothing of it.
-    jax.tree.map(np.testing.assert_array_equal, tree.levels, plain.levels)
-    assert plain.states == ()
-    if total:
-        built = trees.build(leaves, gist_fn, block_size=2, max_lod=2, states=states)
-        for rows, expected in zip(tree.states, built.states, strict=True):
-            np.testing.assert_allclose(rows[: len(expected)], expected, rtol=1e-6, atol=1e-6)
+def test_states_of_a_block_and_of_those_before_it_by_hand():
+    # Four blocks of two, of which the third is not complete: of it and of what is before the first nothing is known.
+    states = np.float32([[1, -1], [3, -1], [5, -5], [5, -5], [7, 0], [100, 100], [100, 100], [100, 100]])
+    tree = with_states(trees.build(leaves_of(8), gist_fn, block_size=2, max_lod=1), states)
+    tree = dataclasses.replace(tree, length=jnp.int32(5))
+    found = trees.lookup_states(tree, jnp.asarray([0, 1, 2, 3, 4, 7]), before=2)
+    first, second, none = [2, -1], [5, -5], [0, 0]
+    expected = [first + none + none] * 2 + [second + first + none] * 2 + [none + second + first, none + none + second]
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(trees.lookup_states(tree, jnp.int32(3), before=0), second)
 
 
-@jax.jit
-def append_both(tree, leaves, states, count):
-    return trees.append(tree, leaves, gist_fn, count=count, states=states)
-
-
-def test_states_are_looked_up_beside_embeddings():
-    states = np.random.default_rng(2).normal(size=(29, STATE_DIM)).astype(np.float32)
-    tree = trees.build(leaves_of(29), gist_fn, block_size=3, max_lod=3, states=states)
-    nodes = [(i * 3**lod, lod) for lod in range(4) for i in range(29 // 3**lod)]
-    start, lod = np.asarray(nodes, np.int32).T
-    expected = [states[s : s + 3**level].mean(axis=0) for s, level in nodes]
-    np.testing.assert_allclose(trees.lookup_states(tree, start, lod), expected, rtol=1e-5, atol=1e-6)
+@settings(max_examples=20)
+@given(held=st.integers(0, 29), before=st.integers(0, 5), size=st.integers(2, 4), seed=st.integers(0, 9))
+def test_states_of_blocks_are_those_of_a_loop(held, before, size, seed):
+    states = np.random.default_rng(seed).normal(size=(29, 2)).astype(np.float32)
+    tree = with_states(trees.build(leaves_of(29), gist_fn, block_size=size, max_lod=1), states)
+    tree = dataclasses.replace(tree, length=jnp.int32(held))
+    start = np.arange(29)
+    expected = np.zeros((29, 1 + before, 2))
+    for token in start:
+        for back in range(1 + before):
+            block = token // size - back
+            if block >= 0 and (block + 1) * size <= held:
+                expected[token, back] = states[block * size : (block + 1) * size].mean(axis=0)
+    found = trees.lookup_states(tree, start, before=before)
+    np.testing.assert_allclose(found, expected.reshape(29, -1), rtol=1e-5, atol=1e-6)
 
 
 def test_append_without_padding():

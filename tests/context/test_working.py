@@ -268,16 +268,20 @@ def test_with_omission_the_budget_counts_what_is_read():
         assert {name for name, holds in result.items() if not holds} == violated
 
 
-def test_states_are_looked_up_as_embeddings_are():
-    leaves, states = np.random.default_rng(0).normal(size=(2, 17, 3)).astype(np.float32)
-    mean = functools.partial(jnp.mean, axis=1)
-    tree = trees.build(leaves, lambda children: 7 + mean(children), block_size=2, max_lod=3, states=states)
-    alone = trees.build(states, mean, block_size=2, max_lod=3)
-    context = working_context(ENTRIES, capacity=13)
-    entries, of_states = materialise(tree, context), materialise(alone, context)
-    np.testing.assert_array_equal(entries.states, of_states.embeddings)
-    np.testing.assert_array_equal(entries.block_states, of_states.blocks)
-    assert of_states.states is None and of_states.block_states is None
+def test_entries_know_of_their_block_and_the_four_before_it_and_padding_of_nothing():
+    leaves = np.random.default_rng(0).normal(size=(17, 3)).astype(np.float32)
+    plain = trees.build(leaves, functools.partial(jnp.mean, axis=1), block_size=2, max_lod=3)
+    blocks = 1 + np.arange(8, dtype=np.float32)[:, None]
+    tree = dataclasses.replace(plain, states=(jnp.zeros((17, 1)), jnp.asarray(blocks)))
+    entries = materialise(tree, working_context(ENTRIES, capacity=13))
+    expected = np.zeros((13, 5))
+    for row, (start, _) in enumerate(ENTRIES):
+        for back in range(5):
+            block = start // 2 - back
+            expected[row, back] = 1 + block if 0 <= block < 8 else 0
+    np.testing.assert_array_equal(entries.states, expected)
+    assert expected[:10].any(axis=1).all() and contexts.BLOCKS_BEFORE == 4
+    assert materialise(plain, working_context(ENTRIES, capacity=13)).states is None
 
 
 def test_the_tail_counts_whole_spans():

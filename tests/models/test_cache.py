@@ -98,8 +98,6 @@ def test_any_split_gives_the_logits_of_the_whole(config: BaseConfig, counts: lis
         start += count
         assert int(cache.length) == start
     assert start == S
-    # What half of the layers made of each entry is kept on the way.
-    assert_close(cache.states, compiled(model, "states")(trained(model), entries))
 
 
 @pytest.mark.parametrize("name", ["default", "six taps"])
@@ -126,8 +124,7 @@ def test_what_is_held_and_nothing_of_padding() -> None:
     np.testing.assert_array_equal(cache.inputs[:3], entries.embeddings[:3])
     for held in (cache.keys, cache.values):
         assert held.shape == (2, S, 2, 4) and (held[:, :3] != 7).all() and (held[:, 3:] == 7).all()
-    for rows in (cache.inputs, cache.states):
-        assert (rows[:3] != 7).all() and (rows[3:] == 7).all()
+    assert (cache.inputs[:3] != 7).all() and (cache.inputs[3:] == 7).all()
     # Keys are turned already: by the angles of their own positions, whatever is written later.
     np.testing.assert_array_equal(extend(model, cache, cut(entries, 3, 5))[1].keys[:, :3], cache.keys[:, :3])
 
@@ -162,7 +159,7 @@ def test_bfloat16_is_near_and_holds_bfloat16() -> None:
         logits, cache = extend(model, cache, cut(entries, start, start + R))
         rows.append(logits)
     assert rows[0].dtype == np.float32 and cache.keys.dtype == cache.values.dtype == jnp.bfloat16
-    assert cache.inputs.dtype == jnp.float32 and cache.states.dtype == jnp.bfloat16
+    assert cache.inputs.dtype == jnp.float32
     assert_close(np.concatenate(rows), expected, tolerance=0.03)
 
 
@@ -177,15 +174,14 @@ def test_a_stack_without_layers_has_nothing_to_remember() -> None:
     config = TransformerConfig(dim=D, heads=2, kv_heads=1, mlp_dim=8, layers=0, causal=True, dtype=jnp.float32)
     x, memory = jnp.ones((R, D)), (jnp.zeros((0, S, 1, 8)), jnp.zeros((0, S, 1, 8)))
     angles = (jnp.ones((R, 4)), jnp.zeros((R, 4)))
-    out, half, longer = Transformer(config, rngs=None).extend(x, memory, rotary=angles, slots=jnp.arange(R))
+    out, longer = Transformer(config, rngs=None).extend(x, memory, rotary=angles, slots=jnp.arange(R))
     np.testing.assert_array_equal(out, x)
-    np.testing.assert_array_equal(half, x)
     assert jax.tree.map(jnp.shape, longer) == jax.tree.map(jnp.shape, memory)
 
 
 def test_an_empty_cache_owns_its_buffers() -> None:
     cache = BaseModel(BASE).init_cache(S)
-    assert len({leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(cache)}) == 5
+    assert len({leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(cache)}) == 4
     assert int(cache.length) == 0 and cache.length.dtype == jnp.int32
 
 
