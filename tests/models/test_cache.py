@@ -23,7 +23,7 @@ BASES = {
     "gaussian": dataclasses.replace(BASE, gaussian_rope=True),
     "untied, one layer": dataclasses.replace(BASE, tied=False, layers=1),
     "no convolution, plain heads": dataclasses.replace(BASE, conv_width=0, kv_heads=4),
-    "one tap": dataclasses.replace(BASE, conv_width=1, kv_heads=1),
+    "one tap, three layers": dataclasses.replace(BASE, conv_width=1, kv_heads=1, layers=3),
     # Its state is longer than one call can bring.
     "copy heads": dataclasses.replace(BASE, copy_heads=1),
     "six taps": dataclasses.replace(BASE, conv_width=6, layers=1),
