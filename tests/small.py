@@ -173,12 +173,12 @@ HALF_PRECISION = Run(
     **{"hyper.kl_weight": 0.5, "objective.anchor": "fixed", "base.gaussian_rope": True, "gist.pooling": "query"},
 )
 
-# The base model reads nothing of what is collapsed; the policy sees a map of it, and the base model's states.
+# The base model reads nothing of what is collapsed; the policy sees a map of it, and what the base model looks at.
 OMITTING = Run(
     trainable=("base", "gist", "lens"),
     **{
         "base.layers": 2,
-        "lens.states": True,
+        "lens.reads": "attention",
         "lens.recency": True,
         "context.max_lod": 1,
         "context.omit": True,

@@ -41,7 +41,7 @@ class LensConfig:
     map: bool = True
     """Whether what is omitted is seen, as gists; without omission every gist is an entry, and seen."""
     recency: bool = False
-    """Whether scores fall with age to begin with, so that a fresh LensNet keeps the last tokens."""
+    """Whether scores fall with age to begin with; what resembles the query (`pointer`) is above that from the start."""
     pointer: bool = True
     """Whether the end of the history is compared with each entry, besides what attention does (`Pointer`)."""
 

@@ -92,6 +92,10 @@ class Config(Recipe):
             f"base.dim must be a multiple of gist.heads {self.gist.heads}, got {self.base.dim}",
         )
         require(
+            self.lens.map or self.context.omit,
+            "lens.map must be on without context.omit, where every gist is an entry of the context",
+        )
+        require(
             not self.data.is_text or self.base.vocab_size >= 256,
             f"base.vocab_size must be at least 256 for text, which is read as bytes, got {self.base.vocab_size}",
         )

@@ -30,7 +30,7 @@ class SessionConfig:
     geometry: Geometry
     """How far back a decision reaches, and the cuts that it may choose."""
     budget: PositiveInt
-    """Entries W, which a refocus step never exceeds and, once the stream is longer, misses by less than K - 1."""
+    """Entries W, which a refocus step never exceeds and, once the stream is longer, misses by less than one block."""
     interval: PositiveInt
     """Tokens between two refocus steps [H]: the horizon of training."""
     focus: FocusConfig = field(default_factory=FocusConfig)

@@ -1,6 +1,7 @@
 """What LensNet may look at beside embeddings, each switched on or off: the map, the base model's states, age."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from tests.models.example_models import (
     LENS,
     LENSES,
     PADDING,
+    D,
+    F,
     S,
     assert_close,
     assert_finite,
@@ -33,9 +36,9 @@ from tests.models.example_models import (
 from tests.small import jit
 
 STATES = LENSES["states and recency"]
-BLIND = dataclasses.replace(LENS, map=False, states=True)
+BLIND = dataclasses.replace(LENS, map=False, reads="states")
 """Sees no map, but states of what it sees."""
-FLOATS = ("embeddings", "blocks", "positions", "spans", "distances", "states", "block_states")
+FLOATS = ("embeddings", "blocks", "positions", "spans", "distances", "states")
 
 
 def test_without_a_map_gists_are_neither_seen_nor_scored() -> None:
@@ -70,37 +73,65 @@ def test_a_map_without_a_token_scores_zero_with_zero_gradients() -> None:
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradients(model, trained(model), nothing)))
 
 
-def test_every_score_depends_on_every_state_and_on_none_where_they_are_switched_off() -> None:
-    inputs = lens_inputs()
+def influence(config: LensConfig) -> np.ndarray:
+    """float[S + PADDING, S + PADDING, 5, F]: how far each score depends on what is known of each entry's blocks."""
+    model, inputs = lens_model(config), lens_inputs()
+    assert inputs.states is not None
 
-    def influence(config: LensConfig) -> list[np.ndarray]:
-        model = lens_model(config)
+    def scores(states: Array) -> Array:
+        return model.apply(trained(model), dataclasses.replace(inputs, states=states))
 
-        def scores(states: Array, block_states: Array) -> Array:
-            entries = dataclasses.replace(inputs, states=states, block_states=block_states)
-            return model.apply(trained(model), entries)
-
-        assert inputs.states is not None and inputs.block_states is not None
-        found = jit(jax.jacrev(scores, argnums=(0, 1)))(inputs.states, inputs.block_states)
-        return [np.abs(jacobian).sum(axis=-1) for jacobian in found]
-
-    for size in influence(STATES):
-        assert (size[:S, :S] > 0).all() and (size[S:] == 0).all() and (size[:, S:] == 0).all()
-    for size in influence(LENS):
-        assert (size == 0).all()
-    assert not {"state", "state_norm", "slope"} & set(fresh(lens_model()))
-    assert {"state", "state_norm", "slope"} <= set(fresh(lens_model(STATES)))
+    found = jit(jax.jacrev(scores))(inputs.states)
+    return np.abs(np.asarray(found)).reshape(S + PADDING, S + PADDING, 1 + contexts.BLOCKS_BEFORE, -1)
 
 
-@pytest.mark.parametrize("name", ["states", "block_states"])
-def test_states_that_are_read_must_be_there(name: str) -> None:
-    model, inputs = lens_model(STATES), lens_inputs()
-    assert model.reads_states and not lens_model().reads_states
-    with pytest.raises(ValueError, match=rf"entries\.{name} must be there for a LensNet that reads states"):
-        model.apply(fresh(model), dataclasses.replace(inputs, **{name: None}))
-    with pytest.raises(ValueError, match=rf"entries\.{name} must have shape \[14, 16\].*\(14, 15\)"):
-        model.apply(fresh(model), dataclasses.replace(inputs, **{name: getattr(inputs, name)[:, 1:]}))
-    without = dataclasses.replace(inputs, states=None, block_states=None)
+@pytest.mark.parametrize("reads", ["states", "attention"])
+def test_every_score_depends_on_every_state_and_on_none_where_they_are_switched_off(reads: Any) -> None:
+    size = influence(dataclasses.replace(LENS, layers=1, reads=reads)).sum(axis=3)
+    assert (size[:S, :S] > 0).all() and (size[S:] == 0).all() and (size[:, S:] == 0).all()
+    assert (influence(LENS) == 0).all()
+    assert not {"state", "slope"} & set(fresh(lens_model()))
+    assert {"state", "slope"} <= set(fresh(lens_model(STATES)))
+
+
+@pytest.mark.parametrize("reads", ["states", "attention"])
+def test_without_layers_and_pointer_a_score_depends_on_its_own_blocks_alone(reads: Any) -> None:
+    size = influence(dataclasses.replace(LENS, layers=0, pointer=False, reads=reads)).sum(axis=(2, 3))
+    np.testing.assert_array_equal(size > 0, np.pad(np.eye(S, dtype=bool), (0, PADDING)))
+
+
+@pytest.mark.parametrize("reads", ["states", "attention"])
+def test_a_score_depends_on_the_four_blocks_before_and_on_none_that_is_farther(reads: Any) -> None:
+    """Of a whole tree: eight blocks of four, and what is known of each."""
+    model = lens_model(dataclasses.replace(LENS, layers=0, pointer=False, reads=reads))
+    leaves = np.random.default_rng(0).normal(size=(32, D)).astype("f")
+    plain = tree.build(leaves, lambda children: children.mean(axis=1), block_size=4, max_lod=1)
+    geometry = Geometry(history=32, block_size=4, max_lod=1, recent_tokens=4, omit=True)
+    context = contexts.recency(12, geometry, capacity=12)
+    known = jnp.asarray(np.random.default_rng(1).uniform(0.01, 1, size=(8, F)).astype("f"))
+
+    def scores(known: Array) -> Array:
+        history = dataclasses.replace(plain, states=(jnp.zeros((32, F)), known))
+        return model.apply(trained(model), contexts.materialise(history, context))
+
+    size = np.abs(np.asarray(jit(jax.jacrev(scores))(known))).sum(axis=2)
+    block = np.asarray(context.start)[:, None] // 4
+    before = block - np.arange(8)
+    expected = (before >= 0) & (before <= 4) & np.asarray(context.valid)[:, None]
+    np.testing.assert_array_equal(size > 0, expected)
+    assert expected.sum(axis=1).max() == 5 and (~expected).any()
+
+
+@pytest.mark.parametrize("config", [STATES, LENSES["attention"]], ids=["states", "attention"])
+def test_states_that_are_read_must_be_there(config: LensConfig) -> None:
+    model, inputs = lens_model(config), lens_inputs()
+    assert model.reads == config.reads and lens_model().reads == "nothing"
+    with pytest.raises(ValueError, match=rf"entries\.states must be there .* lens\.reads {config.reads}"):
+        model.apply(fresh(model), dataclasses.replace(inputs, states=None))
+    assert inputs.states is not None
+    with pytest.raises(ValueError, match=r"entries\.states must have shape \[14, 15\].*\(14, 14\)"):
+        model.apply(fresh(model), dataclasses.replace(inputs, states=inputs.states[:, 1:]))
+    without = dataclasses.replace(inputs, states=None)
     np.testing.assert_array_equal(
         run(lens_model(), fresh(lens_model()), without), run(lens_model(), fresh(lens_model()), inputs)
     )

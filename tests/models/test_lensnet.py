@@ -49,13 +49,17 @@ def reference_scores(params: Params, config: LensConfig, entries: Entries) -> np
         gate, up = np.split(x @ weights["gate_up"]["kernel"], 2, axis=-1)
         return (gate / (1 + np.exp(-gate)) * up) @ weights["down"]["kernel"]
 
-    def content(x: np.ndarray, states: np.ndarray | None) -> np.ndarray:
-        found = norm(x, params["embedding_norm"]) @ params["content"]["kernel"]
-        return found + norm(states, params["state_norm"]) @ params["state"]["kernel"] if config.states else found
+    def content(x: np.ndarray) -> np.ndarray:
+        return norm(x, params["embedding_norm"]) @ params["content"]["kernel"]
 
-    shown = content(entries.embeddings, entries.states)
-    blocks = content(entries.blocks, entries.block_states) if config.blocks else shown
+    shown = content(entries.embeddings)
+    blocks = content(entries.blocks) if config.blocks else shown
     x = shown + blocks @ params["block"]["kernel"] if config.blocks else shown.copy()
+    for i, known in enumerate(entries.states):
+        if config.reads == "states":
+            x[i] = x[i] + known / np.sqrt(np.mean(known**2) + 1e-5) @ params["state"]["kernel"]
+        if config.reads == "attention":  # from -1 where there is none to 1 where there is nothing else
+            x[i] = x[i] + (1 + 2 * np.log(known + 1e-5) / np.log(1e5)) @ params["state"]["kernel"]
     for i, (lod, span, age) in enumerate(zip(entries.lods, entries.spans, ages, strict=True)):
         waves = [wave(frequency * age) for wave in (math.sin, math.cos) for frequency in FREQUENCIES]
         features = np.asarray([math.log(span), age, *waves]) @ params["features"]["kernel"]
@@ -145,11 +149,11 @@ def test_features_by_hand() -> None:
     np.testing.assert_allclose(features, [1.3862944, 1.0986123, *np.sin(waves), *np.cos(waves)], atol=1e-6)
 
 
-@pytest.mark.parametrize("config", ["blocks and pointer", "states and recency"])
+@pytest.mark.parametrize("config", ["blocks and pointer", "states and recency", "attention"])
 @pytest.mark.parametrize("garbage", [1e3, np.nan])
 def test_neither_content_nor_count_of_padding_matters(config: str, garbage: float) -> None:
     model, inputs = lens_model(LENSES[config]), lens_inputs()
-    names = ("embeddings", "blocks", "positions", "spans", "distances", "states", "block_states")
+    names = ("embeddings", "blocks", "positions", "spans", "distances", "states")
     floats = {name: getattr(inputs, name).at[S:].set(garbage) for name in names}
     padded = dataclasses.replace(inputs, lods=inputs.lods.at[S:].set(2), **floats)
     expected = run(model, trained(model), lens_inputs(padding=0))
