@@ -29,5 +29,5 @@ CONFIG = Config(
     hyper=Hyperparameters(context_start=0.25, context_end=0.25),
     data=DataConfig(task="stdlib"),
     pretrain=PretrainConfig(steps=1600, batch_size=8, rollout_weight=1.0),
-    distill=DistillConfig(steps=1000, learning_rate=2e-3),
+    distill=DistillConfig(steps=600, learning_rate=2e-3),
 )
