@@ -90,7 +90,7 @@ def details(config: Config, measured: Mapping[str, Measured], check: Row, *, rat
     """
     mean = {name: float(one.nll.mean()) for name, one in measured.items()}
     history, horizon = config.context.history, config.context.horizon
-    seen = config.geometry.seen(length) if config.lens.map else length
+    seen = rivals.lens_rows(config.lens, config.geometry, length)
     counts = np.asarray(measured["recency"].key_tokens)
     rows: list[Row] = []
     for name in sorted(measured, key=rivals.order):

@@ -146,7 +146,7 @@ def policy_rows(
 
 
 def _reads(name: str, config: Config) -> int:
-    seen = config.geometry.seen(config.budget)
+    seen = rivals.lens_rows(config.lens, config.geometry, config.budget)
     return rivals.reads(name, history=config.context.history, horizon=config.context.horizon, rows=seen)
 
 

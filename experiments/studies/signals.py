@@ -29,7 +29,7 @@ from experiments import command
 from experiments.tables import write_csv
 from experiments.train import load_preset
 from lensjax import _settings
-from lensjax.evaluation import compare
+from lensjax.evaluation import compare, rivals
 from lensjax.evaluation.statistics import estimate
 from lensjax.models import Models, Params
 from lensjax.runs.config import Config
@@ -122,7 +122,8 @@ def run_cell(arguments: Arguments, method: Method, changes: Row) -> list[Row]:
         difference = estimate(losses["lensnet"] - losses["recency"])
         low, high = difference.interval
         rows.append(
-            {"seed": seed, "learning_rate": best, "steps": arguments.steps, "sequences": arguments.sequences}
+            {"reads": rivals.lens_rows(config.lens, config.geometry, config.budget)}
+            | {"seed": seed, "learning_rate": best, "steps": arguments.steps, "sequences": arguments.sequences}
             | {"tokens_preferences": tokens_read(config)[0], "tokens_distilled": tokens_read(config)[1]}
             | {"nll": float(losses["lensnet"].mean()), "nll_recency": float(losses["recency"].mean())}
             | {"minus_recency": difference.mean, "minus_recency_low": low, "minus_recency_high": high}

@@ -60,7 +60,7 @@ def compare(config: Config, session: Session, tokens: np.ndarray, watch: Watch, 
     is_key = np.asarray(jax.jit(find)(session.params, tokens, cursors.astype(np.int32)))
     shown = {name: history if name == WHOLE else float(entries.mean()) for name in each}
     # A session decides over its entries and the interval that it has read since.
-    rows_read = config.geometry.seen(round(float(entries.mean()))) + interval
+    rows_read = rivals.lens_rows(config.lens, config.geometry, round(float(entries.mean()))) + interval
     reads = {name: rivals.reads(name, history=history, horizon=interval, rows=rows_read) for name in each}
     rows = quality_rows(each, is_key, shown, reads)
     losses = {name: values.mean(axis=1) for name, values in each.items()}

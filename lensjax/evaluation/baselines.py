@@ -21,6 +21,8 @@ from lensjax.context.working import WorkingContext
 from lensjax.models import AttentiveLanguageModel, Params
 from lensjax.models.attention import attention_paid
 
+NEXT = 4
+"""Blocks after a good one that `and_next` takes for as good."""
 BM25_K1 = 1.5
 """How fast a repeated term saturates."""
 
@@ -147,6 +149,32 @@ def lookup(tokens: ArrayLike, geometry: Geometry) -> Array:
         running &= (place >= back) & (jnp.roll(tokens, back) == tokens[-back])
         count += running.astype(jnp.float32)
     return count
+
+
+def and_next(scores: ArrayLike, length: int, geometry: Geometry) -> Array:
+    """Half of the budget for the last tokens, the rest for blocks that score high and for the four that come after.
+
+    What resembles the end of the history stands before what is needed: that is what comes after it.
+
+    Args:
+      scores: float32[C], at least 0, worth of each token in full.
+      length: entries of the context.
+      geometry: the history.
+
+    Returns:
+      float32[C], for `by_scores`: a block has the best score of itself and the `NEXT` blocks before it.
+
+    Example:
+      >>> import jax.numpy as jnp, lensjax as lx
+      >>> geometry = lx.Geometry(history=16, block_size=2, max_lod=1, recent_tokens=2)
+      >>> lx.baselines.and_next(jnp.zeros(16).at[2].set(1.0), 4, geometry).tolist()[:14:2]
+      [0.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.0]
+    """
+    of_blocks = nodes.by_level(nodes.pool_tokens(scores, geometry), geometry)[0]
+    shifted = jnp.pad(of_blocks, (NEXT, 0))
+    best = jnp.stack([shifted[NEXT - back : len(shifted) - back] for back in range(NEXT + 1)]).max(axis=0)
+    is_recent = jnp.arange(geometry.history) >= geometry.history - length // 2
+    return jnp.where(is_recent, jnp.inf, nodes.of_blocks(best, geometry))
 
 
 def attention(

@@ -15,6 +15,7 @@ from lensjax.evaluation import baselines
 from lensjax.evaluation.answers import oracle_state
 from lensjax.models import AttentiveLanguageModel, Models, Params
 from lensjax.models.decision import Window, build_tree
+from lensjax.models.lensnet import LensConfig
 from lensjax.training import nll, teachers
 
 
@@ -53,6 +54,9 @@ def causal(
         attention, key_norm = baselines.attention(models.base, params["base"], history, query, geometry)
         scored |= {"key_norm": key_norm, "snapkv": attention}
     scored |= {"bm25": baselines.bm25(history, history[query], geometry), "lookup": baselines.lookup(history, geometry)}
+    # Copied ahead: they keep what follows a match, where the rules of the literature keep the match.
+    following = [name for name in ("snapkv", "lookup") if name in scored]
+    scored |= {f"{name}_next": baselines.and_next(scored[name], length, geometry) for name in following}
     return {
         "recency": _one(contexts.recency(length, geometry, capacity=length)),
         "uniform": _one(allocator.to_context(allocator.uniform(length, geometry), geometry, capacity=length)),
@@ -143,11 +147,25 @@ def reads(name: str, *, history: int, horizon: int, rows: int) -> int:
         return history + horizon
     if name in _BLIND:
         return 0
-    if name in ("key_norm", "snapkv", "bm25", "lookup"):
+    if name in ("key_norm", "snapkv", "snapkv_next", "bm25", "lookup", "lookup_next"):
         return history
     if name == "session" or name.startswith("lensnet_"):
         return rows
     raise ValueError(f"{name} is no policy of which is known what it reads")
+
+
+def lens_rows(lens: LensConfig, geometry: Geometry, length: int) -> int:
+    """Vectors that LensNet looks at: entries, the map of what is omitted, and every token of which it reads attention.
+
+    Example:
+      >>> import lensjax as lx
+      >>> from lensjax.evaluation import rivals
+      >>> geometry = lx.Geometry(history=224, block_size=8, max_lod=1, recent_tokens=8, omit=True)
+      >>> [rivals.lens_rows(lx.LensConfig(reads=reads), geometry, 56) for reads in ("nothing", "attention")]
+      [77, 301]
+    """
+    seen = geometry.seen(length) if lens.map else length
+    return seen if lens.reads == "nothing" else seen + geometry.history
 
 
 _BLIND = (
@@ -165,8 +183,10 @@ def order(name: str) -> tuple[int, str]:
         "recent_random",
         "key_norm",
         "snapkv",
+        "snapkv_next",
         "bm25",
         "lookup",
+        "lookup_next",
         "lensnet",
         "snapkv_hindsight",
         "bm25_hindsight",
