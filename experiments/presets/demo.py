@@ -13,6 +13,7 @@ from lensjax.models.lensnet import LensConfig
 from lensjax.runs.config import Config
 from lensjax.runs.data.task import DataConfig
 from lensjax.training.hyperparameters import Hyperparameters
+from lensjax.training.optim.optimizer import OptimizerConfig
 from lensjax.training.scoring import ContextConfig
 from lensjax.training.steps.pretrain import PretrainConfig
 from lensjax.training.teachers import DistillConfig
@@ -32,6 +33,7 @@ CONFIG = Config(
     focus=FocusConfig(start="recency", steps=2, cooldown=4),
     hyper=Hyperparameters(context_start=0.25, context_end=0.25),
     data=DataConfig(task="stdlib", quote=8),
-    pretrain=PretrainConfig(steps=600, batch_size=16, rollout_weight=1.0),
+    optimizer=OptimizerConfig(name="muon"),
+    pretrain=PretrainConfig(steps=300, learning_rate=4e-3, batch_size=16, rollout_weight=1.0),
     distill=DistillConfig(steps=150, learning_rate=2e-3),
 )

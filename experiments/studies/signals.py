@@ -62,7 +62,7 @@ class Arguments:
     """Run whose base model all cells share."""
     output_dir: Path = Path("runs/signals")
     preset: str = "demo"
-    steps: int = 120
+    steps: int = 100
     """Training steps of every cell; `both` takes half of them for each stage."""
     batch_size: int = 8
     rollouts: int = 6

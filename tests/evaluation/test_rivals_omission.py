@@ -109,10 +109,10 @@ def test_held_out_measurements_are_finite_and_maps_have_the_length():
     assert (lengths == lengths[..., :1]).all()
 
 
-def test_the_tree_of_a_comparison_holds_the_states():
+def test_the_tree_of_a_comparison_holds_what_the_policy_reads():
     tree = jax.eval_shape(
         lambda params, tokens: build_tree(MODELS, params, tokens, GEOMETRY),
         OMITTING.state().params,
         batch()["tokens"][0, : SHAPE.history],
     )
-    assert [level.shape for level in tree.states] == [(32, 16), (16, 16)]
+    assert [level.shape for level in tree.states] == [(32, 8), (16, 8)]

@@ -13,7 +13,7 @@ from lensjax.context import refocus, tree
 from lensjax.context import working as contexts
 from lensjax.context.allocator import FocusConfig
 from lensjax.context.geometry import Geometry
-from lensjax.models import LensModel
+from lensjax.models import LensModel, Params
 from lensjax.models.decision import policy
 from lensjax.models.lensnet import LensConfig
 from tests import reference
@@ -94,16 +94,17 @@ def test_every_score_depends_on_every_state_and_on_none_where_they_are_switched_
     assert {"state", "slope"} <= set(fresh(lens_model(STATES)))
 
 
-@pytest.mark.parametrize("reads", ["states", "attention"])
-def test_without_layers_and_pointer_a_score_depends_on_its_own_blocks_alone(reads: Any) -> None:
-    size = influence(dataclasses.replace(LENS, layers=0, pointer=False, reads=reads)).sum(axis=(2, 3))
-    np.testing.assert_array_equal(size > 0, np.pad(np.eye(S, dtype=bool), (0, PADDING)))
+def of_each_alone(config: LensConfig) -> tuple[LensModel, Params]:
+    """A LensNet whose layers add nothing: each entry is scored by what is known of it."""
+    model = lens_model(dataclasses.replace(config, layers=1, pointer=False))
+    params = trained(model)
+    return model, {**params, "transformer": jax.tree.map(jnp.zeros_like, params["transformer"])}
 
 
 @pytest.mark.parametrize("reads", ["states", "attention"])
 def test_a_score_depends_on_the_four_blocks_before_and_on_none_that_is_farther(reads: Any) -> None:
     """Of a whole tree: eight blocks of four, and what is known of each."""
-    model = lens_model(dataclasses.replace(LENS, layers=0, pointer=False, reads=reads))
+    model, params = of_each_alone(dataclasses.replace(LENS, reads=reads))
     leaves = np.random.default_rng(0).normal(size=(32, D)).astype("f")
     plain = tree.build(leaves, lambda children: children.mean(axis=1), block_size=4, max_lod=1)
     geometry = Geometry(history=32, block_size=4, max_lod=1, recent_tokens=4, omit=True)
@@ -112,7 +113,7 @@ def test_a_score_depends_on_the_four_blocks_before_and_on_none_that_is_farther(r
 
     def scores(known: Array) -> Array:
         history = dataclasses.replace(plain, states=(jnp.zeros((32, F)), known))
-        return model.apply(trained(model), contexts.materialise(history, context))
+        return model.apply(params, contexts.materialise(history, context))
 
     size = np.abs(np.asarray(jit(jax.jacrev(scores))(known))).sum(axis=2)
     block = np.asarray(context.start)[:, None] // 4

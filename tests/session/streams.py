@@ -47,7 +47,8 @@ CASES = {
     # The base model reads nothing of what is collapsed: 12 tokens of 32, and a map of ten blocks of two.
     "omission": _settings.replace(SMALL, **OMISSION),
     # Two layers, so that states are not the embeddings.
-    "states": _settings.replace(SMALL, **OMISSION, **{"lens.states": True, "base.layers": 2, "base.copy_heads": 1}),
+    "states": _settings.replace(SMALL, **OMISSION, **{"lens.reads": "states", "base.layers": 2, "base.copy_heads": 1}),
+    "attention": _settings.replace(SMALL, **OMISSION, **{"lens.reads": "attention", "base.layers": 2}),
 }
 STREAM = np.random.default_rng(0).integers(0, VOCABULARY, 75)
 
@@ -61,7 +62,7 @@ def session_of(name):
     params = jax.tree.map(lambda leaf: 0.4 * random.normal(size=leaf.shape).astype("f") + (leaf.ndim == 1), shapes)
     # The pointer's products would saturate tanh. Which of two scores of 0.9999999 is the larger is rounding's choice.
     params["lens"]["pointer"]["gain"] *= np.float32(0.05)
-    if config.lens.states:  # more is said of each entry
+    if config.lens.reads != "nothing":  # more is said of each entry
         params["lens"]["head"]["kernel"] *= np.float32(0.5)
         params["lens"]["pointer"]["gain"] *= np.float32(0.5)
     return Session(models, params, config.session)

@@ -1,7 +1,5 @@
 """A session reads the same however the stream is split, and holds and predicts what it should."""
 
-import itertools
-
 import jax
 import numpy as np
 import pytest
@@ -92,7 +90,7 @@ def test_every_refocus_step_leaves_a_legal_context_of_exactly_the_length_that_wa
     assert deepest == session.config.geometry.max_lod
 
 
-@pytest.mark.parametrize("name", ["plain", "other", "no edits", "omission", "states"])
+@pytest.mark.parametrize("name", ["plain", "other", "no edits", "omission", "states", "attention"])
 def test_the_tree_is_that_of_the_tokens_held(name):
     steps, last, _ = read_at_once(name)
     for state in [*(state for state, _ in steps), last]:
@@ -104,7 +102,7 @@ def test_the_tree_is_that_of_the_tokens_held(name):
             assert not np.any(rows[complete:])
 
 
-@pytest.mark.parametrize("name", ["plain", "other", "no edits", "omission", "states"])
+@pytest.mark.parametrize("name", ["plain", "other", "no edits", "omission", "states", "attention"])
 def test_predictions_are_those_of_the_base_model_on_the_whole_context(name):
     """So is all that the cache keeps, at every refocus step and in between."""
     session, state = session_of(name), session_of(name).init()
@@ -121,7 +119,7 @@ def test_predictions_are_those_of_the_base_model_on_the_whole_context(name):
     assert max(kept) > 0
 
 
-@pytest.mark.parametrize("name", ["plain", "other", "no edits", "omission", "states"])
+@pytest.mark.parametrize("name", ["plain", "other", "no edits", "omission", "states", "attention"])
 def test_losses_are_those_of_training_behind_the_same_context(name):
     session, (steps, _, losses) = session_of(name), read_at_once(name)
     for state, _ in steps[:-1]:
@@ -157,43 +155,7 @@ def test_the_first_token_is_predicted_by_nothing():
         assert read_at_once(name)[2][0] == pytest.approx(np.log(VOCABULARY))
 
 
-def test_states_are_what_the_base_model_made_of_the_tokens_as_it_read_them():
-    """With what it was shown then: an interval's tokens behind the context of the last refocus step."""
-    session, (steps, _, _) = session_of("states"), read_at_once("states")
-    base, interval, size = session.models.base, session.config.interval, session.config.geometry.block_size
-
-    @jit
-    def states_of(tree, context):
-        entries = contexts.materialise(tree, contexts.read(context, session.config.geometry))
-        return base.states(session.params["base"], entries)
-
-    for before, after in itertools.pairwise([session.init(), *(state for state, _ in steps)]):
-        read, held = int(before.read), int(before.tree.length)
-        # All but the last token, for that brings a refocus step.
-        longer, _ = session.append(before, STREAM[read : read + interval - 1])
-        count = len(read_of(session, longer))
-        found = states_of(longer.tree, longer.context)[count - interval + 1 : count]
-        assert_close(longer.tree.states[0][held : held + interval - 1], found)
-        # What was read once stays as it was.
-        moved, now = int(after.forgotten) - int(before.forgotten), int(after.tree.length)
-        np.testing.assert_array_equal(after.tree.states[0][: held - moved], before.tree.states[0][moved:held])
-        blocks = np.asarray(after.tree.states[0][: now // size * size]).reshape(-1, size, base.dim).mean(axis=1)
-        assert_close(after.tree.states[1][: len(blocks)], blocks)
-        assert not np.any(after.tree.states[0][now:]) and not np.any(after.tree.states[1][len(blocks) :])
-    assert read_at_once("omission")[1].tree.states == ()
-
-
-def test_states_differ_from_those_of_the_whole_history_once_something_was_omitted():
-    session, (steps, _, _) = session_of("states"), read_at_once("states")
-    build = jit(lambda tokens: decision.build_tree(session.models, session.params, tokens, session.config.geometry))
-    expected = build(STREAM[:32].astype(np.int32)).states[0]
-    found = next(state for state, _ in steps if int(state.read) == 32).tree.states[0][:32]
-    in_full = session.config.capacity
-    assert_close(found[:in_full], expected[:in_full])
-    assert (np.abs(found - expected).max(axis=1)[in_full:] > 1e-3).all()
-
-
-@pytest.mark.parametrize("name", ["plain", "states"])
+@pytest.mark.parametrize("name", ["plain", "states", "attention"])
 def test_neither_memory_nor_programs_grow_with_the_stream(name, compiles):
     session, (steps, _, _) = session_of(name), read_at_once(name)
     shapes = [

@@ -1,4 +1,4 @@
-"""The steps of training where what is collapsed is omitted and LensNet reads states: one program, exact budgets."""
+"""The steps of training with omission and a LensNet that reads the base model: one program, exact budgets."""
 
 import functools
 
@@ -52,7 +52,7 @@ def test_train_step(compiles):
     assert lengths <= {float(GEOMETRY.length(length)) for length in range(GEOMETRY.shortest, 33)}
 
 
-def test_all_variants_have_the_length_and_the_policy_sees_a_map_and_states():
+def test_all_variants_have_the_length_and_the_policy_sees_a_map_and_what_the_base_model_looks_at():
     state = OMITTING.state()
     for step in (0, 3, 11):
         scored, scores, _ = OMITTING.observe(OMITTING.state(step=step), batch())
@@ -63,7 +63,9 @@ def test_all_variants_have_the_length_and_the_policy_sees_a_map_and_states():
         assert (contexts.entry_count(scored.contexts, GEOMETRY) == length).all()
         # Each block is read or mapped.
         np.testing.assert_array_equal(scored.contexts.length, length + (32 - length) // 2)
-        assert scored.entries.states.shape == scored.entries.embeddings.shape
+        # Of five blocks, for two queries, two layers and two heads.
+        assert scored.entries.states.shape == (*scored.entries.valid.shape, 5 * 8)
+        assert np.asarray(scored.entries.states)[np.asarray(scored.contexts.valid)].any(axis=-1).mean() > 0.9
         assert (np.asarray(scores)[np.asarray(scored.contexts.valid)] != 0).all()
 
 

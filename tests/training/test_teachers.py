@@ -74,6 +74,10 @@ def copied(block=3):
     return Window(jnp.asarray(history), jnp.asarray(history[start + 1 : start + 4]))
 
 
+def assert_same(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
 GEOMETRY = Geometry(history=24, block_size=4, max_lod=1, recent_tokens=4)
 
 
@@ -86,13 +90,18 @@ def test_future_attention_by_hand():
     weights[:, 0, 2] = [[0.5, 0.3, 0.2, 0], [0.1, 0.1, 0.8, 0]]
     weights[:, 0, 3] = [[0.0, 0.2, 0.2, 0.6], [0.4, 0.0, 0.2, 0.4]]
     window, params = Window(jnp.asarray([1, 2, 3]), jnp.asarray([4, 5])), {"weights": jnp.asarray(weights)}
-    found = teachers.future_attention(Fixed(), params, window)
-    np.testing.assert_allclose(found, [0.25, 0.15, 0.35], rtol=1e-6)
-    # The second token of the horizon alone: the row of the first.
-    found = teachers.future_attention(Fixed(), params, window, weights=[0.0, 1.0])
-    np.testing.assert_allclose(found, [0.2, 0.1, 0.2], rtol=1e-6)
-    found = teachers.future_attention(Fixed(), params, window, weights=[0.75, 0.25])
-    np.testing.assert_allclose(found, 0.75 * np.asarray([0.3, 0.2, 0.5]) + 0.25 * np.asarray([0.2, 0.1, 0.2]))
+    for heads, first, second in (("max", [0.5, 0.3, 0.8], [0.4, 0.2, 0.2]), ("mean", [0.3, 0.2, 0.5], [0.2, 0.1, 0.2])):
+        look = functools.partial(teachers.future_attention, Fixed(), params, window, heads=heads)
+        np.testing.assert_allclose(look(), np.add(first, second) / 2, rtol=1e-6)
+        # The second token of the horizon alone: the row of the first.
+        np.testing.assert_allclose(look(weights=[0.0, 1.0]), second, rtol=1e-6)
+        expected = 0.75 * np.asarray(first) + 0.25 * np.asarray(second)
+        np.testing.assert_allclose(look(weights=[0.75, 0.25]), expected, rtol=1e-6)
+    by_default = teachers.future_attention(Fixed(), params, window)
+    np.testing.assert_array_equal(by_default, teachers.future_attention(Fixed(), params, window, heads="max"))
+
+
+HEADS = ("max", "mean")
 
 
 @functools.cache
@@ -103,7 +112,9 @@ def look():
     def one(tokens, weights):
         entries = contexts.in_full(base.embed(params, tokens), jnp.arange(36))
         every, _ = base.attention(params, entries, jnp.arange(36))
-        return teachers.future_attention(base, params, split(tokens, horizon=4), weights=weights), every
+        window = split(tokens, horizon=4)
+        found = [teachers.future_attention(base, params, window, weights=weights, heads=heads) for heads in HEADS]
+        return dict(zip(HEADS, found, strict=True)), every
 
     return jit(one)
 
@@ -111,13 +122,15 @@ def look():
 def test_future_attention_is_that_of_a_loop():
     weights = np.asarray([0.1, 0.2, 0.3, 0.4], np.float32)
     found, every = jax.device_get(look()(batch()["tokens"][0], weights))
-    expected = np.zeros(32)
-    for layer in every:
-        for head in layer:
-            for row, weight in zip(range(31, 35), weights, strict=True):
-                expected += weight * head[row, :32] / (len(every) * len(layer))
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-    assert (found > 0).all() and 0.5 < found.sum() < 1 - 1e-3
+    expected = {name: np.zeros(32) for name in HEADS}
+    for row, weight in zip(range(31, 35), weights, strict=True):
+        seen = [head[row, :32] for layer in every for head in layer]
+        expected["mean"] += weight * sum(seen) / len(seen)
+        expected["max"] += weight * functools.reduce(np.maximum, seen)
+    for name in HEADS:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
+    assert (found["mean"] > 0).all() and 0.5 < found["mean"].sum() < 1 - 1e-3
+    assert (found["max"] > found["mean"]).all() and (found["max"] <= 1).all()
 
 
 def test_future_attention_is_the_same_without_jit_and_in_a_loop():
@@ -133,15 +146,16 @@ def test_future_attention_does_not_read_what_has_no_weight():
     tokens = np.asarray(batch()["tokens"][0])
     changed = np.concatenate([tokens[:34], (tokens[34:] + 1) % 7])
     early = jnp.asarray([0.5, 0.5, 0.0, 0.0])
-    np.testing.assert_array_equal(look()(changed, early)[0], look()(tokens, early)[0])
+    assert_same(look()(changed, early)[0], look()(tokens, early)[0])
     window = copied()
     padded = Window(window.history, jnp.concatenate([window.horizon, window.history[:2]]))
     found = teachers.future_attention(Copier(), {}, padded, weights=jnp.asarray([1, 1, 1, 0, 0]) / 3)
     np.testing.assert_allclose(found, teachers.future_attention(Copier(), {}, window), rtol=1e-5)
     last, every = np.append(tokens[:35], (tokens[35] + 1) % 7), jnp.full(4, 0.25)
-    np.testing.assert_array_equal(look()(last, every)[0], look()(tokens, every)[0])
+    assert_same(look()(last, every)[0], look()(tokens, every)[0])
     # What has weight is.
-    assert (look()(changed, every)[0] != look()(tokens, every)[0]).any()
+    for name in HEADS:
+        assert (look()(changed, every)[0][name] != look()(tokens, every)[0][name]).any()
 
 
 # What the gradient of the horizon's loss says.
@@ -285,6 +299,6 @@ def test_shapes_that_do_not_fit_are_refused():
 
 
 def test_settings():
-    assert DistillConfig() == DistillConfig(steps=0, teacher="attention", temperature=0.1)
+    assert DistillConfig() == DistillConfig(steps=0, teacher="attention", temperature=0.5, sharpness=1.0)
     with pytest.raises(ValueError, match=r"distill\.teacher must be one of attention, gradient, got 'oracle'"):
         DistillConfig(teacher="oracle")
