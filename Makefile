@@ -81,7 +81,7 @@ stream: $(STAMP) ## What a session of the demo's models is worth, and what a mil
 ablate: $(STAMP) ## What each knob changes, on recall and on the standard library, into runs/ablations
 	$(RUN) -m experiments.train recall --steps 0 --output-dir runs/ablations/recall-base
 	$(RUN) -m experiments.studies.ablate recall --base-run runs/ablations/recall-base --output-dir runs/ablations/recall
-	$(RUN) -m experiments.train demo --steps 0 --output-dir runs/ablations/stdlib-base
+	$(RUN) -m experiments.train demo --distill.steps 0 --output-dir runs/ablations/stdlib-base
 	$(RUN) -m experiments.studies.ablate stdlib --base-run runs/ablations/stdlib-base --output-dir runs/ablations/stdlib
 
 rlan: $(STAMP) ## A grid model adapted per task, on held-out rules of colours, objects and moves, into runs/rlan
@@ -96,9 +96,9 @@ arc: $(STAMP) ## The same model on ARC-1, reported on its evaluation tasks, one 
 adapt: $(STAMP) ## LensNet adapted per document, on recall (of evaluate-recall) and on the standard library, into runs/adapt
 	$(RUN) -m experiments.studies.adapt runs/recall-long/0 runs/recall-long/1 runs/recall-long/2 \
 	    --steps 150 --output-dir runs/adapt/recall
-	$(RUN) -m experiments.train demo --steps 0 --output-dir runs/adapt/stdlib-base
-	for seed in 0 1 2; do $(RUN) -m experiments.train demo --base-run runs/adapt/stdlib-base --seed $$seed --steps 100 \
-	    --hyper.context-end 0.25 --output-dir runs/adapt/stdlib-$$seed || exit 1; done
+	$(RUN) -m experiments.train demo --distill.steps 0 --output-dir runs/adapt/stdlib-base
+	for seed in 0 1 2; do $(RUN) -m experiments.train demo --base-run runs/adapt/stdlib-base --seed $$seed \
+	    --output-dir runs/adapt/stdlib-$$seed || exit 1; done
 	$(RUN) -m experiments.studies.adapt runs/adapt/stdlib-0 runs/adapt/stdlib-1 runs/adapt/stdlib-2 \
 	    --steps 150 --output-dir runs/adapt/stdlib
 
