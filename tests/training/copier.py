@@ -11,7 +11,7 @@ from lensjax.models.decision import Window
 
 @dataclass(frozen=True)
 class Copier:
-    """An induction head: a row looks at what followed its own token before, and says it again."""
+    """An induction head: a row looks at what followed its own token before, or else at the first one, and says that."""
 
     vocab_size: int
 
@@ -27,7 +27,7 @@ class Copier:
 
     def attention(self, params, entries, rows):
         keys = jnp.pad(entries.embeddings[:-1], ((1, 0), (0, 0)))
-        logits = 12 * entries.embeddings[rows] @ keys.T
+        logits = 12 * entries.embeddings[rows] @ keys.T + 6 * jnp.eye(1, keys.shape[0])
         is_earlier = jnp.arange(keys.shape[0])[None] < jnp.asarray(rows)[:, None]
         weights = jax.nn.softmax(jnp.where(is_earlier, logits, -1e9))
         return weights[None, None], jnp.ones((1, 1, keys.shape[0]))
