@@ -87,7 +87,9 @@ def eval_step(key: Array, state: TrainState, batch: Batch, *, recipe: Recipe, mo
 
 def final_length(state: TrainState, recipe: Recipe) -> Array:
     """Entries of a working context at the curriculum's end, int32[]."""
-    return current_length(jnp.asarray(recipe.steps, jnp.int32), state.hyper, recipe=recipe)
+    # A curriculum may be longer than what is left of it: without preferences there is no step of it at all.
+    last = max(recipe.steps, recipe.optimizer.curriculum_steps or 0)
+    return current_length(jnp.asarray(last, jnp.int32), state.hyper, recipe=recipe)
 
 
 def batch_keys(batch: Batch, key: Array) -> Array:

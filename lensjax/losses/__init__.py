@@ -5,7 +5,7 @@ Every loss takes `(scores, ..., where, *, hyperparameters)` with one axis of ent
 Where nothing is valid a loss is 0 with gradient 0, and a NaN in a valid score stays a NaN.
 """
 
-from lensjax.losses.distillation import listwise_distillation, pointwise_distillation
+from lensjax.losses.distillation import listwise_distillation
 from lensjax.losses.groups import a_star_po, copg, disco, grpo, info_nca, info_nce
 from lensjax.losses.pairs import cpl, hinge, ipo, logistic, rpo
 from lensjax.losses.policy import clipped_surrogate, policy_gradient, value_loss
@@ -31,7 +31,6 @@ __all__ = [
     "logistic",
     "pg_rank",
     "plackett_luce",
-    "pointwise_distillation",
     "policy_gradient",
     "policy_kl",
     "preference_entry_losses",

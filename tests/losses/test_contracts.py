@@ -69,7 +69,6 @@ LOSSES = [
         (SCORES, SCORES, WHERE, POSITIVE),
         "f",
     ),
-    Case("pointwise_distillation", losses.pointwise_distillation, (SCORES, SCORES, WHERE), "f"),
     *(group(function) for function in (losses.logistic, losses.hinge, losses.ipo, losses.copg, losses.a_star_po)),
     *(group(losses.plackett_luce), group(losses.disco, "tau"), group(losses.info_nce, "tau")),
     *(group(losses.cpl, "alpha", "bias"), group(losses.info_nca, "alpha", "beta"), group(losses.rpo, "beta", "weight")),

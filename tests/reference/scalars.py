@@ -81,20 +81,6 @@ def listwise_distillation(scores: Sequence[float], targets: Sequence[float], *, 
     return sum(p * math.log(p * sum(weights) / w) for p, w in zip(shares, weights, strict=True) if p > 0)
 
 
-def pointwise_distillation(scores: Sequence[float], targets: Sequence[float], *, floor: float) -> float:
-    largest = max([0.0, *targets])
-    if largest == 0:
-        return 0.0
-
-    def standardised(values: Sequence[float]) -> list[float]:
-        mean = sum(values) / len(values)
-        variance = sum((value - mean) ** 2 for value in values) / len(values)
-        return [(value - mean) / math.sqrt(variance + 1e-6) for value in values]
-
-    logs = standardised([math.log(max(t, floor * largest)) for t in targets])
-    return sum((s - t) ** 2 for s, t in zip(standardised(scores), logs, strict=True)) / len(logs)
-
-
 # Moving averages.
 
 
