@@ -61,6 +61,8 @@ def judge(arguments: Arguments) -> dict[str, dict[str, list[float]]]:
     config = config_file.load(run_folder.config_path(arguments.run), Config)
     if not config.context.omit:
         raise ValueError(f"{arguments.run} has context.omit False: only with omission one block can replace another")
+    if config.budget - config.context.block_size < config.context.recent_tokens:
+        raise ValueError(f"{arguments.run} has a budget of {config.budget}: recency must hold a block before the query")
     command.check_free(arguments.output_dir, resume=False)
     models = config.build_models()
     params = load_params(arguments.run, config, models, ("base", "gist"))
@@ -81,7 +83,7 @@ def judge(arguments: Arguments) -> dict[str, dict[str, list[float]]]:
     console = Console()
     console.out(f"{'':<22}{'rank correlation':<28}{'worth of its first block, nats a token'}", highlight=False)
     for teacher, row in by_teacher.items():
-        cells = [f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for mean, low, high in row.values()]
+        cells = [f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for mean, low, high in (row["rank"], row["first"])]
         console.out(f"{teacher:<22}{cells[0]:<28}{cells[1]}", highlight=False)
     return by_teacher
 

@@ -39,14 +39,16 @@ from lensjax.runs.load import load_start
 from lensjax.training.steps import distill, preference
 
 Method = Literal["preferences", "distilled", "both"]
+View = Literal["entries", "map", "map and states", "map and attention"]
+Start = Literal["uniform", "recency"]
 METHODS: tuple[Method, ...] = ("preferences", "distilled", "both")
-VIEWS: dict[str, dict[str, Any]] = {
+VIEWS: dict[View, dict[str, Any]] = {
     "entries": {"lens.map": False},
     "map": {},
     "map and states": {"lens.reads": "states"},
     "map and attention": {"lens.reads": "attention"},
 }
-STARTS: dict[str, dict[str, Any]] = {
+STARTS: dict[Start, dict[str, Any]] = {
     "uniform": {"focus.start": "uniform", "lens.recency": False},
     "recency": {"focus.start": "recency", "lens.recency": True},
 }
@@ -70,8 +72,8 @@ class Arguments:
     learning_rates: tuple[float, ...] = (1e-3, 3e-3)
     sequences: int = 256
     """Held-out windows, on each of validation and test."""
-    views: tuple[str, ...] = tuple(VIEWS)
-    starts: tuple[str, ...] = tuple(STARTS)
+    views: tuple[View, ...] = ("entries", "map", "map and states", "map and attention")
+    starts: tuple[Start, ...] = ("uniform", "recency")
 
 
 def main(words: list[str] | None = None) -> None:
@@ -85,7 +87,7 @@ def run(arguments: Arguments) -> list[Row]:
     """The whole grid; returns the rows of `signals.csv`."""
     console, rows = Console(), list[Row]()
     command.check_free(arguments.output_dir, resume=False)
-    arguments.output_dir.mkdir(parents=True)
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
     for view, start, method in itertools.product(arguments.views, arguments.starts, METHODS):
         began = time.perf_counter()
         cell = {"signal": method, "view": view, "start": start}
@@ -134,8 +136,8 @@ def run_cell(arguments: Arguments, method: Method, changes: Row) -> list[Row]:
 
 def cell_config(arguments: Arguments, method: Method, changes: Row) -> Config:
     """The preset with what the cell changes."""
-    half = arguments.steps // 2
-    stages = {"preferences": (0, arguments.steps), "distilled": (arguments.steps, 0), "both": (half, half)}
+    steps, half = arguments.steps, arguments.steps // 2
+    stages = {"preferences": (0, steps), "distilled": (steps, 0), "both": (half, steps - half)}
     distilled, preferred = stages[method]
     shared = {"base_run": arguments.base_run, "batch_size": arguments.batch_size, "steps": preferred}
     shared |= {"distill.steps": distilled, "context.rollouts": arguments.rollouts}

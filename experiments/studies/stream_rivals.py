@@ -97,6 +97,7 @@ def quality_rows(
     Returns:
       Rows; what a policy minus itself would be is None.
     """
+    losses = {name: values.astype(float) for name, values in losses.items()}
     every = np.ones_like(is_key)
     stretches = {name: _by_stretch(values, every) for name, values in losses.items()}
     key_stretches = {name: _by_stretch(values, is_key) for name, values in losses.items()}

@@ -148,6 +148,21 @@ def test_each_phase_begins_with_the_lensnet_of_the_one_before(cheap, tmp_path, s
     jax.tree.map(np.testing.assert_array_equal, load.load(tmp_path / "run").params, trained.params)
 
 
+def test_each_phase_of_each_seed_reads_batches_of_its_own(cheap, tmp_path, monkeypatch):
+    first, run_phase = {}, loop.run_phase
+
+    def spy(phase, state, rows, **keywords):
+        position = rows.get_state()
+        first[keywords["config"].seed, phase.name] = next(rows)["tokens"].tobytes()
+        rows.set_state(position)
+        return run_phase(phase, state, rows, **keywords)
+
+    monkeypatch.setattr(loop, "run_phase", spy)
+    for seed in (0, 1):
+        start(tiny_config(tmp_path / str(seed), seed=seed, **ALL))
+    assert len(set(first.values())) == len(first) == 8
+
+
 def test_without_a_kl_term_there_is_no_anchor(cheap, tmp_path, starts):
     start(tiny_config(tmp_path / "run", **{"distill.steps": 3}))
     assert starts["lens"].anchor is None

@@ -233,6 +233,8 @@ def test_lensnet_alone_moves():
     moved = jax.tree.map(lambda one, other: bool((one != other).any()), after.params["lens"], before.params["lens"])
     assert all(jax.tree.leaves(moved)), moved
     assert float(report["loss"]) > 0
+    kept = "".join(jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(before.opt_state))
+    assert "lens" in kept and "base" not in kept and "gist" not in kept
 
 
 def test_the_horizon_changes_what_is_taught_and_not_what_is_scored():
