@@ -29,6 +29,8 @@ COLUMNS = (
     *CHECK_COLUMNS,
 )
 Row = dict[str, Any]
+PAIRED = ("recency", "random", "recent_random", "snapkv", "snapkv_next", "bm25", "lookup", "lookup_next", "oracle")
+"""Whom every policy is compared with, sequence by sequence."""
 
 
 def check_focus(
@@ -121,7 +123,7 @@ def details(config: Config, measured: Mapping[str, Measured], check: Row, *, rat
         row |= {column: check[column] if name == check["policy"] else None for column in CHECK_COLUMNS}
         row = {column: _defined(value) for column, value in row.items()}
         row |= {"against_budget": ratio, "residency": _defined(float(one.residency.mean()))}
-        for other in ("recency", "random", "recent_random", "oracle"):
+        for other in (name for name in PAIRED if name in measured):
             difference = estimate(losses - np.asarray(measured[other].nll))
             row[f"minus_{other}"] = [difference.mean, *difference.interval]
             row[f"key_minus_{other}"] = _over_tokens(key_losses - np.asarray(measured[other].key_nll), counts)
