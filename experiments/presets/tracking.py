@@ -35,7 +35,7 @@ CONFIG = Config(
         rollouts=8,
         local_edits=4,
     ),
-    focus=FocusConfig(start="recency", steps=4, cooldown=4),
+    focus=FocusConfig(start="recency", steps=1),
     hyper=Hyperparameters(context_start=0.25, context_end=0.25),
     data=DataConfig(task="tracking", hops=HOPS),
     pretrain=PretrainConfig(steps=1500, batch_size=16, rollout_weight=1.0),

@@ -43,8 +43,8 @@ View = Literal["entries", "map", "map and states", "map and attention"]
 Start = Literal["uniform", "recency"]
 METHODS: tuple[Method, ...] = ("preferences", "distilled", "both")
 VIEWS: dict[View, dict[str, Any]] = {
-    "entries": {"lens.map": False},
-    "map": {},
+    "entries": {"lens.map": False, "lens.reads": "nothing"},
+    "map": {"lens.reads": "nothing"},
     "map and states": {"lens.reads": "states"},
     "map and attention": {"lens.reads": "attention"},
 }
