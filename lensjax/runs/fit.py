@@ -235,6 +235,7 @@ def _by_teacher(
 ) -> tuple[TrainState, float]:
     """Gives a state a LensNet that has learned from a teacher; it is the anchor's, too."""
     config, models, settings = job.config, job.models, job.config.distill
+    state = devices.place(state, job.mesh, split=config.shard_parameters)  # as in the next phase: one program measures
 
     def with_lens(after: Learner) -> TrainState:
         anchor = None if state.anchor is None else jax.tree.map(jnp.copy, after.params["lens"])
