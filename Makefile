@@ -66,7 +66,8 @@ evaluate-tracking: $(STAMP) ## All policies at 2x and 4x on variable tracking of
 
 signals: $(STAMP) ## What LensNet learns from: signal, view and start, three seeds, into runs/signals
 	$(RUN) -m experiments.train demo --distill.steps 0 --output-dir runs/signals/base
-	$(RUN) -m experiments.studies.signals --base-run runs/signals/base --output-dir runs/signals/grid
+	$(RUN) -m experiments.studies.signals --base-run runs/signals/base --views entries map 'map and attention' \
+	    --output-dir runs/signals/grid
 
 query: $(STAMP) ## Why recall is slow to learn without the answer in hand, and what helps, into runs/query
 	$(RUN) -m experiments.train recall --steps 0 --output-dir runs/query/base

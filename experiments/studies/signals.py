@@ -64,7 +64,7 @@ class Arguments:
     """Run whose base model all cells share."""
     output_dir: Path = Path("runs/signals")
     preset: str = "demo"
-    steps: int = 100
+    steps: int = 50
     """Training steps of every cell; `both` takes half of them for each stage."""
     batch_size: int = 8
     rollouts: int = 6
