@@ -29,5 +29,5 @@ CONFIG = Config(
     hyper=Hyperparameters(context_start=0.25, context_end=0.25),
     data=DataConfig(task="recall", query=2, recall_pool=16),
     pretrain=PretrainConfig(steps=1200, batch_size=8, rollout_weight=1.0),
-    distill=DistillConfig(steps=150, learning_rate=1e-3),
+    distill=DistillConfig(steps=150, learning_rate=1e-3, sharpness=2.0),
 )

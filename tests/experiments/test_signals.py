@@ -149,7 +149,7 @@ def test_cells_share_everything_but_what_they_are_called_by(workplace, tmp_path,
         _settings.replace(PRESET, **shared, steps=preferred, **{"distill.steps": distilled}, **view, **start)
         for view in script.VIEWS.values()
         for start in script.STARTS.values()
-        for distilled, preferred in ((0, 7), (7, 0), (3, 3))
+        for distilled, preferred in ((0, 7), (7, 0), (3, 4))
     ]
     assert configs == expected and len(set(configs)) == 4 * 2 * 3
     seen = [(config.lens.map, config.lens.reads, config.lens.recency, config.focus.start) for config in configs[::3]]
