@@ -15,7 +15,7 @@ STAMP := $(VENV)/$(TAG).stamp
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo recall query evaluate-recall evaluate-tracking evaluate-stdlib stream ablate rlan arc adapt quiet-star \
+.PHONY: help venv demo recall query signals evaluate-recall evaluate-tracking evaluate-stdlib stream ablate rlan arc adapt quiet-star \
     test test-slow test-all test-matrix docs lint format release constraints clean
 
 help: ## List the targets
@@ -40,27 +40,34 @@ demo: $(STAMP) ## Pretrain, train, evaluate and draw pictures, into the next fre
 recall: $(STAMP) ## Prove on a task with known answers that LensNet learns, into runs/recall
 	$(RUN) -m experiments.studies.recall
 
-evaluate-recall: $(STAMP) ## All policies at 2x to 16x on recall, three seeds, into runs/recall-long
-	$(RUN) -m experiments.train recall_long --steps 0 --output-dir runs/recall-long/base
+evaluate-recall: $(STAMP) ## All policies at 4x and 8x on recall, three seeds, into runs/recall-long
+	$(RUN) -m experiments.train recall_long --distill.steps 0 --output-dir runs/recall-long/base
 	for seed in 0 1 2; do $(RUN) -m experiments.train recall_long --base-run runs/recall-long/base --seed $$seed \
-	    --context.window 64 --hyper.context-start 0.36 --hyper.context-end 0.36 --context.local-edits 0 \
-	    --batch-size 64 --steps 200 --output-dir runs/recall-long/short-$$seed || exit 1; \
-	  $(RUN) -m experiments.train recall_long --start-from runs/recall-long/short-$$seed --seed $$seed \
 	    --output-dir runs/recall-long/$$seed || exit 1; done
 	$(RUN) -m experiments.evaluate runs/recall-long/0 runs/recall-long/1 runs/recall-long/2 \
-	    --sequences 128 --oracle-rounds 1 --merged runs/recall-long/evaluation
+	    --budgets 4 8 --sequences 256 --oracle-rounds 0 --merged runs/recall-long/evaluation
 
-evaluate-stdlib: $(STAMP) ## All policies at 2x to 16x on the standard library, into runs/stdlib
-	$(RUN) -m experiments.train stdlib --output-dir runs/stdlib
-	$(RUN) -m experiments.evaluate runs/stdlib --sequences 256 --oracle-rounds 1
+evaluate-stdlib: $(STAMP) ## All policies at 4x on the standard library, three seeds, and a session, into runs/stdlib
+	$(RUN) -m experiments.train stdlib --distill.steps 0 --output-dir runs/stdlib/base
+	for seed in 0 1 2; do $(RUN) -m experiments.train stdlib --base-run runs/stdlib/base --seed $$seed \
+	    --output-dir runs/stdlib/$$seed || exit 1; done
+	$(RUN) -m experiments.evaluate runs/stdlib/0 runs/stdlib/1 runs/stdlib/2 \
+	    --budgets 4 --sequences 512 --oracle-rounds 0 --merged runs/stdlib/evaluation
+	$(RUN) -m experiments.studies.stream --run runs/stdlib/0 --output-dir runs/stdlib/stream
 
 evaluate-tracking: $(STAMP) ## All policies at 2x and 4x on variable tracking of 1, 2 and 4 hops, three seeds, into runs/tracking
 	for hops in 1 2 4; do sizes="--data.hops $$hops --context.horizon $$hops --context.window $$((258 + hops))"; \
-	  folder=runs/tracking/$$hops; $(RUN) -m experiments.train tracking $$sizes --steps 0 --output-dir $$folder/base || exit 1; \
+	  folder=runs/tracking/$$hops; \
+	  $(RUN) -m experiments.train tracking $$sizes --distill.steps 0 --output-dir $$folder/base || exit 1; \
 	  for seed in 0 1 2; do $(RUN) -m experiments.train tracking $$sizes --base-run $$folder/base --seed $$seed \
 	      --output-dir $$folder/$$seed || exit 1; done; \
 	  $(RUN) -m experiments.evaluate $$folder/0 $$folder/1 $$folder/2 --budgets 2 4 \
-	      --sequences 128 --oracle-rounds 0 --merged $$folder/evaluation || exit 1; done
+	      --sequences 256 --oracle-rounds 0 --merged $$folder/evaluation || exit 1; done
+
+signals: $(STAMP) ## What LensNet learns from: signal, view and start, three seeds, into runs/signals
+	$(RUN) -m experiments.train demo --distill.steps 0 --output-dir runs/signals/base
+	$(RUN) -m experiments.studies.signals --base-run runs/signals/base --views entries map 'map and attention' \
+	    --output-dir runs/signals/grid
 
 query: $(STAMP) ## Why recall is slow to learn without the answer in hand, and what helps, into runs/query
 	$(RUN) -m experiments.train recall --steps 0 --output-dir runs/query/base
@@ -75,7 +82,7 @@ stream: $(STAMP) ## What a session of the demo's models is worth, and what a mil
 ablate: $(STAMP) ## What each knob changes, on recall and on the standard library, into runs/ablations
 	$(RUN) -m experiments.train recall --steps 0 --output-dir runs/ablations/recall-base
 	$(RUN) -m experiments.studies.ablate recall --base-run runs/ablations/recall-base --output-dir runs/ablations/recall
-	$(RUN) -m experiments.train demo --steps 0 --output-dir runs/ablations/stdlib-base
+	$(RUN) -m experiments.train demo --distill.steps 0 --output-dir runs/ablations/stdlib-base
 	$(RUN) -m experiments.studies.ablate stdlib --base-run runs/ablations/stdlib-base --output-dir runs/ablations/stdlib
 
 rlan: $(STAMP) ## A grid model adapted per task, on held-out rules of colours, objects and moves, into runs/rlan
@@ -90,9 +97,9 @@ arc: $(STAMP) ## The same model on ARC-1, reported on its evaluation tasks, one 
 adapt: $(STAMP) ## LensNet adapted per document, on recall (of evaluate-recall) and on the standard library, into runs/adapt
 	$(RUN) -m experiments.studies.adapt runs/recall-long/0 runs/recall-long/1 runs/recall-long/2 \
 	    --steps 150 --output-dir runs/adapt/recall
-	$(RUN) -m experiments.train demo --steps 0 --output-dir runs/adapt/stdlib-base
-	for seed in 0 1 2; do $(RUN) -m experiments.train demo --base-run runs/adapt/stdlib-base --seed $$seed --steps 100 \
-	    --hyper.context-end 0.25 --output-dir runs/adapt/stdlib-$$seed || exit 1; done
+	$(RUN) -m experiments.train demo --distill.steps 0 --output-dir runs/adapt/stdlib-base
+	for seed in 0 1 2; do $(RUN) -m experiments.train demo --base-run runs/adapt/stdlib-base --seed $$seed \
+	    --output-dir runs/adapt/stdlib-$$seed || exit 1; done
 	$(RUN) -m experiments.studies.adapt runs/adapt/stdlib-0 runs/adapt/stdlib-1 runs/adapt/stdlib-2 \
 	    --steps 150 --output-dir runs/adapt/stdlib
 

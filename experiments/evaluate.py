@@ -146,14 +146,13 @@ def _prepare(run: Path, arguments: Arguments) -> _Job:
 def _evaluate_run(job: _Job, arguments: Arguments, console: Console) -> list[Row]:
     """Measures one run, and writes its table and picture."""
     started = time.perf_counter()
-    full = _measure_all(job, arguments, None, console)
     rows: list[Row] = []
     details: list[Row] = []
     checks: list[Row] = []
     for ratio, length in job.lengths.items():
         measured = _measure_all(job, arguments, length, console)
         evidence = _measure_focus(job, arguments, length, console)
-        measured |= full | {FOREIGN: evidence.foreign}
+        measured |= {FULL: _measure_full(job, length, console), FOREIGN: evidence.foreign}
         _require_whole(job, ratio, length, measured)
         check = quality.check_focus(job.config, arguments.faithfulness, measured, evidence, ratio=ratio)
         at_budget = quality.details(job.config, measured, check, ratio=ratio, length=length)
@@ -182,10 +181,16 @@ def _evaluate_run(job: _Job, arguments: Arguments, console: Console) -> list[Row
     return rows
 
 
-def _measure_all(job: _Job, arguments: Arguments, length: int | None, console: Console) -> dict[str, Measured]:
-    """All policies at one length, or the full context alone; arrays [sequences]."""
+def _measure_all(job: _Job, arguments: Arguments, length: int, console: Console) -> dict[str, Measured]:
+    """All policies at one length; arrays [sequences]."""
     measure = compiled_measure(job.config.recipe, job.models, length, arguments.draws, arguments.oracle_rounds)
-    return _over_batches(job, measure, length, f"{length or 'full'} entries", console)
+    return _over_batches(job, measure, length, f"{length} entries", console)
+
+
+def _measure_full(job: _Job, length: int, console: Console) -> Measured:
+    """The full context, on the key tokens of one length; arrays [sequences]."""
+    measure = _compiled_full(job.config.recipe, job.models, length)
+    return _over_batches(job, measure, length, f"full beside {length} entries", console)
 
 
 def _measure_focus(job: _Job, arguments: Arguments, length: int, console: Console) -> FocusEvidence:
@@ -194,8 +199,8 @@ def _measure_focus(job: _Job, arguments: Arguments, length: int, console: Consol
     return _over_batches(job, measure, length, f"{length} entries, another's focus", console)
 
 
-def _over_batches(job: _Job, measure: Callable[..., Any], length: int | None, title: str, console: Console) -> Any:
-    key = jax.random.fold_in(jax.random.key(EVALUATION_SEED), length or 0)
+def _over_batches(job: _Job, measure: Callable[..., Any], length: int, title: str, console: Console) -> Any:
+    key = jax.random.fold_in(jax.random.key(EVALUATION_SEED), length)
     batches = []
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         for index, batch in enumerate(progress.track(job.batches, description=title)):
@@ -206,9 +211,9 @@ def _over_batches(job: _Job, measure: Callable[..., Any], length: int | None, ti
 
 @functools.cache
 def compiled_measure(
-    recipe: Recipe, models: Models, length: int | None, draws: int, rounds: int
+    recipe: Recipe, models: Models, length: int, draws: int, rounds: int
 ) -> Callable[..., dict[str, Measured]]:
-    """`compare.measure` of a batch, or of the full context where `length` is None; compiled once for equal arguments.
+    """`compare.measure` of a batch; compiled once for equal arguments.
 
     Args:
       recipe: shapes, and how the allocator acts.
@@ -222,14 +227,20 @@ def compiled_measure(
     """
 
     def one(params: dict[str, Params], tokens: Array, answers: Array | None, key: Array) -> dict[str, Measured]:
-        if length is None:
-            return {FULL: compare.measure_full(models, params, tokens, answers, recipe=recipe)}
         return compare.measure(
             models, params, tokens, answers, key, length=length, draws=draws, oracle_rounds=rounds, recipe=recipe
         )
 
     # One sequence after the other: each has its dozens of contexts to fill the machine with.
     return jax.jit(lambda params, *batch: jax.lax.map(lambda row: one(params, *row), batch))
+
+
+@functools.cache
+def _compiled_full(recipe: Recipe, models: Models, length: int) -> Callable[..., Measured]:
+    def one(params: dict[str, Params], tokens: Array, answers: Array | None) -> Measured:
+        return compare.measure_full(models, params, tokens, answers, length=length, recipe=recipe)
+
+    return jax.jit(lambda params, tokens, answers, _: jax.lax.map(lambda row: one(params, *row), (tokens, answers)))
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from rich.console import Console
 from lensjax.evaluation import compare, faithfulness, rivals
 from lensjax.evaluation.compare import FOREIGN, FULL, FocusEvidence, Measured
 from lensjax.evaluation.faithfulness import Evidence, FaithfulnessConfig
-from lensjax.evaluation.statistics import estimate
+from lensjax.evaluation.statistics import by_weight, estimate
 from lensjax.plots import budget
 from lensjax.runs.config import Config
 
@@ -23,11 +23,14 @@ CHECK_COLUMNS = (
 )
 """Empty in all rows but that of LensNet's last step."""
 COLUMNS = (
-    *("task", "policy", "information", "budget_ratio", "entries", "seed", "nll", "nll_ci_low", "nll_ci_high"),
+    *("task", "policy", "information", "reads", "budget_ratio", "entries", "seed"),
+    *("nll", "nll_ci_low", "nll_ci_high", "key_nll", "key_nll_ci_low", "key_nll_ci_high", "key_tokens"),
     *("gap_closed_oracle", "gap_closed_full", "hit_rate", "swap_rate"),
     *CHECK_COLUMNS,
 )
 Row = dict[str, Any]
+PAIRED = ("recency", "random", "recent_random", "snapkv", "snapkv_next", "bm25", "lookup", "lookup_next", "oracle")
+"""Whom every policy is compared with, sequence by sequence."""
 
 
 def check_focus(
@@ -88,20 +91,30 @@ def details(config: Config, measured: Mapping[str, Measured], check: Row, *, rat
       length: entries.
     """
     mean = {name: float(one.nll.mean()) for name, one in measured.items()}
+    history, horizon = config.context.history, config.context.horizon
+    seen = rivals.lens_rows(config.lens, config.geometry, length)
+    counts = np.asarray(measured["recency"].key_tokens)
     rows: list[Row] = []
     for name in sorted(measured, key=rivals.order):
         one, losses = measured[name], np.asarray(measured[name].nll)
+        key_losses = np.asarray(one.key_nll)
         low, high = estimate(losses).interval
+        key_mean, key_low, key_high = _over_tokens(key_losses, counts)
         row = {
             "task": config.data.task,
             "policy": name,
             "information": rivals.information(name),
+            "reads": rivals.reads(name, history=history, horizon=horizon, rows=seen),
             "budget_ratio": 1 if name == FULL else ratio,
-            "entries": config.context.history if name == FULL else length,
+            "entries": history if name == FULL else length,
             "seed": config.seed,
             "nll": mean[name],
             "nll_ci_low": low,
             "nll_ci_high": high,
+            "key_nll": key_mean,
+            "key_nll_ci_low": key_low,
+            "key_nll_ci_high": key_high,
+            "key_tokens": int(counts.sum()),
             "gap_closed_oracle": compare.gap_closed(mean[name], mean["recency"], mean["oracle"]),
             "gap_closed_full": compare.gap_closed(mean[name], mean["recency"], mean[FULL]),
             "hit_rate": float(one.hit.mean()),
@@ -110,11 +123,26 @@ def details(config: Config, measured: Mapping[str, Measured], check: Row, *, rat
         row |= {column: check[column] if name == check["policy"] else None for column in CHECK_COLUMNS}
         row = {column: _defined(value) for column, value in row.items()}
         row |= {"against_budget": ratio, "residency": _defined(float(one.residency.mean()))}
-        for other in ("recency", "random", "recent_random", "oracle"):
+        for other in (name for name in PAIRED if name in measured):
             difference = estimate(losses - np.asarray(measured[other].nll))
             row[f"minus_{other}"] = [difference.mean, *difference.interval]
+            row[f"key_minus_{other}"] = _over_tokens(key_losses - np.asarray(measured[other].key_nll), counts)
         rows.append(row)
     return rows
+
+
+def _over_tokens(values: np.ndarray, counts: np.ndarray) -> list[float | None]:
+    """The mean over the key tokens of all sequences, and its interval; None where there are too few.
+
+    Args:
+      values: float[n], means over the key tokens of each sequence.
+      counts: int[n], how many these are.
+    """
+    parts = by_weight(values, counts)
+    if parts.size < 2:
+        return [float(parts[0]) if parts.size else None, None, None]
+    found = estimate(parts)
+    return [found.mean, *found.interval]
 
 
 def table(rows: Sequence[Row], *, with_full: bool) -> list[Row]:
@@ -134,15 +162,22 @@ def draw(rows: Sequence[Row], path: Path, title: str = "") -> None:
 def print_table(console: Console, config: Config, rows: Sequence[Row], *, ratio: int, length: int) -> None:
     """Plain lines, so that a log of any width holds them."""
     history, task = config.context.history, config.data.task
-    console.out(f"\n{task} at {ratio}x, {length} of {history} entries, seed {config.seed}", highlight=False)
-    heads = ("policy", "nll", "minus recency [95 %]", "minus random [95 %]", "gap", "full", "hit", "swaps", "stay")
-    widths = (16, 7, 26, 26, 7, 7, 7, 7, 7)
+    title = f"{task} at {ratio}x, {length} of {history} entries, seed {config.seed}"
+    console.out(f"\n{title}; key: {rows[0]['key_tokens']} tokens", highlight=False)
+    heads = (
+        *("policy", "reads", "nll", "minus recency [95 %]", "minus random [95 %]", "key", "minus recency [95 %]"),
+        *("gap", "full", "hit", "swaps", "stay"),
+    )
+    widths = (16, 7, 7, 26, 26, 7, 26, 7, 7, 7, 7, 7)
     lines = [heads]
     for row in rows:
-        differences = ("{:+.3f} [{:+.3f}, {:+.3f}]".format(*row[f"minus_{other}"]) for other in ("recency", "random"))
+        names = ("minus_recency", "minus_random", "key_minus_recency")
+        differences = [_interval(row[name]) for name in names]
+        key = "" if row["key_nll"] is None else f"{row['key_nll']:.3f}"
         shares = ("gap_closed_oracle", "gap_closed_full", "hit_rate", "swap_rate", "residency")
         numbers = ("" if row[name] is None else f"{row[name]:.2f}" for name in shares)
-        lines.append((row["policy"], f"{row['nll']:.3f}", *differences, *numbers))
+        losses = (f"{row['nll']:.3f}", *differences[:2], key, differences[2])
+        lines.append((row["policy"], str(row["reads"]), *losses, *numbers))
     for line in lines:
         cells = (cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))
         console.out(line[0].ljust(widths[0]) + "".join(cells), highlight=False)
@@ -164,6 +199,11 @@ def print_check(console: Console, check: Row) -> None:
 
 def _defined(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _interval(difference: Sequence[float | None]) -> str:
+    numbers = [number for number in difference if number is not None]
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*numbers) if len(numbers) == 3 else ""
 
 
 def _verdict(passed: bool) -> str:

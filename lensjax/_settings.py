@@ -133,25 +133,21 @@ def replace(config: Kind, **changes: Any) -> Kind:
     Raises:
       ValueError: a name is unknown, or the changed config is not valid.
     """
+    return _replaced(config, changes, path="")
+
+
+def _replaced(config: Kind, changes: dict[str, Any], *, path: str) -> Kind:
+    known = {item.name for item in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else set()
     nested: dict[str, dict[str, Any]] = {}
     flat: dict[str, Any] = {}
     for name, value in changes.items():
         head, _, rest = name.partition(".")
-        require(head in _names(config), f"unknown config key {name}")
+        require(head in known, f"unknown config key {path}{name}")
         if rest:
-            require(dataclasses.is_dataclass(getattr(config, head)), f"unknown config key {name}")
             nested.setdefault(head, {})[rest] = value
         else:
             flat[head] = value
-    change: Callable[..., Any] = dataclasses.replace
     for head, inner in nested.items():
-        section = flat.get(head, getattr(config, head))
-        unknown = sorted(set(inner) - _names(section))
-        require(not unknown, f"unknown config key {head}.{unknown[0] if unknown else ''}")
-        flat[head] = change(section, **inner)
-    replaced: Kind = change(config, **flat)
-    return replaced
-
-
-def _names(section: Any) -> set[str]:
-    return {item.name for item in dataclasses.fields(section)}
+        flat[head] = _replaced(flat.get(head, getattr(config, head)), inner, path=f"{path}{head}.")
+    change: Callable[..., Kind] = dataclasses.replace
+    return change(config, **flat)

@@ -34,7 +34,7 @@ from lensjax.runs.store import checkpoint, run_folder
 from lensjax.runs.store.log import read_rows
 from lensjax.training.optim.optimizer import OptimizerConfig
 from lensjax.training.scoring import ContextConfig
-from lensjax.training.steps import online, preference, pretrain
+from lensjax.training.steps import distill, online, preference, pretrain
 from lensjax.training.steps.pretrain import PretrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -107,6 +107,7 @@ def cheap_programs() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain, "pretrain_step", functools.partial(step, part="base"))
+        patch.setattr(distill, "distill_step", functools.partial(step, part="lens"))
         patch.setattr(preference, "train_step", functools.partial(step, part="lens"))
         patch.setattr(online, "online_step", functools.partial(step, part="lens"))
         patch.setattr(held_out, "eval_step", eval_step)

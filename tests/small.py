@@ -172,3 +172,21 @@ HALF_PRECISION = Run(
     trainable=("gist", "lens"),
     **{"hyper.kl_weight": 0.5, "objective.anchor": "fixed", "base.gaussian_rope": True, "gist.pooling": "query"},
 )
+
+# The base model reads nothing of what is collapsed; the policy sees a map of it, and what the base model looks at.
+OMISSION: dict[str, Any] = {
+    "base.layers": 2,
+    "lens.reads": "attention",
+    "lens.recency": True,
+    "context.max_lod": 1,
+    "context.omit": True,
+    "hyper.kl_weight": 0.5,
+    "focus.start": "recency",
+    "focus.steps": 2,
+    "focus.margin": 0.01,
+    "online.steps": 12,
+    "online.refocus_steps": 2,
+    "pretrain.steps": 12,
+    "pretrain.rollout_weight": 0.5,
+}
+OMITTING = Run(trainable=("base", "gist", "lens"), **OMISSION)

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lensjax.context import rollouts
+from lensjax.context import nodes, rollouts
 from lensjax.context import tree as trees
 from lensjax.context import working as contexts
 from lensjax.context.geometry import Geometry
 from lensjax.models import hyperlora
-from lensjax.training import nll, preferences
+from lensjax.models.decision import Window
+from lensjax.training import nll, preferences, teachers
 from lensjax.training.optim import moving, schedules
 from lensjax.training.preferences import PairTargets, PreferencePairs
 from lensjax.training.scoring import local_rollouts
@@ -67,6 +68,10 @@ def tokens(rng):
 
 def horizon(rng):
     return tokens(rng)[:HORIZON]
+
+
+def window(rng):
+    return Window(tokens(rng), horizon(rng))
 
 
 def tree(rng, length=19):
@@ -194,9 +199,23 @@ TREES = [
 NLL = [
     Case("reading", functools.partial(nll.reading, MODEL), (params, entries, horizon), "fffiffbi"),
     Case("token_nll", functools.partial(nll.token_nll, MODEL), (params, entries, horizon), "f"),
-    Case("variant_nll", functools.partial(nll.variant_nll, MODEL), (params, full_tree, variants, horizon), "ffffiffb"),
+    Case(
+        "variant_nll",
+        functools.partial(nll.variant_nll, MODEL, geometry=GEOMETRY),
+        (params, full_tree, variants, horizon),
+        "ffffiffb",
+    ),
     Case("entry_nll", lambda *a: nll.entry_nll(MODEL, *a, horizon=HORIZON), (params, entries, tokens), "f"),
     Case("sequence_nll", lambda p, t: nll.sequence_nll(MODEL, p, t), (params, tokens), "f"),
+]
+TEACHERS = [
+    Case("of_blocks", lambda x: nodes.of_blocks(x, GEOMETRY), (uniform(GEOMETRY.blocks(1)),), "f"),
+    Case(
+        "gate_gradients",
+        lambda p, w, a: teachers.gate_gradients(MODEL, p, w, GEOMETRY, weights=a, points=2),
+        (params, window, uniform(HORIZON, low=0)),
+        "f",
+    ),
 ]
 SCHEDULES = [
     Case("progress", lambda i: schedules.progress(i, 8), (STEP,), "f"),
@@ -238,7 +257,7 @@ HYPERLORA = [
     Case("clamp", hyperlora.clamp, (delta, POSITIVE), "ff"),
     Case("difference_norm", hyperlora.difference_norm, (deltas, deltas), "f"),
 ]
-TABLE = MOVING + PREFERENCES + CUTS + TREES + NLL + SCHEDULES + HYPERLORA
+TABLE = MOVING + PREFERENCES + CUTS + TREES + NLL + TEACHERS + SCHEDULES + HYPERLORA
 
 
 @pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)

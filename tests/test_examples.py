@@ -24,5 +24,5 @@ def examples():
 @pytest.mark.parametrize("example", [one for one in examples() if one.examples], ids=lambda one: one.name)
 def test_an_example_does_what_it_says(example):
     report: list[str] = []
-    doctest.DocTestRunner(optionflags=FLAGS).run(example, out=report.append)
+    doctest.DocTestRunner(verbose=False, optionflags=FLAGS).run(example, out=report.append)
     assert not report, "".join(report)

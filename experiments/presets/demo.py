@@ -1,26 +1,39 @@
-"""The main job in a few minutes on two cores: pretrain on the standard library of this Python, then train LensNet.
+"""The main job in a few minutes on two cores, on text that quotes itself: which blocks hold what comes next?
 
-make demo
-python -m experiments.train demo
+    make demo
+    python -m experiments.train demo
+
+Windows of this Python's standard library, the last bytes of which begin an earlier passage again. A base model is
+pretrained, LensNet learns what the base model will look at, and then which context is worth more.
 """
 
+from lensjax.context.allocator import FocusConfig
 from lensjax.models.base_lm import BaseConfig
+from lensjax.models.lensnet import LensConfig
 from lensjax.runs.config import Config
 from lensjax.runs.data.task import DataConfig
 from lensjax.training.hyperparameters import Hyperparameters
+from lensjax.training.optim.optimizer import OptimizerConfig
 from lensjax.training.scoring import ContextConfig
 from lensjax.training.steps.pretrain import PretrainConfig
+from lensjax.training.teachers import DistillConfig
 
 CONFIG = Config(
     output_dir="runs/demo",
-    steps=300,
-    batch_size=8,
-    eval_steps=100,
+    steps=0,
+    batch_size=16,
+    eval_steps=50,
     eval_batches=8,
     save_steps=100,
     base=BaseConfig(dim=96, layers=2, heads=4, kv_heads=2, mlp_dim=256, copy_heads=1, conv_width=4),
-    context=ContextConfig(window=256, block_size=8, max_lod=2, horizon=32, recent_tokens=8, rollouts=4),
-    hyper=Hyperparameters(context_start=0.8, context_end=0.5),
-    data=DataConfig(task="stdlib"),
-    pretrain=PretrainConfig(steps=600, batch_size=16, rollout_weight=1.0),
+    lens=LensConfig(reads="attention", recency=True),
+    context=ContextConfig(
+        window=256, block_size=8, max_lod=1, omit=True, horizon=32, recent_tokens=16, rollouts=4, local_edits=2
+    ),
+    focus=FocusConfig(start="recency", steps=2, cooldown=4),
+    hyper=Hyperparameters(context_start=0.25, context_end=0.25),
+    data=DataConfig(task="stdlib", quote=8),
+    optimizer=OptimizerConfig(name="muon"),
+    pretrain=PretrainConfig(steps=400, learning_rate=4e-3, batch_size=16, rollout_weight=1.0),
+    distill=DistillConfig(steps=150, learning_rate=2e-3),
 )

@@ -3,23 +3,33 @@
 make evaluate-stdlib
 """
 
+from lensjax.context.allocator import FocusConfig
 from lensjax.models.base_lm import BaseConfig
+from lensjax.models.lensnet import LensConfig
 from lensjax.runs.config import Config
 from lensjax.runs.data.task import DataConfig
 from lensjax.training.hyperparameters import Hyperparameters
+from lensjax.training.optim.optimizer import OptimizerConfig
 from lensjax.training.scoring import ContextConfig
 from lensjax.training.steps.pretrain import PretrainConfig
+from lensjax.training.teachers import DistillConfig
 
 CONFIG = Config(
     output_dir="runs/stdlib",
-    steps=300,
-    batch_size=8,
-    eval_steps=100,
-    eval_batches=16,
-    save_steps=100,
+    steps=0,
+    batch_size=16,
+    eval_steps=200,
+    eval_batches=8,
+    save_steps=200,
     base=BaseConfig(dim=128, layers=2, heads=4, kv_heads=2, mlp_dim=320, copy_heads=1, conv_width=4),
-    context=ContextConfig(window=512, block_size=4, max_lod=3, horizon=32, recent_tokens=16, rollouts=6),
-    hyper=Hyperparameters(context_start=0.25, context_end=0.25, high_lod_share=0.2),
+    lens=LensConfig(reads="attention", recency=True),
+    context=ContextConfig(
+        window=512, block_size=8, max_lod=1, omit=True, horizon=32, recent_tokens=16, rollouts=4, local_edits=2
+    ),
+    focus=FocusConfig(start="recency", steps=2, cooldown=4),
+    hyper=Hyperparameters(context_start=0.25, context_end=0.25),
     data=DataConfig(task="stdlib"),
-    pretrain=PretrainConfig(steps=1200, batch_size=8, rollout_weight=1.0),
+    optimizer=OptimizerConfig(name="muon"),
+    pretrain=PretrainConfig(steps=1000, learning_rate=4e-3, batch_size=8, rollout_weight=1.0),
+    distill=DistillConfig(steps=600, learning_rate=2e-3),
 )

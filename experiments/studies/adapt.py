@@ -13,7 +13,7 @@ losses at the cursor itself is named so: a bound, in hindsight. Leaves a run fol
 import functools
 import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -210,6 +210,7 @@ def pick(
       one of it and what LensNet picks, and the credit of their losses.
     """
     context, geometry, share = recipe.context, recipe.geometry, recipe.hyper.high_lod_share
+    plain = replace(context, reward="mean")
 
     def one(
         row: Array, answers: Array | None, key: Array, picks: dict[str, WorkingContext]
@@ -217,7 +218,7 @@ def pick(
         window = split(row, horizon=context.horizon)
         tree = build_tree(models, params, window.history, geometry)
         scored = score_variants(
-            key, params, row, recipe.budget, share, models=models, context=context, capacity=recipe.capacity
+            key, params, row, recipe.budget, share, models=models, context=plain, capacity=recipe.capacity
         )
         picks = picks | {CREDIT_HINDSIGHT: _by_scores(credit(scored, geometry), recipe)}
 
@@ -228,7 +229,7 @@ def pick(
             return shown.astype(jnp.float32)
 
         variants = jax.tree.map(lambda *leaves: jnp.stack(leaves), *picks.values())
-        losses, _ = nll.variant_nll(models.base, params["base"], tree, variants, window.horizon)
+        losses, _ = nll.variant_nll(models.base, params["base"], tree, variants, window.horizon, geometry)
         shown = hits(variants)
         report = {name: (losses[place], shown[place]) for place, name in enumerate(picks)}
         ranked = jnp.where(adaptation.known_variants(scored), scored.nll, jnp.inf)

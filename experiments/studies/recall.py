@@ -101,9 +101,9 @@ def compare(arguments: Arguments) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started, 1),
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    write_csv(policy_rows(policies, arguments.seeds), folder / "policies.csv")
+    write_csv(policy_rows(policies, arguments.seeds, base), folder / "policies.csv")
     _print_table(console, summary)
-    _print_policies(console, policies)
+    _print_policies(console, policies, base)
     return summary
 
 
@@ -133,14 +133,21 @@ def _policies(runs: dict[int, Config], console: Console) -> dict[str, dict[str, 
     return policies
 
 
-def policy_rows(policies: dict[str, dict[str, list[float]]], seeds: Sequence[int]) -> list[dict[str, Any]]:
+def policy_rows(
+    policies: dict[str, dict[str, list[float]]], seeds: Sequence[int], config: Config
+) -> list[dict[str, Any]]:
     """One row a policy and seed."""
     return [
-        {"policy": name, "information": rivals.information(name), "seed": seed}
+        {"policy": name, "information": rivals.information(name), "reads": _reads(name, config), "seed": seed}
         | {column: values[place] for column, values in row.items()}
         for name, row in policies.items()
         for place, seed in enumerate(seeds)
     ]
+
+
+def _reads(name: str, config: Config) -> int:
+    seen = rivals.lens_rows(config.lens, config.geometry, config.budget)
+    return rivals.reads(name, history=config.context.history, horizon=config.context.horizon, rows=seen)
 
 
 def _configs(arguments: Arguments) -> tuple[Config, dict[tuple[str, int], Config]]:
@@ -192,13 +199,13 @@ def _print_table(console: Console, summary: dict[str, Any]) -> None:
     console.print(table)
 
 
-def _print_policies(console: Console, policies: dict[str, dict[str, list[float]]]) -> None:
-    table = Table("policy", "information", "shows the answer", "nats per token", title="mean (range over seeds)")
+def _print_policies(console: Console, policies: dict[str, dict[str, list[float]]], config: Config) -> None:
+    heads = ("policy", "information", "reads", "shows the answer", "nats per token")
+    table = Table(*heads, title="mean (range over seeds)")
     for name, row in policies.items():
         cells = (np.asarray(row[column]) for column in ("hit_rate", "nll"))
-        table.add_row(
-            name, rivals.information(name), *(f"{x.mean():.3f} ({x.min():.3f}..{x.max():.3f})" for x in cells)
-        )
+        known = (rivals.information(name), str(_reads(name, config)))
+        table.add_row(name, *known, *(f"{x.mean():.3f} ({x.min():.3f}..{x.max():.3f})" for x in cells))
     console.print(table)
 
 

@@ -46,7 +46,7 @@ class Watch:
         tally, self._tally = jax.device_get(self._tally), _no_tally()
         self._entries, self._frames = jax.device_get((self._entries, self._frames))
         steps, interval = int(tally["refocus_steps"]), self.session.config.interval
-        self._losses.append(losses[: steps * interval].reshape(steps, interval).mean(axis=1))
+        self._losses.append(losses[: steps * interval].reshape(steps, interval))
         swap_rate = float(tally.pop("swap_rate")) / steps
         return {name: int(value) for name, value in tally.items()} | {"swap_rate": swap_rate}
 
@@ -56,9 +56,14 @@ class Watch:
         return np.array(self._entries, np.int32)
 
     @property
+    def token_losses(self) -> np.ndarray:
+        """float32[refocus steps, interval]: nats of each token of the interval that ends at each."""
+        return np.concatenate(self._losses)
+
+    @property
     def losses(self) -> np.ndarray:
         """float32[refocus steps]: nats per token on the interval that ends at each."""
-        return np.concatenate(self._losses)
+        return self.token_losses.mean(axis=1)
 
     def map_of_first_steps(self, title: str) -> StreamMap:
         """What the first refocus steps showed."""
@@ -82,7 +87,7 @@ class Watch:
 
     def _checked(self, tally: dict[str, Array], seen: Row, report: Refocus, step: Array) -> dict[str, Array]:
         geometry, held = self.session.config.geometry, seen["held"]
-        over, saved = held - self.session.config.budget, geometry.block_size - 1
+        over, saved = held - self.session.config.budget, geometry.saving
         # The longest within the budget that a cut can be.
         length = held - jnp.maximum(-(-over // saved), 0) * saved
         holds = contexts.invariants(seen["context"], geometry, length=length, tokens=held)

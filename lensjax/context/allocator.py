@@ -11,7 +11,7 @@ Only the order of the scores counts, and every float32 has a place in it: +inf i
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from lensjax._settings import Bound, Count, NonNegative, PositiveInt, settings
 from lensjax.context import nodes
 from lensjax.context import working as contexts
 from lensjax.context.geometry import Geometry
-from lensjax.context.rollouts import collapses_for_length, cut_from_priorities, level_counts
+from lensjax.context.rollouts import collapses_for_length, cut_from_priorities, length_for_collapses, level_counts
 from lensjax.context.working import MISSING, WorkingContext
 
 Threshold = Annotated[float, Bound(finite=False)]
@@ -39,6 +39,8 @@ class FocusConfig:
       ValueError: focus.max_edits must be at least 1, got 0
     """
 
+    start: Literal["uniform", "recency"] = "uniform"
+    """The cold start: detail spread evenly over the history, or, with omission, its last tokens."""
     steps: PositiveInt = 4
     """Refocus steps from a cold start."""
     max_edits: PositiveInt = 64
@@ -47,6 +49,8 @@ class FocusConfig:
     """Scores below it are not expanded; scores lie in [-1, 1]."""
     collapse_threshold: Threshold = 1.0
     """Scores above it are not collapsed."""
+    margin: NonNegative = 0.0
+    """By how much a swap must promise more than it costs, in units of scores."""
     cooldown: Count = 1
     """Refocus steps for which an edited node is left alone; 0 for none."""
     temperature: NonNegative = 0.0
@@ -167,6 +171,26 @@ def uniform(length: ArrayLike, geometry: Geometry) -> FocusState:
     return from_cut(cut_from_priorities(counts, nodes.by_level(jnp.asarray(spread), geometry), geometry), geometry)
 
 
+def start(length: ArrayLike, geometry: Geometry, *, settings: FocusConfig) -> FocusState:
+    """The cold start that `settings.start` names, of one length, rounded down to a reachable one; may be traced.
+
+    Raises:
+      ValueError: recency is no cut of a geometry without omission.
+
+    Example:
+      >>> import lensjax as lx
+      >>> geometry = lx.Geometry(history=8, block_size=2, max_lod=1, recent_tokens=2, omit=True)
+      >>> lx.allocator.start(4, geometry, settings=lx.FocusConfig(start="recency")).collapsed.tolist()
+      [True, True, False]
+    """
+    if settings.start == "uniform":
+        return uniform(length, geometry)
+    if not geometry.omit:
+        raise ValueError("focus.start recency needs context.omit: without it every context covers the whole history")
+    shown = length_for_collapses(collapses_for_length(length, geometry), geometry)
+    return from_cut(jnp.where(jnp.arange(geometry.history) < geometry.history - shown, 1, 0), geometry)
+
+
 def fit(
     state: FocusState,
     scores: ArrayLike,
@@ -202,7 +226,7 @@ def fit(
     scores = nodes.ordered(scores)
     eligible = nodes.eligible(geometry, tokens)
     held = jnp.asarray(geometry.history if tokens is None else tokens, jnp.int32)
-    step = geometry.block_size - 1
+    step = geometry.saving
     target = jnp.clip(-((length - held) // step), 0, jnp.sum(eligible, dtype=jnp.int32))
     is_warm = state.cooling == 0
 
@@ -236,8 +260,8 @@ def swap(
     """Up to `settings.max_edits` swaps: the gist that most deserves detail for the block that least does.
 
     A swap takes place where the gist's score is at least `expand_threshold`, the block's at most `collapse_threshold`,
-    and the first above the second. What cools, what the step itself made (it has not been scored) and the protected
-    tail are left alone.
+    and the first above the second by more than `margin`. What cools, what the step itself made (it has not been scored)
+    and the protected tail are left alone.
 
     Args:
       state: what is collapsed.
@@ -284,7 +308,8 @@ def swap(
         block = nodes.argmin(order_down, down & nodes.collapsible(after, eligible, geometry))
         gain = order_up.at[node].get(mode="fill", fill_value=-jnp.inf)
         cost = order_down.at[block].get(mode="fill", fill_value=jnp.inf)
-        return jnp.where(gain > cost, after.at[block].set(True, mode="drop"), collapsed), gain > cost
+        is_worth = gain > cost + settings.margin
+        return jnp.where(is_worth, after.at[block].set(True, mode="drop"), collapsed), is_worth
 
     collapsed, swapped = jax.lax.scan(one_swap, state.collapsed, length=min(settings.max_edits, scores.shape[0]))
     edited = collapsed != state.collapsed

@@ -3,6 +3,10 @@
 Every cut of a history arises from the uncompressed one by *collapses*; one collapse replaces K siblings by their
 parent and so saves K - 1 entries, at every level. A history of C tokens therefore reaches the lengths
 C - u (K - 1), where u runs from 0 to the number of blocks that lie wholly before the protected tail.
+
+With **omission** the base model reads nothing of a collapsed block: a collapse saves K entries, the lengths are
+C - u K, and the last W tokens of a history are one of its cuts. The gists of what is omitted are the policy's *map*: it
+alone sees them.
 """
 
 import math
@@ -32,12 +36,16 @@ class Geometry:
     """Highest level of detail [L]."""
     recent_tokens: int
     """Last tokens, which stay in full: the query."""
+    omit: bool = False
+    """Whether the base model reads nothing of what is collapsed, rather than its gist; `max_lod` is 1 then."""
 
     def __post_init__(self) -> None:
         least = {"history": 1, "block_size": 2, "max_lod": 1, "recent_tokens": 0}
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"Geometry.{name} must be at least {low}, got {getattr(self, name)}")
+        if self.omit and self.max_lod != 1:
+            raise ValueError(f"Geometry.max_lod must be 1 with omission (a block is read or not), got {self.max_lod}")
 
     @property
     def tail(self) -> int:
@@ -49,6 +57,23 @@ class Geometry:
         return self.tail // self.block_size**lod
 
     @property
+    def saving(self) -> int:
+        """Entries that one collapse saves."""
+        return self.block_size if self.omit else self.block_size - 1
+
+    def rows(self, capacity: int) -> int:
+        """Rows of a working context that has room for `capacity` entries: those, and a map of what is omitted."""
+        return capacity + self.blocks(1) if self.omit else capacity
+
+    def seen(self, length: int) -> int:
+        """Rows that a policy sees of a context of `length` entries: with omission a map of the rest beside them."""
+        return length + (self.history - length) // self.block_size if self.omit else length
+
+    def capacity(self, rows: int) -> int:
+        """Entries that a working context of so many rows has room for: the inverse of `rows`."""
+        return rows - self.blocks(1) if self.omit else rows
+
+    @property
     def max_collapses(self) -> int:
         """Collapses that take every eligible block of every level: u at the shortest length."""
         return sum(self.blocks(lod) for lod in range(1, self.max_lod + 1))
@@ -56,7 +81,7 @@ class Geometry:
     @property
     def shortest(self) -> int:
         """Fewest entries that a cut can have."""
-        return self.history - self.max_collapses * (self.block_size - 1)
+        return self.history - self.max_collapses * self.saving
 
     def length(self, target: int, *, name: str = "length") -> int:
         """Rounds a target length down to the nearest reachable one.
@@ -72,16 +97,15 @@ class Geometry:
           ValueError: the target is below the shortest cut; names the nearest reachable lengths.
         """
         if target < self.shortest:
-            step = self.block_size - 1
-            above = min(self.shortest + step, self.history)
+            above = min(self.shortest + self.saving, self.history)
             raise ValueError(
                 f"{name} asks for {target} entries, which no cut of {self.history} tokens reaches with block_size "
                 f"{self.block_size}, max_lod {self.max_lod} and {self.recent_tokens} recent tokens kept in full: the "
                 f"nearest reachable lengths are {self.shortest} and {above}. Raise {name}, raise max_lod or keep "
                 "fewer recent tokens."
             )
-        collapses = -(-max(self.history - target, 0) // (self.block_size - 1))
-        return self.history - collapses * (self.block_size - 1)
+        collapses = -(-max(self.history - target, 0) // self.saving)
+        return self.history - collapses * self.saving
 
     def length_of_fraction(self, fraction: float, *, name: str = "length") -> int:
         """As `length`, for a target given as a fraction of the history."""

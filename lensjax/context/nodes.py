@@ -83,6 +83,15 @@ def pool_tokens(values: ArrayLike, geometry: Geometry) -> Array:
     return jnp.concatenate(means)
 
 
+def of_blocks(values: ArrayLike, geometry: Geometry) -> Array:
+    """The value of its block at each token, 0 outside of the blocks of level 1: [blocks] to [C].
+
+    `pool_tokens` gives it back.
+    """
+    covered = jnp.repeat(jnp.asarray(values), geometry.block_size)
+    return jnp.pad(covered, (0, geometry.history - covered.shape[0]))
+
+
 def by_level(values: Array, geometry: Geometry) -> list[Array]:
     """Splits [N] into one array for each level 1..L."""
     sizes = np.cumsum([geometry.blocks(lod) for lod in range(1, geometry.max_lod)])

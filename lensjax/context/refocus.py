@@ -100,7 +100,7 @@ def cold_start(
     settings: FocusConfig,
     key: Array | None = None,
 ) -> WorkingContext:
-    """What a policy makes of a context that knows nothing: `uniform`, and the contexts after each refocus step.
+    """What a policy makes of a context that knows nothing: `allocator.start`, and the contexts after each refocus step.
 
     Args:
       score_fn: the policy before one history, such as `models.decision.policy`.
@@ -121,15 +121,16 @@ def cold_start(
       >>> contexts.start[-1].tolist(), contexts.lod[-1].tolist()
       ([0, 1, 2, 4, 6, 7], [0, 0, 1, 1, 0, 0])
     """
-    start = allocator.uniform(length, geometry)
+    start = allocator.start(length, geometry, settings=settings)
     return iterate(
         start, score_fn, length, geometry, steps=settings.steps, capacity=capacity, settings=settings, key=key
     )[1]
 
 
 def swap_rate(before: WorkingContext, after: WorkingContext, geometry: Geometry) -> Array:
-    """Share of a context's entries that the one before it did not hold, float32[]."""
+    """Share of a context's entries that the one before it did not hold, float32[]; of what the base model reads."""
     # Spans of one level start where no other span of that level does: start and level name an entry.
     was = jnp.take(contexts.to_cut(before, geometry), after.start, mode="clip")
-    is_new = after.valid & (was != after.lod)
-    return jnp.sum(is_new, dtype=jnp.float32) / jnp.maximum(after.length, 1).astype(jnp.float32)
+    is_new = contexts.is_entry(after, geometry) & (was != after.lod)
+    count = contexts.entry_count(after, geometry)
+    return jnp.sum(is_new, dtype=jnp.float32) / jnp.maximum(count, 1).astype(jnp.float32)

@@ -29,13 +29,13 @@ def collapses_for_length(length: ArrayLike, geometry: Geometry) -> Array:
       static lengths with `Geometry.length`, which raises.
     """
     saved = jnp.maximum(geometry.history - jnp.asarray(length, jnp.int32), 0)
-    step = geometry.block_size - 1
+    step = geometry.saving
     return jnp.minimum((saved + step - 1) // step, geometry.max_collapses)
 
 
 def length_for_collapses(collapses: ArrayLike, geometry: Geometry) -> Array:
     """Entries of a cut with that many collapses, int32[...]."""
-    return geometry.history - jnp.asarray(collapses, jnp.int32) * (geometry.block_size - 1)
+    return geometry.history - jnp.asarray(collapses, jnp.int32) * geometry.saving
 
 
 def level_counts(collapses: ArrayLike, optional: list[Array], geometry: Geometry) -> list[Array]:

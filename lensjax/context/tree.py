@@ -32,6 +32,9 @@ class TreeState:
     length: Array
     """int32[]: tokens held."""
     block_size: int = field(metadata={"static": True})
+    states: tuple[Array, ...] = ()
+    """What a policy knows of the tokens besides, [C // K**l, F] at each level, above the tokens a mean over the block;
+    empty where it knows nothing more (see `models.decision.with_states`)."""
 
     @property
     def capacity(self) -> int:
@@ -189,6 +192,32 @@ def lookup(tree: TreeState, start: ArrayLike, lod: ArrayLike) -> Array:
     offsets = jnp.asarray([sum(sizes[:i]) for i in range(len(sizes))], jnp.int32)
     spans = jnp.asarray([tree.block_size**i for i in range(len(sizes))], jnp.int32)
     return jnp.take(table, offsets[lod] + start // spans[lod], axis=0, mode="clip")
+
+
+def lookup_states(tree: TreeState, start: ArrayLike, *, before: int) -> Array:
+    """What is known besides of the block of LOD 1 that holds each token, and of the blocks before it.
+
+    Args:
+      tree: the history, with states.
+      start: int32[...], tokens.
+      before: static number of blocks before that one.
+
+    Returns:
+      float[..., (1 + before) * F], the nearest first; 0 where there is no complete block.
+
+    Example:
+      >>> import dataclasses, jax.numpy as jnp, lensjax as lx
+      >>> mean = lambda children: children.mean(axis=1)
+      >>> history = lx.tree.build(jnp.ones((4, 1)), mean, block_size=2, max_lod=1)
+      >>> states = (jnp.array([[1.0], [3.0], [5.0], [5.0]]), jnp.array([[2.0], [5.0]]))
+      >>> history = dataclasses.replace(history, states=states)
+      >>> lx.tree.lookup_states(history, jnp.array([0, 3]), before=1).tolist()
+      [[2.0, 0.0], [5.0, 2.0]]
+    """
+    block = jnp.subtract.outer(jnp.asarray(start) // tree.block_size, jnp.arange(1 + before))
+    is_there = (block >= 0) & ((block + 1) * tree.block_size <= tree.length)
+    found = jnp.take(tree.states[1], jnp.maximum(block, 0), axis=0, mode="clip")
+    return jnp.where(is_there[..., None], found, 0).reshape(*block.shape[:-1], -1)
 
 
 def _check_sizes(block_size: int, max_lod: int) -> None:

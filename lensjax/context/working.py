@@ -3,6 +3,9 @@
 Two views of the same thing are used. `WorkingContext` lists the entries, which is what models read. A *cut* is
 int32[C], the level of detail at which each token is shown (`MISSING` where it is not), which is what comparing,
 sampling and drawing are easy on. `from_cut` and `to_cut` go between them.
+
+A policy sees every row of a context, and the base model its entries, `read`. Only with omission is that not the same:
+there the base model reads the tokens alone, and the gists are the policy's map of what it could have read.
 """
 
 from dataclasses import dataclass
@@ -17,12 +20,14 @@ from lensjax.context.geometry import Geometry
 from lensjax.context.tree import TreeState
 
 MISSING = -1
+BLOCKS_BEFORE = 4
+"""Blocks before its own that an entry's states tell of: what resembles the query stands before what is needed."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class WorkingContext:
-    """Entries in time order, padding last.
+    """Rows in time order, padding last; R of them, which with omission is more than the W entries of the base model.
 
     Example:
       >>> import jax.numpy as jnp, lensjax as lx
@@ -33,15 +38,15 @@ class WorkingContext:
     """
 
     start: Array
-    """int32[W]: first token covered; the history's length at padding, so that starts stay sorted."""
+    """int32[R]: first token covered; the history's length at padding, so that starts stay sorted."""
     lod: Array
-    """int32[W]: level of detail; 0 at padding."""
+    """int32[R]: level of detail; 0 at padding."""
     valid: Array
-    """bool[W]: False at padding."""
+    """bool[R]: False at padding."""
 
     @property
     def length(self) -> Array:
-        """int32[...]: number of valid entries."""
+        """int32[...]: number of valid rows."""
         return self.valid.sum(axis=-1, dtype=jnp.int32)
 
 
@@ -74,6 +79,8 @@ class Entries:
     """float32[W]: tokens from the centre of the span to the last token."""
     valid: Array
     """bool[W]."""
+    states: Array | None = None
+    """float[W, 5 F]: what is known besides of its block and the four before it; None where no policy reads it."""
 
 
 def recency(length: ArrayLike, geometry: Geometry, *, capacity: int) -> WorkingContext:
@@ -85,7 +92,8 @@ def recency(length: ArrayLike, geometry: Geometry, *, capacity: int) -> WorkingC
       capacity: static number of entries W.
 
     Returns:
-      A `WorkingContext` that covers [C - length, C).
+      A `WorkingContext` that covers [C - length, C), with omission of `geometry.rows(capacity)` rows: first a map of
+      the whole blocks before these.
 
     Example:
       >>> import lensjax as lx
@@ -93,8 +101,13 @@ def recency(length: ArrayLike, geometry: Geometry, *, capacity: int) -> WorkingC
       >>> lx.recency(3, geometry, capacity=4).start.tolist()
       [5, 6, 7, 8]
     """
-    index = jnp.arange(capacity, dtype=jnp.int32)
     length = jnp.asarray(length, jnp.int32)
+    if geometry.omit:
+        first, tokens = geometry.history - length, jnp.arange(geometry.history, dtype=jnp.int32)
+        is_mapped = tokens < first // geometry.block_size * geometry.block_size
+        cut = jnp.where(tokens >= first, 0, jnp.where(is_mapped, 1, MISSING))
+        return from_cut(cut, geometry, capacity=capacity)
+    index = jnp.arange(capacity, dtype=jnp.int32)
     valid = index < length
     start = jnp.where(valid, geometry.history - length + index, geometry.history)
     return WorkingContext(start, jnp.zeros_like(index), valid)
@@ -107,7 +120,8 @@ def from_cut(cut: ArrayLike, geometry: Geometry, *, capacity: int) -> WorkingCon
       cut: int32[C], level at which each token is shown, `MISSING` where it is not. Each level holds whole, aligned
         blocks, as every cut of a tree does.
       geometry: the history.
-      capacity: static number of entries W; entries beyond it are lost, so it must be at least the cut's length.
+      capacity: static number of entries W; what is beyond `geometry.rows(W)` rows is lost, so it must be at least the
+        cut's length.
 
     Returns:
       The `WorkingContext`.
@@ -123,11 +137,48 @@ def from_cut(cut: ArrayLike, geometry: Geometry, *, capacity: int) -> WorkingCon
     history = cut.shape[0]
     tokens = jnp.arange(history, dtype=jnp.int32)
     is_start = (cut >= 0) & (tokens % geometry.block_size ** jnp.maximum(cut, 0) == 0)
-    (start,) = jnp.nonzero(is_start, size=capacity, fill_value=history)
+    (start,) = jnp.nonzero(is_start, size=geometry.rows(capacity), fill_value=history)
     start = start.astype(jnp.int32)
     valid = start < history
     lod = jnp.where(valid, jnp.take(cut, start, mode="clip"), 0)
     return WorkingContext(start, lod, valid)
+
+
+def read(context: WorkingContext, geometry: Geometry) -> WorkingContext:
+    """What the base model reads of a context: all of it, or with omission the tokens in full and no gist.
+
+    Args:
+      context: R rows.
+      geometry: the history.
+
+    Returns:
+      A `WorkingContext` of `geometry.capacity(R)` entries, with gaps where something is omitted.
+
+    Example:
+      >>> import lensjax as lx
+      >>> from lensjax.context.working import read
+      >>> geometry = lx.Geometry(history=8, block_size=2, max_lod=1, recent_tokens=2, omit=True)
+      >>> context = lx.from_cut([1, 1, 0, 0, 1, 1, 0, 0], geometry, capacity=4)
+      >>> context.start.tolist(), read(context, geometry).start.tolist()
+      ([0, 2, 3, 4, 6, 7, 8], [2, 3, 6, 7])
+    """
+    if not geometry.omit:
+        return context
+    is_read = is_entry(context, geometry)
+    capacity = geometry.capacity(is_read.shape[0])
+    (index,) = jnp.nonzero(is_read, size=capacity, fill_value=is_read.shape[0])
+    start = jnp.take(context.start, index, mode="fill", fill_value=geometry.history)
+    return WorkingContext(start, jnp.zeros_like(start), index < is_read.shape[0])
+
+
+def is_entry(context: WorkingContext, geometry: Geometry) -> Array:
+    """bool[..., R]: rows that the base model reads, which are those that the budget counts."""
+    return context.valid & (context.lod == 0) if geometry.omit else context.valid
+
+
+def entry_count(context: WorkingContext, geometry: Geometry) -> Array:
+    """int32[...]: how many entries the base model reads."""
+    return is_entry(context, geometry).sum(axis=-1, dtype=jnp.int32)
 
 
 def to_cut(context: WorkingContext, geometry: Geometry) -> Array:
@@ -184,6 +235,7 @@ def materialise(tree: TreeState, context: WorkingContext) -> Entries:
     block = context.start // tree.block_size * tree.block_size
     has_gist = (context.lod == 0) & (block + tree.block_size <= tree.length)
     blocks = jnp.where(has_gist[:, None], trees.lookup(tree, block, jnp.ones_like(block)), embeddings)
+    states = trees.lookup_states(tree, context.start, before=BLOCKS_BEFORE) if tree.states else None
     return Entries(
         embeddings=jnp.where(valid[:, None], embeddings, 0),
         blocks=jnp.where(valid[:, None], blocks, 0),
@@ -192,6 +244,7 @@ def materialise(tree: TreeState, context: WorkingContext) -> Entries:
         spans=width,
         distances=distances,
         valid=valid,
+        states=None if states is None else jnp.where(valid[:, None], states, 0),
     )
 
 
@@ -232,13 +285,13 @@ def invariants(
     Args:
       context: the entries.
       geometry: the history.
-      length: int32[], valid entries that there must be.
+      length: int32[], entries that there must be.
       first_token: int32[], where the first entry must start: 0 for a rollout, C - length for recency.
       tokens: int32[], tokens that the history holds so far; None for all of it.
 
     Returns:
       bool[] by name: `alignment` (every start is a multiple of its span), `contiguity` (each entry starts where the
-      one before it ends, from `first_token` up to C), `budget` (exactly `length` valid entries, padding last),
+      one before it ends, from `first_token` up to C), `budget` (exactly `length` entries, padding last),
       `tail` (the last `recent_tokens` tokens are at LOD 0).
     """
     valid, start = context.valid, context.start
@@ -253,6 +306,6 @@ def invariants(
     return {
         "alignment": jnp.all(~valid | (start % jnp.maximum(width, 1) == 0)),
         "contiguity": jnp.all(~valid | (start == expected_start)) & (last_end == held),
-        "budget": (count == length) & jnp.all(valid == (index < count)),
+        "budget": (entry_count(context, geometry) == length) & jnp.all(valid == (index < count)),
         "tail": jnp.all(~in_tail | (context.lod == 0)),
     }

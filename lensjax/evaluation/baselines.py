@@ -19,7 +19,10 @@ from lensjax.context.allocator import FocusConfig, FocusState
 from lensjax.context.geometry import Geometry
 from lensjax.context.working import WorkingContext
 from lensjax.models import AttentiveLanguageModel, Params
+from lensjax.models.attention import attention_paid
 
+NEXT = 4
+"""Blocks after a good one that `and_next` takes for as good."""
 BM25_K1 = 1.5
 """How fast a repeated term saturates."""
 
@@ -75,7 +78,9 @@ def recent_random(
     while (longer := replace(geometry, recent_tokens=recent)).shortest > length and recent > geometry.recent_tokens:
         recent -= 1
     drawn, _ = rollouts.sample_rollouts(key, length, high_lod_share, rollouts=draws, geometry=longer, capacity=length)
-    return drawn
+    # Listed anew: with omission a context has as many rows as its own geometry has blocks.
+    cuts = jax.vmap(lambda one: contexts.to_cut(one, longer))(drawn)
+    return jax.vmap(lambda cut: contexts.from_cut(cut, geometry, capacity=length))(cuts)
 
 
 def bm25(tokens: ArrayLike, query: ArrayLike, geometry: Geometry) -> Array:
@@ -112,7 +117,7 @@ def bm25(tokens: ArrayLike, query: ArrayLike, geometry: Geometry) -> Array:
     idf = jnp.log1p((count - holding + 0.5) / (holding + 0.5))
     weight = jnp.where(is_first, idf, 0.0)[None, :]
     scores = jnp.sum(weight * frequency * (BM25_K1 + 1) / (frequency + BM25_K1), axis=1)
-    return _of_tokens(scores, geometry)
+    return nodes.of_blocks(scores, geometry)
 
 
 def lookup(tokens: ArrayLike, geometry: Geometry) -> Array:
@@ -146,6 +151,32 @@ def lookup(tokens: ArrayLike, geometry: Geometry) -> Array:
     return count
 
 
+def and_next(scores: ArrayLike, length: int, geometry: Geometry) -> Array:
+    """Half of the budget for the last tokens, the rest for blocks that score high and for the four that come after.
+
+    What resembles the end of the history stands before what is needed: that is what comes after it.
+
+    Args:
+      scores: float32[C], at least 0, worth of each token in full.
+      length: entries of the context.
+      geometry: the history.
+
+    Returns:
+      float32[C], for `by_scores`: a block has the best score of itself and the `NEXT` blocks before it.
+
+    Example:
+      >>> import jax.numpy as jnp, lensjax as lx
+      >>> geometry = lx.Geometry(history=16, block_size=2, max_lod=1, recent_tokens=2)
+      >>> lx.baselines.and_next(jnp.zeros(16).at[2].set(1.0), 4, geometry).tolist()[:14:2]
+      [0.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.0]
+    """
+    of_blocks = nodes.by_level(nodes.pool_tokens(scores, geometry), geometry)[0]
+    shifted = jnp.pad(of_blocks, (NEXT, 0))
+    best = jnp.stack([shifted[NEXT - back : len(shifted) - back] for back in range(NEXT + 1)]).max(axis=0)
+    is_recent = jnp.arange(geometry.history) >= geometry.history - length // 2
+    return jnp.where(is_recent, jnp.inf, nodes.of_blocks(best, geometry))
+
+
 def attention(
     base: AttentiveLanguageModel, params: Params, tokens: ArrayLike, query: slice, geometry: Geometry
 ) -> tuple[Array, Array]:
@@ -176,11 +207,8 @@ def attention(
       >>> print(f"{look(params).sum():.3f}")
       1.000
     """
-    tokens = jnp.asarray(tokens)
-    places = jnp.arange(tokens.shape[0], dtype=jnp.int32)
-    entries = contexts.in_full(base.embed(params, tokens), places)
-    weights, norms = base.attention(params, entries, places[query])
-    return weights.mean(axis=(0, 1, 2))[: geometry.history], -norms.mean(axis=(0, 1))[: geometry.history]
+    paid, norms = attention_paid(base, params, tokens, query)
+    return paid.mean(axis=0)[: geometry.history], -norms[: geometry.history]
 
 
 def greedy_oracle(
@@ -211,7 +239,7 @@ def greedy_oracle(
       >>> float(loss(lx.allocator.to_context(best, geometry, capacity=7)))
       0.0
     """
-    step = geometry.block_size - 1
+    step = geometry.saving
 
     def loss(collapsed: Array, capacity: int) -> Array:
         state = FocusState(collapsed, jnp.zeros(collapsed.shape, jnp.int32))
@@ -238,8 +266,3 @@ def greedy_oracle(
 
 
 _EDITS_AT_ONCE, _DOUBLINGS = 32, 6
-
-
-def _of_tokens(block_scores: Array, geometry: Geometry) -> Array:
-    covered = jnp.repeat(block_scores, geometry.block_size)
-    return jnp.zeros(geometry.history, jnp.float32).at[: covered.shape[0]].set(covered)

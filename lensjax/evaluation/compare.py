@@ -10,14 +10,15 @@ from jax import Array
 
 from lensjax.context import allocator, refocus, rollouts
 from lensjax.context import working as contexts
+from lensjax.context.allocator import FocusConfig
 from lensjax.context.geometry import Geometry
 from lensjax.context.tree import TreeState
 from lensjax.context.working import WorkingContext
 from lensjax.evaluation import faithfulness, rivals
 from lensjax.evaluation.answers import shows_in_full
 from lensjax.models import Models, Params
-from lensjax.models.decision import build_tree, policy, policy_scores, split
-from lensjax.training import nll, preferences
+from lensjax.models.decision import Window, build_tree, policy, policy_scores, split
+from lensjax.training import key_tokens, nll, preferences
 from lensjax.training.recipe import Recipe
 
 FULL = "full"
@@ -36,6 +37,10 @@ class Measured:
 
     nll: Array
     """float32[]: nats per token on the horizon; for a random policy the mean over its draws."""
+    key_nll: Array
+    """float32[]: the same on the key tokens of the horizon; NaN where it has none."""
+    key_tokens: Array
+    """int32[]: how many of these there are, the same for every policy."""
     hit: Array
     """float32[]: share of its contexts that show the answer in full; NaN where there is none."""
     swap_rate: Array
@@ -103,9 +108,11 @@ def measure(
         models, params, window, shown, answers, geometry, length=length, oracle_rounds=oracle_rounds
     )
 
+    is_key = _is_key(models, params, window, length=length, recipe=recipe)
+
     def measured(variants: WorkingContext) -> Measured:
-        each, _ = nll.variant_nll(models.base, params["base"], tree, variants, window.horizon)
-        return _measured(variants, each, answers, geometry)
+        losses, _ = nll.variant_token_nll(models.base, params["base"], tree, variants, window.horizon, geometry)
+        return _measured(variants, losses, is_key, answers, geometry)
 
     report = {name: measured(variants) for name, variants in shown.items()}
     for name, steps in paths.items():
@@ -139,20 +146,50 @@ def bounds(
         models, params, window, shown, answers, geometry, length=length, oracle_rounds=oracle_rounds
     )
     both = jax.tree.map(lambda one, other: jnp.concatenate([one, other]), shown["recency"], known["oracle"])
-    each, _ = nll.variant_nll(models.base, params["base"], tree, both, window.horizon)
+    each, _ = nll.variant_nll(models.base, params["base"], tree, both, window.horizon, geometry)
     return each[0], each[1]
 
 
 def measure_full(
-    models: Models, params: dict[str, Params], tokens: Array, answers: Array | None, *, recipe: Recipe
+    models: Models, params: dict[str, Params], tokens: Array, answers: Array | None, *, length: int, recipe: Recipe
 ) -> Measured:
-    """The whole history in full, without a budget; arguments of `measure`."""
+    """The whole history in full, on the tokens that are key beside contexts of `length`; arguments of `measure`."""
     geometry = recipe.geometry
     window = split(tokens, horizon=recipe.context.horizon)
     in_full = _one(contexts.recency(geometry.history, geometry, capacity=geometry.history))
     tree = build_tree(models, params, window.history, geometry)
-    each, _ = nll.variant_nll(models.base, params["base"], tree, in_full, window.horizon)
-    return _measured(in_full, each, answers, geometry)
+    losses, _ = nll.variant_token_nll(models.base, params["base"], tree, in_full, window.horizon, geometry)
+    is_key = _is_key(models, params, window, length=length, recipe=recipe)
+    return _measured(in_full, losses, is_key, answers, geometry)
+
+
+def measure_pick(
+    models: Models, params: dict[str, Params], tokens: Array, answers: Array | None, key: Array, *, recipe: Recipe
+) -> dict[str, Array]:
+    """LensNet's last context at the budget, and recency: what a study needs of `measure`, at a small part of its cost.
+
+    Args:
+      models: all three are called.
+      params: parameters of `base`, `gist` and `lens`.
+      tokens: int32[T].
+      answers: int32[A], see `measure`.
+      key: PRNG key of the allocator, consumed.
+      recipe: shapes, and how the allocator acts.
+
+    Returns:
+      float32[] each: `lensnet` and `recency`, nats per token on the horizon, and `hit`, 1 where LensNet shows all
+      answers in full, NaN without answers.
+    """
+    geometry, length = recipe.geometry, recipe.budget
+    window = split(tokens, horizon=recipe.context.horizon)
+    tree = build_tree(models, params, window.history, geometry)
+    own = _path(models, params, tree, key, length=length, recipe=recipe)[-1]
+    recency = _one(contexts.recency(length, geometry, capacity=length))
+    variants = jax.tree.map(lambda one, other: jnp.concatenate([one, other]), own, recency)
+    each, _ = nll.variant_nll(models.base, params["base"], tree, variants, window.horizon, geometry)
+    shown = jax.tree.map(lambda leaf: leaf[0], own)
+    hit = jnp.full((), jnp.nan) if answers is None else shows_in_full(shown, answers, geometry).astype(jnp.float32)
+    return {"lensnet": each[0], "recency": each[1], "hit": hit}
 
 
 def focused(
@@ -205,21 +242,23 @@ def measure_focus(
         random_key, length, share, rollouts=draws, geometry=geometry, capacity=length
     )
     variants = jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), foreign, drawn)
-    each, entries = nll.variant_nll(models.base, params["base"], tree, variants, window.horizon)
+    losses, entries = nll.variant_token_nll(models.base, params["base"], tree, variants, window.horizon, geometry)
+    is_key = _is_key(models, params, window, length=length, recipe=recipe)
 
     scores = policy_scores(models.lens, params["lens"], jax.tree.map(lambda leaf: leaf[1:], entries))
     values = preferences.variant_values(scores, drawn, geometry)
     # What all rollouts share, the loss of recency, changes no correlation.
-    correlation, is_defined = preferences.correlation(values, -each[1:], distinct)
+    correlation, is_defined = preferences.correlation(values, -nll.mean_nll(losses[1:]), distinct)
 
     def symbols(context: WorkingContext) -> Array:
         return context.start * (geometry.max_lod + 1) + context.lod
 
     recency = contexts.recency(length, geometry, capacity=length)
+    shown, recency = contexts.read(own, geometry), contexts.read(recency, geometry)
     return FocusEvidence(
-        foreign=_measured(_one(foreign), each[:1], answers, geometry),
-        divergence=faithfulness.divergence(symbols(own), own.length, symbols(recency), recency.length),
-        changed_edits=_changed_edits(own, foreign, geometry, length=length),
+        foreign=_measured(_one(foreign), losses[:1], is_key, answers, geometry),
+        divergence=faithfulness.divergence(symbols(shown), shown.length, symbols(recency), recency.length),
+        changed_edits=_changed_edits(own, foreign, geometry, length=length, settings=recipe.focus),
         correlation=jnp.where(is_defined, correlation, jnp.nan),
     )
 
@@ -233,9 +272,20 @@ def _causal(
     )
 
 
-def _changed_edits(own: WorkingContext, foreign: WorkingContext, geometry: Geometry, *, length: int) -> Array:
+def _is_key(models: Models, params: dict[str, Params], window: Window, *, length: int, recipe: Recipe) -> Array:
+    """The key tokens beside contexts of `length`: told by less than recency shows, and by no context that is compared.
+
+    bool[H].
+    """
+    settings = recipe.context.key
+    return key_tokens.find(models.base, params["base"], window, settings, short=settings.tokens(length))
+
+
+def _changed_edits(
+    own: WorkingContext, foreign: WorkingContext, geometry: Geometry, *, length: int, settings: FocusConfig
+) -> Array:
     """Jaccard distance of two contexts' edits of the cold start, float32[]; 0 where there are none."""
-    start = allocator.uniform(length, geometry).collapsed
+    start = allocator.start(length, geometry, settings=settings).collapsed
 
     def edited(context: WorkingContext) -> Array:
         cut = contexts.to_cut(context, geometry)
@@ -265,14 +315,19 @@ def _one(context: WorkingContext) -> WorkingContext:
     return jax.tree.map(lambda leaf: leaf[None], context)
 
 
-def _measured(variants: WorkingContext, each: Array, answers: Array | None, geometry: Geometry) -> Measured:
+def _measured(
+    variants: WorkingContext, losses: Array, is_key: Array, answers: Array | None, geometry: Geometry
+) -> Measured:
     nothing = jnp.full((), jnp.nan)
     hit = nothing
     if answers is not None:
         shown = jax.vmap(lambda one: shows_in_full(one, answers, geometry))(variants)
         hit = jnp.mean(shown, dtype=jnp.float32)
-    entries = jnp.stack([variants.length.min(), variants.length.max()])
-    return Measured(each.mean(), hit, nothing, nothing, entries)
+    entries = contexts.entry_count(variants, geometry)
+    fewest, most = entries.min(), entries.max()
+    key_nll = key_tokens.key_nll(losses, is_key).mean()
+    count = is_key.sum(dtype=jnp.int32)
+    return Measured(losses.mean(), key_nll, count, hit, nothing, nothing, jnp.stack([fewest, most]))
 
 
 def _movement(path: list[WorkingContext], geometry: Geometry) -> dict[str, Array]:

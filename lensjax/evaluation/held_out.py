@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from lensjax import _settings
 from lensjax.context import allocator, refocus
 from lensjax.context import working as contexts
 from lensjax.context.working import WorkingContext
@@ -16,11 +17,11 @@ from lensjax.evaluation.answers import oracle_state, shows_in_full
 from lensjax.models import HyperLoRAModel, Models, Params
 from lensjax.models.decision import build_tree, policy, policy_scores, split
 from lensjax.models.hyperlora import Deltas
-from lensjax.training import nll, objective
+from lensjax.training import key_tokens, metrics, nll, objective
 from lensjax.training.metrics import Metrics
 from lensjax.training.objective import Statistics
 from lensjax.training.recipe import Recipe
-from lensjax.training.scoring import Batch, ScoredVariants, score_variants
+from lensjax.training.scoring import Batch, ScoredVariants, reward_weights, score_variants
 from lensjax.training.steps.adaptation import adapted, document_deltas, score_supports
 from lensjax.training.steps.preference import TrainState, current_length, objective_key
 
@@ -38,10 +39,12 @@ def eval_step(key: Array, state: TrainState, batch: Batch, *, recipe: Recipe, mo
 
     Returns:
       The names of `train_step` that concern the objective, and at the length of the curriculum's end `nll_policy` (the
-      context that the policy makes of a cold start), `mc/swap_rate` (the share of entries that each refocus step on
-      the way there replaces, mean over steps), and where answers are known `hit_rate` (that context shows them
-      all in full), `hit_rate_random` (the share of the rollouts that do) and `nll_oracle` (the answers in full, then
-      the most recent blocks).
+      context that the policy makes of a cold start), `nll_policy_key` and `nll_baseline_key` (on the key tokens of the
+      batch, NaN where it has none), `key_token_share` (of all scored tokens), `mc/swap_rate` (the share of entries that
+      each refocus step on the way there replaces, mean over steps), and where answers are known `hit_rate` (that
+      context shows them all in full), `hit_rate_random` (the share of the rollouts that do) and `nll_oracle` (the
+      answers in full, then the most recent blocks). Losses are of all tokens of the horizon, whichever are rewarded,
+      but for those named so.
 
     Example:
       >>> import functools, jax, jax.numpy as jnp, lensjax as lx
@@ -55,7 +58,11 @@ def eval_step(key: Array, state: TrainState, batch: Batch, *, recipe: Recipe, mo
       True
     """
     length, keys = final_length(state, recipe), batch_keys(batch, key)
-    scored = jax.vmap(lambda tokens, row: _score(models, state, tokens, row, length, recipe))(batch["tokens"], keys)
+
+    def score(recipe: Recipe) -> ScoredVariants:
+        return jax.vmap(lambda tokens, row: _score(models, state, tokens, row, length, recipe))(batch["tokens"], keys)
+
+    scored = score(recipe)
     scores = policy_scores(models.lens, state.params["lens"], scored.entries)
     anchor_scores = None if state.anchor is None else policy_scores(models.lens, state.anchor, scored.entries)
     report = objective.lens_objective(
@@ -67,6 +74,10 @@ def eval_step(key: Array, state: TrainState, batch: Batch, *, recipe: Recipe, mo
         state.hyper,
         recipe=recipe,
     ).metrics
+    if recipe.context.reward != "mean":
+        plain = score(_settings.replace(recipe, **{"context.reward": "mean"}))
+        losses = metrics.advantage_metrics(plain.nll, plain.distinct)
+        report |= {name: value for name, value in losses.items() if name.startswith("nll_")}
     if "answers" in batch:
         shown = jax.vmap(jax.vmap(lambda variant, blocks: shows_in_full(variant, blocks, recipe.geometry), (0, None)))
         hits = shown(scored.contexts, batch["answers"])[:, 1:]
@@ -76,7 +87,9 @@ def eval_step(key: Array, state: TrainState, batch: Batch, *, recipe: Recipe, mo
 
 def final_length(state: TrainState, recipe: Recipe) -> Array:
     """Entries of a working context at the curriculum's end, int32[]."""
-    return current_length(jnp.asarray(recipe.steps, jnp.int32), state.hyper, recipe=recipe)
+    # A curriculum may be longer than what is left of it: without preferences there is no step of it at all.
+    last = max(recipe.steps, recipe.optimizer.curriculum_steps or 0)
+    return current_length(jnp.asarray(last, jnp.int32), state.hyper, recipe=recipe)
 
 
 def batch_keys(batch: Batch, key: Array) -> Array:
@@ -89,7 +102,15 @@ def _score(
 ) -> ScoredVariants:
     share = state.hyper.high_lod_share
     return score_variants(
-        key, state.params, tokens, length, share, models=models, context=recipe.context, capacity=recipe.capacity
+        key,
+        state.params,
+        tokens,
+        length,
+        share,
+        models=models,
+        context=recipe.context,
+        capacity=recipe.capacity,
+        short=recipe.short,
     )
 
 
@@ -120,13 +141,14 @@ def pick_metrics(
       deltas: leading axis B: adapts LensNet to each sequence; None leaves it as it is.
 
     Returns:
-      `nll_policy`, `mc/swap_rate`, and where answers are known `nll_oracle` and `hit_rate`.
+      `nll_policy`, `mc/swap_rate`, and where answers are known `nll_oracle` and `hit_rate`; `nll_policy_key`,
+      `nll_baseline_key` and `key_token_share`, see `eval_step`.
     """
     geometry, capacity = recipe.geometry, recipe.capacity
     has_answer = "answers" in batch
     answers = batch["answers"] if has_answer else jnp.zeros((batch["tokens"].shape[0], 1), jnp.int32)
 
-    def measure(tokens: Array, blocks: Array, key: Array, delta: Deltas | None) -> tuple[Array, Array, Array]:
+    def measure(tokens: Array, blocks: Array, key: Array, delta: Deltas | None) -> tuple[Array, Array, Array, Array]:
         window = split(tokens, horizon=recipe.context.horizon)
         tree = build_tree(models, params, window.history, geometry)
         lens = params["lens"] if delta is None else adapted(params["lens"], delta)
@@ -138,20 +160,31 @@ def pick_metrics(
             settings=recipe.focus,
             key=_lens_key(key),
         )
-        picked = [jax.tree.map(lambda leaf: leaf[-1], path)]
+        picked = [jax.tree.map(lambda leaf: leaf[-1], path), contexts.recency(length, geometry, capacity=capacity)]
         if has_answer:
             picked.append(allocator.to_context(oracle_state(blocks, length, geometry), geometry, capacity=capacity))
         variants = jax.tree.map(lambda *leaves: jnp.stack(leaves), *picked)
-        measured, _ = nll.variant_nll(models.base, params["base"], tree, variants, window.horizon)
+        losses, _ = nll.variant_token_nll(models.base, params["base"], tree, variants, window.horizon, geometry)
+        is_key = key_tokens.find(models.base, params["base"], window, recipe.context.key, short=recipe.short)
         before, after = jax.tree.map(lambda leaf: leaf[:-1], path), jax.tree.map(lambda leaf: leaf[1:], path)
         rates = jax.vmap(lambda one, other: refocus.swap_rate(one, other, geometry))(before, after)
-        return measured, shows_in_full(picked[0], blocks, geometry), rates
+        return losses, is_key, shows_in_full(picked[0], blocks, geometry), rates
 
-    measured, hits, rates = jax.vmap(measure)(batch["tokens"], answers, keys, deltas)
-    report = {"nll_policy": jnp.mean(measured[:, 0]), "mc/swap_rate": jnp.mean(rates)}
+    losses, is_key, hits, rates = jax.vmap(measure)(batch["tokens"], answers, keys, deltas)
+    of_policy, of_recency = (key_tokens.key_nll(losses[:, place].ravel(), is_key.ravel()) for place in (0, 1))
+    report = {
+        "nll_policy": jnp.mean(losses[:, 0]),
+        "nll_policy_key": of_policy,
+        "nll_baseline_key": of_recency,
+        "key_token_share": jnp.mean(is_key, dtype=jnp.float32),
+        "mc/swap_rate": jnp.mean(rates),
+    }
     if has_answer:
-        report |= {"nll_oracle": jnp.mean(measured[:, 1]), "hit_rate": jnp.mean(hits, dtype=jnp.float32)}
+        report |= {"nll_oracle": jnp.mean(losses[:, 2]), "hit_rate": jnp.mean(hits, dtype=jnp.float32)}
     return report
+
+
+_ADAPTED = ("nll_policy", "nll_policy_key", "hit_rate")
 
 
 def adaptation_eval_step(
@@ -160,7 +193,7 @@ def adaptation_eval_step(
     """`eval_step`, and of the contexts that LensNet picks when it is adapted to each sequence by rollouts of its past.
 
     Returns:
-      Also `nll_policy_adapted`, and where answers are known `hit_rate_adapted`.
+      Also `nll_policy_adapted`, `nll_policy_key_adapted`, and where answers are known `hit_rate_adapted`.
     """
     report = eval_step(key, state, batch, recipe=recipe, models=models)
     keys = batch_keys(batch, key)
@@ -169,7 +202,7 @@ def adaptation_eval_step(
     deltas = jax.vmap(lambda one: document_deltas(models, hypernet, state.params, one, past))(supports)
     length = final_length(state, recipe)
     picked = pick_metrics(models, state.params, batch, keys, length, recipe=recipe, deltas=deltas)
-    return report | {f"{name}_adapted": picked[name] for name in ("nll_policy", "hit_rate") if name in picked}
+    return report | {f"{name}_adapted": picked[name] for name in _ADAPTED if name in picked}
 
 
 def pretrain_eval_step(params: dict[str, Params], batch: Batch, *, horizon: int, models: Models) -> Metrics:
@@ -191,7 +224,7 @@ def pretrain_eval_step(params: dict[str, Params], batch: Batch, *, horizon: int,
 def mean_over_batches(reports: Iterable[Metrics]) -> dict[str, float]:
     """Mean of each metric over batches of one size; undefined (NaN) values are left out of their mean.
 
-    Counts are added up rather than averaged.
+    Counts are added up rather than averaged; a loss on key tokens is the mean over those of all batches.
     """
     rows = [jax.device_get(report) for report in reports]
     merged: dict[str, float] = {}
@@ -199,6 +232,10 @@ def mean_over_batches(reports: Iterable[Metrics]) -> dict[str, float]:
         values = np.asarray([row[name] for row in rows], np.float64)
         if name == "mc/preference_pair_count":
             merged[name] = float(values.sum())
+        elif name in metrics.ON_KEY_TOKENS:
+            shares = np.asarray([row["key_token_share"] for row in rows], np.float64)
+            there = shares > 0
+            merged[name] = float(np.average(values[there], weights=shares[there])) if there.any() else math.nan
         elif name == "mc/preference_corr_max":
             merged[name] = _ignoring_nan(np.max, values)
         elif name == "mc/preference_corr_min":
@@ -227,7 +264,7 @@ def variant_maps(state: TrainState, tokens: Array, key: Array, *, recipe: Recipe
 
     Returns:
       With R = V + 1 rows, the pick last: `cuts` int32[B, R, C], `scores` float32[B, R, C] (the score of the entry that
-      shows each token; NaN where it is not shown), `nll` float32[B, R].
+      shows each token; NaN where it is not shown), `nll` float32[B, R], as rewarded.
     """
     geometry, length = recipe.geometry, final_length(state, recipe)
     lens = state.params["lens"]
@@ -241,7 +278,10 @@ def variant_maps(state: TrainState, tokens: Array, key: Array, *, recipe: Recipe
             score_fn, length, geometry, capacity=recipe.capacity, settings=recipe.focus, key=own_key
         )
         picked = jax.tree.map(lambda leaf: leaf[-1:], path)
-        picked_nll, entries = nll.variant_nll(models.base, state.params["base"], tree, picked, window.horizon)
+        weights = reward_weights(models, state.params, window, recipe.context, recipe.short)
+        picked_nll, entries = nll.variant_nll(
+            models.base, state.params["base"], tree, picked, window.horizon, geometry, weights
+        )
         variants, all_entries, measured = jax.tree.map(
             lambda many, last: jnp.concatenate([many, last]),
             (scored.contexts, scored.entries, scored.nll),

@@ -15,7 +15,8 @@ from lensjax.evaluation import baselines
 from lensjax.evaluation.answers import oracle_state
 from lensjax.models import AttentiveLanguageModel, Models, Params
 from lensjax.models.decision import Window, build_tree
-from lensjax.training import nll
+from lensjax.models.lensnet import LensConfig
+from lensjax.training import nll, teachers
 
 
 def causal(
@@ -53,6 +54,9 @@ def causal(
         attention, key_norm = baselines.attention(models.base, params["base"], history, query, geometry)
         scored |= {"key_norm": key_norm, "snapkv": attention}
     scored |= {"bm25": baselines.bm25(history, history[query], geometry), "lookup": baselines.lookup(history, geometry)}
+    # Copied ahead: they keep what follows a match, where the rules of the literature keep the match.
+    following = [name for name in ("snapkv", "lookup") if name in scored]
+    scored |= {f"{name}_next": baselines.and_next(scored[name], length, geometry) for name in following}
     return {
         "recency": _one(contexts.recency(length, geometry, capacity=length)),
         "uniform": _one(allocator.to_context(allocator.uniform(length, geometry), geometry, capacity=length)),
@@ -92,17 +96,15 @@ def hindsight(
     tree = build_tree(models, params, window.history, geometry)
     scored: dict[str, Array] = {}
     if isinstance(models.base, AttentiveLanguageModel):
-        tokens = jnp.concatenate([window.history, window.horizon])
-        # The rows that predict the horizon: those of its tokens but the last, and of the token before it.
-        query = slice(geometry.history - 1, -1)
-        scored["snapkv_hindsight"], _ = baselines.attention(models.base, params["base"], tokens, query, geometry)
+        scored["snapkv_hindsight"] = teachers.future_attention(models.base, params["base"], window, heads="mean")
     scored["bm25_hindsight"] = baselines.bm25(window.history, window.horizon, geometry)
     drawn = rivals["random"]
-    measured, _ = nll.variant_nll(models.base, params["base"], tree, drawn, window.horizon)
+    measured, _ = nll.variant_nll(models.base, params["base"], tree, drawn, window.horizon, geometry)
     best = jnp.argmin(measured)
 
     def loss(context: WorkingContext) -> Array:
-        return nll.token_nll(models.base, params["base"], contexts.materialise(tree, context), window.horizon).mean()
+        read = contexts.materialise(tree, contexts.read(context, geometry))
+        return nll.token_nll(models.base, params["base"], read, window.horizon).mean()
 
     starts = _starts(rivals, answers, length, geometry)
     oracle = baselines.greedy_oracle(loss, starts, geometry, length=length, rounds=oracle_rounds)
@@ -118,6 +120,58 @@ def information(name: str) -> Literal["causal", "hindsight"]:
     """Whether a policy chooses from the history alone, or knows the horizon or its loss."""
     is_hindsight = name in ("answer", "oracle") or name.startswith("best_of_") or name.endswith("_hindsight")
     return "hindsight" if is_hindsight else "causal"
+
+
+def reads(name: str, *, history: int, horizon: int, rows: int) -> int:
+    """How many vectors, tokens or entries, a policy looks at for one decision.
+
+    Args:
+      name: of the policy.
+      history: tokens before the cursor C.
+      horizon: tokens behind it H.
+      rows: what LensNet is shown of a working context.
+
+    Returns:
+      0 for rules that look at none, `rows` for LensNet, C for what rates every token, C + H for what decides in
+      hindsight, a search on the loss included.
+
+    Raises:
+      ValueError: nobody of that name is known.
+
+    Example:
+      >>> from lensjax.evaluation import rivals
+      >>> [rivals.reads(name, history=224, horizon=32, rows=56) for name in ("recency", "lensnet_4", "bm25", "oracle")]
+      [0, 56, 224, 256]
+    """
+    if information(name) == "hindsight":
+        return history + horizon
+    if name in _BLIND:
+        return 0
+    if name in ("key_norm", "snapkv", "snapkv_next", "bm25", "lookup", "lookup_next"):
+        return history
+    if name == "session" or name.startswith("lensnet_"):
+        return rows
+    raise ValueError(f"{name} is no policy of which is known what it reads")
+
+
+def lens_rows(lens: LensConfig, geometry: Geometry, length: int) -> int:
+    """Vectors that LensNet looks at: entries, the map of what is omitted, and every token of which it reads attention.
+
+    Example:
+      >>> import lensjax as lx
+      >>> from lensjax.evaluation import rivals
+      >>> geometry = lx.Geometry(history=224, block_size=8, max_lod=1, recent_tokens=8, omit=True)
+      >>> [rivals.lens_rows(lx.LensConfig(reads=reads), geometry, 56) for reads in ("nothing", "attention")]
+      [77, 301]
+    """
+    seen = geometry.seen(length) if lens.map else length
+    return seen if lens.reads == "nothing" else seen + geometry.history
+
+
+_BLIND = (
+    *("recency", "uniform", "random", "recent_random", "full"),
+    *("sliding_window", "collapse_oldest", "random_scores", "whole_window"),
+)
 
 
 def order(name: str) -> tuple[int, str]:
@@ -144,7 +198,7 @@ def order(name: str) -> tuple[int, str]:
 
 def _starts(rivals: dict[str, WorkingContext], answers: Array | None, length: int, geometry: Geometry) -> FocusState:
     """Where the search for the oracle may start: every cut of the whole history (recency leaves its beginning out)."""
-    covering = [context for name, context in rivals.items() if name != "recency"]
+    covering = [context for name, context in rivals.items() if geometry.omit or name != "recency"]
     variants = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *covering)
     cuts = jax.vmap(lambda one: contexts.to_cut(one, geometry))(variants)
     starts = jax.vmap(lambda cut: allocator.from_cut(cut, geometry))(cuts)

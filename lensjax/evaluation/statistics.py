@@ -93,6 +93,37 @@ def estimate(values: ArrayLike) -> Estimate:
     return Estimate(mean, mean - half, mean + half, p=_level(reach, abs(mean)))
 
 
+def by_weight(values: ArrayLike, weights: ArrayLike) -> np.ndarray:
+    """Numbers whose `estimate` is that of a weighted mean: of losses per sequence that are means over n_i tokens, say.
+
+        r = sum_i n_i x_i / sum_i n_i;    y_i = r + n_i (x_i - r) / mean(n)
+
+    Their mean is r, and their variance that of a ratio of two sums, to first order.
+
+    Args:
+      values: float[n]; what has no weight may be NaN, and is left out.
+      weights: float[n], at least 0.
+
+    Returns:
+      float[m], of those that have weight.
+
+    References:
+      Cochran, Sampling Techniques, 3rd edition, 1977, section 2.11 [from memory].
+
+    Example:
+      >>> import lensjax as lx
+      >>> parts = lx.statistics.by_weight([1.0, 4.0, float("nan")], [2, 1, 0])
+      >>> round(float(parts.mean()), 6)  # two tokens of 1 nat, one of 4
+      2.0
+    """
+    values, weights = np.asarray(values, np.float64), np.asarray(weights, np.float64)
+    values, weights = values[weights > 0], weights[weights > 0]
+    if not weights.size:
+        return values
+    mean = np.average(values, weights=weights)
+    return np.asarray(mean + weights * (values - mean) / weights.mean())
+
+
 def _level(reach: Callable[[float], float], distance: float) -> float:
     """Where a reach, which falls as the level rises from 0 to 1, becomes as small as a distance."""
     low, high = 0.0, 1.0

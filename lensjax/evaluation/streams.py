@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from lensjax.context import working as contexts
 from lensjax.models import Models, Params, decision
 from lensjax.session import SessionState
-from lensjax.training import nll
+from lensjax.training import key_tokens, nll
 from lensjax.training.scoring import ContextConfig
 
 _AT_ONCE = 16
@@ -51,7 +51,7 @@ def random_scores(params: dict[str, Params], state: SessionState) -> Array:
     return jax.random.uniform(key, state.context.start.shape, minval=-1.0, maxval=1.0)
 
 
-def window_nll(
+def window_token_nll(
     models: Models,
     params: dict[str, Params],
     tokens: ArrayLike,
@@ -73,7 +73,7 @@ def window_nll(
       context: shapes.
 
     Returns:
-      float32[N]: nats per token on the horizon behind each cursor.
+      float32[N, H]: nats of each token of the horizon behind each cursor.
     """
     geometry = context.geometry
 
@@ -84,6 +84,38 @@ def window_nll(
         tree = decision.build_tree(models, params, window.history, geometry)
         shown = contexts.recency(length, geometry, capacity=capacity)
         variants = jax.tree.map(lambda leaf: leaf[None], shown)
-        return nll.variant_nll(models.base, params["base"], tree, variants, window.horizon)[0][0]
+        return nll.variant_token_nll(models.base, params["base"], tree, variants, window.horizon, geometry)[0][0]
 
     return jax.lax.map(one, (jnp.asarray(cursors), jnp.asarray(lengths)), batch_size=_AT_ONCE)
+
+
+def key_tokens_of(
+    models: Models,
+    params: dict[str, Params],
+    tokens: ArrayLike,
+    cursors: ArrayLike,
+    *,
+    budget: int,
+    context: ContextConfig,
+) -> Array:
+    """The key tokens behind each cursor, told by the whole history and by less than a window of `budget` shows.
+
+    Args:
+      models: the base model is called.
+      params: parameters of `base`.
+      tokens: int32[S], the stream.
+      cursors: int32[N], as for `window_token_nll`.
+      budget: entries of the contexts that are compared.
+      context: shapes, and what makes a key token.
+
+    Returns:
+      bool[N, H].
+    """
+    history, short = context.history, context.key.tokens(budget)
+
+    def one(cursor: Array) -> Array:
+        near = jax.lax.dynamic_slice_in_dim(jnp.asarray(tokens), cursor - history, context.window)
+        window = decision.split(near, horizon=context.horizon)
+        return key_tokens.find(models.base, params["base"], window, context.key, short=short)
+
+    return jax.lax.map(one, jnp.asarray(cursors), batch_size=_AT_ONCE)

@@ -1,10 +1,11 @@
 """Losses: pure functions of scores; none calls a model.
 
-Every loss takes `(scores, ..., where, *, hyperparameters)` with one axis of entries, or of variants (`groups`, `pairs`
-and `ranking`), and returns one float32 scalar; callers `vmap` over pairs, variants or groups. Where nothing is valid a
-loss is 0 with gradient 0, and a NaN in a valid score stays a NaN.
+Every loss takes `(scores, ..., where, *, hyperparameters)` with one axis of entries, of variants (`groups`, `pairs` and
+`ranking`) or of nodes (`distillation`), and returns one float32 scalar; callers `vmap` over pairs, variants or groups.
+Where nothing is valid a loss is 0 with gradient 0, and a NaN in a valid score stays a NaN.
 """
 
+from lensjax.losses.distillation import listwise_distillation
 from lensjax.losses.groups import a_star_po, copg, disco, grpo, info_nca, info_nce
 from lensjax.losses.pairs import cpl, hinge, ipo, logistic, rpo
 from lensjax.losses.policy import clipped_surrogate, policy_gradient, value_loss
@@ -26,6 +27,7 @@ __all__ = [
     "info_nca",
     "info_nce",
     "ipo",
+    "listwise_distillation",
     "logistic",
     "pg_rank",
     "plackett_luce",

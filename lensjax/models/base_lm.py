@@ -144,6 +144,10 @@ class BaseLM(nnx.Module):
         length = jnp.minimum(cache.length + count, cache.capacity)
         return self._logits(x), KVCache(keys, values, inputs, length)
 
+    def states(self, embeddings: Array, positions: Array, spans: Array) -> Array:
+        """What half of the layers make of the entries. See `BaseModel.states`."""
+        return self.transformer.half(self._mix(embeddings), rotary=self._angles(positions, spans))
+
     def attention(self, embeddings: Array, positions: Array, spans: Array, rows: Array) -> tuple[Array, Array]:
         """Attention weights and norms of keys. See `BaseModel.attention`."""
         return self.transformer.attention(self._mix(embeddings), rotary=self._angles(positions, spans), rows=rows)
@@ -293,6 +297,21 @@ class BaseModel(Functional[BaseLM]):
           ValueError: a shape does not fit.
         """
         return self._bind(params).attention(*self._read(entries), checked("rows", rows, None))
+
+    def states(self, params: Params, entries: Entries) -> Array:
+        """What half of the layers, rounded down, make of entries, each given all up to it: what a policy may read.
+
+        Args:
+          params: from `init`.
+          entries: S tokens and gists.
+
+        Returns:
+          float32[S, D].
+
+        Raises:
+          ValueError: a shape does not fit.
+        """
+        return self._bind(params).states(*self._read(entries)).astype(jnp.float32)
 
     def truncate(self, cache: KVCache, length: Array) -> KVCache:
         """The cache without all but its first `length` entries, int32[]."""

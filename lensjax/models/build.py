@@ -3,6 +3,7 @@
 from typing import Literal
 
 from lensjax.models.base_lm import BaseConfig, BaseModel
+from lensjax.models.decision import QUERIES
 from lensjax.models.gistnet import GistConfig, GistModel
 from lensjax.models.interfaces import Models
 from lensjax.models.lensnet import LensConfig, LensModel
@@ -44,5 +45,10 @@ def build_models(
     return Models(
         base=BaseModel(base, dtype),
         gist=GistModel(gist, base.dim, block_size, dtype),
-        lens=LensModel(lens, base.dim, max_lod, dtype),
+        lens=LensModel(lens, base.dim, max_lod, dtype, _state_dim(base, lens)),
     )
+
+
+def _state_dim(base: BaseConfig, lens: LensConfig) -> int:
+    """Numbers that LensNet reads of the base model for each block."""
+    return {"nothing": 0, "states": base.dim, "attention": len(QUERIES) * base.layers * base.heads}[lens.reads]

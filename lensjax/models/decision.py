@@ -3,6 +3,7 @@
 Nothing behind the cursor enters any of this.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -16,7 +17,14 @@ from lensjax.context.geometry import Geometry
 from lensjax.context.refocus import ScoreFn
 from lensjax.context.tree import TreeState
 from lensjax.context.working import Entries, WorkingContext
-from lensjax.models.interfaces import LensPolicy, Models, Params
+from lensjax.models.interfaces import (
+    AttentiveLanguageModel,
+    BaseReader,
+    LensPolicy,
+    Models,
+    Params,
+    StatefulLanguageModel,
+)
 
 
 class Window(NamedTuple):
@@ -60,12 +68,51 @@ def build_tree(models: Models, params: dict[str, Params], history: ArrayLike, ge
             f"a policy sees the {geometry.history} tokens before the cursor and no other: pass "
             f"split(tokens, horizon=...).history, got shape {history.shape}"
         )
-    return trees.build(
+    tree = trees.build(
         models.base.embed(params["base"], history),
         lambda children: models.gist.apply(params["gist"], children),
         block_size=geometry.block_size,
         max_lod=geometry.max_lod,
     )
+    return with_states(models, params, tree)
+
+
+QUERIES = (8, 32)
+"""Last tokens of the history whose attention a policy may read: the few that ask, and what they belong to."""
+
+
+def with_states(models: Models, params: dict[str, Params], tree: TreeState) -> TreeState:
+    """The tree with what the policy reads of the base model, which reads the history in full for it; else as it is.
+
+    `states` are those of a middle layer; `attention` is what the last tokens look at, of each layer and head the mean
+    over the last `QUERIES` tokens: 2 * layers * heads numbers a token.
+
+    Raises:
+      ValueError: the base model does not show what the policy reads.
+    """
+    reads = models.lens.reads if isinstance(models.lens, BaseReader) else "nothing"
+    if reads == "nothing":
+        return tree
+    base, capacity = models.base, tree.capacity
+    entries = contexts.in_full(tree.levels[0], jnp.arange(capacity))
+    if reads == "states" and isinstance(base, StatefulLanguageModel):
+        found = base.states(params["base"], entries)
+    elif reads == "attention" and isinstance(base, AttentiveLanguageModel):
+        rows = jnp.maximum(tree.length - 1 - jnp.arange(min(max(QUERIES), capacity)), 0)
+        weights, _ = base.attention(params["base"], entries, rows)
+        by_query = jnp.stack([weights[:, :, :count].mean(axis=2) for count in QUERIES])
+        found = by_query.reshape(-1, capacity).T
+    else:
+        raise ValueError(
+            f"lens.reads {reads} needs a base model with a method `{reads}` (see models.interfaces), got "
+            f"{type(base).__name__}: set lens.reads to nothing"
+        )
+    levels = [found]
+    for _ in range(tree.max_lod):
+        blocks = levels[-1].shape[0] // tree.block_size
+        children = levels[-1][: blocks * tree.block_size].reshape(blocks, tree.block_size, found.shape[1])
+        levels.append(children.mean(axis=1))
+    return replace(tree, states=tuple(levels))
 
 
 def policy_scores(lens: LensPolicy, params: Params, entries: Entries) -> Array:

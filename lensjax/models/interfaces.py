@@ -5,7 +5,7 @@ Anyone's model fits that has the methods; it must be hashable, since it is a sta
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from jax import Array
 from jax.typing import ArrayLike
@@ -87,6 +87,25 @@ class AttentiveLanguageModel(LanguageModel, Protocol):
 
     def attention(self, params: Params, entries: Entries, rows: ArrayLike) -> tuple[Array, Array]:
         """Attention of rows float32[layers, heads, R, S], and norms of the keys float32[layers, kv_heads, S]."""
+        ...
+
+
+@runtime_checkable
+class StatefulLanguageModel(LanguageModel, Protocol):
+    """A language model that shows what it makes of its entries on the way, which some policies read."""
+
+    def states(self, params: Params, entries: Entries) -> Array:
+        """States float32[S, dim] of some middle layer, each given all entries up to it."""
+        ...
+
+
+@runtime_checkable
+class BaseReader(Protocol):
+    """A policy that says what it reads of the base model; one that does not say so reads nothing."""
+
+    @property
+    def reads(self) -> Literal["nothing", "states", "attention"]:
+        """What `Entries.states` must hold."""
         ...
 
 

@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from lensjax._settings import PositiveInt, require, settings
-from lensjax.context.working import Entries
+from lensjax.context.working import BLOCKS_BEFORE, Entries
 from lensjax.models.functional import Functional, checked
 from lensjax.models.interfaces import Params
 from lensjax.models.nn.transformer import SwiGLU, Transformer, TransformerConfig, linear, rms_norm
@@ -35,6 +35,13 @@ class LensConfig:
     head: Literal["linear", "mlp"] = "linear"
     blocks: bool = True
     """Whether a token is seen with the gist of its block beside it."""
+    reads: Literal["nothing", "states", "attention"] = "nothing"
+    """What of the base model, which reads the whole history for it, is seen of an entry's block and the four before it:
+    the states of a middle layer, or what the history's end attends to."""
+    map: bool = True
+    """Whether what is omitted is seen, as gists; without omission every gist is an entry, and seen."""
+    recency: bool = False
+    """Whether scores fall with age to begin with; what resembles the query (`pointer`) is above that from the start."""
     pointer: bool = True
     """Whether the end of the history is compared with each entry, besides what attention does (`Pointer`)."""
 
@@ -50,6 +57,10 @@ text had not noticed after 200 steps that what is recent matters."""
 HEAD_GAIN = 0.1
 """Scale of what a fresh head says before tanh: small, so that no entry starts saturated by it. A fresh pointer speaks
 up: what resembles the query begins with a high score."""
+RECENCY_SLOPE = 0.15
+"""Fall of a fresh score before tanh with log1p(distance): over a thousand tokens it goes from 0 to -1."""
+FAINTEST = 1e-5
+"""Attention that counts as none."""
 _NEVER = -1e30
 """Logit of padding: finite, so that a context without entries has weights."""
 
@@ -98,7 +109,14 @@ class LensNet(nnx.Module):
     """
 
     def __init__(
-        self, config: LensConfig, embedding_dim: int, max_lod: int, *, dtype: DTypeLike, rngs: nnx.Rngs
+        self,
+        config: LensConfig,
+        embedding_dim: int,
+        max_lod: int,
+        *,
+        state_dim: int = 0,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
     ) -> None:
         init = nnx.initializers.normal(FEATURE_STD)
         self.embedding_norm = rms_norm(embedding_dim, rngs)
@@ -121,6 +139,10 @@ class LensNet(nnx.Module):
         self.config = config
         if config.blocks:
             self.block = linear(config.dim, config.dim, dtype=dtype, rngs=rngs)
+        if config.reads != "nothing":
+            self.state = linear(state_dim * (1 + BLOCKS_BEFORE), config.dim, dtype=dtype, rngs=rngs)
+        if config.recency:
+            self.slope = nnx.Param(jnp.full((), RECENCY_SLOPE, jnp.float32))
         if config.pointer:
             self.pointer = Pointer(config.dim, config.heads, dtype=dtype, rngs=rngs)
         self.head = (
@@ -132,22 +154,34 @@ class LensNet(nnx.Module):
     def __call__(self, entries: Entries) -> tuple[Array, Array]:
         """Scores float32[W] and features float32[W, dim]. See `LensModel`."""
         # A masked key still meets its value as 0 * v: whatever stands in padding must at least be finite.
-        valid = entries.valid
+        valid = entries.valid if self.config.map else entries.valid & (entries.lods == 0)
         lods = jnp.where(valid, entries.lods, 0)
         spans, distances = jnp.where(valid, entries.spans, 1.0), jnp.where(valid, entries.distances, 0.0)
         content = self._content(entries.embeddings, valid)
         block = self._content(entries.blocks, valid) if self.config.blocks else content
         x = content + self.lod(lods) + self.features(time_features(spans, distances))
         x = x + self.block(block) if self.config.blocks else x
+        if entries.states is not None and self.config.reads != "nothing":
+            x = x + self._known(entries.states, valid)
         x = self.norm(self.transformer(x, key_mask=valid))
         scores = self.head(x)[:, 0]
         if self.config.pointer:
             scores = scores + self.pointer(content, block, x, distances, valid)
+        if self.config.recency:
+            scores = scores - self.slope[...] * jnp.log1p(distances)
         scores = jnp.where(valid, jnp.tanh(scores), 0.0)
         return scores, jnp.where(valid[:, None], x, 0.0).astype(jnp.float32)
 
     def _content(self, embeddings: Array, valid: Array) -> Array:
         return self.content(self.embedding_norm(jnp.where(valid[:, None], embeddings, 0.0)))
+
+    def _known(self, states: Array, valid: Array) -> Array:
+        """What is read of the base model: attention on a logarithmic scale, states at unit size."""
+        states = jnp.where(valid[:, None], states, 0.0)
+        if self.config.reads == "attention":
+            return self.state(1 + jnp.log(states + FAINTEST) / jnp.log(1 / FAINTEST) * 2)
+        size = jnp.sqrt(jnp.mean(jnp.square(states), axis=-1, keepdims=True) + FAINTEST)
+        return self.state(states / size)
 
 
 def time_features(spans: Array, distances: Array) -> Array:
@@ -177,9 +211,23 @@ class LensModel(Functional[LensNet]):
     max_lod: int
     """Highest level of detail [L]."""
     dtype: str = "float32"
+    state_dim: int = 0
+    """Numbers that are read of the base model for each block [F]."""
 
     def _build(self, rngs: nnx.Rngs) -> LensNet:
-        return LensNet(self.config, self.embedding_dim, self.max_lod, dtype=jnp.dtype(self.dtype), rngs=rngs)
+        return LensNet(
+            self.config,
+            self.embedding_dim,
+            self.max_lod,
+            state_dim=self.state_dim,
+            dtype=jnp.dtype(self.dtype),
+            rngs=rngs,
+        )
+
+    @property
+    def reads(self) -> Literal["nothing", "states", "attention"]:
+        """What `Entries.states` must hold."""
+        return self.config.reads
 
     @property
     def feature_dim(self) -> int:
@@ -214,6 +262,10 @@ class LensModel(Functional[LensNet]):
         """The scores of `apply`, and what the last layer says of each entry, float32[W, dim], 0 at padding."""
         embeddings = checked("entries.embeddings", entries.embeddings, None, self.embedding_dim)
         checked("entries.blocks", entries.blocks, *embeddings.shape)
+        if self.config.reads != "nothing":
+            if entries.states is None:
+                raise ValueError(f"entries.states must be there for a LensNet with lens.reads {self.config.reads}")
+            checked("entries.states", entries.states, embeddings.shape[0], self.state_dim * (1 + BLOCKS_BEFORE))
         for name in ("lods", "spans", "distances", "valid"):
             checked(f"entries.{name}", getattr(entries, name), embeddings.shape[0])
         return self._bind(params)(entries)

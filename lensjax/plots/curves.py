@@ -66,6 +66,15 @@ _PANELS = (
         {"pretrain/token_loss": "train", "pretrain/eval/nll_full": "held out", "pretrain/rollout_loss": "rollouts"},
         is_noisy=True,
     ),
+    _Panel("Distillation: divergence from the teacher", "nats", {"distill/loss": "train"}, is_noisy=True),
+    _Panel(
+        "Blocks that LensNet and its teacher share",
+        "share of the budget",
+        {"distill/distill/top_agreement": "train"},
+        is_noisy=True,
+    ),
+    _loss_panel("distill", "Distillation: held-out loss at the budget"),
+    _hit_panel("distill", "Distillation: held-out hit rate"),
     _Panel(
         "LensNet loss and its terms before weights",
         "loss",
@@ -113,7 +122,7 @@ _PANELS = (
     _Panel(
         "Learning rate",
         "",
-        {"lens/lr": "preferences", "online/lr": "own edits"},
+        {"distill/lr": "distillation", "lens/lr": "preferences", "online/lr": "own edits"},
         references={"pretrain/lr": "pretraining"},
     ),
 )

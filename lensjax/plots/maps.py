@@ -48,6 +48,8 @@ class VariantMap:
     """Children per gist K."""
     answer: Sequence[tuple[int, int]] = ()
     """First token, and the one after the last, of each span known to be worth detail."""
+    omit: bool = False
+    """Whether the model reads nothing of what is not in full."""
 
     def __post_init__(self) -> None:
         shapes = {name: np.shape(getattr(self, name)) for name in ("cuts", "scores", "nll", "labels")}
@@ -65,10 +67,16 @@ _NOT_SHOWN: dict[str, Any] = {"facecolor": "#f4f4f4", "edgecolor": "#c4c4c4", "h
 _TAIL, _ANSWER = "#f6efdc", "#B0005A"
 _EXPLANATION = (
     "Each row is one working context, all that the model reads of a text: parts of it in full (tall, dark), "
-    "the rest as gists (low, light).\n"
+    "{rest}.\n"
     "To the right is the model's loss on the tokens behind the cursor, given that context; lower is better."
 )
 _SCORE_COLORS = "PuOr_r"
+
+
+_REST = {
+    False: "the rest as gists (low, light)",
+    True: "nothing of the rest,\nof which LensNet alone sees gists (low, light)",
+}
 
 
 def lod_maps(maps: Sequence[VariantMap], path: str | Path) -> Figure:
@@ -91,7 +99,7 @@ def lod_maps(maps: Sequence[VariantMap], path: str | Path) -> Figure:
         raise ValueError(f"expected maps of one block size, got {[one.block_size for one in maps]}")
     heights = [*(_AROUND_ROWS + _ROW_HEIGHT * len(one.labels) for one in maps), _LEGEND_HEIGHT]
     figure = new_figure(12, sum(heights) + _EXPLANATION_HEIGHT)
-    figure.suptitle(_EXPLANATION, x=0.01, ha="left", fontsize=10, color=MUTED)
+    figure.suptitle(_EXPLANATION.format(rest=_REST[maps[0].omit]), x=0.01, ha="left", fontsize=10, color=MUTED)
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights, width_ratios=(1, 0.15))
     colors = _lod_colors(max(int(one.cuts.max()) for one in maps))
     for place, one in enumerate(maps):
@@ -151,7 +159,8 @@ def _note_above(ax: Axes, x: float, text: str, color: str) -> None:
 
 def _budget_title(one: VariantMap) -> str:
     window = one.cuts.shape[1]
-    counts = {round(float(np.sum(1.0 / one.block_size ** row[row != MISSING]))) for row in one.cuts}
+    read = [row[row == 0] if one.omit else row[row != MISSING] for row in one.cuts]
+    counts = {round(float(np.sum(1.0 / one.block_size**row))) for row in read}
     entries = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
     return f"{one.title}: {window} tokens in {entries} entries ({window / max(counts):.1f}x)"
 

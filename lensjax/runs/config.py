@@ -16,8 +16,9 @@ from lensjax.training.recipe import Recipe
 from lensjax.training.steps.adaptation import AdaptationConfig, build_hypernet
 from lensjax.training.steps.online import OnlineConfig
 from lensjax.training.steps.pretrain import PretrainConfig
+from lensjax.training.teachers import DistillConfig
 
-PHASES = ("pretrain", "lens", "online")
+PHASES = ("pretrain", "distill", "lens", "online")
 """What a run does one after the other; each has its checkpoints and its rows in the log."""
 
 
@@ -54,13 +55,19 @@ class Config(Recipe):
     stopping: StoppingConfig = field(default_factory=StoppingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     online: OnlineConfig = field(default_factory=OnlineConfig)
     adaptation: AdaptationConfig = field(default_factory=AdaptationConfig)
 
     def _check(self) -> None:
         super()._check()
         require(bool(self.output_dir), "output_dir must name a folder, got an empty string")
-        counts = {"steps": self.steps, "pretrain.steps": self.pretrain.steps, "online.steps": self.online.steps}
+        counts = {
+            "steps": self.steps,
+            "pretrain.steps": self.pretrain.steps,
+            "distill.steps": self.distill.steps,
+            "online.steps": self.online.steps,
+        }
         for name, steps in counts.items():
             require(
                 steps == 0 or steps > self.optimizer.warmup_steps,
@@ -68,7 +75,7 @@ class Config(Recipe):
             )
         for name, source in (("base_run", self.base_run), ("start_from", self.start_from)):
             require(
-                self.steps + self.online.steps > 0 or source is None,
+                self.trains_lens or source is None,
                 f"steps is 0 and {name} is {source!r}: there is nothing to do; raise steps or drop {name}",
             )
         require(
@@ -85,9 +92,18 @@ class Config(Recipe):
             f"base.dim must be a multiple of gist.heads {self.gist.heads}, got {self.base.dim}",
         )
         require(
+            self.lens.map or self.context.omit,
+            "lens.map must be on without context.omit, where every gist is an entry of the context",
+        )
+        require(
             not self.data.is_text or self.base.vocab_size >= 256,
             f"base.vocab_size must be at least 256 for text, which is read as bytes, got {self.base.vocab_size}",
         )
+
+    @property
+    def trains_lens(self) -> bool:
+        """Whether there is more to do than to pretrain."""
+        return self.steps + self.distill.steps + self.online.steps > 0
 
     @property
     def recipe(self) -> Recipe:

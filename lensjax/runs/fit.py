@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 from rich.console import Console
@@ -24,7 +25,7 @@ from lensjax.runs.load import Trained
 from lensjax.runs.store import run_folder
 from lensjax.runs.store.log import RunLogger
 from lensjax.runs.store.run_folder import RunConfig
-from lensjax.training.steps import adaptation, online, preference, pretrain
+from lensjax.training.steps import adaptation, distill, online, preference, pretrain
 from lensjax.training.steps.preference import TrainState
 from lensjax.training.steps.update import Learner
 
@@ -32,8 +33,8 @@ Batches = list[dict[str, Array]]
 Report = Callable[[TrainState, Batches], dict[str, float]]
 
 # Streams of randomness that must not touch: each is folded into the run's seed.
-PRETRAIN_STREAM, LENS_STREAM, ONLINE_STREAM, EVALUATION_SEED = 0, 1, 2, 2026
-ONLINE_SEED = 2**32
+PRETRAIN_STREAM, LENS_STREAM, ONLINE_STREAM, DISTILL_STREAM, EVALUATION_SEED = 0, 1, 2, 3, 2026
+ONLINE_SEED, DISTILL_SEED = 2**32, 2**33
 """Above all seeds of the other phases' data."""
 HEADLINE = (
     "nll_policy",
@@ -74,7 +75,7 @@ def fit(config: Config, *, resume: bool = False, console: Console | None = None)
             report = _pretrain_evaluator(job)
             params, seconds = _pretrain(job, inputs, report, folder, logger)
             summary |= report(params, inputs.test)
-        if config.steps or config.online.steps:
+        if config.trains_lens:
             state, more, measured = _train(job, inputs, params, folder, logger)
             seconds, summary, params = seconds + more, summary | measured, state.params
             key = jax.random.key(EVALUATION_SEED)
@@ -143,9 +144,9 @@ class _Inputs:
             pretraining=True,
             share=share,
         )
-        self.lens, self.online = (
+        self.distill, self.lens, self.online = (
             data.make_iterator(config, "train", seed=seed, batch_size=config.batch_size, share=share)
-            for seed in (2 * config.seed + LENS_STREAM, ONLINE_SEED + config.seed)
+            for seed in (DISTILL_SEED + config.seed, 2 * config.seed + LENS_STREAM, ONLINE_SEED + config.seed)
         )
 
 
@@ -217,11 +218,41 @@ def _train(
         state = adaptation.init_adaptation_state(
             key, recipe=recipe, models=models, hypernet=job.hypernet, params=params
         )
-    for steps, train_by in ((config.steps, _by_preferences), (config.online.steps, _by_episodes)):
+    stages = (
+        (config.distill.steps, _by_teacher),
+        (config.steps, _by_preferences),
+        (config.online.steps, _by_episodes),
+    )
+    for steps, train_by in stages:
         if steps:
             state, more = train_by(job, state, inputs, report, folder, logger)
             seconds += more
     return state, seconds, report(state, inputs.test)
+
+
+def _by_teacher(
+    job: _Job, state: TrainState, inputs: _Inputs, report: Report, folder: Path, logger: RunLogger
+) -> tuple[TrainState, float]:
+    """Gives a state a LensNet that has learned from a teacher; it is the anchor's, too."""
+    config, models, settings = job.config, job.models, job.config.distill
+    state = devices.place(state, job.mesh, split=config.shard_parameters)  # as in the next phase: one program measures
+
+    def with_lens(after: Learner) -> TrainState:
+        anchor = None if state.anchor is None else jax.tree.map(jnp.copy, after.params["lens"])
+        return replace(state, params={**state.params, "lens": after.params["lens"]}, anchor=anchor)
+
+    phase = loop.Phase(
+        name="distill",
+        steps=settings.steps,
+        batch_size=config.batch_size,
+        step=functools.partial(distill.distill_step, recipe=config.recipe, settings=settings, models=models),
+        evaluate=lambda after: report(with_lens(after), inputs.validation),
+        headline=HEADLINE,
+        monitor="nll_policy",
+    )
+    start = distill.init_distill_state(stream(config, DISTILL_STREAM), recipe=config.recipe, params=state.params)
+    after, seconds = job.run(phase, start, inputs.distill, folder, logger)
+    return with_lens(after), seconds
 
 
 def _by_preferences(

@@ -49,10 +49,22 @@ def variant_maps(
             labels=labels,
             recent_tokens=context.recent_tokens,
             block_size=context.block_size,
-            answer=tuple((begin, begin + context.block_size) for begin in answers[i]) if answers else (),
+            answer=_spans(answers[i], context.block_size) if answers else (),
+            omit=context.omit,
         )
         for i in range(len(first["tokens"]))
     ]
+
+
+def _spans(blocks: Sequence[int], size: int) -> tuple[tuple[int, int], ...]:
+    """First token, and the one after the last, of each run of neighbouring blocks."""
+    spans: list[tuple[int, int]] = []
+    for begin in sorted(set(blocks)):
+        if spans and spans[-1][1] == begin:
+            spans[-1] = (spans[-1][0], begin + size)
+        else:
+            spans.append((begin, begin + size))
+    return tuple(spans)
 
 
 def stops(folder: Path) -> dict[str, int]:

@@ -30,7 +30,7 @@ class SessionConfig:
     geometry: Geometry
     """How far back a decision reaches, and the cuts that it may choose."""
     budget: PositiveInt
-    """Entries W, which a refocus step never exceeds and, once the stream is longer, misses by less than K - 1."""
+    """Entries W, which a refocus step never exceeds and, once the stream is longer, misses by less than one block."""
     interval: PositiveInt
     """Tokens between two refocus steps [H]: the horizon of training."""
     focus: FocusConfig = field(default_factory=FocusConfig)
@@ -38,10 +38,14 @@ class SessionConfig:
 
     def _check(self) -> None:
         geometry = self.geometry
+        require(
+            self.focus.start == "uniform" or geometry.omit,
+            "session.focus.start recency needs a geometry with omission: without it contexts cover the whole history",
+        )
         held = np.arange(geometry.history + 1)
         free = np.maximum(held - geometry.recent_tokens, 0)
         collapses = sum(free // geometry.block_size**lod for lod in range(1, geometry.max_lod + 1))
-        shortest = int(np.max(held - collapses * (geometry.block_size - 1)))
+        shortest = int(np.max(held - collapses * geometry.saving))
         require(
             self.budget >= shortest,
             f"session.budget must hold the shortest context of any part of a history of {geometry.history} tokens, "
@@ -79,7 +83,7 @@ class SessionState:
     focus: FocusState
     """What is collapsed."""
     context: WorkingContext
-    """W entries, and room for an interval's tokens behind them."""
+    """W entries, with omission a map of the rest, and room for an interval's tokens behind them."""
     cache: Any
     """What the base model computed of the context's entries."""
     cached: Array
@@ -96,8 +100,8 @@ class SessionState:
 
 
 Policy = Callable[[dict[str, Params], SessionState], Array]
-"""Whoever chooses what a session shows: from the parameters and the session before a refocus step to float32[W + H] in
-[-1, 1], a score for every entry of `state.context`. High asks for detail, low asks to be collapsed."""
+"""Whoever chooses what a session shows: from the parameters and the session before a refocus step to float32[R] in
+[-1, 1], a score for every row of `state.context`. High asks for detail, low asks to be collapsed."""
 
 
 @jax.tree_util.register_dataclass

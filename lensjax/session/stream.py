@@ -31,6 +31,7 @@ from jax.typing import ArrayLike
 from lensjax.context import allocator, refocus
 from lensjax.context import tree as trees
 from lensjax.context import working as contexts
+from lensjax.context.working import WorkingContext
 from lensjax.models import Models, Params, StreamingLanguageModel, decision
 from lensjax.session.state import Policy, Refocus, SessionConfig, SessionState
 
@@ -83,16 +84,25 @@ class Session:
         start = jnp.zeros(geometry.history, jnp.int32)
         return SessionState(
             tree=trees.init(
-                capacity=held.history, dim=base.dim, block_size=geometry.block_size, max_lod=geometry.max_lod
+                capacity=held.history,
+                dim=base.dim,
+                block_size=geometry.block_size,
+                max_lod=geometry.max_lod,
             ),
             forgotten=jnp.zeros((), jnp.int32),
             focus=allocator.from_cut(start, geometry),
-            context=contexts.recency(0, held, capacity=capacity),
+            context=self._empty_context(),
             cache=base.init_cache(capacity),
             cached=jnp.zeros((), jnp.int32),
             logits=jnp.zeros(base.vocab_size, jnp.float32),
             key=jax.random.key(seed),
         )
+
+    def _empty_context(self) -> WorkingContext:
+        rows = self.config.geometry.rows(self.config.capacity)
+        # Padding starts where nothing else does: starts stay sorted.
+        start = jnp.full(rows, self.config.geometry.history + self.config.interval, jnp.int32)
+        return WorkingContext(start, jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool))
 
     def append(
         self,
@@ -202,7 +212,8 @@ class Session:
         logits, cache = base.extend(params["base"], state.cache, contexts.in_full(embeddings, place), count)
         before = jnp.concatenate([state.logits[None], logits[:-1]])
         losses = optax.losses.softmax_cross_entropy_with_integer_labels(before, tokens)
-        slots = jnp.where(is_new, state.context.length + new, self.config.capacity)
+        rows = state.context.valid.shape[0]
+        slots = jnp.where(is_new, state.context.length + new, rows)
         valid = state.context.valid.at[slots].set(True, mode="drop")
         start = state.context.start.at[slots].set(place, mode="drop")
         # Padding starts where nothing else does: starts stay sorted.
@@ -220,7 +231,8 @@ class Session:
         return lambda children: self.models.gist.apply(params["gist"], children)
 
     def _lensnet(self, params: dict[str, Params], state: SessionState) -> Array:
-        return decision.policy(self.models.lens, params["lens"], state.tree)(state.context)
+        tree = decision.with_states(self.models, params, state.tree)
+        return decision.policy(self.models.lens, params["lens"], tree)(state.context)
 
     def _refocus_now(self, params: dict[str, Params], state: SessionState) -> tuple[SessionState, Refocus]:
         settings = self.config.focus
@@ -235,7 +247,8 @@ class Session:
             tokens=state.tree.length,
             key=jax.random.fold_in(state.key, state.read) if settings.temperature > 0 else None,
         )
-        same = (context.start == state.context.start) & (context.lod == state.context.lod) & context.valid
+        before, after = (contexts.read(one, self.config.geometry) for one in (state.context, context))
+        same = (after.start == before.start) & (after.lod == before.lod) & after.valid
         kept = jnp.minimum(jnp.argmin(jnp.append(same, False)).astype(jnp.int32), state.cached)
         rate = refocus.swap_rate(state.context, context, self.config.geometry)
         cache = self._base.truncate(state.cache, kept)
@@ -244,8 +257,9 @@ class Session:
 
     def _read_context(self, params: dict[str, Params], state: SessionState) -> SessionState:
         """Brings the base model's cache up to the end of the context, a chunk at a time."""
-        entries = contexts.materialise(state.tree, state.context)
-        length = state.context.length
+        shown = contexts.read(state.context, self.config.geometry)
+        entries = contexts.materialise(state.tree, shown)
+        length = shown.length
 
         Carry = tuple[Any, Array, Array]
 

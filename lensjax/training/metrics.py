@@ -21,7 +21,11 @@ HISTOGRAMS = {"mc/adv_histogram": np.concatenate([-_MAGNITUDES[::-1], [0.0], _MA
 UNDEFINED = "n/a"
 """Stands in the log for a value that is not defined (see `MAY_BE_UNDEFINED`)."""
 
+ON_KEY_TOKENS = ("nll_policy_key", "nll_policy_key_adapted", "nll_baseline_key")
+"""Losses of key tokens, of which a batch may have none."""
+
 MAY_BE_UNDEFINED = (
+    *ON_KEY_TOKENS,
     "mc/preference_corr_mean",
     "mc/preference_corr_max",
     "mc/preference_corr_min",

@@ -7,6 +7,7 @@ last entry, that of token C - 1, which every variant holds in full. Training, ev
 functions of this file.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from lensjax.context import working as contexts
+from lensjax.context.geometry import Geometry
 from lensjax.context.tree import TreeState
 from lensjax.context.working import Entries, WorkingContext
 from lensjax.models import LanguageModel, Params
@@ -54,6 +56,8 @@ def reading(base: LanguageModel, params: Params, entries: Entries, horizon: Arra
         room = [(0, steps.shape[0] - 1)] + [(0, 0)] * (rows.ndim - 1)
         return jnp.pad(rows, room).at[slots].set(later.astype(rows.dtype))
 
+    # What a policy knows of the entries besides is not for the base model.
+    entries = replace(entries, states=None)
     return Reading(jax.tree.map(followed_by, entries, behind), rows=length - 1 + steps)
 
 
@@ -74,8 +78,21 @@ def token_nll(base: LanguageModel, params: Params, entries: Entries, horizon: Ar
     return optax.losses.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(horizon))
 
 
+def mean_nll(losses: Array, weights: Array | None = None) -> Array:
+    """Mean over the horizon of float32[..., H], or with weights float32[H] that sum to 1 the weighted one."""
+    if weights is None:
+        return losses.mean(axis=-1)
+    return jnp.sum(losses * jnp.broadcast_to(weights, losses.shape), axis=-1)
+
+
 def variant_nll(
-    base: LanguageModel, params: Params, tree: TreeState, variants: WorkingContext, horizon: ArrayLike
+    base: LanguageModel,
+    params: Params,
+    tree: TreeState,
+    variants: WorkingContext,
+    horizon: ArrayLike,
+    geometry: Geometry,
+    weights: Array | None = None,
 ) -> tuple[Array, Entries]:
     """Loss of every variant of one sequence, in one pass over all of them.
 
@@ -85,9 +102,12 @@ def variant_nll(
       tree: the history.
       variants: V working contexts of it (leading axis V) that show its last token in full.
       horizon: int32[H], the tokens behind it.
+      geometry: the history; says which rows of a variant the base model reads.
+      weights: float32[H] that sum to 1, of the tokens of the horizon; None weighs all alike.
 
     Returns:
-      float32[V], mean loss in nats per token, and the materialised `Entries` with leading axis V.
+      float32[V], mean loss in nats per token, and the materialised `Entries` of all rows with leading axis V: what a
+      policy sees.
 
     Raises:
       ValueError: the horizon is empty, or no sequence.
@@ -100,16 +120,31 @@ def variant_nll(
       >>> mean = lambda children: children.mean(axis=1)
       >>> history = lx.tree.build(base.embed(params, jnp.arange(8)), mean, block_size=2, max_lod=1)
       >>> variants = jax.tree.map(lambda leaf: leaf[None], lx.recency(4, geometry, capacity=4))
-      >>> nll, _ = jax.jit(functools.partial(lx.variant_nll, base))(params, history, variants, jnp.array([8, 9]))
+      >>> measure = jax.jit(functools.partial(lx.variant_nll, base, geometry=geometry))
+      >>> nll, _ = measure(params, history, variants, jnp.array([8, 9]))
       >>> bool(jnp.abs(nll[0] - jnp.log(256.0)) < 0.2)  # a fresh model is near uniform
       True
     """
+    losses, entries = variant_token_nll(base, params, tree, variants, horizon, geometry)
+    return mean_nll(losses, weights), entries
+
+
+def variant_token_nll(
+    base: LanguageModel,
+    params: Params,
+    tree: TreeState,
+    variants: WorkingContext,
+    horizon: ArrayLike,
+    geometry: Geometry,
+) -> tuple[Array, Entries]:
+    """Loss of each token of the horizon under every variant, float32[V, H]; arguments and entries of `variant_nll`."""
     horizon = jnp.asarray(horizon)
     if horizon.ndim != 1 or horizon.shape[0] < 1:
         raise ValueError(f"horizon must hold one sequence of at least 1 token to score, got shape {horizon.shape}")
-    entries = jax.vmap(lambda variant: contexts.materialise(tree, variant))(variants)
-    losses = jax.vmap(lambda row: token_nll(base, params, row, horizon))(entries)
-    return losses.mean(axis=-1), entries
+    seen = jax.vmap(lambda variant: contexts.materialise(tree, variant))
+    entries = seen(variants)
+    read = seen(jax.vmap(lambda variant: contexts.read(variant, geometry))(variants)) if geometry.omit else entries
+    return jax.vmap(lambda row: token_nll(base, params, row, horizon))(read), entries
 
 
 def entry_nll(base: LanguageModel, params: Params, entries: Entries, tokens: ArrayLike, *, horizon: int) -> Array:

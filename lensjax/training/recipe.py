@@ -45,6 +45,10 @@ class Recipe:
             0 < len(self.trainable) == len(set(self.trainable)),
             f"trainable must name one or more different parts of base, gist, lens, hypernet, got {self.trainable}",
         )
+        require(
+            self.focus.start == "uniform" or self.context.omit,
+            "focus.start recency needs context.omit: without omission every context covers the whole history",
+        )
         compared = self.context.rollouts + (self.context.local_edits == 0)
         require(
             self.objective.keep is None or self.objective.keep <= compared,
@@ -62,6 +66,11 @@ class Recipe:
             self.hyper.gist_delta_weight == 0 or bool({"base", "gist"} & set(self.trainable)),
             "hyper.gist_delta_weight must be 0 where trainable names neither base nor gist, whose loss it weighs, got "
             f"{self.hyper.gist_delta_weight}",
+        )
+        require(
+            self.context.reward == "mean" or not {"base", "gist"} & set(self.trainable),
+            "context.reward must be mean where trainable names base or gist, whose loss is of all tokens, got "
+            f"{self.context.reward}",
         )
         for name in ("context_start", "context_end"):
             self.geometry.length_of_fraction(getattr(self.hyper, name), name=f"hyper.{name}")
@@ -110,6 +119,15 @@ class Recipe:
     def budget(self) -> int:
         """Entries of a working context at the end of the curriculum."""
         return self.geometry.length_of_fraction(self.hyper.context_end)
+
+    @property
+    def short(self) -> int:
+        """Tokens of the short history that key tokens are told by: fewer than the curriculum's shortest context has.
+
+        The lengths are those of the `Recipe`, so that a token is key at every step, and whatever a sweep makes of them.
+        """
+        shortest = min(self.hyper.context_start, self.hyper.context_end)
+        return self.context.key.tokens(self.geometry.length_of_fraction(shortest))
 
     @property
     def has_anchor(self) -> bool:

@@ -1,7 +1,7 @@
 """One window to its scored variants: recency and rollouts of the history, and their NLL on the horizon."""
 
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,9 @@ from lensjax.context.geometry import Geometry
 from lensjax.context.rollouts import collapses_for_length, is_distinct, sample_cut, sample_rollouts
 from lensjax.context.working import Entries, WorkingContext
 from lensjax.models import Models, Params
-from lensjax.models.decision import build_tree, split
-from lensjax.training import nll
+from lensjax.models.decision import Window, build_tree, split
+from lensjax.training import key_tokens, nll
+from lensjax.training.key_tokens import KeyConfig
 
 
 @settings("context")
@@ -39,6 +40,8 @@ class ContextConfig:
     """Highest level of detail [L]."""
     horizon: PositiveInt = 32
     """Tokens behind the cursor, on which every variant is scored and which no policy sees [H]."""
+    omit: bool = False
+    """Whether the base model reads nothing of what is collapsed, rather than its gist; `max_lod` is 1 then."""
     recent_tokens: PositiveInt = 8
     """Last tokens of the history, which stay at LOD 0 in every variant: the query."""
     rollouts: PositiveInt = 4
@@ -46,12 +49,21 @@ class ContextConfig:
     local_edits: Count = 0
     """Above 0 the rollouts of a sequence are one random cut and N - 1 that differ from it by so many swaps: then a
     preference concerns few spans. The baseline, which differs from them everywhere, is in no pair."""
+    reward: Literal["mean", "key"] = "mean"
+    """Whose loss a variant is rewarded for: `mean` of all tokens of the horizon, or `key` of those that old history
+    helps to predict, of all where there are none. Losses in the rows of training are then of these."""
+    key: KeyConfig = field(default_factory=KeyConfig)
+    """What makes a key token, for the reward and for what is measured."""
 
     def _check(self) -> None:
         require(
             self.local_edits == 0 or self.rollouts >= 2,
             "context.rollouts must be at least 2 where context.local_edits compares them with each other, got "
             f"{self.rollouts}",
+        )
+        require(
+            not self.omit or self.max_lod == 1,
+            f"context.max_lod must be 1 with context.omit (a block is read or not), got {self.max_lod}",
         )
         shortest = self.block_size + self.recent_tokens + self.horizon
         require(
@@ -68,7 +80,7 @@ class ContextConfig:
     @property
     def geometry(self) -> Geometry:
         """The history, and the cuts that it allows."""
-        return Geometry(self.history, self.block_size, self.max_lod, self.recent_tokens)
+        return Geometry(self.history, self.block_size, self.max_lod, self.recent_tokens, self.omit)
 
 
 Batch = dict[str, Array]
@@ -93,7 +105,32 @@ class ScoredVariants:
     entries: Entries
     """What models read of them, leading axis V."""
     nll: Array
-    """float32[V]: nats per token on the horizon."""
+    """float32[V]: nats per token on the horizon, of those that `ContextConfig.reward` names."""
+
+
+def reward_weights(
+    models: Models, params: dict[str, Params], window: Window, context: ContextConfig, short: int | None
+) -> Array | None:
+    """Weights of the tokens of the horizon in the reward, constants.
+
+    Args:
+      models: the base model is called.
+      params: parameters of `base`; no gradient reaches them.
+      window: history and horizon.
+      context: what is rewarded.
+      short: tokens of the short history that key tokens are told by; may be None where all tokens are rewarded.
+
+    Returns:
+      float32[H] that sum to 1, or None where all weigh the same.
+
+    Raises:
+      ValueError: key tokens are rewarded, and `short` is None.
+    """
+    if context.reward == "mean":
+        return None
+    if short is None:
+        raise ValueError("short must be given where context.reward is key: pass recipe.short")
+    return key_tokens.key_weights(key_tokens.find(models.base, params["base"], window, context.key, short=short))
 
 
 def score_variants(
@@ -106,6 +143,7 @@ def score_variants(
     models: Models,
     context: ContextConfig,
     capacity: int,
+    short: int | None = None,
 ) -> ScoredVariants:
     """Draws the variants of one history and measures each on the horizon behind it.
 
@@ -116,8 +154,9 @@ def score_variants(
       length: int32[], entries of every variant, at most `capacity`; may be traced.
       high_lod_share: float32[], see `rollouts.sample_cut`.
       models: base model and GistNet are called.
-      context: the window, and how variants are drawn.
+      context: the window, what is rewarded, and how variants are drawn.
       capacity: static number of entries W.
+      short: static, see `reward_weights`; read where key tokens are rewarded.
 
     Returns:
       `ScoredVariants` with V = N + 1.
@@ -151,7 +190,8 @@ def score_variants(
             key, length, high_lod_share, rollouts=context.rollouts, geometry=geometry, capacity=capacity
         )
     variants = jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), recency, drawn)
-    measured, entries = nll.variant_nll(models.base, params["base"], tree, variants, window.horizon)
+    weights = reward_weights(models, params, window, context, short)
+    measured, entries = nll.variant_nll(models.base, params["base"], tree, variants, window.horizon, geometry, weights)
     # A rollout may be recency, too: where nothing has to be collapsed each of them is.
     cuts = jax.vmap(lambda variant: contexts.to_cut(variant, geometry))(variants)
     return ScoredVariants(variants, is_distinct(cuts), entries, measured)

@@ -20,11 +20,15 @@ WIDE = Geometry(history=23, block_size=3, max_lod=2, recent_tokens=4)
 # 4 blocks in 2 parents before the tail, and 6 blocks without any.
 HAND = Geometry(history=10, block_size=2, max_lod=2, recent_tokens=2)
 FLAT = Geometry(history=15, block_size=2, max_lod=1, recent_tokens=3)
+# Six blocks that the base model may read or not.
+OMITTING = Geometry(history=23, block_size=3, max_lod=1, recent_tokens=4, omit=True)
 both = pytest.mark.parametrize("geometry", [DEEP, WIDE], ids=str)
+each = pytest.mark.parametrize("geometry", [DEEP, WIDE, OMITTING], ids=str)
 
 GREEDY = FocusConfig(cooldown=2)
 FEW = FocusConfig(max_edits=1, cooldown=0)
 PICKY = FocusConfig(max_edits=3, expand_threshold=0.25, collapse_threshold=0.0)
+CAREFUL = FocusConfig(margin=0.25, max_edits=3)
 BRISK = FocusConfig(max_edits=2)
 SAMPLED = FocusConfig(temperature=0.5)
 ROWS = 256

@@ -4,17 +4,20 @@ import itertools
 
 import jax
 import numpy as np
+import pytest
 
 from lensjax.context import allocator
-from lensjax.context.allocator import FocusState
+from lensjax.context import working as contexts
+from lensjax.context.allocator import FocusConfig, FocusState
 from lensjax.context.geometry import Geometry
 from tests import reference
 from tests.context.situations import (
     HAND,
+    OMITTING,
     assert_same_state,
-    both,
     by_node,
     compiled_fit,
+    each,
     legal_cuts,
     listed,
     random_cases,
@@ -31,7 +34,7 @@ def uniform(lengths, geometry):
     return listed(states, geometry)
 
 
-@both
+@each
 def test_the_cold_start_is_legal_exact_and_of_no_more_levels_than_needed(geometry):
     def levels(entries):
         return reference.level_counts(entries, geometry.max_lod)[:-1]
@@ -40,10 +43,11 @@ def test_the_cold_start_is_legal_exact_and_of_no_more_levels_than_needed(geometr
     wanted = [geometry.length(max(length, geometry.shortest)) for length in lengths]
     found = uniform(lengths, geometry)
     assert set(found) <= set(legal_cuts(geometry))
-    assert [len(entries) for entries in found] == wanted
+    assert [len(reference.read(entries, geometry)) for entries in found] == wanted
     assert set(wanted) == reference.reachable_lengths(geometry)
     for entries in found:
-        assert levels(entries) == min(levels(cut) for cut in legal_cuts(geometry) if len(cut) == len(entries))
+        alike = [cut for cut in legal_cuts(geometry) if len(cut) == len(entries)]
+        assert levels(entries) == min(levels(cut) for cut in alike)
 
 
 def test_the_cold_start_uses_two_neighbouring_levels_where_that_works_out():
@@ -51,6 +55,25 @@ def test_the_cold_start_uses_two_neighbouring_levels_where_that_works_out():
     for entries in uniform(range(geometry.shortest, geometry.history + 1), geometry):
         levels = {lod for start, lod in entries if start < 16}
         assert max(levels) - min(levels) <= 1
+
+
+def test_a_start_is_uniform_or_the_last_tokens_where_the_others_may_be_left_out():
+    lengths = np.arange(OMITTING.shortest - 2, OMITTING.history + 3, dtype=np.int32)
+    found = {
+        name: listed(
+            jit(jax.vmap(lambda n, name=name: allocator.start(n, OMITTING, settings=FocusConfig(start=name))))(lengths),
+            OMITTING,
+        )
+        for name in ("uniform", "recency")
+    }
+    assert found["uniform"] == uniform(lengths, OMITTING)
+    for length, entries in zip(lengths.tolist(), found["recency"], strict=True):
+        wanted = OMITTING.length(max(length, OMITTING.shortest))
+        assert reference.read(entries, OMITTING) == [(token, 0) for token in range(23 - wanted, 23)]
+        recency = contexts.recency(wanted, OMITTING, capacity=OMITTING.history)
+        assert entries == tuple(reference.entries_of(recency))
+    with pytest.raises(ValueError, match=r"recency needs context\.omit"):
+        allocator.start(20, HAND, settings=FocusConfig(start="recency"))
 
 
 def test_the_cold_start_spreads_detail_evenly():
@@ -64,7 +87,7 @@ def test_the_cold_start_spreads_detail_evenly():
             assert longest_stretch_without < most * 41 / (len(kind) + 1)
 
 
-@both
+@each
 def test_fit_reaches_every_length_from_every_start_as_the_reference_does(geometry):
     lengths = range(geometry.shortest - 2, geometry.history + 3)
     pairs = list(itertools.product(legal_cuts(geometry), lengths))
@@ -76,11 +99,11 @@ def test_fit_reaches_every_length_from_every_start_as_the_reference_does(geometr
     for index, length in enumerate(wanted.tolist()):
         slow = slow_allocator(cases, index, geometry)
         slow.fit(by_node(cases.scores[index], geometry), length, held=geometry.history, cooldown=2)
-        assert len(slow.entries) == geometry.length(max(length, geometry.shortest))
+        assert slow.length() == geometry.length(max(length, geometry.shortest))
         assert_same_state(row_of(found, index), slow, geometry)
 
 
-@both
+@each
 def test_fit_of_a_partly_filled_window_equals_the_reference(geometry):
     cases = random_cases(geometry, seed=3, partly=True)
     rng = np.random.default_rng(4)

@@ -7,6 +7,7 @@ import pytest
 from lensjax.context.allocator import FocusConfig, FocusState
 from lensjax.context.geometry import Geometry
 from tests.context.situations import (
+    CAREFUL,
     DEEP,
     EXTREME,
     FEW,
@@ -16,10 +17,10 @@ from tests.context.situations import (
     ROWS,
     SAMPLED,
     assert_same_state,
-    both,
     by_node,
     compiled_fit,
     compiled_swap,
+    each,
     legal_cuts,
     listed,
     marked,
@@ -32,8 +33,8 @@ from tests.context.situations import (
 )
 
 
-@both
-@pytest.mark.parametrize("settings", [GREEDY, FEW, PICKY], ids=["greedy", "few", "picky"])
+@each
+@pytest.mark.parametrize("settings", [GREEDY, FEW, PICKY, CAREFUL], ids=["greedy", "few", "picky", "careful"])
 def test_swaps_equal_the_reference(geometry, settings):
     cases = random_cases(geometry, seed=5, partly=True)
     after, info = jax.device_get(compiled_swap(geometry, settings)(cases.state, cases.scores, cases.held))
@@ -50,7 +51,7 @@ def test_swaps_equal_the_reference(geometry, settings):
     assert {0, 1} <= counts and max(counts) >= min(2, settings.max_edits)
 
 
-@both
+@each
 @pytest.mark.parametrize("settings", [GREEDY, FEW, PICKY, SAMPLED], ids=["greedy", "few", "picky", "sampled"])
 def test_swaps_keep_the_budget_the_thresholds_and_the_limit(geometry, settings):
     cases = random_cases(geometry, seed=6)
@@ -69,7 +70,7 @@ def test_swaps_keep_the_budget_the_thresholds_and_the_limit(geometry, settings):
     assert set(listed(after, geometry)) <= set(legal_cuts(geometry))
 
 
-@both
+@each
 def test_the_gain_of_each_swap_exceeds_its_cost(geometry):
     cases = random_cases(geometry, seed=7)
     _, info = jax.device_get(compiled_swap(geometry, GREEDY)(cases.state, cases.scores))
@@ -104,6 +105,16 @@ def test_swaps_by_hand():
     assert swap_once(start, scores, HAND, FEW, cooling=[0, 1, 0, 0, 0, 0]) == other
 
 
+def test_a_swap_promises_more_than_the_margin():
+    tail = [(8, 0), (9, 0)]
+    start = [(0, 1), (2, 1), (4, 0), (5, 0), (6, 0), (7, 0), *tail]
+    scores = {(0, 1): 0.5, (2, 1): 0.75, (4, 1): -0.5, (6, 1): 0.25}
+    one = [(0, 1), (2, 0), (3, 0), (4, 1), (6, 0), (7, 0), *tail]
+    two = [(token, 0) for token in range(4)] + [(4, 1), (6, 1), *tail]
+    for margin, after in ((0.0, two), (0.125, two), (0.25, one), (1.125, one), (1.25, start), (2.0, start)):
+        assert swap_once(start, scores, HAND, FocusConfig(margin=margin)) == after
+
+
 def test_what_a_swap_made_is_left_alone_in_its_step():
     geometry = Geometry(history=18, block_size=2, max_lod=2, recent_tokens=2)
     end = [(token, 0) for token in range(8, 18)]
@@ -135,7 +146,7 @@ def test_an_edit_can_be_reversed_once_it_has_cooled_and_no_sooner(cooldown):
     assert swapped == [int(step % (cooldown + 1) == 0) for step in range(9)]
 
 
-@both
+@each
 def test_over_many_steps_no_node_is_edited_while_it_cools(geometry):
     rng, cooldown = np.random.default_rng(9), GREEDY.cooldown
     cases = random_cases(geometry, seed=9)
@@ -166,7 +177,7 @@ def test_where_nothing_can_be_edited_nothing_is():
     assert not after.collapsed.any() and not after.cooling.any()
 
 
-@both
+@each
 @pytest.mark.parametrize("settings", [GREEDY, PICKY], ids=["greedy", "picky"])
 def test_extreme_scores_have_their_place_in_the_order(geometry, settings):
     cases, rng = random_cases(geometry, seed=13), np.random.default_rng(13)

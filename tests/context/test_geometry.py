@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import pytest
@@ -15,6 +16,9 @@ TINY = [
     Geometry(history=22, block_size=4, max_lod=1, recent_tokens=5),
     Geometry(history=23, block_size=3, max_lod=4, recent_tokens=6),
     Geometry(history=11, block_size=5, max_lod=2, recent_tokens=6),
+    Geometry(history=22, block_size=4, max_lod=1, recent_tokens=5, omit=True),
+    Geometry(history=15, block_size=2, max_lod=1, recent_tokens=3, omit=True),
+    Geometry(history=11, block_size=6, max_lod=1, recent_tokens=6, omit=True),
 ]
 
 
@@ -25,6 +29,24 @@ def test_worked_by_hand():
     assert geometry.max_collapses == 13
     assert geometry.shortest == 64 - 13 * 3 == 25
     assert [geometry.length(target) for target in (25, 27, 28, 60, 61, 63, 64)] == [25, 25, 28, 58, 61, 61, 64]
+
+
+def test_omission_worked_by_hand():
+    # 11 blocks of 4 before the tail, each of which saves 4 entries; the policy's map has a row for each.
+    geometry = Geometry(history=64, block_size=4, max_lod=1, recent_tokens=17, omit=True)
+    assert (geometry.saving, geometry.max_collapses, geometry.shortest) == (4, 11, 20)
+    assert [geometry.length(target) for target in (20, 23, 24, 59, 60, 63, 64)] == [20, 20, 24, 56, 60, 60, 64]
+    assert (geometry.rows(30), geometry.capacity(41)) == (41, 30)
+    with pytest.raises(ValueError, match="the nearest reachable lengths are 20 and 24"):
+        geometry.length(19)
+    gists = dataclasses.replace(geometry, omit=False)
+    assert (gists.saving, gists.shortest) == (3, 31)
+    assert gists.rows(30) == gists.capacity(30) == 30
+
+
+def test_with_omission_there_is_one_level():
+    with pytest.raises(ValueError, match=r"Geometry.max_lod must be 1 with omission .*, got 2"):
+        Geometry(history=64, block_size=4, max_lod=2, recent_tokens=17, omit=True)
 
 
 @pytest.mark.parametrize("geometry", TINY, ids=str)
@@ -39,16 +61,19 @@ def test_lengths_are_those_of_the_enumerated_cuts(geometry):
 @given(
     window=st.integers(8, 5000),
     block_size=st.integers(2, 32),
-    max_lod=st.integers(1, 4),
+    max_lod=st.integers(0, 4),
     tail=st.floats(0, 0.5),
     share=st.floats(0, 1),
 )
 def test_rounding_counts_from_the_window(window, block_size, max_lod, tail, share):
-    geometry = Geometry(window, block_size, max_lod, recent_tokens=1 + int(tail * window))
+    omit = max_lod == 0
+    geometry = Geometry(window, block_size, max(max_lod, 1), recent_tokens=1 + int(tail * window), omit=omit)
+    saving = block_size - (not omit)
     target = geometry.shortest + int(share * (window - geometry.shortest))
     length = geometry.length(target)
-    assert (window - length) % (block_size - 1) == 0
-    assert geometry.shortest <= length <= target < length + block_size - 1
+    assert (window - length) % saving == 0
+    assert geometry.shortest <= length <= target < length + saving
+    assert geometry.capacity(geometry.rows(length)) == length <= geometry.rows(length)
     assert geometry.length(length) == length
 
 

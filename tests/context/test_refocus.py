@@ -21,13 +21,14 @@ from tests.context.situations import (
     FLAT,
     GREEDY,
     HAND,
+    OMITTING,
     PICKY,
     SAMPLED,
     WIDE,
     assert_same_state,
-    both,
     by_node,
     compiled_refocus,
+    each,
     legal_cuts,
     row_of,
     state_of,
@@ -63,7 +64,7 @@ def test_any_scores_give_a_legal_context_of_the_length(settings, scores, seed):
 # Whole steps.
 
 
-@both
+@each
 def test_refocus_equals_the_reference_over_many_steps(geometry):
     rng = np.random.default_rng(12)
     for _ in range(8):
@@ -192,6 +193,26 @@ def test_swap_rate_by_hand():
     rate = jit(functools.partial(refocus.swap_rate, geometry=HAND))
     first, *later = (reference.context_of(cut, window=10, capacity=9) for cut in (before, swapped, merged))
     assert [float(rate(first, after)) for after in later] == [3 / 8, np.float32(1 / 7)]
+
+
+def test_with_omission_the_swap_rate_is_of_what_the_base_model_reads():
+    before = [(0, 1), (3, 1), *((token, 0) for token in range(6, 23))]
+    after = [(token, 0) for token in range(3)] + [(3, 1), (6, 1), *((token, 0) for token in range(9, 23))]
+    one, other = (reference.context_of(cut, window=23, capacity=23) for cut in (before, after))
+    rate = jit(functools.partial(refocus.swap_rate, geometry=OMITTING))
+    assert float(rate(one, other)) == np.float32(3 / 17)
+
+
+def test_a_cold_start_may_begin_at_recency():
+    settings = FocusConfig(start="recency", steps=2, max_edits=1, cooldown=0)
+    shape = {"capacity": OMITTING.history, "settings": settings}
+    # A policy that likes what is old.
+    walk = jit(lambda length: refocus.cold_start(lambda one: -one.start / 23, length, OMITTING, **shape))
+    first, *later = reference.unstack(walk(np.int32(14)))
+    assert reference.read(first, OMITTING) == [(token, 0) for token in range(9, 23)]
+    for step, entries in enumerate(later, start=1):
+        kept = [token for token, _ in reference.read(entries, OMITTING)]
+        assert kept == [*range(3 * step), *range(9, 18 - 3 * step), *range(18, 23)]
 
 
 def test_swap_rate_is_the_share_of_new_entries():

@@ -75,6 +75,42 @@ def test_appending_in_any_splits_equals_building_at_once(shape, counts, seed):
     assert int(tree.length) == total
 
 
+def with_states(tree, states):
+    """The tree with states of each block beside those of its tokens."""
+    size, dim = tree.block_size, states.shape[1]
+    blocks = states[: len(states) // size * size].reshape(-1, size, dim).mean(axis=1)
+    return dataclasses.replace(tree, states=(jnp.asarray(states), jnp.asarray(blocks)))
+
+
+def test_states_of_a_block_and_of_those_before_it_by_hand():
+    # Four blocks of two, of which the third is not complete: of it and of what is before the first nothing is known.
+    states = np.float32([[1, -1], [3, -1], [5, -5], [5, -5], [7, 0], [100, 100], [100, 100], [100, 100]])
+    tree = with_states(trees.build(leaves_of(8), gist_fn, block_size=2, max_lod=1), states)
+    tree = dataclasses.replace(tree, length=jnp.int32(5))
+    found = trees.lookup_states(tree, jnp.asarray([0, 1, 2, 3, 4, 7]), before=2)
+    first, second, none = [2, -1], [5, -5], [0, 0]
+    expected = [first + none + none] * 2 + [second + first + none] * 2 + [none + second + first, none + none + second]
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(trees.lookup_states(tree, jnp.int32(3), before=0), second)
+
+
+@settings(max_examples=20)
+@given(held=st.integers(0, 29), before=st.integers(0, 5), size=st.integers(2, 4), seed=st.integers(0, 9))
+def test_states_of_blocks_are_those_of_a_loop(held, before, size, seed):
+    states = np.random.default_rng(seed).normal(size=(29, 2)).astype(np.float32)
+    tree = with_states(trees.build(leaves_of(29), gist_fn, block_size=size, max_lod=1), states)
+    tree = dataclasses.replace(tree, length=jnp.int32(held))
+    start = np.arange(29)
+    expected = np.zeros((29, 1 + before, 2))
+    for token in start:
+        for back in range(1 + before):
+            block = token // size - back
+            if block >= 0 and (block + 1) * size <= held:
+                expected[token, back] = states[block * size : (block + 1) * size].mean(axis=0)
+    found = trees.lookup_states(tree, start, before=before)
+    np.testing.assert_allclose(found, expected.reshape(29, -1), rtol=1e-5, atol=1e-6)
+
+
 def test_append_without_padding():
     @jax.jit
     def append_all(chunks):

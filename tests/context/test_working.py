@@ -1,9 +1,12 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lensjax.context import tree as trees
 from lensjax.context import working as contexts
@@ -180,6 +183,105 @@ def test_of_a_history_that_is_not_full_the_tokens_held_count():
     assert [name for name, holds in found.items() if not holds] == ["tail"]
     found = check(context, GEOMETRY, length=length, tokens=np.int32(12))
     assert not found["contiguity"]
+
+
+# Omission: the policy sees every row of a cut, the base model the tokens alone.
+
+OMITTING = Geometry(history=17, block_size=2, max_lod=1, recent_tokens=4, omit=True)
+
+
+def test_recency_with_omission_by_hand():
+    context = contexts.recency(7, OMITTING, capacity=8)
+    # Tokens 10 to 16; the five blocks before them are mapped. There is room for one token and one block more.
+    assert context.start.tolist() == [0, 2, 4, 6, 8, *range(10, 17), 17, 17]
+    assert context.lod.tolist() == [1] * 5 + [0] * 9
+    shown = contexts.read(context, OMITTING)
+    assert shown.start.tolist() == [*range(10, 17), 17] and shown.valid.tolist() == [True] * 7 + [False]
+    assert shown.lod.tolist() == [0] * 8
+    # A length that no cut has: half a block is neither read nor mapped.
+    assert contexts.to_cut(contexts.recency(6, OMITTING, capacity=6), OMITTING).tolist()[8:12] == [1, 1, 1, 0]
+    context = contexts.recency(6, OMITTING, capacity=6)
+    assert reference.entries_of(context) == [
+        *((block, 1) for block in range(0, 10, 2)),
+        *((i, 0) for i in range(11, 17)),
+    ]
+    assert int(contexts.entry_count(context, OMITTING)) == 6
+
+
+@jax.jit
+def recency_as_cut(length):
+    context = contexts.recency(length, OMITTING, capacity=17)
+    cut = contexts.to_cut(context, OMITTING)
+    checks = contexts.invariants(context, OMITTING, length=length)
+    return context, cut, contexts.from_cut(cut, OMITTING, capacity=17), checks
+
+
+def test_recency_of_a_legal_length_is_a_cut_like_any_other():
+    legal = [reference.cut_of(cut, 17, 2) for cut in reference.legal_cuts(OMITTING)]
+    for length in reference.reachable_lengths(OMITTING):
+        context, cut, again, checks = recency_as_cut(np.int32(length))
+        assert cut.tolist() in legal and all(checks.values())
+        jax.tree.map(np.testing.assert_array_equal, context, again)
+
+
+@functools.cache
+def read_of(capacity):
+    @jax.jit
+    def run(cut, length):
+        context = contexts.from_cut(cut, OMITTING, capacity=capacity)
+        checks = contexts.invariants(context, OMITTING, length=length)
+        return context, contexts.read(context, OMITTING), contexts.entry_count(context, OMITTING), checks
+
+    return run
+
+
+@given(chosen=st.sets(st.integers(0, 5)), spare=st.sampled_from([0, 17]))
+def test_the_base_model_reads_the_tokens_of_a_cut_in_order_at_their_places(chosen, spare):
+    cut = np.zeros(17, np.int32)
+    for block in chosen:
+        cut[2 * block : 2 * block + 2] = 1
+    (tokens,) = np.nonzero(cut == 0)
+    # With no room to spare every row of the cut still has its place: a block is mapped or read.
+    capacity = max(len(tokens), spare)
+    context, shown, count, checks = read_of(capacity)(cut, np.int32(len(tokens)))
+    assert context.start.shape == (capacity + 6,) and shown.start.shape == (capacity,)
+    assert reference.cut_of(reference.entries_of(context), 17, 2) == cut.tolist()
+    assert reference.entries_of(shown) == [(token, 0) for token in tokens.tolist()]
+    assert int(count) == len(tokens) and all(checks.values())
+    rest = capacity - len(tokens)
+    assert shown.start[len(tokens) :].tolist() == [17] * rest and not np.any(shown.lod)
+    assert shown.valid.tolist() == [True] * len(tokens) + [False] * rest
+
+
+def test_without_omission_everything_is_read():
+    context = working_context(ENTRIES, capacity=13)
+    assert contexts.read(context, GEOMETRY) is context
+    assert int(contexts.entry_count(context, GEOMETRY)) == 10
+    np.testing.assert_array_equal(contexts.is_entry(context, GEOMETRY), context.valid)
+
+
+def test_with_omission_the_budget_counts_what_is_read():
+    entries = [(0, 1), (2, 0), (3, 0), (4, 1), *((token, 0) for token in range(6, 17))]
+    context = working_context(entries, capacity=17)
+    for length, violated in ((13, set()), (15, {"budget"}), (12, {"budget"})):
+        result = check(context, OMITTING, length=np.int32(length))
+        assert {name for name, holds in result.items() if not holds} == violated
+
+
+def test_entries_know_of_their_block_and_the_four_before_it_and_padding_of_nothing():
+    leaves = np.random.default_rng(0).normal(size=(17, 3)).astype(np.float32)
+    plain = trees.build(leaves, functools.partial(jnp.mean, axis=1), block_size=2, max_lod=3)
+    blocks = 1 + np.arange(8, dtype=np.float32)[:, None]
+    tree = dataclasses.replace(plain, states=(jnp.zeros((17, 1)), jnp.asarray(blocks)))
+    entries = materialise(tree, working_context(ENTRIES, capacity=13))
+    expected = np.zeros((13, 5))
+    for row, (start, _) in enumerate(ENTRIES):
+        for back in range(5):
+            block = start // 2 - back
+            expected[row, back] = 1 + block if 0 <= block < 8 else 0
+    np.testing.assert_array_equal(entries.states, expected)
+    assert expected[:10].any(axis=1).all() and contexts.BLOCKS_BEFORE == 4
+    assert materialise(plain, working_context(ENTRIES, capacity=13)).states is None
 
 
 def test_the_tail_counts_whole_spans():

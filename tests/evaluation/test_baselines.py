@@ -219,7 +219,7 @@ def loss_of_cuts():
         window = split(tokens, horizon=3)
         tree = build_tree(models, params, window.history, geometry)
         variants = jax.vmap(lambda cut: contexts.from_cut(cut, geometry, capacity=LENGTH))(cuts)
-        return nll.variant_nll(models.base, params["base"], tree, variants, window.horizon)[0]
+        return nll.variant_nll(models.base, params["base"], tree, variants, window.horizon, geometry)[0]
 
     return jit(one)
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +11,20 @@ import pytest
 
 from lensjax.context import allocator, rollouts
 from lensjax.context import working as contexts
-from lensjax.evaluation import baselines, compare
+from lensjax.context.geometry import Geometry
+from lensjax.evaluation import baselines, compare, rivals
 from lensjax.models.decision import build_tree, policy_scores, split
-from lensjax.training import nll, preferences
+from lensjax.models.lensnet import LensConfig
+from lensjax.training import key_tokens, nll, preferences
 from tests import reference
-from tests.small import Run, batch, jit
+from tests.small import OMITTING, Run, batch, jit
 
-RUN = Run(**{"focus.steps": 2, "base.copy_heads": 1})
+RUN = Run(**{"focus.steps": 2, "base.copy_heads": 1, "context.key.alpha": 0.0, "context.key.beta": -100.0})
 SHAPE, GEOMETRY, RECIPE = RUN.config.context, RUN.config.geometry, RUN.recipe
 LENGTH, DRAWS, ANSWERS = 19, 3, [6]
 NAMES = {
     *("recency", "uniform", "random", "recent_random", "key_norm", "snapkv", "bm25", "lookup"),
+    *("snapkv_next", "lookup_next"),
     *("lensnet_1", "lensnet_2", "lensnet_fresh", "snapkv_hindsight", "bm25_hindsight", "best_of_3", "oracle"),
 }
 KEY = jax.random.key(5)
@@ -90,20 +94,67 @@ def test_each_policy_is_the_one_it_is_called():
                     attention,
                     baselines.bm25(window.history, query, GEOMETRY),
                     baselines.lookup(window.history, GEOMETRY),
+                    baselines.and_next(attention, LENGTH, GEOMETRY),
+                    baselines.and_next(baselines.lookup(window.history, GEOMETRY), LENGTH, GEOMETRY),
                     in_hindsight,
                     baselines.bm25(window.history, window.horizon, GEOMETRY),
                 )
             ),
         ]
         variants = jax.tree.map(lambda many, *leaves: jnp.concatenate([jnp.stack(leaves), many]), drawn, *single)
-        return nll.variant_nll(models.base, params["base"], tree, variants, window.horizon)[0]
+        return nll.variant_nll(models.base, params["base"], tree, variants, window.horizon, GEOMETRY)[0]
 
     expected, found = np.asarray(losses(params)), measured(False)
-    names = ("recency", "uniform", "key_norm", "snapkv", "bm25", "lookup", "snapkv_hindsight", "bm25_hindsight")
+    names = ("recency", "uniform", "key_norm", "snapkv", "bm25", "lookup", "snapkv_next", "lookup_next")
+    names += ("snapkv_hindsight", "bm25_hindsight")
     np.testing.assert_allclose([found[name].nll for name in names], expected[:-DRAWS], rtol=1e-5)
     assert len(set(expected)) == len(expected)
     assert found["random"].nll == pytest.approx(expected[-DRAWS:].mean(), rel=1e-5)
     assert found["best_of_3"].nll == pytest.approx(expected[-DRAWS:].min(), rel=1e-5)
+
+
+def pick(run, **hyper):
+    recipe = replace(run.recipe, hyper=replace(run.recipe.hyper, **hyper))
+    return jit(functools.partial(compare.measure_pick, run.models, recipe=recipe))
+
+
+def test_the_pick_is_that_of_the_table_at_the_budget():
+    params, tokens = RUN.state().params, batch()["tokens"][0]
+    run = pick(RUN, context_end=LENGTH / SHAPE.history)
+    lens_key = jax.random.split(KEY)[1]
+    for has_answer in (True, False):
+        expected, answers = measured(has_answer), jnp.asarray(ANSWERS) if has_answer else None
+        found = jax.device_get(run(params, tokens, answers, lens_key))
+        assert found["lensnet"] == pytest.approx(expected["lensnet_2"].nll, rel=1e-6)
+        assert found["recency"] == pytest.approx(expected["recency"].nll, rel=1e-6)
+        assert found["hit"] == pytest.approx(expected["lensnet_2"].hit, nan_ok=True)
+    assert abs(found["lensnet"] - found["recency"]) > 1e-5
+
+
+def test_the_pick_with_omission_is_what_lensnet_ends_with():
+    params, tokens, length = OMITTING.state().params, batch()["tokens"][0], OMITTING.config.budget
+    shape, geometry = OMITTING.config.context, OMITTING.config.geometry
+
+    @jit
+    def by_hand(params):
+        window = split(tokens, horizon=shape.horizon)
+        # `focused` takes the key of the whole table; nothing is sampled here.
+        own = compare.focused(OMITTING.models, params, window.history, KEY, length=length, recipe=OMITTING.recipe)
+        entries = contexts.materialise(
+            build_tree(OMITTING.models, params, window.history, geometry), contexts.read(own, geometry)
+        )
+        return own, nll.token_nll(OMITTING.models.base, params["base"], entries, window.horizon).mean()
+
+    own, expected = by_hand(params)
+    shown = np.flatnonzero(contexts.to_cut(own, geometry) == 0)
+    assert len(shown) == length
+    run, hits = pick(OMITTING), {}
+    for start in range(0, 24, 2):
+        found = jax.device_get(run(params, tokens, jnp.asarray([start]), KEY))
+        hits[start] = found["hit"].item()
+    assert found["lensnet"] == pytest.approx(float(expected), rel=1e-5)
+    assert abs(found["lensnet"] - found["recency"]) > 1e-5
+    assert hits == {start: float(start in shown) for start in hits} and set(hits.values()) == {0, 1}
 
 
 def test_the_bounds_are_those_of_recency_and_of_the_search():
@@ -119,11 +170,36 @@ def test_the_bounds_are_those_of_recency_and_of_the_search():
 
 def test_the_full_context_is_the_ordinary_loss_of_the_horizon():
     params, tokens = RUN.state().params, batch()["tokens"][0]
-    measure = jit(functools.partial(compare.measure_full, RUN.models, recipe=RECIPE))
+    measure = jit(functools.partial(compare.measure_full, RUN.models, length=LENGTH, recipe=RECIPE))
     found = measure(params, tokens, jnp.asarray(ANSWERS))
     whole = jit(functools.partial(nll.sequence_nll, RUN.models.base))(params["base"], tokens)
     assert float(found.nll) == pytest.approx(float(whole[-SHAPE.horizon :].mean()), rel=1e-5)
     assert found.entries.tolist() == [SHAPE.history, SHAPE.history] and found.hit == 1
+
+
+def test_losses_of_key_tokens_are_of_those_that_less_than_recency_does_not_help():
+    params, tokens = RUN.state().params, batch()["tokens"][0]
+
+    @jit
+    def look(params):
+        window = split(tokens, horizon=SHAPE.horizon)
+        # Half of 19 entries.
+        is_key = key_tokens.find(RUN.models.base, params["base"], window, SHAPE.key, short=9)
+        tree = build_tree(RUN.models, params, window.history, GEOMETRY)
+        entries = contexts.materialise(tree, contexts.recency(LENGTH, GEOMETRY, capacity=LENGTH))
+        recency = nll.token_nll(RUN.models.base, params["base"], entries, window.horizon)
+        return is_key, recency, nll.sequence_nll(RUN.models.base, params["base"], tokens)[-SHAPE.horizon :]
+
+    is_key, recency, whole = (np.asarray(each) for each in look(params))
+    assert 0 < is_key.sum() < SHAPE.horizon
+    found = measured(True)
+    assert {int(one.key_tokens) for one in found.values()} == {is_key.sum()}
+    assert found["recency"].key_nll == pytest.approx(recency[is_key].mean(), rel=1e-5)
+    full = jit(functools.partial(compare.measure_full, RUN.models, length=LENGTH, recipe=RECIPE))(params, tokens, None)
+    assert float(full.key_nll) == pytest.approx(whole[is_key].mean(), rel=1e-5)
+    foreign = focus_evidence(0, 0).foreign
+    assert foreign.key_nll == pytest.approx(found["lensnet_2"].key_nll, rel=1e-5)
+    assert foreign.key_tokens == is_key.sum()
 
 
 @functools.cache
@@ -200,7 +276,7 @@ def test_the_correlation_is_over_the_rollouts_of_the_table():
             geometry=GEOMETRY,
             capacity=LENGTH,
         )
-        losses, entries = nll.variant_nll(RUN.models.base, params["base"], tree, drawn, window.horizon)
+        losses, entries = nll.variant_nll(RUN.models.base, params["base"], tree, drawn, window.horizon, GEOMETRY)
         scores = policy_scores(RUN.models.lens, params["lens"], entries)
         return preferences.variant_values(scores, drawn, GEOMETRY), losses
 
@@ -221,3 +297,53 @@ def test_the_gap_by_hand(policy, recency, reference, expected):
 @pytest.mark.parametrize("reference", [4.0, 4.5])
 def test_without_a_gap_nothing_is_closed(reference):
     assert math.isnan(compare.gap_closed(3.0, 4.0, reference))
+
+
+# What follows a match.
+
+PAIRS = Geometry(history=32, block_size=2, max_lod=1, recent_tokens=2, omit=True)
+
+
+def test_what_comes_next_by_hand():
+    scores = jnp.zeros(32).at[jnp.asarray([4, 5, 11, 28])].set(jnp.asarray([2.0, 4.0, 1.0, 8.0]))
+    # Blocks 2, 5 and 14 have 3, 0.5 and 4, and each gives it to the four behind it; the best counts.
+    of_blocks = [0, 0, 3, 3, 3, 3, 3, 0.5, 0.5, 0.5, 0, 0, 0, 0, 4]
+    found = baselines.and_next(scores, 0, PAIRS)
+    np.testing.assert_array_equal(found, [*np.repeat(of_blocks, 2), 0, 0])
+    # Half of 7 entries, rounded down, are the last three tokens.
+    np.testing.assert_array_equal(baselines.and_next(scores, 7, PAIRS)[-4:], [4, *[np.inf] * 3])
+
+
+def test_next_to_the_last_tokens_stands_what_followed_when_the_query_came_before():
+    tokens = np.random.default_rng(0).permutation(40)[:32]
+    tokens[30:] = tokens[4:6]
+    scores = baselines.and_next(baselines.lookup(jnp.asarray(tokens), PAIRS), 20, PAIRS)
+    cut = np.asarray(allocator.to_cut(baselines.by_scores(scores, 20, PAIRS), PAIRS))
+    assert np.flatnonzero(cut == 0).tolist() == [*range(6, 16), *range(22, 32)]
+
+
+def test_what_follows_a_match_is_causal_reads_every_token_and_stands_beside_the_match():
+    for name in ("snapkv_next", "lookup_next"):
+        assert rivals.information(name) == "causal" and rivals.reads(name, history=32, horizon=4, rows=7) == 32
+    names = ["lensnet_4", "lookup_next", "bm25_hindsight", "lookup", "bm25", "snapkv_next", "snapkv", "key_norm"]
+    expected = ["key_norm", "snapkv", "snapkv_next", "bm25", "lookup", "lookup_next", "lensnet_4", "bm25_hindsight"]
+    assert sorted(names, key=rivals.order) == sorted(names[::-1], key=rivals.order) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows"),
+    [
+        ({}, 12 + 10),
+        ({"reads": "states"}, 12 + 10 + 32),
+        ({"reads": "attention"}, 12 + 10 + 32),
+        ({"map": False}, 12),
+        ({"map": False, "reads": "states"}, 12 + 32),
+    ],
+)
+def test_what_lensnet_looks_at_is_entries_map_and_tokens(settings, rows):
+    # Twelve tokens of 32 in full; the others are ten blocks.
+    assert rivals.lens_rows(LensConfig(**settings), PAIRS, 12) == rows
+    # Without omission the gists are entries.
+    in_gists = replace(PAIRS, omit=False)
+    assert rivals.lens_rows(LensConfig(), in_gists, 20) == 20
+    assert rivals.lens_rows(LensConfig(reads="states"), in_gists, 20) == 52

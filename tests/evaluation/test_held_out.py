@@ -225,6 +225,16 @@ def test_means_over_batches():
     assert all(type(value) is float for value in found.values())
 
 
+def test_a_loss_on_key_tokens_is_their_mean_over_all_batches():
+    rows = [
+        {"nll_policy_key": 1.0, "key_token_share": 0.3},
+        {"nll_policy_key": math.nan, "key_token_share": 0.0},
+        {"nll_policy_key": 5.0, "key_token_share": 0.1},
+    ]
+    assert held_out.mean_over_batches(rows) == pytest.approx({"nll_policy_key": 2.0, "key_token_share": 0.4 / 3})
+    assert math.isnan(held_out.mean_over_batches(rows[1:2])["nll_policy_key"])
+
+
 def test_only_correlations_may_be_undefined_in_a_mean():
     rows = [
         {"nll_policy": np.float32(1), "mc/preference_corr_mean": np.float32("nan")},
@@ -261,3 +271,18 @@ def test_maps_show_recency_the_rollouts_and_the_pick():
     assert maps["nll"][:, -1].mean() == pytest.approx(report["nll_policy"], rel=1e-5)
     distinct = maps["nll"][:, 1:-1]
     assert distinct.min(1).mean() == pytest.approx(report["nll_rollout_best"], rel=1e-5)
+
+
+@pytest.mark.parametrize("curriculum", [None, 6])
+def test_without_preferences_it_is_measured_at_the_same_length(curriculum):
+    """A run that distils alone, or nothing yet, has no step of the curriculum."""
+    changes = {"hyper.context_end": SHORTEST_CURRICULUM / SHAPE.history, "optimizer.curriculum_steps": curriculum}
+    run = Run(lambda config: RUN.models, steps=0, **changes)
+    assert int(held_out.final_length(RUN.state(), run.recipe)) == SHORTEST_CURRICULUM == run.config.budget
+    state, rows = RUN.state(), batch() | {"answers": jnp.zeros((3, 1), jnp.int32)}
+    report = jit(functools.partial(held_out.eval_step, recipe=run.recipe, models=run.models))(KEY, state, rows)
+    expected = eval_step()(KEY, state, rows)
+    assert report.keys() == expected.keys()
+    for name, value in report.items():
+        np.testing.assert_array_equal(value, expected[name])
+    assert np.isfinite(report["nll_policy"]) and np.isfinite(report["mc/lens_loss"])

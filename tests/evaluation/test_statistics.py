@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lensjax.evaluation.statistics import LEVEL, estimate
+from lensjax.evaluation.statistics import LEVEL, by_weight, estimate
 
 TRIALS = 4000
 
@@ -25,6 +25,25 @@ def test_one_axis_by_hand():
     assert one.interval == pytest.approx((2 - 4.3027 / math.sqrt(3), 2 + 4.3027 / math.sqrt(3)), abs=1e-4)
     # Its distribution function is 1/2 + t / (2 sqrt(2 + t^2)); here t^2 is 12.
     assert one.p == pytest.approx(1 - math.sqrt(12 / 14))
+
+
+def test_a_weighted_mean_by_hand():
+    # Three tokens of 1 nat and one of 5: the mean is 2, the mean count 2; 2 + 3 (1 - 2) / 2 and 2 + 1 (5 - 2) / 2.
+    assert by_weight([1.0, math.nan, 5.0], [3, 0, 1]) == pytest.approx([0.5, 3.5])
+    assert by_weight([1.0, 2.0, 6.0], [2, 2, 2]) == pytest.approx([1, 2, 6])
+    assert by_weight([math.nan], [0]).size == 0
+
+
+def test_the_interval_of_a_weighted_mean_covers_it():
+    # The count of a sequence and its mean go together: the mean over tokens is 13 / 7, that over sequences 1.5.
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(TRIALS):
+        counts = rng.choice([0, 2, 5], 40)
+        found = estimate(
+            by_weight(np.where(counts == 5, 2.0, 1.5) + rng.normal(size=40) / np.sqrt(counts.clip(1)), counts)
+        )
+        held += found.low <= 13 / 7 <= found.high
+    assert held / TRIALS == pytest.approx(1 - LEVEL, abs=0.015)
 
 
 def test_two_axes_by_hand():

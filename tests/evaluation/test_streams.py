@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -8,8 +9,10 @@ import pytest
 from lensjax.evaluation import streams
 from lensjax.session import Session
 from lensjax.training import nll
+from lensjax.training.key_tokens import KeyConfig
 from tests.small import SMALL, VOCABULARY, jit
 
+HISTORY, HORIZON = SMALL.context.history, SMALL.context.horizon
 STREAM = np.random.default_rng(0).integers(0, VOCABULARY, 90)
 
 
@@ -77,7 +80,7 @@ def test_random_scores_are_drawn_anew_at_every_step_and_from_the_seed():
 @functools.cache
 def measure(capacity):
     models, _ = models_and_params()
-    return jit(functools.partial(streams.window_nll, models, capacity=capacity, context=SMALL.context))
+    return jit(functools.partial(streams.window_token_nll, models, capacity=capacity, context=SMALL.context))
 
 
 def losses_of(tokens, cursors, lengths, capacity):
@@ -85,26 +88,48 @@ def losses_of(tokens, cursors, lengths, capacity):
     return np.array(measure(capacity)(models_and_params()[1], *arrays))
 
 
+@functools.cache
+def whole():
+    return jit(functools.partial(nll.sequence_nll, models_and_params()[0].base))
+
+
+def horizon_after(cursor, length):
+    """Losses of the horizon, read as the end of a sequence that begins with the window."""
+    tokens = jnp.asarray(STREAM[cursor - length : cursor + HORIZON], jnp.int32)
+    return np.array(whole()(models_and_params()[1]["base"], tokens)[-HORIZON:])
+
+
 def test_windows_are_read_as_sequences_of_their_own():
-    models, params = models_and_params()
-    history, horizon = SMALL.context.history, SMALL.context.horizon
-    whole = jit(functools.partial(nll.sequence_nll, models.base))
     cursors, lengths = [32, 40, 86, 60], [32, 14, 14, 1]
-    found = losses_of(STREAM, cursors, lengths, history)
-    for cursor, length, loss in zip(cursors, lengths, found, strict=True):
-        tokens = jnp.asarray(STREAM[cursor - length : cursor + horizon], jnp.int32)
-        assert loss == pytest.approx(float(whole(params["base"], tokens)[-horizon:].mean()), rel=2e-5)
+    found = losses_of(STREAM, cursors, lengths, HISTORY)
+    expected = [horizon_after(cursor, length) for cursor, length in zip(cursors, lengths, strict=True)]
+    np.testing.assert_allclose(found, expected, rtol=5e-5)
     np.testing.assert_allclose(losses_of(STREAM, cursors[1:], lengths[1:], 14), found[1:], rtol=2e-5)
 
 
 def test_what_is_outside_of_a_window_and_its_horizon_changes_nothing():
     first, cursor, place = 36, 50, np.arange(len(STREAM))
-    end, changed = cursor + SMALL.context.horizon, (STREAM + 1) % VOCABULARY
+    end, changed = cursor + HORIZON, (STREAM + 1) % VOCABULARY
     places, lengths = [cursor] * 3, [cursor - first] * 3  # of which there are as many in the test above
 
-    def loss(where):
+    def losses(where):
         return losses_of(np.where(where, changed, STREAM), places, lengths, 14)[0]
 
-    assert loss((place < first) | (place >= end)) == loss(place < 0)
-    for own in (first, cursor - 1, end - 1):
-        assert loss(place == own) != loss(place < 0)
+    own = losses(place < 0)
+    np.testing.assert_array_equal(losses((place < first) | (place >= end)), own)
+    for seen in (first, cursor - 1):
+        assert (losses(place == seen) != own).all()
+    assert (losses(place == end - 1) != own).tolist() == [False] * (HORIZON - 1) + [True]
+
+
+def test_key_tokens_are_those_that_less_than_a_window_of_the_budget_does_not_help():
+    models, params = models_and_params()
+    # At least as well with all 32 tokens as with 8, half of the budget.
+    settings = KeyConfig(alpha=0.0, beta=-3.0)
+    context, cursors = dataclasses.replace(SMALL.context, key=settings), np.arange(32, 87, 6)
+    find = jit(functools.partial(streams.key_tokens_of, models, budget=16, context=context))
+    found = np.array(find(params, STREAM.astype(np.int32), cursors.astype(np.int32)))
+    long, short = (np.array([horizon_after(cursor, length) for cursor in cursors]) for length in (HISTORY, 8))
+    assert np.abs(short - long).min() > 1e-3 and np.abs(long - 3).min() > 1e-3  # none is a matter of rounding
+    np.testing.assert_array_equal(found, (short > long) & (long < 3))
+    assert 0 < found.sum() < (short > long).sum() < found.size

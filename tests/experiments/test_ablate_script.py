@@ -267,3 +267,10 @@ def test_a_folder_in_use_and_a_changed_sweep_are_refused(whole, workplace):
 def test_the_sweeps_that_come_with_it_are_valid(name):
     plan = script.load_sweep(name)
     assert len(script._arms(plan, Path("base"))) == len(plan.settings()) * len(plan.seeds)
+
+
+def test_the_sweep_of_text_is_the_demo_by_preferences_alone():
+    demo = script._arms(script.load_sweep("stdlib"), Path("base"))[0].config
+    assert demo.context == train_script.load_preset("demo").context and demo.data.task == "stdlib"
+    assert (demo.steps, demo.distill.steps, demo.base_run) == (100, 0, "base")
+    assert demo.hyper.learning_rate == pytest.approx(3 * train_script.load_preset("demo").hyper.learning_rate)

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,8 @@ from tests.runs import cheap_programs, contents, tiny_config, write_corpus
 pytestmark = pytest.mark.slow
 
 COLUMNS = (
-    "task,policy,information,budget_ratio,entries,seed,nll,nll_ci_low,nll_ci_high,"
+    "task,policy,information,reads,budget_ratio,entries,seed,nll,nll_ci_low,nll_ci_high,"
+    "key_nll,key_nll_ci_low,key_nll_ci_high,key_tokens,"
     "gap_closed_oracle,gap_closed_full,hit_rate,swap_rate,"
     "anti_theater_divergence,anti_theater_ablation,anti_theater_correlation,anti_theater_counterfactual,"
     "anti_theater_all_passed,changed_edits"
@@ -47,14 +49,24 @@ def runs(tmp_path_factory):
 def known(monkeypatch):
     """Losses that are known: a policy's is its place in the table, plus the number of the sequence."""
 
+    def on_key(loss, tokens):
+        """As many key tokens as the first token says, up to 3; twice the loss on these."""
+        count = tokens[0] % 4
+        return jnp.where(count > 0, 2 * loss, jnp.nan), count
+
     def measure(models, params, tokens, answers, key, *, length, draws, oracle_rounds, recipe):
         def one(name, place):
             moves = jnp.full((), 0.25 if name.startswith("lensnet") else jnp.nan)
             hit = jnp.full((), jnp.nan if answers is None else 0.5)
             loss = (20.0 - place + tokens.mean(dtype=jnp.float32) / 256).astype(jnp.float32)
-            return Measured(loss, hit, moves, 4 * moves, jnp.full(2, length))
+            return Measured(loss, *on_key(loss, tokens), hit, moves, 4 * moves, jnp.full(2, length))
 
         return {name: one(name, place) for place, name in enumerate(POLICIES)}
+
+    def measure_full(models, params, tokens, answers, *, length, recipe):
+        loss, nothing = (5.0 + tokens.mean(dtype=jnp.float32) / 256).astype(jnp.float32), jnp.full((), jnp.nan)
+        entries = jnp.full(2, recipe.context.history)
+        return Measured(loss, *on_key(loss, tokens), nothing, nothing, nothing, entries)
 
     def focused(models, params, history, key, *, length, recipe):
         return WorkingContext(history, history, history > 0)
@@ -65,16 +77,18 @@ def known(monkeypatch):
         history = tokens[: recipe.context.history]
         is_own = jnp.all(own.start == history)
         changed = jnp.where(is_own & jnp.any(foreign.start != history), 1.0, 0.0)
-        shown = Measured((20.0 - 9 + lost).astype(jnp.float32), nothing, nothing, nothing, jnp.full(2, length))
+        loss = (20.0 - 9 + lost).astype(jnp.float32)
+        shown = Measured(loss, *on_key(loss, tokens), nothing, nothing, nothing, jnp.full(2, length))
         return FocusEvidence(shown, jnp.full((), 0.5), changed, jnp.full((), jnp.nan if answers is None else 0.75))
 
     monkeypatch.setattr(compare, "measure", measure)
+    monkeypatch.setattr(compare, "measure_full", measure_full)
     monkeypatch.setattr(compare, "focused", focused)
     monkeypatch.setattr(compare, "measure_focus", measure_focus)
-    for program in (evaluate.compiled_measure, evaluate._compiled_focus):
+    for program in (evaluate.compiled_measure, evaluate._compiled_full, evaluate._compiled_focus):
         program.cache_clear()
     yield
-    for program in (evaluate.compiled_measure, evaluate._compiled_focus):
+    for program in (evaluate.compiled_measure, evaluate._compiled_full, evaluate._compiled_focus):
         program.cache_clear()
 
 
@@ -121,10 +135,15 @@ def test_the_table_says_what_was_measured(runs, known, capsys):
     for row in first.values():
         assert float(row["nll_ci_low"]) <= float(row["nll"]) <= float(row["nll_ci_high"])
 
+    assert {row["reads"] for row in first.values()} == {"0", "15", "30", "32"}
+
     report = json.loads((runs / "recall-1" / "known.json").read_text(), parse_constant=pytest.fail)
     details = {row["policy"]: row for row in report["rows"] if row["against_budget"] == 2}
     # Every sequence shifts all policies alike: the paired interval of a difference has no width.
     assert details["oracle"]["minus_random"] == pytest.approx([oracle - random] * 3, abs=1e-4)
+    # So does every key token, by twice as much.
+    assert details["oracle"]["key_minus_recency"] == pytest.approx([2 * (oracle - recency)] * 3, abs=1e-4)
+    assert details["oracle"]["key_tokens"] > 0
     assert details["lensnet_1"]["residency"] == 1 and details["bm25"]["residency"] is None
     assert (report["split"], report["sequences"], report["window"]) == ("test", 4, 32)
     out = capsys.readouterr().out
@@ -182,9 +201,7 @@ def test_a_policy_that_misses_the_budget_is_an_error(runs, known, monkeypatch):
 
     def cheat(*args, **kwargs):
         report = measure(*args, **kwargs)
-        report["bm25"] = Measured(
-            *[getattr(report["bm25"], name) for name in ("nll", "hit", "swap_rate", "residency")], jnp.asarray([15, 16])
-        )
+        report["bm25"] = replace(report["bm25"], entries=jnp.asarray([15, 16]))
         return report
 
     monkeypatch.setattr(compare, "measure", cheat)
@@ -198,10 +215,7 @@ def test_nan_is_an_error_that_names_the_policy(runs, known, monkeypatch):
 
     def broken(*args, **kwargs):
         report = measure(*args, **kwargs)
-        report["snapkv"] = Measured(
-            jnp.float32(np.nan),
-            *[getattr(report["snapkv"], name) for name in ("hit", "swap_rate", "residency", "entries")],
-        )
+        report["snapkv"] = replace(report["snapkv"], nll=jnp.float32(np.nan))
         return report
 
     monkeypatch.setattr(compare, "measure", broken)

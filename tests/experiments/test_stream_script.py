@@ -166,6 +166,7 @@ def test_what_is_drawn(done, monkeypatch):
         watch.collect(part_losses)
         losses += part_losses.tolist()
     assert watch.entries.tolist() == [int(state.context.length) for state, _ in seen] and len(seen) == 20
+    np.testing.assert_array_equal(watch.token_losses, np.reshape(losses, (20, INTERVAL)).astype(np.float32))
     np.testing.assert_allclose(watch.losses, np.mean(np.reshape(losses, (20, INTERVAL)), axis=1), rtol=1e-5)
     drawn = watch.map_of_first_steps("title")
     assert drawn.cursors.tolist() == [INTERVAL * step for step in range(1, 13)] and drawn.cuts.shape == (12, HISTORY)
@@ -219,10 +220,13 @@ def test_a_sliding_window_has_the_entries_of_the_context_that_was_decided_at_its
     windows = []
     monkeypatch.setattr(rivals, "POLICIES", {})
     monkeypatch.setattr(rivals, "stream_quality", lambda *_: None)
-    monkeypatch.setattr(rivals, "_of_windows", lambda *of: windows.append(of[3:]) or np.zeros(len(of[3])))
+    monkeypatch.setattr(rivals, "_of_windows", lambda *of: windows.append(of[3:]) or np.zeros((len(of[3]), INTERVAL)))
     steps = TOKENS // INTERVAL
-    watch = SimpleNamespace(entries=np.arange(1, steps + 1), losses=np.arange(float(steps)))  # step s is number s - 1
-    rivals.compare(config, session, tokens_of(config), watch, "", tmp_path)
+    losses = np.arange(float(steps * INTERVAL)).reshape(steps, INTERVAL)
+    # Step s is number s - 1.
+    watch = SimpleNamespace(entries=np.arange(1, steps + 1), losses=losses.mean(axis=1), token_losses=losses)
+    rows = rivals.compare(config, session, tokens_of(config), watch, "", tmp_path)
+    assert rows[0]["nats"] == np.arange(float(CURSORS[0]), CURSORS[-1] + INTERVAL).mean()
     (cursors, entries), (_, whole) = windows
     assert cursors.tolist() == list(CURSORS) and set(whole) == {HISTORY}
     np.testing.assert_array_equal(entries * INTERVAL, cursors)
@@ -241,22 +245,61 @@ def test_the_table_of_the_comparison(done, arguments):
         written = list(csv.DictReader(file))
     told = [{name: "" if value is None else str(value) for name, value in row.items()} for row in summary["quality"]]
     assert written == told and list(written[0]) == [
-        *("policy", "information", "entries", "nats"),
+        *("policy", "information", "reads", "entries", "nats"),
         *("minus_session", "minus_session_low", "minus_session_high"),
-        *("minus_sliding_window", "minus_sliding_window_low", "minus_sliding_window_high", "stretches"),
+        *("minus_sliding_window", "minus_sliding_window_low", "minus_sliding_window_high", "key_nats"),
+        *("key_minus_sliding_window", "key_minus_sliding_window_low", "key_minus_sliding_window_high"),
+        *("key_tokens", "stretches"),
     ]
+    # A model that has learned nothing gains nothing from the whole history.
+    assert {(row["key_tokens"], row["key_nats"], row["key_minus_sliding_window"]) for row in rows.values()} == {
+        (0, None, None)
+    }
+
+
+ENTRIES, READS = {"session": 7.0, "sliding_window": 8.0}, {"session": 11, "sliding_window": 0}
+NO_KEY = np.zeros((60, 2), bool)
 
 
 def test_differences_are_paired_by_stretches_of_the_stream():
     rng = np.random.default_rng(0)
-    shared, noise = rng.normal(size=60) * 10, rng.normal(size=60) / 100
+    shared, noise = rng.normal(size=(60, 2)) * 10, rng.normal(size=(60, 2)) / 100
     losses = {"session": shared, "sliding_window": shared + 1 + noise}
-    _, row = rivals.quality_rows(losses, {"session": 7.0, "sliding_window": 8.0})
-    stretches = (1 + noise).reshape(20, 3).mean(axis=1)
+    _, row = rivals.quality_rows(losses, NO_KEY, ENTRIES, READS)
+    stretches = (1 + noise).reshape(20, 6).mean(axis=1)
     expected = scipy.stats.ttest_1samp(stretches, 0).confidence_interval(0.95)
     mean, low, high = (row[f"minus_session{end}"] for end in rivals.ENDS)
     assert (mean, low, high) == pytest.approx((stretches.mean(), *expected), rel=1e-9)
-    assert (row["entries"], row["stretches"]) == (8.0, 20) and high - low < 0.05
+    assert (row["reads"], row["entries"], row["stretches"]) == (0, 8.0, 20) and high - low < 0.05
+    assert row["nats"] == pytest.approx((shared + 1 + noise).mean(), rel=1e-12)
+
+
+def test_key_tokens_have_columns_of_their_own():
+    losses = {"session": np.full((60, 2), 5.0), "sliding_window": np.full((60, 2), 6.0)}
+    is_key = NO_KEY.copy()
+    # Stretches are of three horizons: two key tokens in the first, and one in the third and in the last each.
+    for place, own, other in (((0, 1), 1.0, 3.0), ((2, 0), 1.0, 5.0), ((6, 0), 2.0, 3.0), ((59, 1), 4.0, 6.0)):
+        is_key[place], losses["session"][place], losses["sliding_window"][place] = True, own, other
+    session, sliding = rivals.quality_rows(losses, is_key, ENTRIES, READS)
+    assert (session["key_nats"], sliding["key_nats"], session["key_tokens"]) == (2.0, 4.25, 4)
+    # Of each stretch that has one a mean: -3, -1 and -2.
+    expected = scipy.stats.ttest_1samp([-3.0, -1.0, -2.0], 0).confidence_interval(0.95)
+    found = [session[f"key_minus_sliding_window{end}"] for end in rivals.ENDS]
+    assert found == pytest.approx([-2.0, *expected], rel=1e-9)
+    assert [sliding[f"key_minus_sliding_window{end}"] for end in rivals.ENDS] == [None] * 3
+
+
+def test_without_key_tokens_there_is_nothing_to_say_of_them():
+    losses = dict(zip(ENTRIES, np.random.default_rng(0).normal(size=(2, 60, 2)), strict=True))
+    columns = ("key_nats", *(f"key_minus_sliding_window{end}" for end in rivals.ENDS))
+    for row in rivals.quality_rows(losses, NO_KEY, ENTRIES, READS):
+        assert [row[name] for name in columns] == [None] * 4 and row["key_tokens"] == 0
+    # In one stretch alone there is a mean, and no interval.
+    is_key = NO_KEY.copy()
+    is_key[3:6] = True
+    for name, row in zip(losses, rivals.quality_rows(losses, is_key, ENTRIES, READS), strict=True):
+        assert row["key_nats"] == pytest.approx(losses[name][3:6].mean()) and row["key_tokens"] == 6
+        assert [row[name] for name in columns[1:]] == [None] * 3
 
 
 # Faults

@@ -30,6 +30,17 @@ def test_presets_write_to_folders_of_their_own():
     assert len({script.load_preset(name).output_dir for name in PRESETS}) == len(PRESETS)
 
 
+@pytest.mark.parametrize("name", ["demo", "recall_long", "stdlib", "tracking"])
+def test_presets_that_omit_distil_from_recency_and_know_what_comes_first(name):
+    preset = script.load_preset(name)
+    assert preset.context.omit and preset.context.max_lod == 1
+    assert preset.distill.steps > 0 and preset.steps == preset.online.steps == 0 and preset.trains_lens
+    assert (preset.focus.start, preset.lens.recency) == ("recency", True)
+    # A quarter of the history, beside a map of the rest.
+    assert preset.budget < preset.context.history / 3.5 and preset.capacity == preset.budget
+    assert preset.pretrain.steps > 0 and preset.pretrain.rollout_weight > 0
+
+
 def test_flags_change_single_fields():
     config, resume = script.parse(["recall", "--seed", "3", "--hyper.kl-weight", "0.5", "--trainable", "gist", "lens"])
     expected = _settings.replace(

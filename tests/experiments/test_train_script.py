@@ -14,7 +14,8 @@ from lensjax.runs.store import checkpoint, config_file
 from lensjax.runs.store.log import read_rows
 from tests.runs import TINY, all_saved_are_finite, outcome, run_script, saved_arrays, tiny_config, write_corpus
 
-OWN_EDITS = {"online.steps": 5}
+ALL = {"distill.steps": 5, "online.steps": 5}
+TRAINED = ("distill", "lens", "online")
 SUMMARY_KEYS = {
     "nll_baseline",
     "nll_rollout_mean",
@@ -40,7 +41,7 @@ def real(tmp_path_factory, cache):
     """A finished run on text files through all phases, with a curriculum, and what it printed."""
     folder = tmp_path_factory.mktemp("real")
     curriculum = {"hyper.context_start": 0.95, "optimizer.curriculum_steps": 3}
-    config = tiny_config(folder / "run", write_corpus(folder / "corpus"), **curriculum, **OWN_EDITS)
+    config = tiny_config(folder / "run", write_corpus(folder / "corpus"), **curriculum, **ALL)
     (folder / "config.json").write_text(config_file.to_json(config))
     done = run_script(folder / "config.json", cache=cache, JAX_DISABLE_MOST_OPTIMIZATIONS="1", JAX_LOG_COMPILES="1")
     assert done.returncode == 0, done.stderr
@@ -57,9 +58,9 @@ def test_the_folder_of_a_run(real):
     for name in ("training.png", "maps.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG") and (folder / name).stat().st_size > 10_000
     assert config_file.load(folder / "config.json", Config) == config_file.load(folder.parent / "config.json", Config)
-    assert {path.name for path in (folder / "tensorboard").iterdir()} == {"pretrain", "lens", "online"}
+    assert {path.name for path in (folder / "tensorboard").iterdir()} == {"pretrain", *TRAINED}
     assert checkpoint.steps(folder / "checkpoints" / "pretrain") == [2, 4]
-    for phase in ("lens", "online"):
+    for phase in TRAINED:
         assert checkpoint.steps(folder / "checkpoints" / phase) == [2, 4, 5]
     assert all_saved_are_finite(folder)
     assert done.stdout.splitlines()[0] == f"run folder {folder}, {jax.default_backend()}, seed 0"
@@ -73,8 +74,11 @@ def test_the_summary_of_a_run(real):
     assert summary.keys() >= SUMMARY_KEYS
     assert (summary["task"], summary["split"], summary["steps"], summary["seed"]) == ("text", "test", 5, 0)
     assert summary["sequences"] == TINY.batch_size * TINY.eval_batches
-    numbers = [value for name, value in summary.items() if name not in ("task", "split", "preference_corr_mean")]
+    # Nothing is a key token to a model that has hardly been trained.
+    undefined = {"preference_corr_mean", "nll_policy_key", "nll_baseline_key"}
+    numbers = [value for name, value in summary.items() if name not in {"task", "split"} | undefined]
     assert all(isinstance(value, int | float) and math.isfinite(value) for value in numbers)
+    assert summary["nll_policy_key"] == "n/a" and summary["key_token_share"] == 0
     # A model that knows nothing loses ln(256) nats per token, and this one has hardly been trained.
     for name in ("nll_full", "nll_baseline", "nll_rollout_mean", "nll_rollout_best", "nll_policy"):
         assert abs(summary[name] - math.log(256)) < 0.3
@@ -91,7 +95,7 @@ def test_the_metrics_of_a_run(real):
     assert steps == [("pretrain", step, kind) for step, kinds in enumerate(both[:3], 1) for kind in kinds] + [
         ("pretrain", 4, "train"),
         ("pretrain", 4, "eval"),
-        *((phase, step, kind) for phase in ("lens", "online") for step, kinds in enumerate(both, 1) for kind in kinds),
+        *((phase, step, kind) for phase in TRAINED for step, kinds in enumerate(both, 1) for kind in kinds),
     ]
     lengths = [row["context_length"] for row in rows if "context_length" in row]
     assert lengths == [27, 24, 21, 21, 21]
@@ -100,7 +104,8 @@ def test_the_metrics_of_a_run(real):
 @pytest.mark.slow
 def test_each_program_compiles_once_in_a_whole_run(real):
     compiled = re.findall(r"Compiling jit\((\w+)\)", real[1].stderr)
-    programs = ("pretrain_step", "pretrain_eval_step", "train_step", "online_step", "eval_step", "variant_maps")
+    programs = ("pretrain_step", "pretrain_eval_step", "distill_step", "train_step", "online_step")
+    programs += ("eval_step", "variant_maps")
     assert {name: compiled.count(name) for name in programs} == dict.fromkeys(programs, 1)
 
 
@@ -139,15 +144,19 @@ def test_a_learning_rate_that_explodes_stops_the_command(real, cache, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-# Both kinds of signals in one run; the kill comes in the last save of the first phase.
-SIGNALS = [("in save", "pretrain", 4, signal.SIGKILL), ("step", "lens", 3, signal.SIGTERM)]
+# Both kinds of signals in one run; the first kill comes in the last save of the first phase.
+SIGNALS = [
+    ("in save", "pretrain", 4, signal.SIGKILL),
+    ("step", "distill", 3, signal.SIGTERM),
+    ("step", "lens", 3, signal.SIGTERM),
+]
 
 
 @pytest.mark.slow
 def test_a_run_that_gets_signals_ends_as_if_nothing_had_happened(cache, tmp_path):
     """Real programs, in processes that a signal ends."""
     quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    config = tiny_config(tmp_path / "whole")
+    config = tiny_config(tmp_path / "whole", **{"distill.steps": 5})
     (tmp_path / "config.json").write_text(config_file.to_json(config))
     whole = run_script(tmp_path / "config.json", cache=cache, **quick)
     assert whole.returncode == 0, whole.stderr

@@ -63,6 +63,12 @@ LOSSES = [
     Case(
         "policy_kl", lambda s, a, w, t: losses.policy_kl(s, a, w, temperature=t), (SCORES, SCORES, WHERE, POSITIVE), "f"
     ),
+    Case(
+        "listwise_distillation",
+        lambda s, t, w, x: losses.listwise_distillation(s, t, w, temperature=x),
+        (SCORES, SCORES, WHERE, POSITIVE),
+        "f",
+    ),
     *(group(function) for function in (losses.logistic, losses.hinge, losses.ipo, losses.copg, losses.a_star_po)),
     *(group(losses.plackett_luce), group(losses.disco, "tau"), group(losses.info_nce, "tau")),
     *(group(losses.cpl, "alpha", "bias"), group(losses.info_nca, "alpha", "beta"), group(losses.rpo, "beta", "weight")),

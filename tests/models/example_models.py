@@ -20,7 +20,7 @@ from lensjax.models.lensnet import LensConfig
 # Widths are shared, for initialisation without jit compiles once per shape.
 BASE = BaseConfig(vocab_size=29, dim=16, layers=2, heads=4, kv_heads=2, mlp_dim=48, conv_width=3)
 LENS = LensConfig(dim=16, layers=2, heads=2, mlp_dim=48)
-S, D, K, PADDING = 11, 16, 4, 3
+S, D, K, F, PADDING = 11, 16, 4, 3, 3
 ROWS = jnp.arange(S)
 
 BASES = {
@@ -40,6 +40,8 @@ LENSES = {
     "blocks": dataclasses.replace(LENS, layers=1, pointer=False),
     "pointer": dataclasses.replace(LENS, layers=1, head="mlp", blocks=False),
     "neither": dataclasses.replace(LENS, layers=1, head="mlp", blocks=False, pointer=False),
+    "states and recency": dataclasses.replace(LENS, layers=1, reads="states", recency=True),
+    "attention": dataclasses.replace(LENS, layers=1, reads="attention"),
 }
 
 bases = pytest.mark.parametrize("config", BASES.values(), ids=BASES)
@@ -53,7 +55,7 @@ def gist_model(config: GistConfig) -> GistModel:
 
 
 def lens_model(config: LensConfig = LENS) -> LensModel:
-    return LensModel(config, D, 2)
+    return LensModel(config, D, 2, state_dim=0 if config.reads == "nothing" else F)
 
 
 @functools.cache
@@ -138,7 +140,9 @@ def lens_inputs(padding: int = PADDING) -> Entries:
     lods, valid = jnp.asarray([2, 1, 1] + [0] * (S - 3)), jnp.ones(S, bool)
     blocks = embeddings.at[3:7].set(gist)
     # From the centres to the last token, as in `materialise`.
-    entries = Entries(embeddings, blocks, centres, lods, spans, spans.sum() - 1 - centres, valid)
+    # Above 0, as attention is, and of many sizes.
+    states = jnp.exp(jnp.asarray(np.random.default_rng(9).normal(-3, 2, size=(S, 5 * F)).astype("f")))
+    entries = Entries(embeddings, blocks, centres, lods, spans, spans.sum() - 1 - centres, valid, states)
     return jax.tree.map(lambda x: jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1)), entries)
 
 

@@ -34,8 +34,8 @@ from tests.models.example_models import (
 )
 
 
-def reference_logits(params: Params, config: BaseConfig, entries: Entries) -> np.ndarray:
-    """The base model as loops over entries and heads, in float64."""
+def reference_logits(params: Params, config: BaseConfig, entries: Entries, layers: int | None = None) -> np.ndarray:
+    """The base model, or its first layers, as loops over entries and heads, in float64."""
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     x, positions, spans = (
         np.asarray(value, np.float64) for value in (entries.embeddings, entries.positions, entries.spans)
@@ -59,7 +59,7 @@ def reference_logits(params: Params, config: BaseConfig, entries: Entries) -> np
         x = np.stack(
             [x[s] + sum(kernel[j] * x[s - j] for j in range(config.conv_width) if j <= s) for s in range(count)]
         )
-    for layer in range(config.layers):
+    for layer in range(config.layers if layers is None else layers):
         block = params["transformer"][f"block_{layer}"]
         weights = {name: child["kernel"] for name, child in block["attention"].items()}
         normed = np.stack([norm(row, block["attention_norm"]["scale"]) for row in x])
@@ -266,3 +266,26 @@ def test_embed_looks_tokens_up_and_gives_nan_outside_the_vocabulary() -> None:
     table = np.asarray(params["embedding"]["embedding"])
     embeddings = model.embed(params, jnp.asarray([3, 0, BASE.vocab_size]))
     np.testing.assert_array_equal(embeddings, [table[3], table[0], np.full(D, np.nan)])
+
+
+@bases
+def test_states_are_what_a_model_of_half_the_layers_would_predict_from(config: BaseConfig) -> None:
+    model, inputs = BaseModel(config), base_inputs()
+    params = trained(model)
+    states = jax.jit(model.states)(params, inputs)
+    assert states.shape == (S, D) and states.dtype == jnp.float32
+    x = np.asarray(states, np.float64)
+    normed = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + 1e-8) * params["norm"]["scale"]
+    head = params["embedding"]["embedding"].T if config.tied else params["head"]["kernel"]
+    assert_close(normed @ head, reference_logits(params, config, inputs, config.layers // 2))
+
+
+def test_no_state_depends_on_a_later_entry() -> None:
+    model, inputs = BaseModel(dataclasses.replace(BASE, layers=3)), base_inputs()
+    params = trained(model)
+
+    def states(embeddings: Array) -> Array:
+        return model.states(params, dataclasses.replace(inputs, embeddings=embeddings))
+
+    influence = np.abs(np.asarray(jax.jit(jax.jacrev(states))(inputs.embeddings))).sum(axis=(1, 3))
+    np.testing.assert_array_equal(influence > 0, np.tri(S, dtype=bool))

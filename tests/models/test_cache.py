@@ -23,7 +23,7 @@ BASES = {
     "gaussian": dataclasses.replace(BASE, gaussian_rope=True),
     "untied, one layer": dataclasses.replace(BASE, tied=False, layers=1),
     "no convolution, plain heads": dataclasses.replace(BASE, conv_width=0, kv_heads=4),
-    "one tap": dataclasses.replace(BASE, conv_width=1, kv_heads=1),
+    "one tap, three layers": dataclasses.replace(BASE, conv_width=1, kv_heads=1, layers=3),
     # Its state is longer than one call can bring.
     "copy heads": dataclasses.replace(BASE, copy_heads=1),
     "six taps": dataclasses.replace(BASE, conv_width=6, layers=1),
@@ -124,7 +124,7 @@ def test_what_is_held_and_nothing_of_padding() -> None:
     np.testing.assert_array_equal(cache.inputs[:3], entries.embeddings[:3])
     for held in (cache.keys, cache.values):
         assert held.shape == (2, S, 2, 4) and (held[:, :3] != 7).all() and (held[:, 3:] == 7).all()
-    assert (cache.inputs[3:] == 7).all()
+    assert (cache.inputs[:3] != 7).all() and (cache.inputs[3:] == 7).all()
     # Keys are turned already: by the angles of their own positions, whatever is written later.
     np.testing.assert_array_equal(extend(model, cache, cut(entries, 3, 5))[1].keys[:, :3], cache.keys[:, :3])
 

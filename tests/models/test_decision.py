@@ -66,7 +66,7 @@ def scored_variants(params, tokens, key):
 
 def episode(state, tokens, key):
     window = split(tokens, horizon=SHAPE.horizon)
-    options = {"length": LENGTH, "cooldown": CONFIG.focus.cooldown, "settings": CONFIG.online}
+    options = {"length": LENGTH, "focus": CONFIG.focus, "settings": CONFIG.online}
     played = episodes.run(MODELS, state.params, window, key, GEOMETRY, **options)
     return {name: getattr(played, name) for name in ("states", "contexts", "entries", "swaps", "log_probs")}
 

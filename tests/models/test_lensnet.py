@@ -55,6 +55,11 @@ def reference_scores(params: Params, config: LensConfig, entries: Entries) -> np
     shown = content(entries.embeddings)
     blocks = content(entries.blocks) if config.blocks else shown
     x = shown + blocks @ params["block"]["kernel"] if config.blocks else shown.copy()
+    for i, known in enumerate(entries.states):
+        if config.reads == "states":
+            x[i] = x[i] + known / np.sqrt(np.mean(known**2) + 1e-5) @ params["state"]["kernel"]
+        if config.reads == "attention":  # from -1 where there is none to 1 where there is nothing else
+            x[i] = x[i] + (1 + 2 * np.log(known + 1e-5) / np.log(1e5)) @ params["state"]["kernel"]
     for i, (lod, span, age) in enumerate(zip(entries.lods, entries.spans, ages, strict=True)):
         waves = [wave(frequency * age) for wave in (math.sin, math.cos) for frequency in FREQUENCIES]
         features = np.asarray([math.log(span), age, *waves]) @ params["features"]["kernel"]
@@ -82,7 +87,7 @@ def reference_scores(params: Params, config: LensConfig, entries: Entries) -> np
             for i in range(count):
                 match = asked @ (blocks[i] @ pointer["key"]["kernel"][:, own]) / math.sqrt(width)
                 scores[i] += pointer["gain"][h] * match
-    return np.tanh(scores)
+    return np.tanh(scores - params["slope"] * np.asarray(ages) if config.recency else scores)
 
 
 @lenses
@@ -106,6 +111,8 @@ def test_scores_are_bounded_and_those_of_a_fresh_head_small(config: LensConfig) 
     params = fresh(model)
     if config.pointer:  # it has much to say of the last entries from the start
         params = params | {"pointer": params["pointer"] | {"gain": 0 * params["pointer"]["gain"]}}
+    if config.recency:  # and what is old begins below 0
+        params = params | {"slope": 0 * params["slope"]}
     assert 0 < np.abs(run(model, params, lens_inputs())).max() < 0.5
 
 
@@ -144,10 +151,11 @@ def test_features_by_hand() -> None:
     np.testing.assert_allclose(features, [1.3862944, 1.0986123, *np.sin(waves), *np.cos(waves)], atol=1e-6)
 
 
+@pytest.mark.parametrize("config", ["blocks and pointer", "states and recency", "attention"])
 @pytest.mark.parametrize("garbage", [1e3, np.nan])
-def test_neither_content_nor_count_of_padding_matters(garbage: float) -> None:
-    model, inputs = lens_model(), lens_inputs()
-    names = ("embeddings", "blocks", "positions", "spans", "distances")
+def test_neither_content_nor_count_of_padding_matters(config: str, garbage: float) -> None:
+    model, inputs = lens_model(LENSES[config]), lens_inputs()
+    names = ("embeddings", "blocks", "positions", "spans", "distances", "states")
     floats = {name: getattr(inputs, name).at[S:].set(garbage) for name in names}
     padded = dataclasses.replace(inputs, lods=inputs.lods.at[S:].set(2), **floats)
     expected = run(model, trained(model), lens_inputs(padding=0))

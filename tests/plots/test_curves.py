@@ -36,6 +36,46 @@ def test_curves_hold_the_values_and_gaps_of_the_rows(tmp_path):
     assert points(rate) == {"pretraining": [[5, 0.1]]}
 
 
+def test_a_run_that_only_distils_has_curves(tmp_path):
+    rows = [
+        {"phase": "distill", "step": 10, "loss": 0.75, "distill/top_agreement": 0.25, "grad_norm": 9.0, "lr": 0.1},
+        {"phase": "distill", "step": 10, "eval/nll_policy": 2.0, "eval/nll_baseline": 3.0, "eval/nll_oracle": 1.0},
+        {"phase": "distill", "step": 20, "loss": 0.5, "distill/top_agreement": 0.5, "grad_norm": 9.0, "lr": 0.05},
+        {"phase": "distill", "step": 20, "eval/nll_policy": 1.5, "eval/hit_rate": 0.5, "eval/hit_rate_random": 0.25},
+    ]
+    shown = panels(training_curves(rows, tmp_path / "curves.png"))
+    assert is_png(tmp_path / "curves.png")
+    assert {title: points(panel) for title, panel in shown.items()} == {
+        "Distillation: divergence from the teacher": {"train": [[10, 0.75], [20, 0.5]]},
+        "Blocks that LensNet and its teacher share": {"train": [[10, 0.25], [20, 0.5]]},
+        "Distillation: held-out loss at the budget": {
+            "LensNet": [[10, 2.0], [20, 1.5]],
+            "recency": [[10, 3.0]],
+            "oracle": [[10, 1.0]],
+        },
+        "Distillation: held-out hit rate": {
+            "the answer is shown in full": [[20, 0.5]],
+            "random rollouts": [[20, 0.25]],
+        },
+        "Learning rate": {"distillation": [[10, 0.1], [20, 0.05]]},
+    }
+
+
+def test_distillation_and_preferences_are_panels_apart(tmp_path):
+    rows = [
+        {"phase": phase, "step": 5, "eval/nll_policy": loss, "eval/hit_rate": hits, "lr": rate}
+        for phase, loss, hits, rate in (("distill", 2.0, 0.5, 0.1), ("lens", 1.0, 0.75, 0.2))
+    ]
+    shown = {title: points(panel) for title, panel in panels(training_curves(rows, tmp_path / "curves.png")).items()}
+    assert shown == {
+        "Distillation: held-out loss at the budget": {"LensNet": [[5, 2.0]]},
+        "Distillation: held-out hit rate": {"the answer is shown in full": [[5, 0.5]]},
+        "Held-out loss at the budget (lower is better)": {"LensNet": [[5, 1.0]]},
+        "Held-out hit rate": {"the answer is shown in full": [[5, 0.75]]},
+        "Learning rate": {"distillation": [[5, 0.1]], "preferences": [[5, 0.2]]},
+    }
+
+
 def test_noisy_training_metrics_get_a_running_mean_and_others_do_not(tmp_path):
     rows = [
         {"phase": "lens", "step": step, "mc/lens_loss": float(step % 2), "lr": float(step % 2)} for step in range(1, 41)

@@ -21,6 +21,7 @@ from tests.reference.cuts import (
     node,
     random_cut,
     reachable_lengths,
+    read,
     unstack,
     variants_of,
 )
@@ -43,6 +44,7 @@ from tests.reference.groups import (
 from tests.reference.scalars import (
     budget_balance,
     ema_mean_var,
+    listwise_distillation,
     policy_kl,
     preference_loss,
     rank_loss,
@@ -82,6 +84,7 @@ __all__ = [
     "legal_cuts",
     "level",
     "level_counts",
+    "listwise_distillation",
     "log_prob_of_ranking",
     "logistic",
     "logits_at_end",
@@ -95,6 +98,7 @@ __all__ = [
     "random_cut",
     "rank_loss",
     "reachable_lengths",
+    "read",
     "rpo",
     "select_pairs",
     "sigmoid",

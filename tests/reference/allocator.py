@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from lensjax.context.allocator import FocusConfig
 from lensjax.context.geometry import Geometry
-from tests.reference.cuts import Entry, covered
+from tests.reference.cuts import Entry, covered, read
 
 
 def nodes(geometry: Geometry) -> list[Entry]:
@@ -46,6 +46,10 @@ class Allocator:
         """Steps for which a node must still be left alone."""
         return max(self.free.get(node, 0) - self.step, 0)
 
+    def length(self) -> int:
+        """Entries that the base model reads."""
+        return len(read(list(self.entries), self.geometry))
+
     def gists(self) -> list[Entry]:
         """What can be expanded."""
         return [node for node in nodes(self.geometry) if node in self.entries]
@@ -68,11 +72,12 @@ class Allocator:
         def last(node: Entry, sign: int) -> tuple[bool, float]:
             return self.cooling(node) > 0, sign * scores[node]
 
-        while len(self.entries) > length and (blocks := self.blocks(held)):
+        while self.length() > length and (blocks := self.blocks(held)):
             block = min(blocks, key=lambda node: last(node, +1))
             self.collapse(block)
             self.free[block] = self.step + 1 + cooldown
-        while len(self.entries) + self.geometry.block_size - 1 <= length and (gists := self.gists()):
+        saved = self.geometry.block_size if self.geometry.omit else self.geometry.block_size - 1
+        while self.length() + saved <= length and (gists := self.gists()):
             gist = min(gists, key=lambda node: last(node, -1))
             self.expand(gist)
             self.free[gist] = self.step + 1 + cooldown
@@ -90,7 +95,7 @@ class Allocator:
             blocks = [node for node in self.blocks(held) if children(node, size) <= before and not self.cooling(node)]
             blocks = [node for node in blocks if scores[node] <= settings.collapse_threshold]
             block = min(blocks, key=lambda node: scores[node], default=None)
-            if block is None or not scores[gist] > scores[block]:
+            if block is None or not scores[gist] > scores[block] + settings.margin:
                 self.entries = undo
                 break
             self.collapse(block)

@@ -44,10 +44,15 @@ def legal_cuts(geometry: Geometry) -> list[tuple[Entry, ...]]:
     return list(tilings(0))
 
 
+def read(entries: Sequence[Entry], geometry: Geometry) -> list[Entry]:
+    """What the base model reads of a cut: with omission its tokens alone."""
+    return [entry for entry in entries if entry[1] == 0 or not geometry.omit]
+
+
 def random_cut(geometry: Geometry, length: int, rng: np.random.Generator) -> list[Entry]:
     """A random cut of that length: full tokens, then one random legal collapse after another."""
     size, entries = geometry.block_size, [(token, 0) for token in range(geometry.history)]
-    while len(entries) > length:
+    while len(read(entries, geometry)) > length:
         shown = set(entries)
         parents = [
             (start, lod)
@@ -108,7 +113,7 @@ def cut_of(entries: Sequence[Entry], window: int, block_size: int) -> list[int |
 
 def reachable_lengths(geometry: Geometry) -> set[int]:
     """Lengths that some cut has."""
-    return {len(cut) for cut in legal_cuts(geometry)}
+    return {len(read(cut, geometry)) for cut in legal_cuts(geometry)}
 
 
 @functools.cache

@@ -69,6 +69,18 @@ def policy_kl(scores: Sequence[float], anchor: Sequence[float], *, temperature: 
     return sum(0.5 * (kl(p, q) + kl(q, p)) for p, q in pairs) / len(pairs) if pairs else 0.0
 
 
+# What a teacher says of nodes.
+
+
+def listwise_distillation(scores: Sequence[float], targets: Sequence[float], *, temperature: float) -> float:
+    worth = [max(t, 0.0) for t in targets]
+    if sum(worth) == 0:
+        return 0.0
+    shares = [w / sum(worth) for w in worth]
+    weights = [math.exp(s / temperature) for s in scores]
+    return sum(p * math.log(p * sum(weights) / w) for p, w in zip(shares, weights, strict=True) if p > 0)
+
+
 # Moving averages.
 
 

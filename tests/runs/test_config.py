@@ -124,6 +124,7 @@ HYPERNET = {"trainable": ("hypernet",)}
     [
         ({"steps": 20}, "steps must be above optimizer.warmup_steps 20, got 20"),
         ({"pretrain.steps": 5}, "pretrain.steps must be above optimizer.warmup_steps 20, got 5"),
+        ({"distill.steps": 6}, "distill.steps must be above optimizer.warmup_steps 20, got 6"),
         ({"online.steps": 7}, "online.steps must be above optimizer.warmup_steps 20, got 7"),
         ({"output_dir": ""}, "output_dir must name a folder, got an empty string"),
         ({"trainable": ()}, "trainable must name one or more different parts of base, gist, lens, hypernet, got ()"),
@@ -168,6 +169,17 @@ def test_values_that_do_not_go_together_are_refused(changes, message):
 
 def test_a_run_without_preferences_is_fine():
     assert _settings.replace(Config(), steps=0).steps == 0
+    assert not _settings.replace(Config(), steps=0).trains_lens and Config().trains_lens
+    for phase in ("distill", "online"):
+        config = _settings.replace(Config(), steps=0, base_run="a", **{f"{phase}.steps": 30})
+        assert config.trains_lens
+
+
+def test_patience_counts_what_a_teacher_is_asked_for():
+    changes = {"steps": 0, "pretrain.steps": 100, "eval_steps": 100, "stopping.patience": 2, "distill.steps": 500}
+    assert _settings.replace(Config(), **changes).stopping.patience == 2
+    with pytest.raises(ValueError, match=r"no phase has more than 1 evaluations .*distill\.steps 100"):
+        _settings.replace(Config(), **changes | {"distill.steps": 100})
 
 
 def test_values_of_variants_are_relative_to_an_anchor_that_does_not_move_with_the_policy():

@@ -12,12 +12,12 @@ import pytest
 from rich.console import Console
 
 from lensjax.runs import load
-from lensjax.runs.config import Config
+from lensjax.runs.config import PHASES, Config
 from lensjax.runs.engine import loop
 from lensjax.runs.fit import fit
 from lensjax.runs.store import checkpoint, config_file, run_folder
 from lensjax.runs.store.log import read_rows
-from lensjax.training.steps import online, preference, pretrain
+from lensjax.training.steps import distill, online, preference, pretrain
 from tests.runs import (
     Killed,
     all_saved_are_finite,
@@ -47,13 +47,14 @@ def go_on(folder):
 
 
 OWN_EDITS = {"online.steps": 5}
+ALL = {"distill.steps": 5, **OWN_EDITS}
 
 
 @pytest.fixture(scope="module")
 def whole(cheap, tmp_path_factory):
     """The folder of a run through all phases that nobody interrupted."""
     folder = tmp_path_factory.mktemp("whole")
-    start(tiny_config(folder, **OWN_EDITS))
+    start(tiny_config(folder, **ALL))
     return folder
 
 
@@ -62,14 +63,18 @@ KILLS = [
     ("step", "pretrain", 1),  # before the first checkpoint
     ("in save", "pretrain", 2),
     ("saved", "pretrain", 4),  # between the phases
-    ("step", "lens", 1),  # before the second phase has a checkpoint
+    ("step", "distill", 1),  # before the second phase has a checkpoint
+    ("in save", "distill", 2),
+    ("saved", "distill", 5),
+    ("step", "lens", 1),
     ("step", "lens", 4),
     ("saved", "lens", 5),
     ("step", "online", 1),
     ("in save", "online", 4),
     ("saved", "online", 5),  # all done but for the summary
 ]
-STOPS = [("step", "pretrain", 3), ("in save", "pretrain", 4), ("step", "lens", 1), ("step", "online", 5)]
+STOPS = [("step", "pretrain", 3), ("in save", "pretrain", 4), ("step", "distill", 3), ("step", "lens", 1)]
+STOPS += [("step", "online", 5)]
 
 
 @pytest.mark.slow
@@ -88,7 +93,7 @@ def test_an_interrupted_run_ends_as_if_nothing_had_happened(whole, tmp_path, mon
     folder = tmp_path / "run"
     for attempt, (_, phase, step) in enumerate(places):
         with pytest.raises(Killed if kind == "killed" else loop.Interrupted) as end:
-            go_on(folder) if attempt else start(tiny_config(folder, **OWN_EDITS))
+            go_on(folder) if attempt else start(tiny_config(folder, **ALL))
         assert pending == places[attempt + 1 :] and not (folder / "summary.json").exists()
         if kind == "stopped":
             assert end.value.code == 143
@@ -106,6 +111,90 @@ def test_load_gives_what_fit_gave(cheap, tmp_path):
     assert loaded.session(budget=20).config == dataclasses.replace(trained.config.session, budget=20)
 
 
+@pytest.fixture
+def starts(monkeypatch):
+    """The state with which each phase of a run begins."""
+    seen, run_phase = {}, loop.run_phase
+
+    def spy(phase, state, *arguments, **keywords):
+        seen[phase.name] = jax.device_get(state)  # the run gives its buffers away
+        return run_phase(phase, state, *arguments, **keywords)
+
+    monkeypatch.setattr(loop, "run_phase", spy)
+    return seen
+
+
+def assert_saved(tree, saved, part):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = f"params/{part}/" + jax.tree_util.keystr(path, simple=True, separator="/")
+        assert leaf.tobytes() == saved[name], name
+
+
+def test_each_phase_begins_with_the_lensnet_of_the_one_before(cheap, tmp_path, starts):
+    trained = fit(tiny_config(tmp_path / "run", **ALL, **{"hyper.kl_weight": 0.5}), console=Console(file=io.StringIO()))
+    taught, preferred = (saved_arrays(tmp_path / "run", phase, 5) for phase in ("distill", "lens"))
+    first = starts["lens"]
+    assert_saved(first.params["lens"], taught, "lens")
+    assert_saved(first.anchor, taught, "lens")
+    before = jax.tree.leaves(starts["distill"].params["lens"])
+    assert int(first.step) == 0
+    assert any((a != b).any() for a, b in zip(before, jax.tree.leaves(first.anchor), strict=True))
+    assert_saved(starts["online"].params["lens"], preferred, "lens")
+    rows = read_rows(tmp_path / "run")
+    assert [row["phase"] for row in rows if "loss" in row] == [phase for phase in PHASES for _ in range(5)][1:]
+    # Held-out losses after 3 steps and at the end.
+    held_out = [(row["phase"], row["step"]) for row in rows if "eval/nll_policy" in row]
+    assert held_out == [(phase, step) for phase in PHASES[1:] for step in (3, 5)]
+    jax.tree.map(np.testing.assert_array_equal, load.load(tmp_path / "run").params, trained.params)
+
+
+def test_each_phase_of_each_seed_reads_batches_of_its_own(cheap, tmp_path, monkeypatch):
+    first, run_phase = {}, loop.run_phase
+
+    def spy(phase, state, rows, **keywords):
+        position = rows.get_state()
+        first[keywords["config"].seed, phase.name] = next(rows)["tokens"].tobytes()
+        rows.set_state(position)
+        return run_phase(phase, state, rows, **keywords)
+
+    monkeypatch.setattr(loop, "run_phase", spy)
+    for seed in (0, 1):
+        start(tiny_config(tmp_path / str(seed), seed=seed, **ALL))
+    assert len(set(first.values())) == len(first) == 8
+
+
+def test_without_a_kl_term_there_is_no_anchor(cheap, tmp_path, starts):
+    start(tiny_config(tmp_path / "run", **{"distill.steps": 3}))
+    assert starts["lens"].anchor is None
+
+
+def test_a_run_may_end_with_what_a_teacher_taught(cheap, tmp_path, monkeypatch):
+    """Without preferences; interrupted, and gone on with."""
+    trained = fit(tiny_config(tmp_path / "whole", steps=0, **{"distill.steps": 5}), console=Console(file=io.StringIO()))
+    assert {row["phase"] for row in read_rows(tmp_path / "whole")} == {"pretrain", "distill"}
+    loaded = load.load(tmp_path / "whole")
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, trained.params)
+    assert_saved(loaded.params["lens"], saved_arrays(tmp_path / "whole", "distill", 5), "lens")
+    assert "nll_policy" in trained.summary and trained.summary["steps"] == 0
+    pending = [("saved", "pretrain", 4), ("step", "distill", 3), ("saved", "distill", 5)]
+
+    def hook(*at):
+        if at in pending:
+            pending.remove(at)
+            raise Killed
+
+    hook_run(monkeypatch.setattr, hook)
+    for resume in (False, True, True):
+        with pytest.raises(Killed):
+            fit(
+                tiny_config(tmp_path / "cut", steps=0, **{"distill.steps": 5}),
+                resume=resume,
+                console=Console(file=io.StringIO()),
+            )
+    go_on(tmp_path / "cut")
+    assert pending == [] and outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
 def test_resuming_a_finished_run_changes_nothing(whole):
     before = outcome(whole)
     go_on(whole)
@@ -113,9 +202,9 @@ def test_resuming_a_finished_run_changes_nothing(whole):
 
 
 def test_another_seed_gives_another_run(whole, tmp_path):
-    start(tiny_config(tmp_path / "run", seed=1, **OWN_EDITS))
+    start(tiny_config(tmp_path / "run", seed=1, **ALL))
     ours, others = outcome(whole)["saved"], outcome(tmp_path / "run")["saved"]
-    for phase in ("pretrain", "lens", "online"):
+    for phase in PHASES:
         assert ours[phase].keys() == others[phase].keys()
         assert ours[phase]["key"] != others[phase]["key"]
         assert ours[phase]["position"] == others[phase]["position"]
@@ -153,7 +242,14 @@ def test_a_base_run_is_taken_and_left_as_it_is(cheap, whole, tmp_path, monkeypat
     assert [row["step"] for row in read_rows(folder) if "loss" in row] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize(("changes", "phase"), [({}, "lens"), ({"steps": 0, **OWN_EDITS}, "online")])
+@pytest.mark.parametrize(
+    ("changes", "phase"),
+    [
+        ({}, "lens"),
+        ({"steps": 0, "distill.steps": 3}, "distill"),
+        ({"steps": 0, **OWN_EDITS}, "online"),
+    ],
+)
 def test_start_from_takes_the_models_of_another_run(cheap, whole, tmp_path, monkeypatch, changes, phase):
     before, source = contents(whole), saved_arrays(whole, "online", 5)
     started = []
@@ -237,6 +333,7 @@ def test_undefined_values_are_strict_json(whole):
     ("phase", "step", "advice"),
     [
         ("pretrain", 4, "the last good checkpoint is {folder}/checkpoints/pretrain/2"),
+        ("distill", 3, "the last good checkpoint is {folder}/checkpoints/distill/2"),
         ("lens", 1, "there is no checkpoint of this phase yet"),
         ("online", 3, "the last good checkpoint is {folder}/checkpoints/online/2"),
     ],
@@ -244,6 +341,7 @@ def test_undefined_values_are_strict_json(whole):
 def test_a_loss_that_is_not_finite_ends_the_run(cheap, tmp_path, monkeypatch, phase, step, advice):
     module, name = {
         "pretrain": (pretrain, "pretrain_step"),
+        "distill": (distill, "distill_step"),
         "lens": (preference, "train_step"),
         "online": (online, "online_step"),
     }[phase]
@@ -259,7 +357,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(cheap, tmp_path, monkeypatch, ph
     monkeypatch.setattr(module, name, bad)
     folder = tmp_path / "run"
     with pytest.raises(FloatingPointError) as end:
-        start(tiny_config(folder, **OWN_EDITS))
+        start(tiny_config(folder, **ALL))
     assert str(end.value).startswith(f"phase {phase}, step {step}: loss = nan; {advice.format(folder=folder)}")
     assert all_saved_are_finite(folder)
     assert not (folder / "summary.json").exists()

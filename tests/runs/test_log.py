@@ -191,14 +191,15 @@ def test_resumed_file_equals_the_uninterrupted_one(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for run in (whole, cut):
         write(run, "pretrain", range(1, 5))
-    write(whole, "lens", range(1, 9), resume=("pretrain", 4))
-    write(cut, "lens", range(1, 7), resume=("pretrain", 4))
+        write(run, "distill", range(1, 4), resume=("pretrain", 4))
+    write(whole, "lens", range(1, 9), resume=("distill", 3))
+    write(cut, "lens", range(1, 7), resume=("distill", 3))
     with (cut / "metrics.jsonl").open("a") as file:
         file.write('{"phase": "lens", "step": 7, "lo')  # a kill in the middle of a write
     write(cut, "lens", range(4, 9), resume=("lens", 3))
     for run in (whole, cut):
         write(run, "online", range(1, 3), resume=("lens", 8))
-    assert lines(cut) == lines(whole) and len(lines(cut)) == 14
+    assert lines(cut) == lines(whole) and len(lines(cut)) == 17
     for phase in PHASES:
         assert board(cut, phase) == board(whole, phase) == expected_board(whole, phase)
 
@@ -253,7 +254,7 @@ def test_a_rewind_cut_short_leaves_the_old_rows(tmp_path, monkeypatch):
 
 def test_bad_metrics_are_refused(tmp_path):
     with RunLogger(tmp_path) as logger:
-        with pytest.raises(ValueError, match="phase must be one of pretrain, lens, online, got 'train'"):
+        with pytest.raises(ValueError, match="phase must be one of pretrain, distill, lens, online, got 'train'"):
             logger.log("train", 1, {})
         with pytest.raises(ValueError, match=r"metric mc/lod_loss must be a scalar, got shape \(3,\)"):
             logger.log("lens", 1, {"mc/lod_loss": jnp.ones(3)})
@@ -263,7 +264,7 @@ def test_bad_metrics_are_refused(tmp_path):
 
 
 def test_bad_starts_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="phase must be one of pretrain, lens, online, got 'x'"):
+    with pytest.raises(ValueError, match="phase must be one of pretrain, distill, lens, online, got 'x'"):
         RunLogger(tmp_path, resume=("x", 1))
     write(tmp_path, "lens", range(1, 3))
     with pytest.raises(ValueError, match="holds the metrics of another run"):

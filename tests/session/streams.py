@@ -12,8 +12,10 @@ from lensjax.context import tree as trees
 from lensjax.context import working as contexts
 from lensjax.session import Session
 from lensjax.training import nll
+from tests import reference
 from tests.small import SMALL, VOCABULARY, jit
 
+OMISSION = {"context.max_lod": 1, "context.omit": True, "context.recent_tokens": 6, "hyper.context_end": 12 / 32}
 CASES = {
     # 16 entries for 32 tokens of history, 4 of which are forgotten at once: from then on there are always 32.
     "plain": SMALL,
@@ -42,6 +44,11 @@ CASES = {
         },
     ),
     "sampled": _settings.replace(SMALL, **{"focus.temperature": 0.5}),
+    # The base model reads nothing of what is collapsed: 12 tokens of 32, and a map of ten blocks of two.
+    "omission": _settings.replace(SMALL, **OMISSION),
+    # Two layers, so that states are not the embeddings.
+    "states": _settings.replace(SMALL, **OMISSION, **{"lens.reads": "states", "base.layers": 2, "base.copy_heads": 1}),
+    "attention": _settings.replace(SMALL, **OMISSION, **{"lens.reads": "attention", "base.layers": 2}),
 }
 STREAM = np.random.default_rng(0).integers(0, VOCABULARY, 75)
 
@@ -55,6 +62,9 @@ def session_of(name):
     params = jax.tree.map(lambda leaf: 0.4 * random.normal(size=leaf.shape).astype("f") + (leaf.ndim == 1), shapes)
     # The pointer's products would saturate tanh. Which of two scores of 0.9999999 is the larger is rounding's choice.
     params["lens"]["pointer"]["gain"] *= np.float32(0.05)
+    if config.lens.reads != "nothing":  # more is said of each entry
+        params["lens"]["head"]["kernel"] *= np.float32(0.5)
+        params["lens"]["pointer"]["gain"] *= np.float32(0.5)
     return Session(models, params, config.session)
 
 
@@ -71,7 +81,7 @@ def read_at_once(name):
 
 
 @functools.cache
-def reference(name):
+def compiled_reference(name):
     """Of `held` tokens int32[T], which end with padding, and a context: tree, logits, losses of a horizon, cache."""
     session, shape = session_of(name), CASES[name].context
     base, params, capacity = session.models.base, session.params["base"], session.config.capacity
@@ -84,6 +94,7 @@ def reference(name):
             max_lod=shape.max_lod,
         )
         tree = dataclasses.replace(tree, length=held)
+        context = contexts.read(context, CASES[name].geometry)
         entries = contexts.materialise(tree, context)
         last = jnp.maximum(context.length - 1, 0)[None]
         logits = base.logits(params, entries, last)[0]
@@ -99,7 +110,7 @@ def reread(name, state, horizon=None, stream=STREAM):
     padded, held = np.zeros(CASES[name].context.window, np.int32), int(state.tree.length)
     padded[:held] = stream[int(state.forgotten) :][:held]
     horizon = np.zeros(session.config.interval, np.int32) if horizon is None else horizon.astype(np.int32)
-    return reference(name)(padded, np.int32(held), state.context, horizon)
+    return compiled_reference(name)(padded, np.int32(held), state.context, horizon)
 
 
 def assert_same(one, other):
@@ -121,7 +132,12 @@ def entries_of(state):
     return list(zip(starts.tolist(), lods.tolist(), strict=True))
 
 
+def read_of(session, state):
+    """What the base model reads of what is shown."""
+    return reference.read(entries_of(state), session.config.geometry)
+
+
 def expected_length(session, held):
     """The largest length within the budget that some cut has."""
-    step = session.config.geometry.block_size - 1
+    step = session.config.geometry.saving
     return held - max(-(-(held - session.config.budget) // step), 0) * step

@@ -17,6 +17,7 @@ from tests.session.streams import (
     expected_length,
     keep_in,
     read_at_once,
+    read_of,
     reread,
     session_of,
 )
@@ -24,7 +25,8 @@ from tests.small import VOCABULARY, jit
 
 
 @pytest.mark.parametrize(
-    "name", ["plain", *(pytest.param(name, marks=pytest.mark.slow) for name in ("other", "sampled"))]
+    "name",
+    ["plain", "states", *(pytest.param(name, marks=pytest.mark.slow) for name in ("other", "sampled", "omission"))],
 )
 @settings(max_examples=6)
 @given(counts=st.lists(st.one_of(st.integers(0, 2), st.integers(0, 30)), min_size=2, max_size=25))
@@ -35,7 +37,7 @@ def test_any_split_gives_the_same_session_to_the_bit(name, counts):
         chunk = STREAM[place : place + count]
         state, chunk_losses = session.append(state, chunk, on_refocus=keep_in(seen))
         assert chunk_losses.shape == chunk.shape and chunk_losses.dtype == np.float32
-        assert int(state.context.length) <= session.config.capacity
+        assert len(read_of(session, state)) == int(state.cached) <= session.config.capacity
         losses.append(chunk_losses)
         place += len(chunk)
         assert int(state.read) == place
@@ -78,7 +80,8 @@ def test_every_refocus_step_leaves_a_legal_context_of_exactly_the_length_that_wa
         held, length = int(state.tree.length), expected_length(session, int(state.tree.length))
         found = contexts.invariants(state.context, session.config.geometry, length=length, tokens=held)
         assert all(found.values()), (int(state.read), found)
-        assert length <= session.config.budget and int(state.cached) == int(state.cache.length) == length
+        assert len(read_of(session, state)) == length <= session.config.budget
+        assert int(state.cached) == int(state.cache.length) == length
         assert held <= session.config.geometry.history
     in_full = [state for state, _ in steps if int(state.read) <= session.config.budget]
     assert in_full and all(not np.any(state.context.lod) for state in in_full)
@@ -87,7 +90,7 @@ def test_every_refocus_step_leaves_a_legal_context_of_exactly_the_length_that_wa
     assert deepest == session.config.geometry.max_lod
 
 
-@pytest.mark.parametrize("name", ["plain", "other", "no edits"])
+@pytest.mark.parametrize("name", ["plain", "other", "no edits", "omission", "states", "attention"])
 def test_the_tree_is_that_of_the_tokens_held(name):
     steps, last, _ = read_at_once(name)
     for state in [*(state for state, _ in steps), last]:
@@ -99,7 +102,7 @@ def test_the_tree_is_that_of_the_tokens_held(name):
             assert not np.any(rows[complete:])
 
 
-@pytest.mark.parametrize("name", ["plain", "other", "no edits"])
+@pytest.mark.parametrize("name", ["plain", "other", "no edits", "omission", "states", "attention"])
 def test_predictions_are_those_of_the_base_model_on_the_whole_context(name):
     """So is all that the cache keeps, at every refocus step and in between."""
     session, state = session_of(name), session_of(name).init()
@@ -108,7 +111,7 @@ def test_predictions_are_those_of_the_base_model_on_the_whole_context(name):
         state, _ = session.append(state, STREAM[place : place + 3], on_refocus=lambda *step: kept.append(step[1].kept))
         _, logits, _, fresh = reread(name, state)
         assert_close(session.predict(state), logits)
-        length = int(state.context.length)
+        length = len(read_of(session, state))
         assert int(state.cached) == int(state.cache.length) == length
         assert_close(state.cache.inputs[:length], fresh.inputs[:length])
         assert_close(state.cache.keys[:, :length], fresh.keys[:, :length])
@@ -116,7 +119,7 @@ def test_predictions_are_those_of_the_base_model_on_the_whole_context(name):
     assert max(kept) > 0
 
 
-@pytest.mark.parametrize("name", ["plain", "other", "no edits"])
+@pytest.mark.parametrize("name", ["plain", "other", "no edits", "omission", "states", "attention"])
 def test_losses_are_those_of_training_behind_the_same_context(name):
     session, (steps, _, losses) = session_of(name), read_at_once(name)
     for state, _ in steps[:-1]:
@@ -125,16 +128,17 @@ def test_losses_are_those_of_training_behind_the_same_context(name):
         assert_close(losses[read : read + session.config.interval], reread(name, state, horizon)[2])
 
 
-def test_losses_are_those_of_a_training_window():
+@pytest.mark.parametrize("name", ["plain", "states"])
+def test_losses_are_those_of_a_training_window(name):
     """From where the history is full on: its tokens and the horizon are a window, and the loss is the variant's."""
-    session, (steps, _, losses) = session_of("plain"), read_at_once("plain")
-    models, params, config = session.models, session.params, CASES["plain"]
+    session, (steps, _, losses) = session_of(name), read_at_once(name)
+    models, params, config = session.models, session.params, CASES[name]
 
     def measure(tokens, context):
         window = decision.split(tokens, horizon=config.context.horizon)
         tree = decision.build_tree(models, params, window.history, config.geometry)
         variants = jax.tree.map(lambda leaf: leaf[None], context)
-        return nll.variant_nll(models.base, params["base"], tree, variants, window.horizon)[0][0]
+        return nll.variant_nll(models.base, params["base"], tree, variants, window.horizon, config.geometry)[0][0]
 
     measure, seen = jit(measure), 0
     for state, _ in steps[:-1]:
@@ -151,8 +155,9 @@ def test_the_first_token_is_predicted_by_nothing():
         assert read_at_once(name)[2][0] == pytest.approx(np.log(VOCABULARY))
 
 
-def test_neither_memory_nor_programs_grow_with_the_stream(compiles):
-    session, (steps, _, _) = session_of("plain"), read_at_once("plain")
+@pytest.mark.parametrize("name", ["plain", "states", "attention"])
+def test_neither_memory_nor_programs_grow_with_the_stream(name, compiles):
+    session, (steps, _, _) = session_of(name), read_at_once(name)
     shapes = [
         jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) for state, _ in [(session.init(), None), *steps]
     ]

@@ -82,6 +82,11 @@ def test_generation_arguments_out_of_range_are_refused(count, temperature):
             {"hyper.context_end": 0.45},
             r"session\.budget .* a history of 32 tokens, at least 15 entries, got 14: raise it",
         ),
+        # 8 recent tokens, and one of a block that is not whole.
+        (
+            {"context.max_lod": 1, "context.omit": True, "hyper.context_end": 0.25},
+            r"session\.budget .* a history of 32 tokens, at least 9 entries, got 8: raise it",
+        ),
         (
             {"context.max_lod": 5, "context.window": 40},
             r"session\.geometry\.history must hold the 32 tokens that are forgotten at once .* got 36: raise",

@@ -32,8 +32,7 @@ def params(seed=0):
 
 def run(parts, tokens, key, *, length):
     window = split(tokens, horizon=SMALL.context.horizon)
-    cooldown = SMALL.focus.cooldown
-    return episodes.run(models(), parts, window, key, GEOMETRY, length=length, cooldown=cooldown, settings=SETTINGS)
+    return episodes.run(models(), parts, window, key, GEOMETRY, length=length, focus=SMALL.focus, settings=SETTINGS)
 
 
 @functools.cache
@@ -68,7 +67,7 @@ def test_losses_are_those_of_the_contexts_and_rewards_their_fall_minus_the_cost_
     def measure(tokens, seen):
         window = split(tokens, horizon=SMALL.context.horizon)
         tree = build_tree(models(), params(), window.history, GEOMETRY)
-        return nll.variant_nll(models().base, params()["base"], tree, seen, window.horizon)[0]
+        return nll.variant_nll(models().base, params()["base"], tree, seen, window.horizon, GEOMETRY)[0]
 
     losses = jit(jax.vmap(measure))(batch()["tokens"], episode.contexts)
     np.testing.assert_allclose(episode.nll[:, :-1], losses, rtol=1e-5)

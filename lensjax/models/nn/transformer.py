@@ -289,6 +289,12 @@ class Transformer(nnx.Module):
             x = block(x, rotary=rotary, key_mask=key_mask)
         return blocks[-1](x, rotary=rotary, key_mask=key_mask, rows=rows)
 
+    def half(self, x: Array, *, rotary: Rotary | None = None) -> Array:
+        """What the first half of the blocks, rounded down, makes of x: [S, D]."""
+        for block in self._blocks()[: self.config.layers // 2]:
+            x = block(x, rotary=rotary)
+        return x
+
     def extend(self, x: Array, memory: Memory, *, rotary: Rotary | None, slots: Array) -> tuple[Array, Memory]:
         """Runs the blocks of a causal stack on new entries after those that it remembers.
 

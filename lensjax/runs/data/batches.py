@@ -18,6 +18,7 @@ import grain
 import numpy as np
 
 from lensjax.runs.data.families import families
+from lensjax.runs.data.quotes import Quotes
 from lensjax.runs.data.recall import RecallSource
 from lensjax.runs.data.splits import SPLITS, Split, digest, split_of
 from lensjax.runs.data.task import DataConfig, Windows
@@ -47,6 +48,7 @@ def make_iterator(
 
     Text: `train` shuffles anew each epoch and never ends; the other splits pass once, in file order, and leave
     out a last partial batch. Synthetic tasks never end; example i of one is a pure function of (seed, split, i).
+    With `data.quote` windows of text quote themselves (see `quotes`), each time that they come in another place.
 
     Args:
       config: the run; read are `data`, `context` and `base.vocab_size`.
@@ -69,8 +71,10 @@ def make_iterator(
     if config.data.is_text:
         if split == "train":
             dataset = dataset.shuffle(seed=_mixed(seed)).repeat()
+            dataset = _quoting(config, dataset, seed=seed, pretraining=pretraining)
         else:
             _require_windows(config, split, found=len(dataset), needed=batch_size)
+            dataset = _quoting(config, dataset, seed=seed)
     return iterate(dataset, batch_size=batch_size, share=share)
 
 
@@ -118,7 +122,7 @@ def fixed_batches(
     dataset = _examples(config, split, seed=seed)
     if config.data.is_text:
         _require_windows(config, split, found=len(dataset), needed=count * batch_size)
-        dataset = dataset.shuffle(seed=_mixed(seed))
+        dataset = _quoting(config, dataset.shuffle(seed=_mixed(seed)), seed=seed)
     batches = _own_rows(dataset, batch_size, share)
     return [batches[i] for i in range(count)]
 
@@ -161,6 +165,13 @@ def _examples(config: Windows, split: Split, *, seed: int, pretraining: bool = F
     if data.task == "tracking":
         return grain.MapDataset.source(TrackingSource(context, vocab_size, split, seed, data.hops, pretraining))
     return grain.MapDataset.source(_windows(config, split)).map(_as_tokens)
+
+
+def _quoting(config: Windows, dataset: grain.MapDataset, *, seed: int, pretraining: bool = False) -> grain.MapDataset:
+    """Windows that quote themselves, where `data.quote` asks for it: new quotes each time that a window comes."""
+    if config.data.quote == 0:
+        return dataset
+    return dataset.random_map(Quotes(config.context, config.data.quote, pretraining), seed=_mixed(seed))
 
 
 def _own_rows(dataset: grain.MapDataset, batch_size: int, share: tuple[int, int]) -> grain.MapDataset:

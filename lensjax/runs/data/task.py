@@ -2,7 +2,7 @@
 
 from typing import Literal, Protocol
 
-from lensjax._settings import PositiveInt, require, settings
+from lensjax._settings import Count, PositiveInt, require, settings
 from lensjax.models.base_lm import BaseConfig
 from lensjax.training.scoring import ContextConfig
 
@@ -17,6 +17,9 @@ class DataConfig:
     """Folder or glob of text files; for task text."""
     max_files: PositiveInt | None = None
     """Read at most this many files a split, in hash order; None reads all."""
+    quote: Count = 0
+    """Bytes of text before the cursor that begin an earlier passage again, which the horizon goes on with; 0 leaves
+    text as it is."""
     recall_pool: PositiveInt = 4
     """Distinct blocks in a recall pretraining sequence; few, so that most positions repeat something."""
     query: PositiveInt = 2
@@ -32,6 +35,10 @@ class DataConfig:
         require(
             self.task == "text" or self.path is None,
             f"data.path is read only where data.task is text: set data.task text, got {self.task!r}",
+        )
+        require(
+            self.quote == 0 or self.is_text,
+            f"data.quote is of text: set data.task to text or stdlib, got {self.task!r}",
         )
 
     @property

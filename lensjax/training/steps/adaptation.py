@@ -240,6 +240,7 @@ def score_support(
         models=models,
         context=past.context,
         capacity=past.capacity,
+        short=past.short,
     )
     return jax.lax.stop_gradient(scored)
 

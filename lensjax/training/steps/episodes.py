@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from lensjax._numerics import masked_mean
 from lensjax.context import allocator, edits, nodes
 from lensjax.context import working as contexts
-from lensjax.context.allocator import FocusState
+from lensjax.context.allocator import FocusConfig, FocusState
 from lensjax.context.edits import ActionStats, Swaps
 from lensjax.context.geometry import Geometry
 from lensjax.context.working import Entries, WorkingContext
@@ -54,7 +54,7 @@ class Episode:
     log_probs: Array
     """float32[S]: of what was drawn, for the policy that drew it."""
     nll: Array
-    """float32[S + 1]: nats per token on the horizon, of the cold start and of the context after each step."""
+    """float32[S + 1]: nats per token on the horizon, as rewarded; of the cold start and the context after each step."""
 
     def rewards(self, *, edit_cost: ArrayLike) -> Array:
         """float32[S]: fall of the loss in each step, minus the cost of its swaps, in nats per token."""
@@ -70,8 +70,9 @@ def run(
     geometry: Geometry,
     *,
     length: int,
-    cooldown: int,
+    focus: FocusConfig,
     settings: Exploration,
+    weights: Array | None = None,
 ) -> Episode:
     """Rolls out one episode; no gradient passes through it.
 
@@ -82,8 +83,9 @@ def run(
       key: PRNG key, consumed.
       geometry: the history.
       length: static number of entries W of every context: none is padding.
-      cooldown: refocus steps for which an edited node is left alone.
+      focus: read are the cold start and the cool-down.
       settings: how long an episode is and how it explores.
+      weights: float32[H] that sum to 1, of the tokens of the horizon in the reward; None weighs all alike.
 
     Returns:
       `Episode`.
@@ -94,8 +96,9 @@ def run(
     def see(state: FocusState) -> tuple[WorkingContext, Entries, Array]:
         context = allocator.to_context(state, geometry, capacity=length)
         entries = contexts.materialise(tree, context)
-        measured = nll.token_nll(models.base, params["base"], entries, window.horizon)
-        return context, entries, jnp.mean(measured)
+        read = contexts.materialise(tree, contexts.read(context, geometry))
+        measured = nll.token_nll(models.base, params["base"], read, window.horizon)
+        return context, entries, nll.mean_nll(measured, weights)
 
     Seen = tuple[FocusState, WorkingContext, Entries]
 
@@ -109,13 +112,13 @@ def run(
             geometry,
             draws=settings.draws,
             temperature=settings.temperature,
-            cooldown=cooldown,
+            cooldown=focus.cooldown,
         )
         stats = edits.log_prob(swaps, state, scores, geometry, temperature=settings.temperature)
         next_context, next_entries, loss = see(after)
         return (after, next_context, next_entries), (state, context, entries, swaps, stats.log_prob, loss)
 
-    start = allocator.uniform(length, geometry)
+    start = allocator.start(length, geometry, settings=focus)
     context, entries, first = see(start)
     keys = jax.random.split(key, settings.refocus_steps)
     _, (states, seen, read, swaps, log_probs, later) = jax.lax.scan(step, (start, context, entries), keys)

@@ -25,7 +25,7 @@ from lensjax.training.optim import moving, schedules
 from lensjax.training.optim.moving import Window
 from lensjax.training.optim.optimizer import make_optimizer
 from lensjax.training.recipe import Recipe
-from lensjax.training.scoring import Batch
+from lensjax.training.scoring import Batch, reward_weights
 from lensjax.training.steps import actor_critic, episodes
 from lensjax.training.steps.episodes import Episode
 from lensjax.training.steps.update import Learner, gradient_step, init_learner
@@ -169,15 +169,17 @@ def roll_out(state: OnlineState, batch: Batch, *, recipe: Recipe, settings: Onli
     keys = jax.random.split(jax.random.fold_in(state.key, state.step), (batch["tokens"].shape[0], settings.episodes))
 
     def play(tokens: Array, key: Array) -> Episode:
+        window = split(tokens, horizon=recipe.context.horizon)
         return episodes.run(
             models,
             state.params,
-            split(tokens, horizon=recipe.context.horizon),
+            window,
             key,
             recipe.geometry,
             length=recipe.budget,
-            cooldown=recipe.focus.cooldown,
+            focus=recipe.focus,
             settings=settings,
+            weights=reward_weights(models, state.params, window, recipe.context, recipe.short),
         )
 
     return jax.vmap(jax.vmap(play, (None, 0)))(batch["tokens"], keys)

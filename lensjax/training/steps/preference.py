@@ -195,7 +195,15 @@ def score_batch(
 
     def score(tokens: Array, key: Array) -> ScoredVariants:
         return score_variants(
-            key, params, tokens, length, share, models=models, context=recipe.context, capacity=recipe.capacity
+            key,
+            params,
+            tokens,
+            length,
+            share,
+            models=models,
+            context=recipe.context,
+            capacity=recipe.capacity,
+            short=recipe.short,
         )
 
     return jax.vmap(score)(batch["tokens"], sequence_keys(state, batch))

@@ -128,5 +128,6 @@ def _rollout_loss(models: Models, params: dict[str, Params], tokens: Array, key:
     context = jax.tree.map(lambda leaf: leaf[0], drawn)
     horizon = recipe.context.horizon
     history = split(tokens, horizon=horizon).history
-    entries = contexts.materialise(build_tree(models, params, history, geometry), context)
+    tree = build_tree(models, params, history, geometry)
+    entries = contexts.materialise(tree, contexts.read(context, geometry))
     return nll.entry_nll(models.base, params["base"], entries, tokens, horizon=horizon)

@@ -1,0 +1,151 @@
+"""Stage one of LensNet's training: it learns from the history what a teacher knows from the horizon.
+
+    L = mean over contexts of  KL(p || softmax(artanh(s) / temperature)),    p_b = worth_b^sharpness / sum
+
+over the blocks of one history, with s the policy's scores of them in that context. One loss for a whole variant says
+little of each of its spans; a teacher says something of every span, for one pass of the base model. The contexts are
+the cold start, where a decision begins, and a random cut of a random length: scores then mean the same in all.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from lensjax import losses
+from lensjax.context import allocator, nodes, rollouts
+from lensjax.context import working as contexts
+from lensjax.context.working import WorkingContext
+from lensjax.models import Models, Params
+from lensjax.models.decision import build_tree, policy_scores, split
+from lensjax.training import key_tokens, teachers
+from lensjax.training.metrics import Metrics
+from lensjax.training.optim import schedules
+from lensjax.training.optim.optimizer import make_optimizer
+from lensjax.training.recipe import Recipe
+from lensjax.training.scoring import Batch
+from lensjax.training.steps.update import Learner, gradient_step, init_learner
+from lensjax.training.teachers import DistillConfig
+
+TRAINED = ("lens",)
+WIDEST = 1 - 1e-6
+"""Scores beyond it are taken for it: what tanh rounds to 1 has no finite inverse."""
+
+
+def init_distill_state(key: Array, *, recipe: Recipe, params: dict[str, Params]) -> Learner:
+    """A state before the first step.
+
+    Args:
+      key: PRNG key, consumed.
+      recipe: read is the optimizer.
+      params: parameters of `base`, `gist` and `lens`; copied.
+
+    Returns:
+      `Learner`.
+    """
+    copied = jax.tree.map(jnp.copy, params)
+    return init_learner(key, copied, tx=make_optimizer(recipe.optimizer), trainable=TRAINED)
+
+
+def distill_step(
+    state: Learner, batch: Batch, *, recipe: Recipe, settings: DistillConfig, models: Models
+) -> tuple[Learner, Metrics]:
+    """One update on one batch; compile it as `train_step`.
+
+    Args:
+      state: the state before the step.
+      batch: `tokens` int32[B, T].
+      recipe: static; read are shapes, rates, the optimizer and where refocusing starts.
+      settings: static.
+      models: static.
+
+    Returns:
+      The next state, and scalars by name: of these, `distill/top_agreement` is the share of the blocks that the policy
+      would show at the budget among those that the teacher would.
+
+    Example:
+      >>> import functools, jax, lensjax as lx
+      >>> from lensjax.training.steps import distill
+      >>> from lensjax.training.teachers import DistillConfig
+      >>> config = lx.Config(base=lx.BaseConfig(dim=16, layers=1), lens=lx.LensConfig(dim=16, layers=1))
+      >>> recipe, models = config.recipe, config.build_models()
+      >>> params = lx.init_train_state(jax.random.key(0), recipe=recipe, models=models).params
+      >>> state = distill.init_distill_state(jax.random.key(1), recipe=recipe, params=params)
+      >>> step = functools.partial(distill.distill_step, recipe=recipe, settings=DistillConfig(steps=30), models=models)
+      >>> tokens = jax.random.randint(jax.random.key(2), (2, config.context.window), 0, 256)
+      >>> state, metrics = jax.jit(step)(state, {"tokens": tokens})
+      >>> int(state.step), bool(metrics["loss"] > 0)
+      (1, True)
+    """
+    keys = jax.random.split(jax.random.fold_in(state.key, state.step), batch["tokens"].shape[0])
+
+    def loss_fn(params: dict[str, Params]) -> tuple[Array, Metrics]:
+        each, mass, agreement = jax.vmap(
+            lambda tokens, key: _one(key, params, tokens, recipe=recipe, settings=settings, models=models)
+        )(batch["tokens"], keys)
+        share = mass / jnp.maximum(jnp.sum(mass), 1e-9)
+        return jnp.sum(share * each), {"distill/top_agreement": jnp.mean(agreement)}
+
+    rate = schedules.learning_rate(
+        state.step,
+        settings.learning_rate,
+        schedule=recipe.optimizer.schedule,
+        warmup_steps=recipe.optimizer.warmup_steps,
+        steps=settings.steps,
+    )
+    after, seen = gradient_step(
+        state,
+        loss_fn,
+        tx=make_optimizer(recipe.optimizer),
+        trainable=TRAINED,
+        rates={"learning_rate": rate, "weight_decay": recipe.hyper.weight_decay},
+    )
+    return after, seen.aux | {"loss": seen.loss, "grad_norm": optax.tree.norm(seen.grads["lens"]), "lr": rate}
+
+
+def _one(
+    key: Array, params: dict[str, Params], tokens: Array, *, recipe: Recipe, settings: DistillConfig, models: Models
+) -> tuple[Array, Array, Array]:
+    """Loss of one sequence, how much it has to say, and how far policy and teacher agree at the cold start."""
+    geometry = recipe.geometry
+    window = split(tokens, horizon=recipe.context.horizon)
+    known = {name: jax.lax.stop_gradient(params[name]) for name in ("base", "gist")}
+    need = jax.nn.relu(key_tokens.token_gain(models.base, known["base"], window, short=recipe.short).gain)
+    worth = teachers.worth(models.base, known["base"], window, geometry, teacher=settings.teacher, weights=need)
+    targets = jax.lax.stop_gradient(nodes.pool_tokens(worth, geometry))
+    targets = jnp.maximum(targets, 0.0) ** settings.sharpness
+    tree = build_tree(models, known, window.history, geometry)
+    where = jnp.asarray(nodes.table(geometry).lod) == 1
+
+    seen = _contexts(key, recipe)
+    entries = jax.vmap(lambda one: contexts.materialise(tree, one))(seen)
+    scores = policy_scores(models.lens, params["lens"], entries)
+    # Scores before tanh: with it, whatever all of them have in common would in the end leave no gradient.
+    logits = jnp.arctanh(jnp.clip(scores, -WIDEST, WIDEST))
+    pooled = jax.vmap(lambda row, one: nodes.pool_scores(row, one, geometry))(logits, seen)
+    loss = jax.vmap(lambda row: losses.listwise_distillation(row, targets, where, temperature=settings.temperature))(
+        pooled
+    )
+    shown = max((recipe.budget - geometry.recent_tokens) // geometry.block_size, 1)
+    both = (_among_top(pooled[0], where, shown) & _among_top(targets, where, shown)).sum(dtype=jnp.float32)
+    return jnp.mean(loss), jnp.sum(jnp.where(where, targets, 0.0)), jax.lax.stop_gradient(both / shown)
+
+
+def _contexts(key: Array, recipe: Recipe) -> WorkingContext:
+    """The cold start at the budget, and a random cut whose length is log-uniform over all: leading axis 2."""
+    geometry, capacity = recipe.geometry, recipe.capacity
+    length_key, cut_key = jax.random.split(key)
+    bounds = jnp.log(jnp.asarray([geometry.shortest, capacity + 1], jnp.float32))
+    length = jnp.exp(jax.random.uniform(length_key, (), minval=bounds[0], maxval=bounds[1])).astype(jnp.int32)
+    drawn, _ = rollouts.sample_rollouts(
+        cut_key, length, recipe.hyper.high_lod_share, rollouts=1, geometry=geometry, capacity=capacity
+    )
+    start = allocator.start(recipe.budget, geometry, settings=recipe.focus)
+    cold = allocator.to_context(start, geometry, capacity=capacity)
+    return jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), cold, drawn)
+
+
+def _among_top(values: Array, where: Array, count: int) -> Array:
+    """bool[N]: the largest `count` of the values that count."""
+    order = jnp.argsort(jnp.where(where, -values, jnp.inf), stable=True)
+    return where & jnp.zeros(where.shape, bool).at[order[:count]].set(True)
