@@ -1,6 +1,7 @@
-"""Pretrains a base model (or takes one), trains LensNet by preferences, by its own edits, or by both, and measures it.
+"""Pretrains a base model (or takes one), trains LensNet by a teacher, preferences and its own edits, and measures it.
 
-    python -m experiments.train demo                              the standard library of this Python
+    python -m experiments.train demo                              text that quotes itself
+    python -m experiments.train stdlib                            the standard library of this Python
     python -m experiments.train recall --seed 1                   the task with known answers
     python -m experiments.train --data.task text --data.path 'notes/**/*.md' --output-dir runs/notes
     python -m experiments.train --resume runs/notes               go on with an interrupted run

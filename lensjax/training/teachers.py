@@ -38,7 +38,7 @@ class DistillConfig:
     teacher: Literal["attention", "gradient"] = "attention"
     """What the horizon attends to, or what the gradient of its loss says of each block."""
     temperature: Positive = 0.5
-    """Scores, which lie in [-1, 1], are logits of what deserves detail once divided by it."""
+    """Scores before tanh, divided by it, are the logits of what deserves detail."""
     sharpness: Positive = 1.0
     """Power of the teacher's worths: above 1 what little attention every block gets counts for less."""
     learning_rate: Positive = 1e-3

@@ -5,6 +5,10 @@
 over the blocks of one history, with s the policy's scores of them in that context. One loss for a whole variant says
 little of each of its spans; a teacher says something of every span, for one pass of the base model. The contexts are
 the cold start, where a decision begins, and a random cut of a random length: scores then mean the same in all.
+
+What is taught is need. Each token of the horizon weighs by how much the whole history lowers its loss below that of a
+short one (`key_tokens.token_gain`), and each sequence by the sum of its worths: most tokens need nothing old, and would
+teach the habit of the many.
 """
 
 import jax
