@@ -3,11 +3,9 @@
 An edit acts on one node of the tree: *expanding* a gist replaces it by its K children (K - 1 entries more), while
 *collapsing* a block replaces its K children by their gist (K - 1 fewer), at every level alike. One expansion paid for
 by one collapse is a *swap*, and leaves the number of entries as it was, exactly.
-
 A context is kept as one flag a node (see `lensjax.context.nodes`); of equal scores the first one is taken.
 
-Only the order of the scores counts, and every float32 has a place in it: +inf is expanded first and collapsed last,
--inf the other way round. A NaN says nothing of a node, and what nothing is known of is worth no detail: it is as -inf.
+Only the order of the scores counts, infinities included. A NaN is as -inf: what nothing is known of is worth no detail.
 """
 
 from dataclasses import dataclass
@@ -106,15 +104,7 @@ def from_cut(cut: ArrayLike, geometry: Geometry) -> FocusState:
 
 
 def to_cut(state: FocusState, geometry: Geometry, *, tokens: ArrayLike | None = None) -> Array:
-    """The level at which each token is shown.
-
-    Args:
-      state: what is collapsed.
-      geometry: the history.
-      tokens: int32[], tokens that the history holds so far; None for all of it.
-
-    Returns:
-      int32[C], `MISSING` for tokens that are not there yet.
+    """The level at which each token is shown, int32[C]; `MISSING` beyond the `tokens` int32[] held, None for all.
 
     Example:
       >>> import lensjax as lx
@@ -149,14 +139,8 @@ def to_context(
 def uniform(length: ArrayLike, geometry: Geometry) -> FocusState:
     """The cold start: a context of one length that knows nothing, its detail spread evenly over the history.
 
-    As few levels as the length allows: all is shown at two neighbouring levels where that works out.
-
-    Args:
-      length: int32[], entries wanted, rounded down to a reachable length; may be traced.
-      geometry: the history.
-
-    Returns:
-      `FocusState`.
+    As few levels as the length allows: all is shown at two neighbouring levels where that works out. `length` int32[]
+    is the entries wanted, rounded down to a reachable length; it may be traced.
 
     Example:
       >>> import lensjax as lx
@@ -172,10 +156,7 @@ def uniform(length: ArrayLike, geometry: Geometry) -> FocusState:
 
 
 def start(length: ArrayLike, geometry: Geometry, *, settings: FocusConfig) -> FocusState:
-    """The cold start that `settings.start` names, of one length, rounded down to a reachable one; may be traced.
-
-    Raises:
-      ValueError: recency is no cut of a geometry without omission.
+    """The cold start that `settings.start` names, as `uniform`; ValueError where recency is no cut (no omission).
 
     Example:
       >>> import lensjax as lx
@@ -212,9 +193,6 @@ def fit(
       geometry: the history.
       cooldown: int32[], steps for which edited nodes cool after the step that this begins.
       tokens: int32[], tokens that the history holds so far; None for all of it.
-
-    Returns:
-      `FocusState`.
 
     Example:
       >>> import jax.numpy as jnp, lensjax as lx
@@ -332,14 +310,14 @@ def edit(
     """One step of focusing: the edits that the budget demands (`fit`), then those that the policy asks for (`swap`).
 
     Args:
-      state: what is collapsed.
-      scores: float32[W], the policy's for the entries of `context`.
+      scores: float32[W], the policy's for the rows of `context`.
       context: the working context of `state`.
       length: int32[], entries that the next context must have.
+      state: this, and the arguments below, as for `swap`.
       geometry: the history.
-      settings: see `swap`.
-      tokens: int32[], tokens that the history holds so far; None for all of it.
-      key: PRNG key, consumed; needed where `settings.temperature` is above 0.
+      settings: thresholds, edits a step, cool-down.
+      tokens: int32[], tokens held so far.
+      key: PRNG key, consumed.
 
     Returns:
       The next state, and what the swaps did.

@@ -339,12 +339,8 @@ def test_undefined_values_are_strict_json(whole):
     ],
 )
 def test_a_loss_that_is_not_finite_ends_the_run(cheap, tmp_path, monkeypatch, phase, step, advice):
-    module, name = {
-        "pretrain": (pretrain, "pretrain_step"),
-        "distill": (distill, "distill_step"),
-        "lens": (preference, "train_step"),
-        "online": (online, "online_step"),
-    }[phase]
+    name = "train_step" if phase == "lens" else f"{phase}_step"
+    module = {"pretrain": pretrain, "distill": distill, "lens": preference, "online": online}[phase]
     good = getattr(module, name)
 
     def bad(state, batch, **kwargs):
