@@ -3,7 +3,7 @@
     L = mean over contexts of  KL(p || softmax(artanh(s) / temperature)),    p_b = worth_b^sharpness / sum
 
 over the blocks of one history, with s the policy's scores of them in that context. One loss for a whole variant says
-little of each of its spans; a teacher says something of every span, for one pass of the base model. The contexts are
+little of each of its spans; a teacher says something of every span, for three readings of a window. The contexts are
 the cold start, where a decision begins, and a random cut of a random length: scores then mean the same in all.
 
 What is taught is need. Each token of the horizon weighs by how much the whole history lowers its loss below that of a
