@@ -207,7 +207,9 @@ def attention(
       >>> print(f"{look(params).sum():.3f}")
       1.000
     """
-    paid, norms = attention_paid(base, params, tokens, query)
+    tokens = jnp.asarray(tokens)
+    places = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+    paid, norms = attention_paid(base, params, contexts.in_full(base.embed(params, tokens), places), places[query])
     return paid.mean(axis=0)[: geometry.history], -norms[: geometry.history]
 
 
