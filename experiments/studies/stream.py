@@ -38,7 +38,7 @@ from lensjax.models.base_lm import BaseConfig
 from lensjax.models.lensnet import LensConfig
 from lensjax.plots.maps import stream_map
 from lensjax.runs.config import Config
-from lensjax.runs.data import batches as data
+from lensjax.runs.data import corpus as data
 from lensjax.runs.data.task import DataConfig
 from lensjax.runs.load import load_params
 from lensjax.runs.store import config_file, run_folder
@@ -157,13 +157,13 @@ def stream_tokens(config: Config, count: int) -> np.ndarray:
             f"data.task {config.data.task!r} is of windows that have nothing to do with each other, and no stream: "
             "expected a run on text or on recall"
         )
-    text = data.SEPARATOR.join(path.read_bytes() for path in data.corpus_files(config.data, "test"))
-    if len(text) < count:
+    row = data.token_row(config, "test")
+    if len(row) < count:
         raise ValueError(
-            f"tokens must be at most {len(text)}, the bytes of the test split, none of which is read twice, got "
-            f"{count}: lower it, add files, or raise data.max_files of the run"
+            f"tokens must be at most {len(row)}, those of the test split, none of which is read twice, got {count}: "
+            "lower it, add files, or raise data.max_files of the run"
         )
-    return np.frombuffer(text, np.uint8, count).astype(np.int32)
+    return row[:count].astype(np.int32)
 
 
 def _recall_blocks(config: Config) -> Iterator[list[int]]:

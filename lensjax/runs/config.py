@@ -96,7 +96,7 @@ class Config(Recipe):
             "lens.map must be on without context.omit, where every gist is an entry of the context",
         )
         require(
-            not self.data.is_text or self.base.vocab_size >= 256,
+            not self.data.is_text or self.data.tokenizer is not None or self.base.vocab_size >= 256,
             f"base.vocab_size must be at least 256 for text, which is read as bytes, got {self.base.vocab_size}",
         )
 

@@ -10,7 +10,7 @@ import pytest
 
 from experiments.studies import stream as script
 from lensjax import _settings
-from lensjax.runs.data import batches as data
+from lensjax.runs.data import corpus as data
 from lensjax.runs.data import splits
 from lensjax.runs.data.task import DataConfig
 from lensjax.runs.store import checkpoint, run_folder

@@ -23,7 +23,7 @@ from lensjax.context.working import MISSING
 from lensjax.evaluation import streams
 from lensjax.plots import style
 from lensjax.runs.config import Config
-from lensjax.runs.data import batches as data
+from lensjax.runs.data import corpus as data
 from lensjax.runs.store import checkpoint, config_file, run_folder
 from lensjax.session import Session
 from lensjax.training import nll

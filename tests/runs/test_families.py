@@ -3,7 +3,7 @@ from itertools import combinations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lensjax.runs.data import batches as data
+from lensjax.runs.data import corpus as data
 from lensjax.runs.data import splits
 from lensjax.runs.data.families import LONG, MOST_FILES, families
 

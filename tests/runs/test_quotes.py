@@ -153,9 +153,9 @@ def test_processes_share_the_quotes_of_one(corpus):
 
 
 def test_quotes_that_do_not_fit_are_refused(corpus):
-    with pytest.raises(ValueError, match=r"data\.quote 6 bytes .* context\.recent_tokens must be at least 6, got 5"):
+    with pytest.raises(ValueError, match=r"data\.quote 6 tokens .* context\.recent_tokens must be at least 6, got 5"):
         Quotes(dataclasses.replace(CONTEXT, recent_tokens=5), 6)
-    with pytest.raises(ValueError, match=r"data\.quote 6 bytes and context\.horizon 5 .* context\.window 24"):
+    with pytest.raises(ValueError, match=r"data\.quote 6 tokens and context\.horizon 5 .* context\.window 24"):
         Quotes(dataclasses.replace(CONTEXT, window=24), 6)
     # It fits to the byte: a history of 19 has two blocks before the tail of 8, and a passage 8 bytes.
     least = ContextConfig(window=21, block_size=4, horizon=2, recent_tokens=8)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from lensjax.runs.config import Config
-from lensjax.runs.data import batches as data
-from lensjax.runs.data import splits
+from lensjax.runs.data import batches, splits
+from lensjax.runs.data import corpus as data
 from lensjax.runs.data.splits import SPLITS
 from lensjax.runs.data.task import DataConfig
 from tests.corpora import text_config, write_numbered
@@ -80,12 +80,12 @@ def test_order_is_by_hash_and_max_files_takes_the_first(corpus):
 
 def test_no_held_out_byte_is_ever_trained_on(corpus):
     config = text_config(corpus)
-    iterator = data.make_iterator(config, "train", seed=0, batch_size=16)
+    iterator = batches.make_iterator(config, "train", seed=0, batch_size=16)
     trained = {int(token) for _ in range(100) for token in next(iterator)["tokens"].flat}
     held_out = {
         int(token)
         for split in ("validation", "test")
-        for batch in data.make_iterator(config, split, seed=0, batch_size=1)
+        for batch in batches.make_iterator(config, split, seed=0, batch_size=1)
         for token in batch["tokens"].flat
     }
     assert len(trained) > 150 and len(held_out) > 10
@@ -119,7 +119,7 @@ def test_folder_glob_and_single_file(corpus):
 
 def test_any_bytes_are_text(tmp_path):
     (tmp_path / "os.py").write_bytes(bytes(range(256)))
-    (batch,) = data.fixed_batches(text_config(tmp_path, window=256), "train", batch_size=1, count=1, seed=0)
+    (batch,) = batches.fixed_batches(text_config(tmp_path, window=256), "train", batch_size=1, count=1, seed=0)
     np.testing.assert_array_equal(batch["tokens"], [np.arange(256)])
 
 
@@ -130,6 +130,6 @@ def test_standard_library():
     assert {"dataclasses.py", "argparse.py"} <= {path.name for path in every}
     assert all(path.suffix == ".py" for path in every)
     assert not any({"site-packages", "dist-packages"} & set(path.parts) for path in every)
-    batch = next(data.make_iterator(Config(), "validation", seed=0, batch_size=3))
+    batch = next(batches.make_iterator(Config(), "validation", seed=0, batch_size=3))
     packed = b"\0".join(path.read_bytes() for path in files["validation"])
     assert bytes(batch["tokens"].astype(np.uint8)) == packed[:768]

@@ -1,35 +1,23 @@
-"""Token windows from text files or from a synthetic task, as deterministic grain iterators.
+"""Token windows from text files or from a synthetic task, as deterministic grain iterators."""
 
-Text is read as bytes. Each FAMILY of files with text in common (see `families`) belongs to one split: a hash of the
-name of its first file decides, and so for most files, which share little with any other, a hash of their own name.
-The split depends neither on the machine nor on the order of the files, and no window of a held-out file, or of a
-near-duplicate of it, is ever trained on. Adding a file changes the split of others where it joins two families, or
-comes first in one.
-"""
-
-import functools
-import glob
-import os
-import sysconfig
-from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import dataclass
 
 import grain
 import numpy as np
 
-from lensjax.runs.data.families import families
+from lensjax.runs.data.corpus import corpus_files, token_row
 from lensjax.runs.data.quotes import Quotes
 from lensjax.runs.data.recall import RecallSource
-from lensjax.runs.data.splits import SPLITS, Split, digest, split_of
-from lensjax.runs.data.task import DataConfig, Windows
+from lensjax.runs.data.splits import Split
+from lensjax.runs.data.task import Windows
 from lensjax.runs.data.tracking import TrackingSource
 
 Batch = dict[str, np.ndarray]
 
-SEPARATOR = b"\0"
-"""Stands between two files of a split."""
-
-_NOT_STDLIB = ("site-packages", "dist-packages", "__pycache__")
+_WHO_DECIDES = {
+    "file": "Whole files, with all that are like them, go to train, validation and test, 90/5/5 by a hash of names",
+    "folder": "The folders train, validation and test say what is in which split",
+}
 
 
 def make_iterator(
@@ -47,8 +35,10 @@ def make_iterator(
     of them is that of all, in any number of processes.
 
     Text: `train` shuffles anew each epoch and never ends; the other splits pass once, in file order, and leave
-    out a last partial batch. Synthetic tasks never end; example i of one is a pure function of (seed, split, i).
-    With `data.quote` windows of text quote themselves (see `quotes`), each time that they come in another place.
+    out a last partial batch. Windows lie one behind the other, over ends of documents too, which their separator
+    shows; those of a tokenizer's text begin, in `train`, each epoch up to T - 1 tokens later. Synthetic tasks never
+    end; example i of one is a pure function of (seed, split, i). With `data.quote` windows of text quote themselves
+    (see `quotes`), each time that they come in another place.
 
     Args:
       config: the run; read are `data`, `context` and `base.vocab_size`.
@@ -65,16 +55,16 @@ def make_iterator(
       repeated, for tracking of the statements in the order in which they are needed.
 
     Raises:
-      ValueError: there are too few files or bytes, or the task does not fit the context.
+      ValueError: there are too few files or tokens, or the task does not fit the context; see `corpus.token_row`.
     """
-    dataset = _examples(config, split, seed=seed, pretraining=pretraining)
-    if config.data.is_text:
-        if split == "train":
-            dataset = dataset.shuffle(seed=_mixed(seed)).repeat()
-            dataset = _quoting(config, dataset, seed=seed, pretraining=pretraining)
-        else:
-            _require_windows(config, split, found=len(dataset), needed=batch_size)
-            dataset = _quoting(config, dataset, seed=seed)
+    if not config.data.is_text:
+        dataset = _examples(config, split, seed=seed, pretraining=pretraining)
+    elif split == "train":
+        dataset = _quoting(config, _without_end(config, seed), seed=seed, pretraining=pretraining)
+    else:
+        dataset = _examples(config, split, seed=seed)
+        _require_windows(config, split, found=len(dataset), needed=batch_size)
+        dataset = _quoting(config, dataset, seed=seed)
     return iterate(dataset, batch_size=batch_size, share=share)
 
 
@@ -127,36 +117,6 @@ def fixed_batches(
     return [batches[i] for i in range(count)]
 
 
-def corpus_files(data: DataConfig, split: Split) -> list[Path]:
-    """Lists the files of one split, in the order of their names' hashes; empty and hidden files are left out.
-
-    Files of all splits are read, to know which are alike.
-
-    Raises:
-      ValueError: `split` is unknown, the path does not exist, or there is no file at all.
-    """
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    root, paths = _stdlib_files() if data.task == "stdlib" else _text_files(str(data.path))
-    names = {path.relative_to(root).as_posix(): path for path in paths if path.is_file() and path.stat().st_size}
-    if not names:
-        raise ValueError(f"no file with text in it under {root} (data.path {data.path!r}); expected at least one")
-    family = _families(tuple((name, path, _stamp(path)) for name, path in names.items()))
-    members = sorted((name for name in names if split_of(family[name]) == split), key=digest)
-    return [names[name] for name in members[: data.max_files]]
-
-
-@functools.lru_cache(maxsize=1)
-def _families(files: tuple[tuple[str, Path, tuple[int, int]], ...]) -> dict[str, str]:
-    """Families of files by name. A run asks for each split in turn: the answer is kept while no file changes."""
-    return families({name: path.read_bytes() for name, path, _ in files})
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
-
-
 def _examples(config: Windows, split: Split, *, seed: int, pretraining: bool = False) -> grain.MapDataset:
     data, context, vocab_size = config.data, config.context, config.base.vocab_size
     if data.task == "recall":
@@ -185,19 +145,40 @@ def _as_tokens(window: np.ndarray) -> dict[str, np.ndarray]:
     return {"tokens": window.astype(np.int32)}
 
 
+def _without_end(config: Windows, seed: int) -> grain.MapDataset:
+    """Windows of the text to train on, in another order each epoch; of a tokenizer's, at another place too."""
+    windows = _windows(config, "train")
+    if config.data.tokenizer is None:
+        return grain.MapDataset.source(windows).map(_as_tokens).shuffle(seed=_mixed(seed)).repeat()
+    anywhere = _Anywhere(token_row(config, "train"), config.context.window)
+    dataset = grain.MapDataset.range(len(windows)).shuffle(seed=_mixed(seed)).repeat()
+    return dataset.random_map(anywhere, seed=_mixed(seed, 1))
+
+
+@dataclass(frozen=True)
+class _Anywhere:
+    """Maps i to the window that begins at a random place of tokens i T to (i + 1) T."""
+
+    row: np.ndarray
+    length: int
+
+    def __call__(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        begin = index * self.length
+        begin += int(rng.integers(min(self.length, len(self.row) - self.length - begin + 1)))
+        return _as_tokens(self.row[begin : begin + self.length])
+
+
 def _windows(config: Windows, split: Split) -> np.ndarray:
-    """Packs the files of a split into uint8[n, T]; up to T - 1 bytes at the end stay out."""
-    paths = corpus_files(config.data, split)
-    packed = SEPARATOR.join(path.read_bytes() for path in paths)
-    length = config.context.window
-    if len(packed) < length:
+    """The tokens of a split as [n, T], without a copy; up to T - 1 tokens at the end stay out."""
+    row, length = token_row(config, split), config.context.window
+    if len(row) < length:
         raise ValueError(
-            f"split {split!r} holds {len(packed)} bytes in {len(paths)} files, and one window takes {length}. "
-            "Whole files, with all that are like them, go to train, validation and test, 90/5/5 by a hash of their "
-            "names: add files, cut long ones into several, raise data.max_files, or lower context.window"
+            f"split {split!r} holds {len(row)} tokens in {len(corpus_files(config.data, split))} files, and one window "
+            f"takes {length}. {_WHO_DECIDES[config.data.split_by]}: add files, cut long ones into several, raise "
+            "data.max_files, or lower context.window"
         )
-    count = len(packed) // length
-    return np.frombuffer(packed, np.uint8, count * length).reshape(count, length)
+    count = len(row) // length
+    return row[: count * length].reshape(count, length)
 
 
 def _require_windows(config: Windows, split: Split, *, found: int, needed: int) -> None:
@@ -208,35 +189,6 @@ def _require_windows(config: Windows, split: Split, *, found: int, needed: int) 
         )
 
 
-def _mixed(seed: int) -> int:
+def _mixed(seed: int, *stream: int) -> int:
     # grain shuffles epoch e with seed + e: unmixed, run 1 would repeat run 0 with a delay of one epoch.
-    return int(np.random.SeedSequence(seed).generate_state(1)[0])
-
-
-def _stdlib_files() -> tuple[Path, Iterator[Path]]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    # _sysconfigdata* is written when an interpreter is built and differs from machine to machine.
-    return root, (
-        path
-        for path in _walk(root, skip=_NOT_STDLIB)
-        if path.suffix == ".py" and not path.name.startswith("_sysconfigdata") and os.access(path, os.R_OK)
-    )
-
-
-def _text_files(pattern: str) -> tuple[Path, Iterator[Path]]:
-    """Resolves a folder, a file or a glob to the corpus root and its files."""
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        return path, _walk(path)
-    if path.is_file():
-        return path.parent, iter([path])
-    wild = [i for i, part in enumerate(path.parts) if any(char in part for char in "*?[")]
-    if not wild:
-        raise ValueError(f"data.path {pattern!r} does not exist; expected a folder, a file or a glob")
-    return Path(*path.parts[: wild[0]]), map(Path, glob.iglob(str(path), recursive=True))
-
-
-def _walk(root: Path, skip: tuple[str, ...] = ()) -> Iterator[Path]:
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in skip]
-        yield from (Path(folder, name) for name in names if not name.startswith("."))
+    return int(np.random.SeedSequence(seed, spawn_key=stream).generate_state(1)[0])

@@ -3,7 +3,7 @@
     ... def __repr__(self): return f"{self.name}..." ........................... def __re|pr__(self): return f"{s
         ^ a passage of the history                                               ^ query | horizon
 
-The last `quote` bytes of the history are the first of a passage further back, and the horizon is how that passage goes
+The last `quote` tokens of the history are the first of a passage further back, and the horizon is how that passage goes
 on. Most text tells little of what is far back, so that its last tokens are hard to beat; here it is known which blocks
 are needed, and that they can be found from what stands before the cursor.
 """
@@ -21,7 +21,7 @@ class Quotes:
 
     Args:
       context: window [T], block size [K], recent tokens and horizon.
-      quote: bytes of a quote before the cursor.
+      quote: tokens of a quote before the cursor.
       pretraining: whether quotes stand all over a window, and not at its cursor.
 
     Raises:
@@ -36,18 +36,18 @@ class Quotes:
         context = self.context
         if self.quote > context.recent_tokens:
             raise ValueError(
-                f"text keeps the data.quote {self.quote} bytes before the cursor in full: context.recent_tokens must "
+                f"text keeps the data.quote {self.quote} tokens before the cursor in full: context.recent_tokens must "
                 f"be at least {self.quote}, got {context.recent_tokens}"
             )
         if self._latest < 0:
             raise ValueError(
-                f"a quote of data.quote {self.quote} bytes and context.horizon {context.horizon} must stand in the "
+                f"a quote of data.quote {self.quote} tokens and context.horizon {context.horizon} must stand in the "
                 f"blocks before it: raise context.window {context.window}, or lower one of these"
             )
 
     @property
     def length(self) -> int:
-        """Bytes of a passage that is quoted."""
+        """Tokens of a passage that is quoted."""
         return self.quote + self.context.horizon
 
     @property

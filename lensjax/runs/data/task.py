@@ -15,10 +15,17 @@ class DataConfig:
     """The running Python's standard library, the user's own text files, single-span recall, or variable tracking."""
     path: str | None = None
     """Folder or glob of text files; for task text."""
+    tokenizer: str | None = None
+    """A tokenizer.json, a Hugging Face folder that holds one, or a GGUF file; None reads text as bytes."""
+    cache: str = "runs/.tokens"
+    """Folder of token files, each made once of a tokenizer and its texts."""
+    split_by: Literal["file", "folder"] = "file"
+    """Files, by a hash of their names and with all that are like them, or the folders train, validation and test of
+    `path`."""
     max_files: PositiveInt | None = None
     """Read at most this many files a split, in hash order; None reads all."""
     quote: Count = 0
-    """Bytes of text before the cursor that begin an earlier passage again, which the horizon goes on with; 0 leaves
+    """Tokens of text before the cursor that begin an earlier passage again, which the horizon goes on with; 0 leaves
     text as it is."""
     recall_pool: PositiveInt = 4
     """Distinct blocks in a recall pretraining sequence; few, so that most positions repeat something."""
@@ -37,13 +44,22 @@ class DataConfig:
             f"data.path is read only where data.task is text: set data.task text, got {self.task!r}",
         )
         require(
+            self.tokenizer is None or self.is_text,
+            f"data.tokenizer is of text: set data.task to text or stdlib, got {self.task!r}",
+        )
+        require(bool(self.cache), "data.cache must name a folder, got an empty string")
+        require(
+            self.split_by == "file" or self.task == "text",
+            f"data.split_by folder is of a folder of text: set data.task text, got {self.task!r}",
+        )
+        require(
             self.quote == 0 or self.is_text,
             f"data.quote is of text: set data.task to text or stdlib, got {self.task!r}",
         )
 
     @property
     def is_text(self) -> bool:
-        """Whether tokens are bytes of files; otherwise they are of a synthetic task."""
+        """Whether tokens are of files; otherwise they are of a synthetic task."""
         return self.task in ("stdlib", "text")
 
 

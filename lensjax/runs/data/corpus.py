@@ -1,0 +1,133 @@
+"""Text of a run: which files, in which split, and the tokens of a split in one row.
+
+Each FAMILY of files with text in common (see `families`) belongs to one split: a hash of the name of its first file
+decides, and so for most files, which share little with any other, a hash of their own name. The split depends neither
+on the machine nor on the order of the files, and no window of a held-out file, or of a near-duplicate of it, is ever
+trained on. Adding a file changes the split of others where it joins two families, or comes first in one.
+
+With `data.split_by folder` the folders `train`, `validation` and `test` say it instead, so that whole works are held
+out.
+"""
+
+import functools
+import glob
+import os
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from lensjax._settings import require
+from lensjax.runs.data.families import families
+from lensjax.runs.data.splits import SPLITS, Split, digest, split_of
+from lensjax.runs.data.task import DataConfig, Windows
+from lensjax.runs.data.token_files import open_tokens
+from lensjax.runs.data.tokenizers import Tokenizer, read_tokenizer
+
+SEPARATOR = b"\0"
+"""Stands between two files of a split that is read as bytes."""
+
+_NOT_STDLIB = ("site-packages", "dist-packages", "__pycache__")
+
+
+def token_row(config: Windows, split: Split) -> np.ndarray:
+    """All tokens of a split, file after file.
+
+    Bytes are packed in memory, with `SEPARATOR` between two files. Those of a tokenizer are mapped from a file, which
+    is made first where there is none (see `token_files`); each document ends with the end-of-text token.
+
+    Args:
+      config: the run; read are `data` and `base.vocab_size`.
+      split: which files.
+
+    Returns:
+      Ids uint8[n], uint16[n] or uint32[n].
+
+    Raises:
+      ValueError: the tokenizer cannot be read or has more tokens than the base model, or its file is damaged; see
+        `corpus_files`.
+    """
+    data = config.data
+    if data.tokenizer is None:
+        return np.frombuffer(SEPARATOR.join(path.read_bytes() for path in corpus_files(data, split)), np.uint8)
+    tokenizer = read_tokenizer(data.tokenizer)
+    require(
+        config.base.vocab_size >= tokenizer.vocab_size,
+        f"base.vocab_size must be at least {tokenizer.vocab_size}, the vocabulary of data.tokenizer "
+        f"{data.tokenizer!r}, got {config.base.vocab_size}",
+    )
+    paths = corpus_files(data, split)
+    return _mapped(tuple(paths), tuple(map(_stamp, paths)), tokenizer, data.cache)
+
+
+@functools.lru_cache(maxsize=len(SPLITS))
+def _mapped(paths: tuple[Path, ...], _stamps: object, tokenizer: Tokenizer, cache: str) -> np.ndarray:
+    """The token file of texts. A run asks for it more than once: it is checked the first time."""
+    return open_tokens(paths, tokenizer, cache)
+
+
+def corpus_files(data: DataConfig, split: Split) -> list[Path]:
+    """Lists the files of one split, in the order of their names' hashes; empty and hidden files are left out.
+
+    Unless folders say which split a file is in, files of all splits are read, to know which are alike.
+
+    Raises:
+      ValueError: `split` is unknown, the path does not exist, or there is no file at all.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    root, paths = _stdlib_files() if data.task == "stdlib" else _text_files(str(data.path))
+    names = {path.relative_to(root).as_posix(): path for path in paths if path.is_file() and path.stat().st_size}
+    if data.split_by == "folder":
+        names = {name: path for name, path in names.items() if name.split("/")[0] in SPLITS}
+    if not names:
+        where = f"{root}/{{{','.join(SPLITS)}}}" if data.split_by == "folder" else str(root)
+        raise ValueError(f"no file with text in it under {where} (data.path {data.path!r}); expected at least one")
+    if data.split_by == "folder":
+        splits = {name: name.split("/")[0] for name in names}
+    else:
+        family = _families(tuple((name, path, _stamp(path)) for name, path in names.items()))
+        splits = {name: split_of(family[name]) for name in names}
+    members = sorted((name for name in names if splits[name] == split), key=digest)
+    return [names[name] for name in members[: data.max_files]]
+
+
+@functools.lru_cache(maxsize=1)
+def _families(files: tuple[tuple[str, Path, tuple[int, int]], ...]) -> dict[str, str]:
+    """Families of files by name. A run asks for each split in turn: the answer is kept while no file changes."""
+    return families({name: path.read_bytes() for name, path, _ in files})
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _stdlib_files() -> tuple[Path, Iterator[Path]]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    # _sysconfigdata* is written when an interpreter is built and differs from machine to machine.
+    return root, (
+        path
+        for path in _walk(root, skip=_NOT_STDLIB)
+        if path.suffix == ".py" and not path.name.startswith("_sysconfigdata") and os.access(path, os.R_OK)
+    )
+
+
+def _text_files(pattern: str) -> tuple[Path, Iterator[Path]]:
+    """Resolves a folder, a file or a glob to the corpus root and its files."""
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        return path, _walk(path)
+    if path.is_file():
+        return path.parent, iter([path])
+    wild = [i for i, part in enumerate(path.parts) if any(char in part for char in "*?[")]
+    if not wild:
+        raise ValueError(f"data.path {pattern!r} does not exist; expected a folder, a file or a glob")
+    return Path(*path.parts[: wild[0]]), map(Path, glob.iglob(str(path), recursive=True))
+
+
+def _walk(root: Path, skip: tuple[str, ...] = ()) -> Iterator[Path]:
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in skip]
+        yield from (Path(folder, name) for name in names if not name.startswith("."))
