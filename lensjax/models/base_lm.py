@@ -8,13 +8,13 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from lensjax._settings import Count, PositiveInt, above, require, settings
+from lensjax._settings import Count, Positive, PositiveInt, above, require, settings
 from lensjax.context.working import Entries
 from lensjax.models.functional import Functional, checked
 from lensjax.models.interfaces import Params
 from lensjax.models.nn.cache import KVCache
-from lensjax.models.nn.rope import rotary
-from lensjax.models.nn.transformer import Rotary, Transformer, TransformerConfig, rms_norm
+from lensjax.models.nn.rope import NO_SCALING, RopeScaling, rotary
+from lensjax.models.nn.transformer import NORM_EPS, Rotary, Transformer, TransformerConfig, rms_norm
 
 
 @settings("base")
@@ -33,7 +33,15 @@ class BaseConfig:
     layers: PositiveInt = 2
     heads: PositiveInt = 4
     kv_heads: PositiveInt = 2
+    head_dim: PositiveInt | None = None
+    """Width of one attention head; None for dim / heads."""
     mlp_dim: PositiveInt = 192
+    qkv_bias: bool = False
+    """Whether the query, key and value projections have biases, as in Qwen2."""
+    qk_norm: bool = False
+    """Whether queries and keys are normalised before they are turned, as in Qwen3."""
+    norm_eps: Positive = NORM_EPS
+    """Epsilon of every RMSNorm."""
     copy_heads: Count = 0
     """Key-value heads in each layer that find an entry by the one before it, and so learn at once to copy."""
     conv_width: Count = 3
@@ -41,13 +49,18 @@ class BaseConfig:
     tied: bool = True
     """Whether the output head is the transposed embedding."""
     rope_theta: Annotated[float, above(1)] = 10_000.0
+    rope_scaling: RopeScaling = NO_SCALING
     gaussian_rope: bool = False
     """Damp rotary frequencies by exp(-(theta sigma)^2 / 2), sigma = span width."""
 
     def _check(self) -> None:
         require(
-            self.dim % (2 * self.heads) == 0,
+            self.head_dim is not None or self.dim % (2 * self.heads) == 0,
             f"base.dim must be a multiple of 2 * base.heads = {2 * self.heads} (rotary pairs), got {self.dim}",
+        )
+        require(
+            self.head_dim is None or self.head_dim % 2 == 0,
+            f"base.head_dim must be even (rotary pairs), got {self.head_dim}",
         )
         require(
             self.heads % self.kv_heads == 0,
@@ -57,6 +70,11 @@ class BaseConfig:
             self.copy_heads <= self.kv_heads,
             f"base.copy_heads must be at most base.kv_heads {self.kv_heads}, got {self.copy_heads}",
         )
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head."""
+        return self.head_dim or self.dim // self.heads
 
 
 # Small enough that a fresh model is near uniform over the vocabulary, far enough from 0 that no two contexts
@@ -113,10 +131,14 @@ class BaseLM(nnx.Module):
             layers=config.layers,
             causal=True,
             copy_heads=config.copy_heads,
+            head_dim=config.head_dim,
+            qkv_bias=config.qkv_bias,
+            qk_norm=config.qk_norm,
+            norm_eps=config.norm_eps,
             dtype=dtype,
         )
         self.transformer = Transformer(stack, rngs=rngs)
-        self.norm = rms_norm(config.dim, rngs)
+        self.norm = rms_norm(config.dim, rngs, config.norm_eps)
         if not config.tied:
             self.head = nnx.Linear(
                 config.dim, config.vocab_size, use_bias=False, dtype=jnp.float32, kernel_init=init, rngs=rngs
@@ -124,7 +146,7 @@ class BaseLM(nnx.Module):
 
     def embed(self, tokens: Array) -> Array:
         """Embeddings float32[S, D] of tokens int32[S]."""
-        return self.embedding(tokens)
+        return jnp.take(self.embedding.embedding[...], tokens, axis=0).astype(jnp.float32)
 
     def __call__(self, embeddings: Array, positions: Array, spans: Array, rows: Array) -> Array:
         """Next-token logits at `rows`: float32[R, vocab]. See `BaseModel.logits`."""
@@ -155,24 +177,31 @@ class BaseLM(nnx.Module):
     def _angles(self, positions: Array, spans: Array) -> Rotary:
         config = self.config
         sigma = spans if config.gaussian_rope else None
-        return rotary(positions, config.dim // config.heads, config.rope_theta, sigma)
+        return rotary(positions, config.head_width, config.rope_theta, sigma, scaling=config.rope_scaling)
 
     def _mix(self, embeddings: Array) -> Array:
         """What the first layer reads of the entries [S, D]."""
-        x = embeddings.astype(self.dtype)
+        x = embeddings.astype(jnp.float32)
         return self.conv(x) if self.config.conv_width else x
 
     def _logits(self, x: Array) -> Array:
-        x = self.norm(x)
-        return self.embedding.attend(x) if self.config.tied else self.head(x)
+        matrix = self.embedding.embedding[...].T if self.config.tied else self.head.kernel[...]
+        # A float32 copy of a bfloat16 vocabulary would be larger than most layers together.
+        dtype = self.dtype if matrix.dtype == self.dtype else jnp.float32
+        return jnp.dot(self.norm(x).astype(dtype), matrix.astype(dtype), preferred_element_type=jnp.float32)
 
 
 @dataclass(frozen=True)
 class BaseModel(Functional[BaseLM]):
-    """Base language model as pure functions."""
+    """Base language model as pure functions.
+
+    Matrices of the parameters may be float32 or bfloat16; vectors (norms, biases) are float32, as are the residual
+    stream, rotary angles, softmax and logits.
+    """
 
     config: BaseConfig
     dtype: str = "float32"
+    """Type of the matrix products."""
 
     def _build(self, rngs: nnx.Rngs) -> BaseLM:
         return BaseLM(self.config, dtype=jnp.dtype(self.dtype), rngs=rngs)
@@ -237,7 +266,7 @@ class BaseModel(Functional[BaseLM]):
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1 entry, got {capacity}")
         config = self.config
-        shape, dtype = (config.layers, capacity, config.kv_heads, config.dim // config.heads), jnp.dtype(self.dtype)
+        shape, dtype = (config.layers, capacity, config.kv_heads, config.head_width), jnp.dtype(self.dtype)
         # Distinct buffers: a donated cache may not hold one buffer twice.
         return KVCache(
             keys=jnp.zeros(shape, dtype),
@@ -273,7 +302,7 @@ class BaseModel(Functional[BaseLM]):
         """
         config = self.config
         read = self._read(entries)
-        checked("cache.keys", cache.keys, config.layers, None, config.kv_heads, config.dim // config.heads)
+        checked("cache.keys", cache.keys, config.layers, None, config.kv_heads, config.head_width)
         rows = read[0].shape[0]
         count = checked("count", rows if count is None else count).astype(jnp.int32)
         cache.check_room(rows, count)

@@ -3,12 +3,69 @@
 Pairs are the two halves of a head, `(x[i], x[i + head_dim / 2])`, as in Llama.
 """
 
+import math
+from typing import Annotated, Literal
+
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from lensjax._settings import Positive, PositiveInt, at_least, require, settings
 
-def rotary(positions: ArrayLike, head_dim: int, theta: float, sigma: ArrayLike | None = None) -> tuple[Array, Array]:
+
+@settings("base.rope_scaling")
+class RopeScaling:
+    """How the frequencies of a model are slowed down that was trained further, on longer texts.
+
+        llama3:  f' = f (m + (1 - m) / factor),  m = (original_length f / (2 pi) - low) / (high - low) clipped to [0, 1]
+
+    Frequencies that turn fewer than `low` times within the original length are divided by the factor, those that turn
+    more than `high` times stay, in between it is a mixture.
+
+    References:
+      Grattafiori et al., The Llama 3 Herd of Models, arXiv:2407.21783, section 3.4.2 [from memory]; the formula is that
+      of the published reference code.
+
+    Example:
+      >>> from lensjax.models.nn.rope import RopeScaling
+      >>> RopeScaling("llama3", low=4.0)
+      Traceback (most recent call last):
+      ValueError: base.rope_scaling.high must be above base.rope_scaling.low 4.0, got 4.0
+    """
+
+    kind: Literal["none", "llama3"] = "none"
+    factor: Annotated[float, at_least(1)] = 8.0
+    low: Positive = 1.0
+    high: Positive = 4.0
+    original_length: PositiveInt = 8192
+    """Tokens of the texts before the longer ones."""
+
+    def _check(self) -> None:
+        require(
+            self.high > self.low,
+            f"base.rope_scaling.high must be above base.rope_scaling.low {self.low}, got {self.high}",
+        )
+
+    def __call__(self, frequencies: Array) -> Array:
+        """The frequencies in use, in radians per token; any shape."""
+        if self.kind == "none":
+            return frequencies
+        turns = self.original_length * frequencies / (2 * math.pi)
+        mixture = jnp.clip((turns - self.low) / (self.high - self.low), 0.0, 1.0)
+        return frequencies * (mixture + (1.0 - mixture) / self.factor)
+
+
+NO_SCALING = RopeScaling()
+
+
+def rotary(
+    positions: ArrayLike,
+    head_dim: int,
+    theta: float,
+    sigma: ArrayLike | None = None,
+    *,
+    scaling: RopeScaling = NO_SCALING,
+) -> tuple[Array, Array]:
     """Cosine and sine of every rotary angle, damped when positions are uncertain.
 
         f_i = theta ** (-2 i / head_dim),  i = 0 .. head_dim / 2 - 1
@@ -23,6 +80,7 @@ def rotary(positions: ArrayLike, head_dim: int, theta: float, sigma: ArrayLike |
       head_dim: width of an attention head, even.
       theta: base of the frequencies.
       sigma: [S], in tokens, standard deviation of the position; None for exact positions.
+      scaling: what is made of the frequencies f_i first.
 
     Returns:
       cos and sin, each float32[S, head_dim / 2].
@@ -36,7 +94,7 @@ def rotary(positions: ArrayLike, head_dim: int, theta: float, sigma: ArrayLike |
     if head_dim % 2:
         raise ValueError(f"head_dim must be even (rotary turns pairs), got {head_dim}")
     positions = jnp.asarray(positions, jnp.float32)
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    frequencies = scaling(theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim))
     angles = positions[:, None] * frequencies[None, :]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     if sigma is None:

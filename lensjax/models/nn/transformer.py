@@ -1,10 +1,11 @@
 """The pre-norm transformer that the base model, GistNet and LensNet share.
 
-Everything is written for one sequence `[S, D]`. Matrix products run in `dtype`; parameters, norms, rotary
-angles and softmax are float32.
+Everything is written for one sequence `[S, D]`. Matrix products run in `dtype`; norms, rotary angles and softmax are
+float32, and the residual stream has the type of what comes in. Matrices may be stored in float32 or bfloat16.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,9 @@ from lensjax.models.nn.rope import apply_rotary
 
 # Smaller blocks would keep a GPU waiting, more of them the compiler.
 _MIN_BLOCK, _MAX_BLOCKS = 128, 8
+# Smaller than usual: the mean of 64 fresh embeddings has a mean square of 6e-6, and must come out at unit scale like
+# any other entry.
+NORM_EPS = 1e-8
 
 Rotary = tuple[Array, Array]
 """cos and sin, each float32[S, head_dim / 2]."""
@@ -30,7 +34,7 @@ class TransformerConfig:
     dim: int
     """Width of the entries [D]."""
     heads: int
-    """Attention heads; a divisor of `dim`."""
+    """Attention heads; a divisor of `dim`, unless `head_dim` is given."""
     kv_heads: int
     """Key and value heads; a divisor of `heads`."""
     mlp_dim: int
@@ -40,17 +44,25 @@ class TransformerConfig:
     causal: bool
     """Whether an entry sees only itself and earlier entries."""
     dtype: DTypeLike
-    """Type of the matrix products and of the residual stream."""
+    """Type of the matrix products."""
     gain: float = 1.0
     """Scale of what all fresh blocks together add to the residual stream."""
     equal_query_key: bool = False
     """Start the query and key projections equal (see `Attention`)."""
     copy_heads: int = 0
     """Key heads, the first ones, that stand for the entry after theirs (see `Attention`)."""
+    head_dim: int | None = None
+    """Width of one head; None for dim / heads."""
+    qkv_bias: bool = False
+    """Whether the query, key and value projections have biases."""
+    qk_norm: bool = False
+    """Whether queries and keys pass an RMSNorm of their own, one for all heads, before they are turned."""
+    norm_eps: float = NORM_EPS
+    """Epsilon of every RMSNorm."""
 
     def __post_init__(self) -> None:
         """Refuses widths that do not fit each other."""
-        if self.dim % self.heads:
+        if self.head_dim is None and self.dim % self.heads:
             raise ValueError(f"dim must be a multiple of heads, got {self.dim} and {self.heads}")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
@@ -60,9 +72,9 @@ class TransformerConfig:
             raise ValueError(f"equal_query_key needs as many kv_heads as heads, got {self.kv_heads} and {self.heads}")
 
     @property
-    def head_dim(self) -> int:
+    def head_width(self) -> int:
         """Width of one head."""
-        return self.dim // self.heads
+        return self.head_dim or self.dim // self.heads
 
     @property
     def branch_gain(self) -> float:
@@ -70,13 +82,9 @@ class TransformerConfig:
         return self.gain * (2 * self.layers) ** -0.5
 
 
-def rms_norm(dim: int, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    """RMSNorm in float32. Its epsilon keeps all-zero rows (padding) and their gradients finite.
-
-    It is smaller than usual: the mean of 64 fresh embeddings has a mean square of 6e-6, and must come out at
-    unit scale like any other entry.
-    """
-    return nnx.RMSNorm(dim, epsilon=1e-8, dtype=jnp.float32, rngs=rngs)
+def rms_norm(dim: int, rngs: nnx.Rngs, epsilon: float = NORM_EPS) -> nnx.RMSNorm:
+    """RMSNorm in float32. Its epsilon keeps all-zero rows (padding) and their gradients finite."""
+    return nnx.RMSNorm(dim, epsilon=epsilon, dtype=jnp.float32, rngs=rngs)
 
 
 def linear(
@@ -128,25 +136,29 @@ class Attention(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
-        kv_dim = config.kv_heads * config.head_dim
+        own_dim, kv_dim = config.heads * config.head_width, config.kv_heads * config.head_width
         # One key used twice draws equal matrices into separate buffers, so that both can be donated.
         shared = rngs.params()
         key_rngs = nnx.Rngs(shared) if config.equal_query_key else rngs
-        self.query = linear(config.dim, config.dim, dtype=config.dtype, rngs=nnx.Rngs(shared))
-        self.key = linear(config.dim, kv_dim, dtype=config.dtype, rngs=key_rngs)
+        shape: Any = {"dtype": config.dtype, "bias": config.qkv_bias}
+        self.query = linear(config.dim, own_dim, **shape, rngs=nnx.Rngs(shared))
+        self.key = linear(config.dim, kv_dim, **shape, rngs=key_rngs)
         if config.copy_heads:
-            group, width = config.heads // config.kv_heads, config.copy_heads * config.head_dim
-            keys = self.key.kernel[...][:, :width].reshape(config.dim, config.copy_heads, 1, config.head_dim)
+            group, width = config.heads // config.kv_heads, config.copy_heads * config.head_width
+            keys = self.key.kernel[...][:, :width].reshape(config.dim, config.copy_heads, 1, config.head_width)
             queries = jnp.repeat(keys, group, axis=2).reshape(config.dim, width * group)
             self.query.kernel[...] = self.query.kernel[...].at[:, : width * group].set(queries)
-        self.value = linear(config.dim, kv_dim, dtype=config.dtype, rngs=rngs)
-        self.out = linear(config.dim, config.dim, dtype=config.dtype, rngs=rngs, gain=config.branch_gain)
+        self.value = linear(config.dim, kv_dim, **shape, rngs=rngs)
+        self.out = linear(own_dim, config.dim, dtype=config.dtype, rngs=rngs, gain=config.branch_gain)
+        if config.qk_norm:
+            self.query_norm = rms_norm(config.head_width, rngs, config.norm_eps)
+            self.key_norm = rms_norm(config.head_width, rngs, config.norm_eps)
 
     def __call__(self, x: Array, *, rotary: Rotary | None, key_mask: Array | None, rows: Array | None) -> Array:
         """Attends from `rows` (all entries if None) of x [S, D] to every entry; returns [R, D] or [S, D]."""
         source, own_rotary = (x, rotary) if rows is None else _take((x, rotary), rows)
         # Query, key, value: in this order their gradients are added up, and another one gives other last bits.
-        query, key = self._heads(self.query(source), own_rotary), self._heads(self.key(x), rotary)
+        query, key = self._queries(source, own_rotary), self._keys(x, rotary)
         value = self._heads(self.value(x))
         mask = None if key_mask is None else key_mask[None, None, :]
         if not self.config.causal:
@@ -158,8 +170,8 @@ class Attention(nnx.Module):
 
     def extend(self, x: Array, memory: Memory, *, rotary: Rotary | None, slots: Array) -> tuple[Array, Memory]:
         """Writes x [R, D] to `slots` int32[R] of the memory and attends to all slots up to each: [R, D], memory."""
-        query = self._heads(self.query(x), rotary)
-        key = memory[0].at[slots].set(self._heads(self.key(x), rotary), mode="drop")
+        query = self._queries(x, rotary)
+        key = memory[0].at[slots].set(self._keys(x, rotary), mode="drop")
         value = memory[1].at[slots].set(self._heads(self.value(x)), mode="drop")
         return self._attend(query, key, value, _up_to(slots, key.shape[0])), (key, value)
 
@@ -167,11 +179,11 @@ class Attention(nnx.Module):
         """What `rows` of x [S, D] attend to, causally, and the norms of unturned keys: [heads, R, S], [kv_heads, S]."""
         config = self.config
         source, own_rotary = _take((x, rotary), rows)
-        query, projected = self._heads(self.query(source), own_rotary), self.key(x)
-        key = jnp.repeat(self._shift(self._heads(projected, rotary)), config.heads // config.kv_heads, axis=1)
-        logits = jnp.einsum("rhd,shd->hrs", query, key, preferred_element_type=jnp.float32) * config.head_dim**-0.5
+        query, unturned = self._queries(source, own_rotary), self._keys(x)
+        key = jnp.repeat(self._shift(_turned(unturned, rotary)), config.heads // config.kv_heads, axis=1)
+        logits = jnp.einsum("rhd,shd->hrs", query, key, preferred_element_type=jnp.float32) * config.head_width**-0.5
         weights = jax.nn.softmax(jnp.where(_up_to(rows, x.shape[0]), logits, -jnp.inf))
-        return weights, jnp.linalg.norm(self._heads(projected).astype(jnp.float32), axis=-1).T
+        return weights, jnp.linalg.norm(unturned.astype(jnp.float32), axis=-1).T
 
     def _attend(self, query: Array, key: Array, value: Array, mask: Array | None) -> Array:
         return self.out(_mixed(query, self._shift(key), value, mask))
@@ -198,10 +210,23 @@ class Attention(nnx.Module):
         before = jnp.pad(key[:-1, :count], ((1, 0), (0, 0), (0, 0)))
         return jnp.concatenate([before, key[:, count:]], axis=1)
 
-    def _heads(self, x: Array, rotary: Rotary | None = None) -> Array:
-        """Splits [S, heads * head_dim] into heads and turns them to their positions."""
-        heads = x.reshape(x.shape[0], -1, self.config.head_dim)
-        return heads if rotary is None else apply_rotary(heads, *rotary)
+    def _queries(self, x: Array, rotary: Rotary | None = None) -> Array:
+        """Queries [S, heads, head_dim] of x [S, D], turned to their positions."""
+        heads = self._heads(self.query(x))
+        return _turned(self.query_norm(heads).astype(heads.dtype) if self.config.qk_norm else heads, rotary)
+
+    def _keys(self, x: Array, rotary: Rotary | None = None) -> Array:
+        """Keys [S, kv_heads, head_dim] of x [S, D], turned to their positions."""
+        heads = self._heads(self.key(x))
+        return _turned(self.key_norm(heads).astype(heads.dtype) if self.config.qk_norm else heads, rotary)
+
+    def _heads(self, x: Array) -> Array:
+        """Splits [S, heads * head_dim] into heads."""
+        return x.reshape(x.shape[0], -1, self.config.head_width)
+
+
+def _turned(heads: Array, rotary: Rotary | None) -> Array:
+    return heads if rotary is None else apply_rotary(heads, *rotary)
 
 
 def _mixed(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
@@ -224,9 +249,9 @@ class Block(nnx.Module):
     """Pre-norm residual block: x += attention(norm(x)); x += mlp(norm(x))."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs) -> None:
-        self.attention_norm = rms_norm(config.dim, rngs)
+        self.attention_norm = rms_norm(config.dim, rngs, config.norm_eps)
         self.attention = Attention(config, rngs=rngs)
-        self.mlp_norm = rms_norm(config.dim, rngs)
+        self.mlp_norm = rms_norm(config.dim, rngs, config.norm_eps)
         self.mlp = SwiGLU(
             config.dim, config.mlp_dim, config.dim, dtype=config.dtype, rngs=rngs, gain=config.branch_gain
         )
@@ -249,8 +274,8 @@ class Block(nnx.Module):
         return self._add(x, mixed), memory
 
     def _add(self, x: Array, mixed: Array) -> Array:
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + mixed.astype(x.dtype)
+        return x + self.mlp(self.mlp_norm(x)).astype(x.dtype)
 
 
 class Transformer(nnx.Module):

@@ -1,0 +1,256 @@
+"""Hugging Face folders: `config.json`, and safetensors (extra `hf`)."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lensjax._settings import require
+from lensjax.models.base_lm import BaseConfig
+from lensjax.models.checkpoints.files import INDEX, read_json, weight_files, weight_map
+from lensjax.models.checkpoints.tensors import Checkpoint
+from lensjax.models.nn.rope import NO_SCALING, RopeScaling
+
+DTYPES = ("F32", "F16", "BF16")
+
+# Keys that are read below, and keys that change nothing that a model computes of given tokens.
+READ = {
+    *("architectures", "head_dim", "hidden_size", "intermediate_size", "layer_types", "model_type"),
+    *("num_attention_heads", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "rope_parameters"),
+    *("rope_scaling", "rope_theta", "tie_word_embeddings", "vocab_size"),
+}
+NEUTRAL = {
+    *("_name_or_path", "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "initializer_range"),
+    *("max_position_embeddings", "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp"),
+    *("return_dict", "torch_dtype", "transformers.js_config", "transformers_version", "unsloth_version", "use_cache"),
+}
+ORIGINAL_LENGTH = "original_max_position_embeddings"
+ROPE_KINDS = {"default": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL_LENGTH)}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What one `model_type` computes beyond the sizes in its `config.json`."""
+
+    architecture: str
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Keys of its own, with the values that leave its function as it is here."""
+    required: tuple[str, ...] = ()
+    """Keys without which it means something that is not here."""
+    unused: tuple[str, ...] = ()
+    """Keys of its own that change nothing while those in `fixed` hold."""
+
+
+_COMMON = {"hidden_act": ("silu",), "quantization_config": (None,), "is_decoder": (True, False)}
+_GROUPED = ("num_key_value_heads",)
+FAMILIES = {
+    "llama": Family(
+        "LlamaForCausalLM",
+        fixed={
+            "attention_bias": (False,),
+            "mlp_bias": (False,),
+            "is_llama_config": (True,),
+            "rope_interleaved": (False,),
+        },
+    ),
+    "mistral": Family("MistralForCausalLM", fixed={"sliding_window": (None,)}, required=("sliding_window", *_GROUPED)),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        qkv_bias=True,
+        fixed={"use_sliding_window": (False,), "use_mrope": (False,)},
+        required=_GROUPED,
+        unused=("sliding_window", "max_window_layers"),
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        qk_norm=True,
+        fixed={"use_sliding_window": (False,), "attention_bias": (False,)},
+        required=(*_GROUPED, "head_dim"),
+        unused=("sliding_window", "max_window_layers"),
+    ),
+}
+
+
+def read_config(path: Path) -> BaseConfig:
+    """Settings of a folder's model, from its `config.json`.
+
+    Raises:
+      ValueError: a key is unknown, missing, or has a value that means another function.
+    """
+    source = path / "config.json"
+    raw = read_json(source)
+    kind = raw.get("model_type")
+    require(
+        isinstance(kind, str) and kind in FAMILIES,
+        f"{source}: model_type must be one of {', '.join(FAMILIES)}, got {kind!r}",
+    )
+    family = FAMILIES[str(kind)]
+    _check_keys(source, raw, str(kind), family)
+    dim, heads = _whole(source, raw, "hidden_size"), _whole(source, raw, "num_attention_heads")
+    head_dim = None if raw.get("head_dim") is None else _whole(source, raw, "head_dim")
+    layers = _whole(source, raw, "num_hidden_layers")
+    kinds = raw.get("layer_types")
+    require(
+        kinds is None or kinds == layers * ["full_attention"],
+        f"{source}: layer_types must be full_attention in each of {layers} layers, got {kinds!r}",
+    )
+    theta, scaling = _rope(source, raw)
+    grouped = raw.get("num_key_value_heads") is not None
+    try:
+        return BaseConfig(
+            vocab_size=_whole(source, raw, "vocab_size"),
+            dim=dim,
+            layers=layers,
+            heads=heads,
+            kv_heads=_whole(source, raw, "num_key_value_heads") if grouped else heads,
+            head_dim=None if head_dim is None or head_dim * heads == dim else head_dim,
+            mlp_dim=_whole(source, raw, "intermediate_size"),
+            qkv_bias=family.qkv_bias,
+            qk_norm=family.qk_norm,
+            norm_eps=_number(source, raw, "rms_norm_eps"),
+            conv_width=0,
+            tied=_flag(source, raw, "tie_word_embeddings"),
+            rope_theta=theta,
+            rope_scaling=scaling,
+        )
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}" if str(source) not in str(error) else str(error)) from error
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Opens the weights of a folder; only their names, types and shapes are read yet.
+
+    Raises:
+      ValueError: `config.json` is none that is covered, a file is absent or broken, a tensor has another type, or
+        there are more tokens than rows of the embedding.
+      ImportError: the extra `hf` is not installed.
+    """
+    config = read_config(path)
+    _check_tokens(path, config)
+    files = weight_files(path)
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise ImportError("checkpoints in a folder need safetensors: pip install 'lensjax[hf]'") from error
+    where: dict[str, Any] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        try:
+            opened = safe_open(file, framework="numpy")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is no whole safetensors file ({error}): fetch it again") from error
+        for name in opened.keys():  # noqa: SIM118 - it is no dict
+            require(name not in where, f"{path} has {name} in two files, one of them {file.name}")
+            entry = opened.get_slice(name)
+            require(
+                entry.get_dtype() in DTYPES,
+                f"{file}: {name} must be one of {', '.join(DTYPES)}, got {entry.get_dtype()}: quantised weights are "
+                "read from GGUF files alone",
+            )
+            where[name], shapes[name] = opened, tuple(entry.get_shape())
+    if files[0].name != "model.safetensors":
+        absent = sorted(set(weight_map(path)) - set(shapes))
+        require(not absent, f"{path / INDEX} names {', '.join(absent[:4])}, which its files do not hold")
+
+    def read(name: str) -> np.ndarray:
+        tensor: np.ndarray = where[name].get_tensor(name)
+        return tensor
+
+    return Checkpoint(str(path), config, shapes, read)
+
+
+def _check_keys(source: Path, raw: Mapping[str, Any], kind: str, family: Family) -> None:
+    fixed = {**_COMMON, **family.fixed}
+    unknown = sorted(set(raw) - READ - NEUTRAL - set(fixed) - set(family.unused))
+    require(
+        not unknown,
+        f"{source}: {', '.join(unknown)}: not known for model_type {kind}, and may change what the model computes",
+    )
+    for key in family.required:
+        require(key in raw, f"{source}: {key} is missing, and model_type {kind} needs it")
+    for key, allowed in fixed.items():
+        if key in raw:
+            value = raw[key]
+            fine = any(value is one or (isinstance(one, str) and value == one) for one in allowed)
+            choices = " or ".join("null" if one is None else str(one).lower() for one in allowed)
+            require(fine, f"{source}: {key} must be {choices}, got {value!r}: anything else is another function")
+    architectures = raw.get("architectures") or [family.architecture]
+    require(
+        architectures == [family.architecture],
+        f"{source}: architectures must be [{family.architecture!r}], got {architectures!r}",
+    )
+
+
+def _rope(source: Path, raw: Mapping[str, Any]) -> tuple[float, RopeScaling]:
+    """Base of the rotary frequencies, and how they are scaled."""
+    newer = raw.get("rope_parameters")
+    if newer is not None:
+        clash = [key for key in ("rope_theta", "rope_scaling") if raw.get(key) is not None]
+        require(not clash, f"{source}: {', '.join(clash)} beside rope_parameters; keep one of them")
+        where, settings, owner = "rope_parameters.", newer, newer
+    else:
+        where, settings, owner = "rope_scaling.", raw.get("rope_scaling") or {}, raw
+    require(isinstance(settings, dict), f"{source}: {where[:-1]} must be an object, got {settings!r}")
+    kind = settings.get("rope_type", settings.get("type", "default"))
+    require(
+        isinstance(kind, str) and kind in ROPE_KINDS,
+        f"{source}: {where}rope_type must be one of {', '.join(ROPE_KINDS)}, got {kind!r}",
+    )
+    default = 10_000.0 if raw["model_type"] == "llama" and newer is None else None
+    theta = _number(source, owner, "rope_theta", where if newer is not None else "", default)
+    unknown = sorted(set(settings) - {"rope_type", "type", "rope_theta", *ROPE_KINDS[kind]})
+    require(not unknown, f"{source}: {where}{unknown[0] if unknown else ''} is not known for rope_type {kind}")
+    if kind == "default":
+        return theta, NO_SCALING
+    return theta, RopeScaling(
+        "llama3",
+        factor=_number(source, settings, "factor", where),
+        low=_number(source, settings, "low_freq_factor", where),
+        high=_number(source, settings, "high_freq_factor", where),
+        original_length=_whole(source, settings, ORIGINAL_LENGTH, where),
+    )
+
+
+def _check_tokens(path: Path, config: BaseConfig) -> None:
+    """Refuses a tokenizer with more tokens than the embedding has rows; padded embeddings have more rows."""
+    source = path / "tokenizer.json"
+    if not source.exists():
+        return
+    raw = read_json(source)
+    vocabulary = (raw.get("model") or {}).get("vocab") or {}
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else list(range(len(vocabulary)))
+    ids += [token.get("id") for token in raw.get("added_tokens") or []]
+    require(all(isinstance(one, int) for one in ids), f"{source} has tokens without a number")
+    most = max(ids, default=-1)
+    require(
+        most < config.vocab_size,
+        f"{source} has a token of number {most}, but config.json says vocab_size {config.vocab_size}: the two are of "
+        "different models",
+    )
+
+
+def _whole(source: Path, raw: Mapping[str, Any], key: str, where: str = "") -> int:
+    value = raw.get(key)
+    require(
+        isinstance(value, int) and not isinstance(value, bool) and value > 0,
+        f"{source}: {where}{key} must be a whole number above 0, got {value!r}",
+    )
+    return int(value or 0)
+
+
+def _number(source: Path, raw: Mapping[str, Any], key: str, where: str = "", default: float | None = None) -> float:
+    value = raw.get(key, default)
+    fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    require(fine, f"{source}: {where}{key} must be a number above 0, got {value!r}")
+    return float(value or 0)
+
+
+def _flag(source: Path, raw: Mapping[str, Any], key: str) -> bool:
+    value = raw.get(key, False)
+    require(isinstance(value, bool), f"{source}: {key} must be true or false, got {value!r}")
+    return bool(value)
