@@ -90,7 +90,7 @@ def request_stop() -> None:
 def cheap_programs() -> Iterator[None]:
     """Replaces what the scripts compile: a step moves one array, by an amount that tells the order of all batches."""
 
-    def step(state: Any, batch: Any, *, part: str, **static: Any) -> Any:
+    def step(state: Any, batch: Any, frozen: Any, *, part: str, **static: Any) -> Any:
         noise = jax.random.normal(jax.random.fold_in(state.key, state.step))
         shift = jnp.mean(batch["tokens"].astype(jnp.float32)) + noise
         (first, *others), structure = jax.tree.flatten(state.params[part])
@@ -98,8 +98,8 @@ def cheap_programs() -> Iterator[None]:
         after = dataclasses.replace(state, step=state.step + 1, params=params)
         return after, {"loss": shift, "lr": jnp.float32(0.1)}
 
-    def eval_step(key: jax.Array, state: Any, batch: Any, **static: Any) -> Any:
-        value = jnp.sum(jax.tree.leaves(state.params["lens"])[0]) + jax.random.normal(key)
+    def eval_step(key: jax.Array, state: Any, batch: Any, frozen: Any, **static: Any) -> Any:
+        value = jnp.sum(jax.tree.leaves({**frozen, **state.params}["lens"])[0]) + jax.random.normal(key)
         return dict.fromkeys(_MEASURED, value) | {"mc/preference_corr_mean": jnp.float32(jnp.nan)}
 
     def pretrain_eval_step(params: Any, batch: Any, **static: Any) -> Any:

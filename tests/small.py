@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lensjax import _settings
-from lensjax.models import GistModel, LensModel, Models, decision
+from lensjax.models import GistModel, LensModel, Models, Params, decision
 from lensjax.models.base_lm import BaseConfig
 from lensjax.models.gistnet import GistConfig
 from lensjax.models.lensnet import LensConfig
@@ -66,38 +66,53 @@ class Run:
         return self._make_models(self.config)
 
     @functools.cached_property
-    def train_step(self) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    def train_step(self) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
         step = functools.partial(preference.train_step, recipe=self.recipe, models=self.models)
         return jit(step, donate_argnums=0)
 
     def state(self, seed: int = 0, *, step: int = 0, **hyper: float) -> TrainState:
         """A state that may be donated, at a step, with some hyperparameters changed as data."""
-        state = jax.tree.map(jnp.copy, self._fresh(seed))
+        state = jax.tree.map(jnp.copy, self._fresh(seed)[0])
         changed = {name: jnp.asarray(value, jnp.float32) for name, value in hyper.items()}
         return replace(state, step=jnp.asarray(step, jnp.int32), hyper=replace(state.hyper, **changed))
 
+    def frozen(self, seed: int = 0) -> dict[str, Params]:
+        """The parts that `state` does not train."""
+        return self._fresh(seed)[1]
+
+    def params(self, seed: int = 0) -> dict[str, Params]:
+        """Of all parts; read only."""
+        state, frozen = self._fresh(seed)
+        return {**frozen, **state.params}
+
     @functools.cache  # noqa: B019
-    def _fresh(self, seed: int) -> TrainState:
+    def _fresh(self, seed: int) -> tuple[TrainState, dict[str, Params]]:
         return preference.init_train_state(jax.random.key(seed), recipe=self.recipe, models=self.models)
 
-    def history(self, state: TrainState, steps: int) -> tuple[list[TrainState], list[Metrics]]:
+    def history(
+        self, state: TrainState, steps: int, frozen: dict[str, Params] | None = None
+    ) -> tuple[list[TrainState], list[Metrics]]:
         """All states of a run, the first one included, and the reports of its steps; step i reads `batch(i)`."""
         # JAX's lowering of the gradient of bfloat16 attention does not pass under strict promotion.
+        frozen = self.frozen() if frozen is None else frozen
         promotion = "standard" if self.config.dtype == "bfloat16" else "strict"
         states, reports = [jax.tree.map(jnp.copy, state)], []
         for index in range(steps):
             with jax.numpy_dtype_promotion(promotion):
-                state, report = self.train_step(state, batch(index))
+                state, report = self.train_step(state, batch(index), frozen)
             states.append(jax.tree.map(jnp.copy, state))
             reports.append(report)
         return states, reports
 
-    def observe(self, state: TrainState, tokens: Batch) -> tuple[ScoredVariants, np.ndarray, np.ndarray | None]:
+    def observe(
+        self, state: TrainState, tokens: Batch, frozen: dict[str, Params] | None = None
+    ) -> tuple[ScoredVariants, np.ndarray, np.ndarray | None]:
         """What the objective of the next step is given: variants, and scores of the policy and of its anchor."""
         keys = jax.random.split(jax.random.fold_in(state.key, state.step), tokens["tokens"].shape[0])
         length = preference.current_length(state.step, state.hyper, recipe=self.recipe)
-        scored = self.score_variants(state.params, tokens["tokens"], keys, length, state.hyper.high_lod_share)
-        scores = self.policy_scores(state.params["lens"], scored.entries)
+        params = {**(self.frozen() if frozen is None else frozen), **state.params}
+        scored = self.score_variants(params, tokens["tokens"], keys, length, state.hyper.high_lod_share)
+        scores = self.policy_scores(params["lens"], scored.entries)
         anchor = None if state.anchor is None else self.policy_scores(state.anchor, scored.entries)
         return scored, scores, anchor
 

@@ -46,7 +46,7 @@ def init_state() -> State:
     return State(jnp.int32(0), jnp.uint32(1), jnp.zeros(3), jax.random.key(5))
 
 
-def toy_step(state, batch):
+def toy_step(state, batch, frozen):
     tokens = batch["tokens"].astype(jnp.uint32)
     places = 1 + jnp.arange(tokens.size, dtype=jnp.uint32).reshape(tokens.shape)
     noise = jax.random.normal(jax.random.fold_in(state.key, state.step), (3,))
@@ -59,9 +59,9 @@ def toy_step(state, batch):
     return after, {"loss": jnp.mean(after.weights**2), "digest": after.digest}
 
 
-def faulty_step(state, batch, *, faults):
+def faulty_step(state, batch, frozen, *, faults):
     """`toy_step` with metrics that are set from a step on: name to (step, value)."""
-    after, metrics = toy_step(state, batch)
+    after, metrics = toy_step(state, batch, frozen)
     faulty = {
         name: jnp.where(after.step >= step, value, metrics.get(name, 1.0)) for name, (step, value) in faults.items()
     }
@@ -137,6 +137,7 @@ class Run:
                 phase,
                 init_state() if state is None else state,
                 Batches(batches, hook),
+                frozen={},
                 run_dir=self.folder,
                 config=self.config,
                 mesh=devices.make_mesh({}),

@@ -64,23 +64,23 @@ class Step:
     def __init__(self, config: Config, models: Models) -> None:
         self.config, self.models, recipe = config, models, config.recipe
         key = jax.random.key(0)
-        self.state = preference.init_train_state(key, recipe=recipe, models=models)
+        self.state, self._frozen = preference.init_train_state(key, recipe=recipe, models=models)
         shape = (config.batch_size, config.context.window)
         self.batch = {"tokens": jax.random.randint(key, shape, 0, config.base.vocab_size, jnp.int32)}
-        self.params: dict[str, Params] = jax.tree.map(jnp.copy, self.state.params)
+        self.params = {**self._frozen, **jax.tree.map(jnp.copy, self.state.params)}
         self.scored: ScoredVariants = jax.jit(
             lambda params, state, batch: preference.score_batch(params, state, batch, recipe=recipe, models=models)
         )(self.params, self.state, self.batch)
         began = time.perf_counter()
         step = functools.partial(preference.train_step, recipe=recipe, models=models)
         with Compiles() as compiles:
-            self._compiled = jax.jit(step, donate_argnums=0).lower(self.state, self.batch).compile()
+            self._compiled = jax.jit(step, donate_argnums=0).lower(self.state, self.batch, self._frozen).compile()
         self.compiles = compiles.count
         self.compile_seconds = time.perf_counter() - began
 
     def __call__(self) -> Any:
         """One step; the next call goes on from it."""
-        self.state, report = self._compiled(self.state, self.batch)
+        self.state, report = self._compiled(self.state, self.batch, self._frozen)
         return report
 
     @property

@@ -81,14 +81,18 @@ def measure(arguments: Arguments) -> list[dict[str, Any]]:
 def _step(config: Config) -> Program:
     """A compiled step on random tokens; on own edits where the config has them."""
     models, recipe, key = config.build_models(), config.recipe, jax.random.key(0)
-    state: Any = preference.init_train_state(key, recipe=recipe, models=models)
+    state: Any
+    state, frozen = preference.init_train_state(key, recipe=recipe, models=models)
     step: Callable[..., Any] = preference.train_step
     if config.online.steps:
-        state = online.init_online_state(key, recipe=recipe, settings=config.online, models=models, params=state.params)
+        params = {**frozen, **state.params}
+        state, frozen = online.init_online_state(
+            key, recipe=recipe, settings=config.online, models=models, params=params
+        )
         step = functools.partial(online.online_step, settings=config.online)
     tokens = jax.random.randint(key, (config.batch_size, config.context.window), 0, config.base.vocab_size, jnp.int32)
     compiled = jax.jit(functools.partial(step, recipe=recipe, models=models))
-    return lambda: compiled(state, {"tokens": tokens})
+    return lambda: compiled(state, {"tokens": tokens}, frozen)
 
 
 if __name__ == "__main__":

@@ -24,13 +24,10 @@ Batch = dict[str, Array]
 """`prompt` int32[B, P], `trace` int32[B, L], `answer` and `conclusion` int32[B]."""
 
 
-_TRAINED = ("lm",)
-
-
 def init_state(key: Array, *, config: QuietStarConfig, model: ThoughtModel) -> Learner:
     """A learner with fresh parameters of `lm`, which draws nothing while it bakes. `key` is consumed."""
     params = {"lm": model.init(key)}
-    return init_learner(key, params, tx=make_optimizer(config.optimizer), trainable=_TRAINED)
+    return init_learner(key, params, tx=make_optimizer(config.optimizer))
 
 
 def bake_loss(params: Params, batch: Batch, *, model: ThoughtModel) -> tuple[Array, Metrics]:
@@ -64,7 +61,6 @@ def bake_step(state: Learner, batch: Batch, *, config: QuietStarConfig, model: T
         state,
         lambda params: bake_loss(params["lm"], batch, model=model),
         tx=make_optimizer(config.optimizer),
-        trainable=_TRAINED,
         rates={"learning_rate": rate, "weight_decay": 0.0},
     )
     return after, seen.aux | {"loss": seen.loss, "grad_norm": optax.tree.norm(seen.grads), "lr": rate}

@@ -29,7 +29,6 @@ from lensjax.training.optim.optimizer import make_optimizer
 from lensjax.training.steps import actor_critic
 from lensjax.training.steps.update import Learner, gradient_step, init_learner
 
-_TRAINED = ("lm", "value")
 _RECENT = 100
 """Episodes that `rl/avg_reward_100` is a mean of."""
 
@@ -79,7 +78,7 @@ def init_state(key: Array, *, config: QuietStarConfig, baked: Params) -> RLState
     run_key, value_key = jax.random.split(key)
     # Two copies: the reference must not move, and a donated state may not hold one buffer twice.
     params = {"lm": jax.tree.map(jnp.copy, baked), "value": value_model(config).init(value_key)}
-    learner = init_learner(run_key, params, tx=make_optimizer(config.optimizer), trainable=_TRAINED)
+    learner = init_learner(run_key, params, tx=make_optimizer(config.optimizer))
     reference = jax.tree.map(jnp.copy, baked)
     return RLState(**vars(learner), reference=reference, recent=moving.init_window(_RECENT))
 
@@ -110,7 +109,6 @@ def rl_step(state: RLState, batch: Batch, *, config: QuietStarConfig, model: Tho
         state,
         functools.partial(episode_loss, state=state, batch=batch, episode=episode, config=config, model=model),
         tx=make_optimizer(config.optimizer),
-        trainable=_TRAINED,
         rates={"learning_rate": rate, "weight_decay": 0.0},
     )
     reward = jnp.mean(episode.gains)

@@ -40,9 +40,6 @@ class RlanModels:
     hypernet: HyperLoRAModel
 
 
-_TRAINED = ("grid", "hypernet")
-
-
 def build_models(config: RlanConfig) -> RlanModels:
     """Builds the models of a configuration; call it once, outside `jax.jit`."""
     grid = GridModel(config.grid, config.task_set.size)
@@ -53,7 +50,7 @@ def init_state(key: Array, *, config: RlanConfig, models: RlanModels) -> Learner
     """A learner with fresh parameters of `grid` and `hypernet`. `key` is consumed."""
     grid_key, hypernet_key = jax.random.split(key)
     params = {"grid": models.grid.init(grid_key), "hypernet": models.hypernet.init(hypernet_key)}
-    return init_learner(jax.random.fold_in(key, 2), params, tx=_optimizer(config), trainable=_TRAINED)
+    return init_learner(jax.random.fold_in(key, 2), params, tx=_optimizer(config))
 
 
 def _optimizer(config: RlanConfig) -> optax.GradientTransformation:
@@ -224,7 +221,6 @@ def meta_step(state: Learner, batch: Batch, *, config: RlanConfig, models: RlanM
         state,
         lambda params: meta_loss(params, batch, state.step, config=config, models=models),
         tx=_optimizer(config),
-        trainable=_TRAINED,
         rates={"learning_rate": rate, "weight_decay": config.weight_decay},
     )
     return after, seen.aux | {"loss": seen.loss, "grad_norm": optax.tree.norm(seen.grads), "lr": rate}

@@ -77,14 +77,14 @@ def run(config: RlanConfig, *, resume: bool = False, console: Console | None = N
             name=PHASE,
             steps=config.steps,
             batch_size=config.batch_size,
-            step=functools.partial(meta.meta_step, config=config, models=models),
+            step=lambda state, batch, _: meta.meta_step(state, batch, config=config, models=models),
             evaluate=lambda state: measure(state, "validation"),
             headline=HEADLINE,
             monitor="nll",
         )
         state = meta.init_state(jax.random.key(config.seed), config=config, models=models)
         state, seconds = loop.run_phase(
-            phase, state, training, run_dir=folder, config=config, mesh=mesh, logger=logger, console=console
+            phase, state, training, frozen={}, run_dir=folder, config=config, mesh=mesh, logger=logger, console=console
         )
         report = measure(state, "test") | by_family(config, functools.partial(measure, state))
     params = devices.to_host(state.params)

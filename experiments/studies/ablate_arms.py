@@ -73,12 +73,15 @@ def train(
     keys = {seed: stream(replace(shared, seed=seed), LENS_STREAM) for seed in seeds}
     parts = sweep.split(configs, program.mesh.size)
     states = [
-        sweep.init([configs[i] for i in part], keys, recipe=recipe, models=program.models, params=params)
+        sweep.init([configs[i] for i in part], keys, recipe=recipe, models=program.models, params=params)[0]
         for part in parts
     ]
-    state, finite = _steps(program, sweep.stack(states, program.mesh), seeds, config=shared, console=console)
+    frozen = place({name: params[name] for name in ("base", "gist")}, program.mesh, split=False)
+    start = sweep.stack(states, program.mesh)
+    state, finite = _steps(program, start, frozen, seeds, config=shared, console=console)
+    evaluation = jax.random.key(EVALUATION_SEED)
     reports = [
-        jax.device_get(program.evaluate(state, batch, jax.random.fold_in(jax.random.key(EVALUATION_SEED), index)))
+        jax.device_get(program.evaluate(state, batch, jax.random.fold_in(evaluation, index), frozen))
         for index, batch in enumerate(_held_out(shared))
     ]
     slots = list(itertools.chain(*parts))
@@ -147,7 +150,13 @@ class _Program:
 
 
 def _steps(
-    program: _Program, state: SweepState, seeds: Sequence[int], *, config: Config, console: Console
+    program: _Program,
+    state: SweepState,
+    frozen: dict[str, Params],
+    seeds: Sequence[int],
+    *,
+    config: Config,
+    console: Console,
 ) -> tuple[SweepState, np.ndarray]:
     """All training steps; and for each arm, bool[devices, arms of each], whether all of its losses were finite."""
     batches = [
@@ -157,7 +166,7 @@ def _steps(
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         for _ in progress.track(range(config.steps), description=f"{state.draw.size} arms"):
             batch = {"tokens": np.stack([next(one)["tokens"] for one in batches])}
-            state, report = program.step(state, place(batch, program.mesh, split=False))
+            state, report = program.step(state, place(batch, program.mesh, split=False), frozen)
             if finite:
                 finite[-1].block_until_ready()  # one step in flight: the bar tells the truth, no device waits
             finite.append(jnp.isfinite(report["loss"] + report["grad_norm"]))

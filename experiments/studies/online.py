@@ -156,9 +156,10 @@ def _on_test(config: Config) -> Callable[[Path], list[Metrics]]:
 
     def measure(folder: Path) -> list[Metrics]:
         params = load_params(folder, config, models, ("base", "gist", "lens"))
-        state = preference.init_train_state(key, recipe=config.recipe, models=models, params=params)
+        state, frozen = preference.init_train_state(key, recipe=config.recipe, models=models, params=params)
         return [
-            jax.device_get(step(state, batch, jax.random.fold_in(key, index))) for index, batch in enumerate(batches)
+            jax.device_get(step(jax.random.fold_in(key, index), state, batch, frozen))
+            for index, batch in enumerate(batches)
         ]
 
     return measure

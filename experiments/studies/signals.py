@@ -158,15 +158,15 @@ def train(config: Config, models: Models, base: dict[str, Params], *, rate: floa
     settings, recipe = replace(config.distill, learning_rate=rate), config.recipe
     key, batches = stream(config, LENS_STREAM), _batches(config)
     started = replace(recipe, hyper=replace(recipe.hyper, learning_rate=rate))
-    state = preference.init_train_state(key, recipe=started, models=models, params=base)
+    state, frozen = preference.init_train_state(key, recipe=started, models=models, params=base)
     if settings.steps:
-        learner = distill.init_distill_state(key, recipe=recipe, params=state.params)
+        learner, _ = distill.init_distill_state(key, recipe=recipe, params={**frozen, **state.params})
         step = compiled(distill.distill_step, recipe=recipe, settings=settings, models=models)
         for _ in range(settings.steps):
-            learner, _ = step(learner, next(batches))
+            learner, _ = step(learner, next(batches), frozen)
         state = replace(state, params=learner.params)
     for _ in range(config.steps):
-        state, _ = compiled(preference.train_step, recipe=recipe, models=models)(state, next(batches))
+        state, _ = compiled(preference.train_step, recipe=recipe, models=models)(state, next(batches), frozen)
     return jax.tree.map(np.asarray, state.params["lens"])
 
 

@@ -24,9 +24,12 @@ from lensjax.training.recipe import Recipe
 from lensjax.training.scoring import Batch, ScoredVariants, reward_weights, score_variants
 from lensjax.training.steps.adaptation import adapted, document_deltas, score_supports
 from lensjax.training.steps.preference import TrainState, current_length, objective_key
+from lensjax.training.steps.update import all_parts
 
 
-def eval_step(key: Array, state: TrainState, batch: Batch, *, recipe: Recipe, models: Models) -> Metrics:
+def eval_step(
+    key: Array, state: TrainState, batch: Batch, frozen: dict[str, Params], *, recipe: Recipe, models: Models
+) -> Metrics:
     """Metrics of one held-out batch; changes nothing.
 
     Args:
@@ -34,6 +37,7 @@ def eval_step(key: Array, state: TrainState, batch: Batch, *, recipe: Recipe, mo
       state: the state to measure.
       batch: `tokens` int32[B, T]; for tasks with known answers also `answers` int32[B, A], the first
         tokens of the blocks to be shown.
+      frozen: parameters of those of `base`, `gist` and `lens` that the state does not train.
       recipe: static.
       models: static.
 
@@ -50,20 +54,21 @@ def eval_step(key: Array, state: TrainState, batch: Batch, *, recipe: Recipe, mo
       >>> import functools, jax, jax.numpy as jnp, lensjax as lx
       >>> config = lx.Config(base=lx.BaseConfig(dim=16, layers=1), context=lx.ContextConfig(window=64, max_lod=1))
       >>> recipe, models = config.recipe, config.build_models()
-      >>> state = lx.init_train_state(jax.random.key(0), recipe=recipe, models=models)
+      >>> state, frozen = lx.init_train_state(jax.random.key(0), recipe=recipe, models=models)
       >>> measure = jax.jit(functools.partial(lx.eval_step, recipe=recipe, models=models))
       >>> tokens = jax.random.randint(jax.random.key(1), (2, config.context.window), 0, 256)
-      >>> report = measure(jax.random.key(2), state, {"tokens": tokens})
+      >>> report = measure(jax.random.key(2), state, {"tokens": tokens}, frozen)
       >>> bool(jnp.abs(report["nll_policy"] - jnp.log(256.0)) < 0.2)  # a fresh model is near uniform
       True
     """
-    length, keys = final_length(state, recipe), batch_keys(batch, key)
+    length, keys, params = final_length(state, recipe), batch_keys(batch, key), all_parts(state, frozen)
 
     def score(recipe: Recipe) -> ScoredVariants:
-        return jax.vmap(lambda tokens, row: _score(models, state, tokens, row, length, recipe))(batch["tokens"], keys)
+        one = functools.partial(_score, models, params, state)
+        return jax.vmap(lambda tokens, row: one(tokens, row, length, recipe))(batch["tokens"], keys)
 
     scored = score(recipe)
-    scores = policy_scores(models.lens, state.params["lens"], scored.entries)
+    scores = policy_scores(models.lens, params["lens"], scored.entries)
     anchor_scores = None if state.anchor is None else policy_scores(models.lens, state.anchor, scored.entries)
     report = objective.lens_objective(
         objective_key(key),
@@ -82,7 +87,7 @@ def eval_step(key: Array, state: TrainState, batch: Batch, *, recipe: Recipe, mo
         shown = jax.vmap(jax.vmap(lambda variant, blocks: shows_in_full(variant, blocks, recipe.geometry), (0, None)))
         hits = shown(scored.contexts, batch["answers"])[:, 1:]
         report["hit_rate_random"] = jnp.mean(hits, dtype=jnp.float32)
-    return report | pick_metrics(models, state.params, batch, keys, length, recipe=recipe)
+    return report | pick_metrics(models, params, batch, keys, length, recipe=recipe)
 
 
 def final_length(state: TrainState, recipe: Recipe) -> Array:
@@ -98,12 +103,18 @@ def batch_keys(batch: Batch, key: Array) -> Array:
 
 
 def _score(
-    models: Models, state: TrainState, tokens: Array, key: Array, length: Array, recipe: Recipe
+    models: Models,
+    params: dict[str, Params],
+    state: TrainState,
+    tokens: Array,
+    key: Array,
+    length: Array,
+    recipe: Recipe,
 ) -> ScoredVariants:
     share = state.hyper.high_lod_share
     return score_variants(
         key,
-        state.params,
+        params,
         tokens,
         length,
         share,
@@ -188,20 +199,27 @@ _ADAPTED = ("nll_policy", "nll_policy_key", "hit_rate")
 
 
 def adaptation_eval_step(
-    key: Array, state: TrainState, batch: Batch, *, recipe: Recipe, models: Models, hypernet: HyperLoRAModel
+    key: Array,
+    state: TrainState,
+    batch: Batch,
+    frozen: dict[str, Params],
+    *,
+    recipe: Recipe,
+    models: Models,
+    hypernet: HyperLoRAModel,
 ) -> Metrics:
     """`eval_step`, and of the contexts that LensNet picks when it is adapted to each sequence by rollouts of its past.
 
     Returns:
       Also `nll_policy_adapted`, `nll_policy_key_adapted`, and where answers are known `hit_rate_adapted`.
     """
-    report = eval_step(key, state, batch, recipe=recipe, models=models)
-    keys = batch_keys(batch, key)
-    supports = score_supports(state, batch, keys, recipe.steps, recipe=recipe, models=models)
+    report = eval_step(key, state, batch, frozen, recipe=recipe, models=models)
+    keys, params = batch_keys(batch, key), all_parts(state, frozen)
+    supports = score_supports(params, state, batch, keys, recipe.steps, recipe=recipe, models=models)
     past = recipe.past.geometry
-    deltas = jax.vmap(lambda one: document_deltas(models, hypernet, state.params, one, past))(supports)
+    deltas = jax.vmap(lambda one: document_deltas(models, hypernet, params, one, past))(supports)
     length = final_length(state, recipe)
-    picked = pick_metrics(models, state.params, batch, keys, length, recipe=recipe, deltas=deltas)
+    picked = pick_metrics(models, params, batch, keys, length, recipe=recipe, deltas=deltas)
     return report | {f"{name}_adapted": picked[name] for name in _ADAPTED if name in picked}
 
 
@@ -252,13 +270,16 @@ def _ignoring_nan(reduce: Callable[[np.ndarray], float], values: np.ndarray) -> 
     return float(reduce(defined)) if defined.size else math.nan
 
 
-def variant_maps(state: TrainState, tokens: Array, key: Array, *, recipe: Recipe, models: Models) -> dict[str, Array]:
+def variant_maps(
+    state: TrainState, tokens: Array, key: Array, frozen: dict[str, Params], *, recipe: Recipe, models: Models
+) -> dict[str, Array]:
     """What recency, the rollouts and the policy's pick show of each sequence, for drawing.
 
     Args:
       state: the state to look at.
       tokens: int32[B, T].
       key: PRNG key of the rollouts, consumed.
+      frozen: parameters of those of `base`, `gist` and `lens` that the state does not train.
       recipe: static.
       models: static.
 
@@ -266,21 +287,21 @@ def variant_maps(state: TrainState, tokens: Array, key: Array, *, recipe: Recipe
       With R = V + 1 rows, the pick last: `cuts` int32[B, R, C], `scores` float32[B, R, C] (the score of the entry that
       shows each token; NaN where it is not shown), `nll` float32[B, R], as rewarded.
     """
-    geometry, length = recipe.geometry, final_length(state, recipe)
-    lens = state.params["lens"]
+    geometry, length, params = recipe.geometry, final_length(state, recipe), all_parts(state, frozen)
+    lens = params["lens"]
 
     def one(row: Array, row_key: Array) -> dict[str, Array]:
-        scored = _score(models, state, row, row_key, length, recipe)
+        scored = _score(models, params, state, row, row_key, length, recipe)
         window = split(row, horizon=recipe.context.horizon)
-        tree = build_tree(models, state.params, window.history, geometry)
+        tree = build_tree(models, params, window.history, geometry)
         score_fn, own_key = policy(models.lens, lens, tree), _lens_key(row_key)
         path = refocus.cold_start(
             score_fn, length, geometry, capacity=recipe.capacity, settings=recipe.focus, key=own_key
         )
         picked = jax.tree.map(lambda leaf: leaf[-1:], path)
-        weights = reward_weights(models, state.params, window, recipe.context, recipe.short)
+        weights = reward_weights(models, params, window, recipe.context, recipe.short)
         picked_nll, entries = nll.variant_nll(
-            models.base, state.params["base"], tree, picked, window.horizon, geometry, weights
+            models.base, params["base"], tree, picked, window.horizon, geometry, weights
         )
         variants, all_entries, measured = jax.tree.map(
             lambda many, last: jnp.concatenate([many, last]),

@@ -22,6 +22,31 @@ PHASES = ("pretrain", "distill", "lens", "online")
 """What a run does one after the other; each has its checkpoints and its rows in the log."""
 
 
+@settings("checkpoint")
+class CheckpointConfig:
+    """A trained language model to take as the base model. `base` is read from it, and it is not pretrained.
+
+    Example:
+      >>> from lensjax.runs.config import CheckpointConfig
+      >>> CheckpointConfig(sha256="0" * 64)
+      Traceback (most recent call last):
+      ValueError: checkpoint.sha256 is that of checkpoint.path, which is missing: name it, or drop checkpoint.sha256
+    """
+
+    path: str | None = None
+    """A Hugging Face folder or a GGUF file. A run reads it where it lies and holds no copy."""
+    sha256: str | None = None
+    """Of its weights; filled in when a run starts. Other weights are then refused."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of its parameters."""
+
+    def _check(self) -> None:
+        require(
+            self.path is not None or self.sha256 is None,
+            "checkpoint.sha256 is that of checkpoint.path, which is missing: name it, or drop checkpoint.sha256",
+        )
+
+
 @settings()
 class Config(Recipe):
     """One run. Every field is a flag of `python -m experiments.train`.
@@ -41,6 +66,7 @@ class Config(Recipe):
     """Run folder whose base model and GistNet are taken instead of pretraining."""
     start_from: str | None = None
     """Run folder whose LensNet this run starts from, its base model and GistNet with it; instead of `base_run`."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type of the models; parameters, softmax and losses stay in float32."""
     shard_parameters: bool = False
@@ -73,7 +99,9 @@ class Config(Recipe):
                 steps == 0 or steps > self.optimizer.warmup_steps,
                 f"{name} must be above optimizer.warmup_steps {self.optimizer.warmup_steps}, got {steps}",
             )
-        for name, source in (("base_run", self.base_run), ("start_from", self.start_from)):
+        weights = self.checkpoint.path
+        sources = {"base_run": self.base_run, "start_from": self.start_from, "checkpoint.path": weights}
+        for name, source in sources.items():
             require(
                 self.trains_lens or source is None,
                 f"steps is 0 and {name} is {source!r}: there is nothing to do; raise steps or drop {name}",
@@ -82,9 +110,18 @@ class Config(Recipe):
             self.base_run is None or self.start_from is None,
             f"base_run {self.base_run!r} and start_from {self.start_from!r} both give a base model: name one of them",
         )
-        is_pretrained = self.base_run is not None or self.start_from is not None
+        require(
+            self.base_run is None or weights is None,
+            f"base_run {self.base_run!r} and checkpoint.path {weights!r} both give a base model: name one of them (or, "
+            "for the GistNet and the LensNet of a run on the same weights, start_from)",
+        )
+        require(
+            weights is None or self.checkpoint.dtype == "float32" or "base" not in self.trainable,
+            "checkpoint.dtype must be float32 where trainable names base, whose updates are too small for "
+            f"{self.checkpoint.dtype}",
+        )
         self.stopping.require_reachable(
-            {name: steps for name, steps in counts.items() if not (is_pretrained and name == "pretrain.steps")},
+            {name: steps for name, steps in counts.items() if self.pretrains or name != "pretrain.steps"},
             eval_steps=self.eval_steps,
         )
         require(
@@ -104,6 +141,11 @@ class Config(Recipe):
     def trains_lens(self) -> bool:
         """Whether there is more to do than to pretrain."""
         return self.steps + self.distill.steps + self.online.steps > 0
+
+    @property
+    def pretrains(self) -> bool:
+        """Whether the base model is trained from scratch, and not taken."""
+        return self.base_run is None and self.start_from is None and self.checkpoint.path is None
 
     @property
     def recipe(self) -> Recipe:

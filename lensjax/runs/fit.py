@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from rich.console import Console
 from lensjax.evaluation import held_out
 from lensjax.models import HyperLoRAModel, Models, Params
 from lensjax.plots.maps import VariantMap
-from lensjax.runs import load, results
+from lensjax.runs import load, pretrained, results
 from lensjax.runs.config import PHASES, Config
 from lensjax.runs.data import batches as data
 from lensjax.runs.engine import devices, loop
@@ -27,10 +27,13 @@ from lensjax.runs.store.log import RunLogger
 from lensjax.runs.store.run_folder import RunConfig
 from lensjax.training.steps import adaptation, distill, online, preference, pretrain
 from lensjax.training.steps.preference import TrainState
-from lensjax.training.steps.update import Learner
+from lensjax.training.steps.update import Learner, all_parts
 
 Batches = list[dict[str, Array]]
-Report = Callable[[TrainState, Batches], dict[str, float]]
+Tree = TypeVar("Tree")
+Learning = tuple[TrainState, dict[str, Params]]
+"""What LensNet's training has come to: its state, and the parts that are frozen."""
+Report = Callable[[TrainState, dict[str, Params], Batches], dict[str, float]]
 
 # Streams of randomness that must not touch: each is folded into the run's seed.
 PRETRAIN_STREAM, LENS_STREAM, ONLINE_STREAM, DISTILL_STREAM, EVALUATION_SEED = 0, 1, 2, 3, 2026
@@ -64,10 +67,11 @@ def fit(config: Config, *, resume: bool = False, console: Console | None = None)
     """
     started = time.perf_counter()
     console = console or Console(quiet=not devices.is_first())
+    config = pretrained.resolve(config)
     models = config.build_models()
     job = _Job(config, models, config.build_hypernet(models), _make_mesh(config), console)
     inputs = _Inputs(config, job.mesh)  # reads all data first: an empty corpus must not leave a folder behind
-    start = load.load_start(config, models)
+    start = load.load_start(config, models, own=Path(config.output_dir) if resume else None)
     with open_run(config, PHASES, resume=resume, console=console) as (folder, logger):
         params, seconds, summary = start or {}, 0.0, dict[str, Any]()
         maps: list[VariantMap] = []
@@ -76,10 +80,10 @@ def fit(config: Config, *, resume: bool = False, console: Console | None = None)
             params, seconds = _pretrain(job, inputs, report, folder, logger)
             summary |= report(params, inputs.test)
         if config.trains_lens:
-            state, more, measured = _train(job, inputs, params, folder, logger)
-            seconds, summary, params = seconds + more, summary | measured, state.params
+            (state, frozen), more, measured = _train(job, inputs, params, folder, logger)
+            seconds, summary, params = seconds + more, summary | measured, {**frozen, **state.params}
             key = jax.random.key(EVALUATION_SEED)
-            maps = results.variant_maps(state, inputs.test[0], key, config=config, models=models)
+            maps = results.variant_maps(state, inputs.test[0], key, frozen, config=config, models=models)
     if config.stopping.patience is not None:
         summary |= results.stops(folder)
     whole = time.perf_counter() - started
@@ -99,12 +103,16 @@ class _Job:
     mesh: Mesh
     console: Console
 
-    def run(self, phase: loop.Phase, state: Any, rows: Any, folder: Path, logger: RunLogger) -> tuple[Any, float]:
-        """One phase: the state after it, and its seconds."""
+    def run(
+        self, phase: loop.Phase, state: Any, frozen: dict[str, Params], rows: Any, folder: Path, logger: RunLogger
+    ) -> tuple[Any, float]:
+        """One phase: the state after it, and its seconds. What it does not train is in the folder before it starts."""
+        load.keep_frozen(folder, self.config, frozen)
         return loop.run_phase(
             phase,
             state,
             rows,
+            frozen=frozen,
             run_dir=folder,
             config=self.config,
             mesh=self.mesh,
@@ -112,10 +120,14 @@ class _Job:
             console=self.console,
         )
 
+    def place(self, tree: Tree) -> Tree:
+        """A state or parameters where a phase would put them: one program then measures before, in and after it."""
+        return devices.place(tree, self.mesh, split=self.config.shard_parameters)
+
 
 def _make_mesh(config: Config) -> Mesh:
     batch_sizes = {"batch_size": config.batch_size}
-    if config.base_run is None and config.start_from is None:
+    if config.pretrains:
         batch_sizes["pretrain.batch_size"] = config.pretrain.batch_size
     return devices.make_mesh(batch_sizes)
 
@@ -196,28 +208,30 @@ def _pretrain(
         steps=settings.steps,
         batch_size=settings.batch_size,
         step=functools.partial(pretrain.pretrain_step, recipe=recipe, settings=settings, models=models),
-        evaluate=lambda state: report(state.params, inputs.validation),
+        evaluate=lambda state: report({**frozen, **state.params}, inputs.validation),
         headline=("nll_full", "nll_full_tail"),
         monitor="nll_full",
     )
     key = stream(config, PRETRAIN_STREAM)
-    state: Learner = pretrain.init_pretrain_state(key, recipe=recipe, settings=settings, models=models)
-    state, seconds = job.run(phase, state, inputs.pretrain, folder, logger)
-    return state.params, seconds
+    state: Learner
+    state, frozen = job.place(pretrain.init_pretrain_state(key, recipe=recipe, settings=settings, models=models))
+    state, seconds = job.run(phase, state, frozen, inputs.pretrain, folder, logger)
+    return {**frozen, **state.params}, seconds
 
 
 def _train(
     job: _Job, inputs: _Inputs, params: dict[str, Params], folder: Path, logger: RunLogger
-) -> tuple[TrainState, float, dict[str, float]]:
+) -> tuple[Learning, float, dict[str, float]]:
     """LensNet's phases: the last state, their seconds, and what is measured of it on the test split."""
     config, report, seconds = job.config, evaluator(job.config, job.models, job.hypernet), 0.0
     key, recipe, models = stream(config, LENS_STREAM), config.recipe, job.models
     if job.hypernet is None:
-        state = preference.init_train_state(key, recipe=recipe, models=models, params=params)
+        learning = preference.init_train_state(key, recipe=recipe, models=models, params=params)
     else:
-        state = adaptation.init_adaptation_state(
+        learning = adaptation.init_adaptation_state(
             key, recipe=recipe, models=models, hypernet=job.hypernet, params=params
         )
+    learning = job.place(learning)
     stages = (
         (config.distill.steps, _by_teacher),
         (config.steps, _by_preferences),
@@ -225,40 +239,56 @@ def _train(
     )
     for steps, train_by in stages:
         if steps:
-            state, more = train_by(job, state, inputs, report, folder, logger)
+            learning, more = train_by(job, learning, inputs, report, folder, logger)
             seconds += more
-    return state, seconds, report(state, inputs.test)
+    return learning, seconds, report(*learning, inputs.test)
+
+
+def _known(learning: Learning) -> dict[str, Params]:
+    """Parameters of base model, GistNet and LensNet."""
+    params = all_parts(*learning)
+    return {name: params[name] for name in ("base", "gist", "lens")}
+
+
+def _with_lens(learning: Learning, lens: Params) -> Learning:
+    """The same with another LensNet, whether it is trained by preferences or not."""
+    state, frozen = learning
+    if "lens" in frozen:
+        return state, {**frozen, "lens": lens}
+    return replace(state, params={**state.params, "lens": lens}), frozen
 
 
 def _by_teacher(
-    job: _Job, state: TrainState, inputs: _Inputs, report: Report, folder: Path, logger: RunLogger
-) -> tuple[TrainState, float]:
+    job: _Job, learning: Learning, inputs: _Inputs, report: Report, folder: Path, logger: RunLogger
+) -> tuple[Learning, float]:
     """Gives a state a LensNet that has learned from a teacher; it is the anchor's, too."""
     config, models, settings = job.config, job.models, job.config.distill
-    state = devices.place(state, job.mesh, split=config.shard_parameters)  # as in the next phase: one program measures
 
-    def with_lens(after: Learner) -> TrainState:
+    def with_lens(after: Learner) -> Learning:
+        state, frozen = _with_lens(learning, after.params["lens"])
         anchor = None if state.anchor is None else jax.tree.map(jnp.copy, after.params["lens"])
-        return replace(state, params={**state.params, "lens": after.params["lens"]}, anchor=anchor)
+        return replace(state, anchor=anchor), frozen
 
     phase = loop.Phase(
         name="distill",
         steps=settings.steps,
         batch_size=config.batch_size,
         step=functools.partial(distill.distill_step, recipe=config.recipe, settings=settings, models=models),
-        evaluate=lambda after: report(with_lens(after), inputs.validation),
+        evaluate=lambda after: report(*with_lens(after), inputs.validation),
         headline=HEADLINE,
         monitor="nll_policy",
     )
-    start = distill.init_distill_state(stream(config, DISTILL_STREAM), recipe=config.recipe, params=state.params)
-    after, seconds = job.run(phase, start, inputs.distill, folder, logger)
+    start, frozen = distill.init_distill_state(
+        stream(config, DISTILL_STREAM), recipe=config.recipe, params=_known(learning)
+    )
+    after, seconds = job.run(phase, start, frozen, inputs.distill, folder, logger)
     return with_lens(after), seconds
 
 
 def _by_preferences(
-    job: _Job, state: TrainState, inputs: _Inputs, report: Report, folder: Path, logger: RunLogger
-) -> tuple[TrainState, float]:
-    config, recipe, models = job.config, job.config.recipe, job.models
+    job: _Job, learning: Learning, inputs: _Inputs, report: Report, folder: Path, logger: RunLogger
+) -> tuple[Learning, float]:
+    config, recipe, models, (state, frozen) = job.config, job.config.recipe, job.models, learning
     step: Callable[..., Any] = functools.partial(preference.train_step, recipe=recipe, models=models)
     if job.hypernet is not None:
         step = functools.partial(adaptation.adaptation_step, recipe=recipe, models=models, hypernet=job.hypernet)
@@ -267,36 +297,36 @@ def _by_preferences(
         steps=config.steps,
         batch_size=config.batch_size,
         step=step,
-        evaluate=lambda state: report(state, inputs.validation),
+        evaluate=lambda state: report(state, frozen, inputs.validation),
         headline=HEADLINE,
         monitor="nll_policy",
     )
-    return job.run(phase, state, inputs.lens, folder, logger)
+    state, seconds = job.run(phase, state, frozen, inputs.lens, folder, logger)
+    return (state, frozen), seconds
 
 
 def _by_episodes(
-    job: _Job, state: TrainState, inputs: _Inputs, report: Report, folder: Path, logger: RunLogger
-) -> tuple[TrainState, float]:
+    job: _Job, learning: Learning, inputs: _Inputs, report: Report, folder: Path, logger: RunLogger
+) -> tuple[Learning, float]:
     """Goes on with the LensNet of a state; what is measured is measured as before."""
     config, models, settings = job.config, job.models, job.config.online
-    state = devices.place(state, job.mesh, split=config.shard_parameters)
 
-    def with_lens(after: online.OnlineState) -> TrainState:
-        return replace(state, params={**state.params, "lens": after.params["lens"]})
+    def with_lens(after: online.OnlineState) -> Learning:
+        return _with_lens(learning, after.params["lens"])
 
     phase = loop.Phase(
         name="online",
         steps=settings.steps,
         batch_size=config.batch_size,
         step=functools.partial(online.online_step, recipe=config.recipe, settings=settings, models=models),
-        evaluate=lambda after: report(with_lens(after), inputs.validation),
+        evaluate=lambda after: report(*with_lens(after), inputs.validation),
         headline=HEADLINE,
         monitor="nll_policy",
     )
-    start = online.init_online_state(
-        stream(config, ONLINE_STREAM), recipe=config.recipe, settings=settings, models=models, params=state.params
+    start, frozen = online.init_online_state(
+        stream(config, ONLINE_STREAM), recipe=config.recipe, settings=settings, models=models, params=_known(learning)
     )
-    after, seconds = job.run(phase, start, inputs.online, folder, logger)
+    after, seconds = job.run(phase, start, frozen, inputs.online, folder, logger)
     return with_lens(after), seconds
 
 
@@ -309,8 +339,8 @@ def evaluator(config: Config, models: Models, hypernet: HyperLoRAModel | None = 
         )
     step = jax.jit(measure)
     keys = [jax.random.fold_in(jax.random.key(EVALUATION_SEED), i) for i in range(config.eval_batches)]
-    return lambda state, batches: held_out.mean_over_batches(
-        step(key, state, batch) for batch, key in zip(batches, keys, strict=True)
+    return lambda state, frozen, batches: held_out.mean_over_batches(
+        step(key, state, batch, frozen) for batch, key in zip(batches, keys, strict=True)
     )
 
 

@@ -1,6 +1,6 @@
 """What a run has come to: its configuration, its models and their parameters."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,9 @@ from lensjax.models import Models, Params
 from lensjax.runs.config import PHASES, Config
 from lensjax.session import Session
 from lensjax.training.recipe import Part
+
+PARTS: tuple[Part, ...] = ("base", "gist", "lens")
+"""What every run has parameters of."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +77,16 @@ def load(folder: str | Path) -> Trained:
         raise ImportError(f"lx.load needs {error.name}: pip install 'lensjax[train]'") from error
     config = config_file.load(run_folder.config_path(folder), Config)
     models = config.build_models()
-    parts: tuple[Part, ...] = ("base", "gist", "lens")
-    if "hypernet" in config.trainable:
-        parts = (*parts, "hypernet")
+    parts: tuple[Part, ...] = (*PARTS, "hypernet") if "hypernet" in config.trainable else PARTS
     params = load_params(Path(folder), config, models, parts)
     return Trained(config, models, params, run_folder.read_summary(folder))
 
 
 def load_params(folder: Path, config: Config, models: Models, parts: Sequence[Part]) -> dict[str, Params]:
     """Parameters that a run has come to: of its newest checkpoint, or with patience of its best.
+
+    Each part is where it was trained last; what the run never trained is beside that, in `checkpoints/frozen` or where
+    `checkpoint.path` says.
 
     Args:
       folder: the run's.
@@ -94,42 +98,102 @@ def load_params(folder: Path, config: Config, models: Models, parts: Sequence[Pa
       Parameters by part.
 
     Raises:
-      ValueError: there is no checkpoint, or LensNet is asked for and was not trained yet.
+      FileNotFoundError: the checkpoint of the base model is not where the run's `checkpoint.path` says.
+      ValueError: there is no checkpoint, LensNet is asked for and was not trained yet, or the weights at
+        `checkpoint.path` are not those that the run was started on.
     """
-    from lensjax.runs.engine import loop
-    from lensjax.runs.store import checkpoint, run_folder
+    from lensjax.runs import pretrained
+    from lensjax.runs.store import checkpoint
 
-    phase, _ = run_folder.restore_point(folder, PHASES)
-    directory = run_folder.checkpoint_dir(folder, phase)
-    step = loop.kept_step(directory)
-    if step is None:
-        raise ValueError(f"{folder} has no checkpoint: let it finish its pretraining first")
-    if "lens" in parts and phase == "pretrain":
-        raise ValueError(f"{folder} has no checkpoint of LensNet: let it train first (steps above 0)")
+    held = _held(folder)
     params: dict[str, Params] = {}
     for name in parts:
         model: Any = config.build_hypernet(models) if name == "hypernet" else getattr(models, name)
         like = jax.eval_shape(model.init, jax.random.key(0))
-        params[name] = checkpoint.restore_subtree(directory, step, like, path=("params", name))
+        if name in held:
+            directory, step, path = held[name]
+            params[name] = checkpoint.restore_subtree(directory, step, like, path=path)
+        elif name == "base" and config.checkpoint.path is not None:
+            params[name] = pretrained.load_base(config)
+        elif name == "lens" and "base" in held:
+            raise ValueError(f"{folder} has no checkpoint of LensNet: let it train first (steps above 0)")
+        else:
+            raise ValueError(f"{folder} has no checkpoint of {name}: let it train first")
     return params
 
 
-def load_start(config: Config, models: Models) -> dict[str, Params] | None:
-    """What the run that `base_run` or `start_from` names gives this one; None where neither does.
+def _held(folder: Path) -> dict[str, tuple[Path, int, tuple[str, ...]]]:
+    """By part, which checkpoint in a run's folder holds it: its directory, step, and place in the tree."""
+    from lensjax.runs.engine import loop
+    from lensjax.runs.store import checkpoint, run_folder
+
+    held: dict[str, tuple[Path, int, tuple[str, ...]]] = {}
+    for name in PARTS:
+        directory = run_folder.frozen_dir(folder, name)
+        if checkpoint.latest_step(directory) is not None:
+            held[name] = (directory, 0, ())
+    for phase in PHASES:
+        directory = run_folder.checkpoint_dir(folder, phase)
+        step = loop.kept_step(directory)
+        if step is not None:
+            trained = checkpoint.parts(directory, step, path=("params",))
+            held |= {name: (directory, step, ("params", name)) for name in trained}
+    return held
+
+
+def keep_frozen(folder: Path, config: Config, frozen: Mapping[str, Params]) -> None:
+    """Writes parts that a phase reads and does not train, unless a checkpoint in the run's folder holds them already.
+
+    The base model of `checkpoint.path` is not written: the run keeps its digest.
+    """
+    from lensjax.runs.engine import devices
+    from lensjax.runs.store import checkpoint, run_folder
+
+    held = {*_held(folder), *(["base"] if _reads_base_from_file(config) else [])}
+    for name, params in frozen.items():
+        # All processes write or none: a file that the first has written is no reason for another to leave it out.
+        if devices.largest(int(name not in held)):
+            checkpoint.save(run_folder.frozen_dir(folder, name), 0, params)
+
+
+def _reads_base_from_file(config: Config) -> bool:
+    """Whether the base model is that of `checkpoint.path`, and not one that `start_from` made of it."""
+    if config.checkpoint.path is None or config.start_from is None:
+        return config.checkpoint.path is not None
+    return "base" not in _held(Path(config.start_from))
+
+
+def load_start(config: Config, models: Models, *, own: Path | None = None) -> dict[str, Params] | None:
+    """What a run begins with that it has not trained; None where it pretrains a base model of its own.
+
+    Args:
+      config: the run's, resolved (`lensjax.runs.pretrained`).
+      models: of its configuration.
+      own: the run's folder, to go on with it: what that holds is taken from there, and the other run need not be.
+
+    Returns:
+      Parameters by part: of `base` and `gist` by `base_run`, of `lens` too by `start_from`, of `base` by `checkpoint`.
 
     Raises:
-      FileNotFoundError: there is no run in that folder.
-      ValueError: its models have another shape, or it has no checkpoint of them.
+      FileNotFoundError: there is no run in that folder, or no checkpoint in its place.
+      ValueError: its models have another shape, it has no checkpoint of them, or the weights are other ones.
     """
+    from lensjax.runs import pretrained
     from lensjax.runs.store import config_file, run_folder
 
+    if config.pretrains:
+        return None
+    parts: tuple[Part, ...] = PARTS if config.start_from is not None else ("base", "gist")
+    if own is not None and _held(own).keys() | ({"base"} if config.checkpoint.path else set()) >= set(parts):
+        return load_params(own, config, models, parts)
     key = "base_run" if config.start_from is None else "start_from"
     source = getattr(config, key)
     if source is None:
-        return None
+        return {"base": pretrained.load_base(config)}
     folder = Path(source)
     stored = config_file.load(run_folder.config_path(folder), Config)
-    same = [
+    same: list[tuple[str, object, object]] = [
+        ("checkpoint.sha256", stored.checkpoint.sha256, config.checkpoint.sha256),
         ("base", stored.base, config.base),
         ("gist", stored.gist, config.gist),
         ("context.block_size", stored.context.block_size, config.context.block_size),
@@ -141,5 +205,5 @@ def load_start(config: Config, models: Models) -> dict[str, Params] | None:
         ]
     for name, theirs, ours in same:
         require(theirs == ours, f"{name} of {key} {folder} is {theirs}, this run has {ours}: use the same")
-    parts: tuple[Part, ...] = ("base", "gist") if key == "base_run" else ("base", "gist", "lens")
-    return load_params(folder, stored, models, parts)
+    # The weights may have moved since that run was made: this one knows where they are.
+    return load_params(folder, replace(stored, checkpoint=config.checkpoint), models, parts)

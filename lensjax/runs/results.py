@@ -12,7 +12,7 @@ from jax import Array
 from rich.console import Console
 
 from lensjax.evaluation import held_out
-from lensjax.models import Models
+from lensjax.models import Models, Params
 from lensjax.plots import curves
 from lensjax.plots.maps import VariantMap, lod_maps
 from lensjax.runs.config import PHASES, Config
@@ -31,13 +31,19 @@ SHOWN = (
 
 
 def variant_maps(
-    state: TrainState, batch: Mapping[str, Array], key: Array, *, config: Config, models: Models
+    state: TrainState,
+    batch: Mapping[str, Array],
+    key: Array,
+    frozen: dict[str, Params],
+    *,
+    config: Config,
+    models: Models,
 ) -> list[VariantMap]:
     """What recency, the rollouts and the policy show of the first sequences of a held-out batch; `key` is consumed."""
     context = config.context
     compute = jax.jit(functools.partial(held_out.variant_maps, recipe=config.recipe, models=models))
     first = {name: value[:MAPPED_SEQUENCES] for name, value in devices.to_host(batch).items()}
-    arrays = devices.to_host(compute(state, first["tokens"], key))
+    arrays = devices.to_host(compute(state, first["tokens"], key, frozen))
     labels = ["recency", *(f"rollout {i + 1}" for i in range(context.rollouts)), "LensNet's pick"]
     answers = first["answers"].tolist() if "answers" in first else []
     return [

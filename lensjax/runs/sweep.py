@@ -71,9 +71,7 @@ class SweepState:
     """A arms of S seeds, which read R different draws of rollouts."""
 
     arms: TrainState
-    """Leading axis A; of the parameters it holds LensNet's alone."""
-    frozen: dict[str, Params]
-    """Parameters of `base` and `gist`, which all arms share."""
+    """Leading axis A."""
     draw: Array
     """int32[A]: which of the draws each arm reads."""
     reader: Array
@@ -124,7 +122,7 @@ def init(
     recipe: Recipe,
     models: Models,
     params: dict[str, Params],
-) -> SweepState:
+) -> tuple[SweepState, dict[str, Params]]:
     """The arms before their first step; each begins as a run of its own does.
 
     Args:
@@ -135,23 +133,23 @@ def init(
       params: parameters of `base` and `gist`, and of `lens` where the arms do not start from fresh ones.
 
     Returns:
-      `SweepState`.
+      `SweepState`; and parameters of `base` and `gist`, which all arms share, as they are.
     """
-    fresh = {}
-    for seed, key in keys.items():
-        state = preference.init_train_state(key, recipe=recipe, models=models, params=params)
-        fresh[seed] = replace(state, params={"lens": state.params["lens"]})
+    fresh = {
+        seed: preference.init_train_state(key, recipe=recipe, models=models, params=params)[0]
+        for seed, key in keys.items()
+    }
     arms = [replace(fresh[arm.seed], hyper=jax.tree.map(jnp.float32, arm.hyper)) for arm in configs]
     draws = [_draw(arm) for arm in configs]
     different = list(dict.fromkeys(draws))
     rows = list(keys)
-    return SweepState(
+    state = SweepState(
         arms=jax.tree.map(lambda *leaves: jnp.stack(leaves), *arms),
-        frozen={name: jax.tree.map(jnp.copy, params[name]) for name in ("base", "gist")},
         draw=jnp.asarray([different.index(draw) for draw in draws], jnp.int32),
         reader=jnp.asarray([draws.index(draw) for draw in different], jnp.int32),
         row=jnp.asarray([rows.index(int(draw[0])) for draw in different], jnp.int32),
     )
+    return state, {name: params[name] for name in ("base", "gist")}
 
 
 def _draw(config: Config) -> tuple[float, ...]:
@@ -208,13 +206,20 @@ def over_devices(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]
 
 
 def step(
-    state: SweepState, batch: Batch, *, recipe: Recipe, models: Models, at_once: int | None = None
+    state: SweepState,
+    batch: Batch,
+    frozen: dict[str, Params],
+    *,
+    recipe: Recipe,
+    models: Models,
+    at_once: int | None = None,
 ) -> tuple[SweepState, Metrics]:
     """One update of every arm; compile it once, with the state donated.
 
     Args:
       state: the state before the step.
       batch: `tokens` int32[S, B, T], one batch a seed.
+      frozen: parameters of `base` and `gist`.
       recipe: `program` of the arms.
       models: static.
       at_once: arms that are computed together, by `vmap`; the others wait in the same program. None takes one after the
@@ -226,9 +231,7 @@ def step(
 
     def score(one: tuple[Array, Array]) -> ScoredVariants:
         arm = jax.tree.map(lambda leaf: leaf[one[0]], state.arms)
-        return preference.score_batch(
-            state.frozen, arm, {"tokens": batch["tokens"][one[1]]}, recipe=recipe, models=models
-        )
+        return preference.score_batch(frozen, arm, {"tokens": batch["tokens"][one[1]]}, recipe=recipe, models=models)
 
     scored = jax.lax.map(score, (state.reader, state.row), batch_size=at_once)
 
@@ -241,12 +244,18 @@ def step(
 
 
 def evaluate(
-    state: SweepState, batch: Batch, key: Array, *, recipe: Recipe, models: Models, at_once: int | None = None
+    state: SweepState,
+    batch: Batch,
+    key: Array,
+    frozen: dict[str, Params],
+    *,
+    recipe: Recipe,
+    models: Models,
+    at_once: int | None = None,
 ) -> Metrics:
     """`held_out.eval_step` of every arm on one held-out batch, each value float32[A]."""
 
     def one(arm: TrainState) -> Metrics:
-        whole = replace(arm, params={**state.frozen, **arm.params})
-        return held_out.eval_step(key, whole, batch, recipe=recipe, models=models)
+        return held_out.eval_step(key, arm, batch, frozen, recipe=recipe, models=models)
 
     return jax.lax.map(one, state.arms, batch_size=at_once)

@@ -87,10 +87,10 @@ def lens_objective(
       >>> from lensjax.training.objective import Statistics
       >>> config = lx.Config(base=lx.BaseConfig(dim=16, layers=1), lens=lx.LensConfig(dim=16, layers=1))
       >>> recipe, models = config.recipe, config.build_models()
-      >>> state = lx.init_train_state(jax.random.key(0), recipe=recipe, models=models)
+      >>> state, frozen = lx.init_train_state(jax.random.key(0), recipe=recipe, models=models)
       >>> shape = {"context": recipe.context, "capacity": recipe.capacity}
       >>> score = jax.jit(functools.partial(lx.score_variants, models=models, **shape))
-      >>> one = score(jax.random.key(1), state.params, jnp.arange(config.context.window), recipe.budget, 0.1)
+      >>> one = score(jax.random.key(1), frozen, jnp.arange(config.context.window), recipe.budget, 0.1)
       >>> batch = jax.tree.map(lambda leaf: leaf[None], one)
       >>> statistics = Statistics(state.normaliser, state.demand, temperature=1.0)
       >>> objective = jax.jit(functools.partial(lx.lens_objective, recipe=recipe))

@@ -133,7 +133,7 @@ def test_lookup_opens_the_block_that_goes_on_from_the_longest_match():
 @pytest.mark.parametrize("is_hindsight", [False, True], ids=["query", "horizon"])
 def test_the_base_models_attention_is_that_of_the_query(is_hindsight):
     models, geometry = LENS.models, LENS.config.geometry
-    params, window, count = LENS.state().params["base"], batch()["tokens"][0], geometry.history
+    params, window, count = LENS.params()["base"], batch()["tokens"][0], geometry.history
     # Of the history alone the last tokens ask; in hindsight those that predict the horizon.
     tokens = window if is_hindsight else window[:count]
     query = slice(count - 1, -1) if is_hindsight else slice(-geometry.recent_tokens, None)
@@ -232,7 +232,7 @@ def all_cuts():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_search_is_bounded_by_the_best_of_all_cuts_and_never_worse_than_its_starts(seed):
-    params = TINY.state(seed).params
+    params = TINY.params(seed)
     tokens = jnp.asarray(np.random.default_rng(seed).integers(0, 7, 17), jnp.int32)
     cuts, geometry = all_cuts(), TINY.config.geometry
     losses = np.asarray(loss_of_cuts()(params, tokens, cuts))
@@ -251,7 +251,7 @@ def test_the_search_finds_better_contexts_than_it_starts_from():
     starts = jax.tree.map(lambda leaf: leaf[None], allocator.from_cut(cuts[0], geometry))
     gains = []
     for seed in range(4):
-        params = TINY.state(seed).params
+        params = TINY.params(seed)
         tokens = jnp.asarray(np.random.default_rng(seed).integers(0, 7, 17), jnp.int32)
         found = allocator.to_cut(search(4)(params, tokens, starts), geometry)
         before, after = loss_of_cuts()(params, tokens, jnp.stack([cuts[0], found]))

@@ -36,7 +36,7 @@ def measured(has_answer):
     options = {"length": LENGTH, "draws": DRAWS, "oracle_rounds": 1, "recipe": RECIPE}
     run = jit(functools.partial(compare.measure, RUN.models, **options))
     answers = jnp.asarray(ANSWERS) if has_answer else None
-    return jax.device_get(run(RUN.state().params, batch()["tokens"][0], answers, KEY))
+    return jax.device_get(run(RUN.params(), batch()["tokens"][0], answers, KEY))
 
 
 @pytest.mark.parametrize("has_answer", [True, pytest.param(False, marks=pytest.mark.slow)])
@@ -66,7 +66,7 @@ def test_what_sees_the_loss_is_better_than_what_it_chose_from():
 
 
 def test_each_policy_is_the_one_it_is_called():
-    params, tokens = RUN.state().params, batch()["tokens"][0]
+    params, tokens = RUN.params(), batch()["tokens"][0]
     models = RUN.models
     window = split(tokens, horizon=SHAPE.horizon)
 
@@ -119,7 +119,7 @@ def pick(run, **hyper):
 
 
 def test_the_pick_is_that_of_the_table_at_the_budget():
-    params, tokens = RUN.state().params, batch()["tokens"][0]
+    params, tokens = RUN.params(), batch()["tokens"][0]
     run = pick(RUN, context_end=LENGTH / SHAPE.history)
     lens_key = jax.random.split(KEY)[1]
     for has_answer in (True, False):
@@ -132,7 +132,7 @@ def test_the_pick_is_that_of_the_table_at_the_budget():
 
 
 def test_the_pick_with_omission_is_what_lensnet_ends_with():
-    params, tokens, length = OMITTING.state().params, batch()["tokens"][0], OMITTING.config.budget
+    params, tokens, length = OMITTING.params(), batch()["tokens"][0], OMITTING.config.budget
     shape, geometry = OMITTING.config.context, OMITTING.config.geometry
 
     @jit
@@ -160,7 +160,7 @@ def test_the_pick_with_omission_is_what_lensnet_ends_with():
 def test_the_bounds_are_those_of_recency_and_of_the_search():
     options = {"length": LENGTH, "draws": DRAWS, "oracle_rounds": 1, "recipe": RECIPE}
     run = jit(functools.partial(compare.bounds, RUN.models, **options))
-    recency, oracle = run(RUN.state().params, batch()["tokens"][0], None, KEY)
+    recency, oracle = run(RUN.params(), batch()["tokens"][0], None, KEY)
     found = measured(False)
     assert float(recency) == pytest.approx(found["recency"].nll, rel=1e-5)
     # It is never worse than where it starts; that of the table may start from LensNet's contexts too.
@@ -169,7 +169,7 @@ def test_the_bounds_are_those_of_recency_and_of_the_search():
 
 
 def test_the_full_context_is_the_ordinary_loss_of_the_horizon():
-    params, tokens = RUN.state().params, batch()["tokens"][0]
+    params, tokens = RUN.params(), batch()["tokens"][0]
     measure = jit(functools.partial(compare.measure_full, RUN.models, length=LENGTH, recipe=RECIPE))
     found = measure(params, tokens, jnp.asarray(ANSWERS))
     whole = jit(functools.partial(nll.sequence_nll, RUN.models.base))(params["base"], tokens)
@@ -178,7 +178,7 @@ def test_the_full_context_is_the_ordinary_loss_of_the_horizon():
 
 
 def test_losses_of_key_tokens_are_of_those_that_less_than_recency_does_not_help():
-    params, tokens = RUN.state().params, batch()["tokens"][0]
+    params, tokens = RUN.params(), batch()["tokens"][0]
 
     @jit
     def look(params):
@@ -205,7 +205,7 @@ def test_losses_of_key_tokens_are_of_those_that_less_than_recency_does_not_help(
 @functools.cache
 def focused(row):
     run = jit(functools.partial(compare.focused, RUN.models, length=LENGTH, recipe=RECIPE))
-    return run(RUN.state().params, batch()["tokens"][row, : SHAPE.history], KEY)
+    return run(RUN.params(), batch()["tokens"][row, : SHAPE.history], KEY)
 
 
 @functools.cache
@@ -216,7 +216,7 @@ def focus_program():
 def focus_evidence(own, foreign):
     """Of the first sequence, with the focus on two of the batch."""
     tokens = batch()["tokens"][0]
-    evidence = focus_program()(RUN.state().params, tokens, jnp.asarray(ANSWERS), KEY, focused(own), focused(foreign))
+    evidence = focus_program()(RUN.params(), tokens, jnp.asarray(ANSWERS), KEY, focused(own), focused(foreign))
     return jax.device_get(evidence)
 
 
@@ -234,7 +234,7 @@ def test_another_sequence_s_focus_is_read_with_this_sequence_s_tokens():
         return nll.token_nll(RUN.models.base, params["base"], entries, window.horizon).mean()
 
     found = focus_evidence(0, 1).foreign
-    assert found.nll == pytest.approx(float(loss(RUN.state().params)), rel=1e-5)
+    assert found.nll == pytest.approx(float(loss(RUN.params())), rel=1e-5)
     assert found.entries.tolist() == [LENGTH, LENGTH] and math.isnan(found.swap_rate)
     assert found.nll != pytest.approx(measured(True)["lensnet_2"].nll, rel=1e-5)
 
@@ -280,7 +280,7 @@ def test_the_correlation_is_over_the_rollouts_of_the_table():
         scores = policy_scores(RUN.models.lens, params["lens"], entries)
         return preferences.variant_values(scores, drawn, GEOMETRY), losses
 
-    values, losses = values_and_losses(RUN.state().params)
+    values, losses = values_and_losses(RUN.params())
     assert float(losses.mean()) == pytest.approx(measured(True)["random"].nll, rel=1e-5)
     expected = np.corrcoef(values, -losses)[0, 1]
     assert focus_evidence(0, 1).correlation == pytest.approx(expected, abs=1e-3)

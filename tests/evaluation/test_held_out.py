@@ -58,7 +58,7 @@ def evaluate(scores, answer_blocks=(0, 0, 0), key=KEY, **hyper):
     state = state_that_scores(scores)
     state = replace(state, hyper=replace(state.hyper, **{n: jnp.asarray(x, jnp.float32) for n, x in hyper.items()}))
     rows = batch() | {"answers": SIZE * jnp.asarray(answer_blocks, jnp.int32).reshape(3, -1)}
-    report = eval_step()(key, state, rows)
+    report = eval_step()(key, state, rows, RUN.frozen())
     return {name: float(value) for name, value in report.items()}
 
 
@@ -82,7 +82,7 @@ def policy_contexts(params, history, length):
 
 def test_the_policys_contexts_lead_from_the_cold_start_to_what_it_wishes():
     state = state_that_scores(wish(4))
-    params, history = state.params, batch()["tokens"][0, : SHAPE.history]
+    params, history = {**RUN.frozen(), **state.params}, batch()["tokens"][0, : SHAPE.history]
 
     @jit
     def walk(params, length):
@@ -97,12 +97,12 @@ def test_the_policys_contexts_lead_from_the_cold_start_to_what_it_wishes():
 
 
 def test_the_swap_rate_is_that_of_the_steps_from_the_cold_start():
-    state = state_that_scores(wish(4))
+    params = {**RUN.frozen(), **state_that_scores(wish(4)).params}
 
     @jit
     @jax.vmap
     def walk(tokens):
-        return policy_contexts(state.params, split(tokens, horizon=SHAPE.horizon).history, RUN.recipe.budget)
+        return policy_contexts(params, split(tokens, horizon=SHAPE.horizon).history, RUN.recipe.budget)
 
     shown, rates = walk(batch()["tokens"]), []
     for row in range(len(batch()["tokens"])):
@@ -135,7 +135,7 @@ def test_the_oracle_depends_on_the_answer_and_the_policy_does_not():
 
 def test_without_answers_nothing_is_said_about_them():
     run = functools.partial(held_out.eval_step, recipe=RUN.recipe, models=RUN.models)
-    names = set(jax.eval_shape(run, KEY, RUN.state(), batch()))
+    names = set(jax.eval_shape(run, KEY, RUN.state(), batch(), RUN.frozen()))
     assert set(evaluate(wish(0))) - names == {"hit_rate", "hit_rate_random", "nll_oracle"}
     assert "nll_policy" in names
 
@@ -144,7 +144,8 @@ def test_an_allocator_that_samples_is_measured_too():
     recipe = _settings.replace(RUN.recipe, **{"focus.temperature": 0.5})
     step = jit(functools.partial(held_out.eval_step, recipe=recipe, models=RUN.models))
     losses = [
-        float(step(jax.random.key(seed), state_that_scores(wish(5)), batch())["nll_policy"]) for seed in (1, 1, 2)
+        float(step(jax.random.key(seed), state_that_scores(wish(5)), batch(), RUN.frozen())["nll_policy"])
+        for seed in (1, 1, 2)
     ]
     assert losses[0] == losses[1] != losses[2]
 
@@ -155,11 +156,10 @@ def test_an_allocator_that_samples_is_measured_too():
 def test_training_and_evaluation_measure_the_same_loss():
     """One function: the baseline's loss does not depend on who asks, nor on the policy or the rollouts."""
     state = FULL.state(step=11, context_end=SHORTEST_CURRICULUM / SHAPE.history)
-    parts = {"base": jax.tree.map(jnp.copy, state.params["base"]), "gist": jax.tree.map(jnp.copy, state.params["gist"])}
-    _, trained = FULL.train_step(state, batch())
+    frozen = {name: jax.tree.map(jnp.copy, state.params[name]) for name in ("base", "gist")}
+    _, trained = FULL.train_step(state, batch(), FULL.frozen())
     other = replace(state_that_scores(wish(3)), step=jnp.asarray(0, jnp.int32))
-    other = replace(other, params={**other.params, **parts})
-    report = eval_step()(KEY, other, batch() | {"answers": jnp.zeros((3, 1), jnp.int32)})
+    report = eval_step()(KEY, other, batch() | {"answers": jnp.zeros((3, 1), jnp.int32)}, frozen)
     assert float(trained["context_length"]) == SHORTEST_CURRICULUM
     assert float(report["nll_baseline"]) == pytest.approx(float(trained["nll_baseline"]), rel=1e-5)
 
@@ -169,7 +169,7 @@ def test_at_the_length_of_the_history_it_is_the_ordinary_loss_of_the_horizon():
     state = run.state()
     scored, _, _ = run.observe(state, batch())
     pretrained = jit(functools.partial(held_out.pretrain_eval_step, horizon=SHAPE.horizon, models=run.models))
-    report = pretrained(state.params, batch())
+    report = pretrained(run.params(), batch())
     tails = np.asarray(scored.nll)
     assert float(report["nll_full_tail"]) == pytest.approx(tails[:, 0].mean(), rel=1e-5)
     np.testing.assert_allclose(tails, np.broadcast_to(tails[:, :1], tails.shape), rtol=1e-5)
@@ -179,7 +179,7 @@ def test_at_the_length_of_the_history_it_is_the_ordinary_loss_of_the_horizon():
 def test_every_metric_of_the_objective_is_there():
     report = evaluate(wish(0))
     step = functools.partial(jax.eval_shape, RUN.train_step)
-    _, trained = step(RUN.state(), batch())
+    _, trained = step(RUN.state(), batch(), RUN.frozen())
     of_training = {"loss", "grad_norm", "lr", "temperature", "context_length", "mc/adv_histogram"}
     assert set(trained) - set(report) == of_training
 
@@ -251,7 +251,7 @@ def test_maps_show_recency_the_rollouts_and_the_pick():
     scores = np.linspace(-0.9, 0.9, BLOCKS)
     state = state_that_scores(scores)
     draw = jit(functools.partial(held_out.variant_maps, recipe=RUN.recipe, models=RUN.models))
-    maps = jax.device_get(draw(state, batch()["tokens"], KEY))
+    maps = jax.device_get(draw(state, batch()["tokens"], KEY, RUN.frozen()))
     shape = (3, SHAPE.rollouts + 2, SHAPE.history)
     assert (maps["cuts"].shape, maps["scores"].shape, maps["nll"].shape) == (shape, shape, shape[:2])
     shown = maps["cuts"] != contexts.MISSING
@@ -280,8 +280,9 @@ def test_without_preferences_it_is_measured_at_the_same_length(curriculum):
     run = Run(lambda config: RUN.models, steps=0, **changes)
     assert int(held_out.final_length(RUN.state(), run.recipe)) == SHORTEST_CURRICULUM == run.config.budget
     state, rows = RUN.state(), batch() | {"answers": jnp.zeros((3, 1), jnp.int32)}
-    report = jit(functools.partial(held_out.eval_step, recipe=run.recipe, models=run.models))(KEY, state, rows)
-    expected = eval_step()(KEY, state, rows)
+    step = jit(functools.partial(held_out.eval_step, recipe=run.recipe, models=run.models))
+    report = step(KEY, state, rows, RUN.frozen())
+    expected = eval_step()(KEY, state, rows, RUN.frozen())
     assert report.keys() == expected.keys()
     for name, value in report.items():
         np.testing.assert_array_equal(value, expected[name])

@@ -21,7 +21,7 @@ LENGTH, DRAWS, KEY = 18, 3, jax.random.key(5)
 def measured():
     options = {"length": LENGTH, "draws": DRAWS, "oracle_rounds": 1, "recipe": RECIPE}
     run = jit(functools.partial(compare.measure, MODELS, **options))
-    return jax.device_get(run(OMITTING.state().params, batch()["tokens"][0], np.asarray([6]), KEY))
+    return jax.device_get(run(OMITTING.params(), batch()["tokens"][0], np.asarray([6]), KEY))
 
 
 def test_every_policy_has_exactly_the_entries():
@@ -46,12 +46,12 @@ def test_every_context_is_a_legal_cut_of_the_whole_history():
         each = functools.partial(contexts.invariants, geometry=GEOMETRY, length=LENGTH)
         return {name: jax.vmap(each)(many) for name, many in (shown | of_horizon).items()}
 
-    for name, holds in check(OMITTING.state().params, batch()["tokens"][0], KEY).items():
+    for name, holds in check(OMITTING.params(), batch()["tokens"][0], KEY).items():
         assert all(np.all(ok) for ok in holds.values()), (name, holds)
 
 
 def test_recency_is_the_base_model_on_the_last_tokens_and_a_start_of_the_search():
-    base, params = MODELS.base, OMITTING.state().params["base"]
+    base, params = MODELS.base, OMITTING.params()["base"]
 
     @jit
     def sliding_window(tokens):
@@ -73,7 +73,7 @@ def test_a_policy_that_nothing_convinces_stays_at_recency():
     def pick(params, history):
         return compare.focused(MODELS, params, history, KEY, length=LENGTH, recipe=recipe)
 
-    picked = pick(OMITTING.state().params, batch()["tokens"][0, : SHAPE.history])
+    picked = pick(OMITTING.params(), batch()["tokens"][0, : SHAPE.history])
     jax.tree.map(np.testing.assert_array_equal, picked, contexts.recency(LENGTH, GEOMETRY, capacity=LENGTH))
 
 
@@ -85,14 +85,14 @@ def test_what_a_focus_does_is_told_by_what_is_read():
     cut = np.asarray([0, 0] + [1] * 14 + [0] * 16, np.int32)
     other = contexts.from_cut(cut, GEOMETRY, capacity=LENGTH)
     for own, foreign, divergence, changed in ((recency, recency, 0, 0), (other, recency, 2 / 18, 1)):
-        found = jax.device_get(run(OMITTING.state().params, tokens[0], None, KEY, own, foreign))
+        found = jax.device_get(run(OMITTING.params(), tokens[0], None, KEY, own, foreign))
         assert found.foreign.entries.tolist() == [LENGTH, LENGTH]
         np.testing.assert_allclose(found.foreign.nll, measured()["recency"].nll, rtol=1e-5)
         assert (found.divergence, found.changed_edits) == (np.float32(divergence), changed)
         assert -1 <= found.correlation <= 1
     full = jax.device_get(
         jit(functools.partial(compare.measure_full, MODELS, length=LENGTH, recipe=RECIPE))(
-            OMITTING.state().params, tokens[0], None
+            OMITTING.params(), tokens[0], None
         )
     )
     assert full.entries.tolist() == [SHAPE.history, SHAPE.history] and math.isnan(full.hit)
@@ -101,10 +101,12 @@ def test_what_a_focus_does_is_told_by_what_is_read():
 def test_held_out_measurements_are_finite_and_maps_have_the_length():
     state = OMITTING.state()
     rows = batch() | {"answers": np.full((3, 1), 6, np.int32)}
-    report = jit(functools.partial(held_out.eval_step, recipe=RECIPE, models=MODELS))(KEY, state, rows)
+    measure = jit(functools.partial(held_out.eval_step, recipe=RECIPE, models=MODELS))
+    report = measure(KEY, state, rows, OMITTING.frozen())
     assert not [name for name, value in report.items() if not np.isfinite(value).all() and name not in MAY_BE_UNDEFINED]
     assert 0 <= float(report["hit_rate"]) <= 1
-    maps = jit(functools.partial(held_out.variant_maps, recipe=RECIPE, models=MODELS))(state, rows["tokens"], KEY)
+    draw = jit(functools.partial(held_out.variant_maps, recipe=RECIPE, models=MODELS))
+    maps = draw(state, rows["tokens"], KEY, OMITTING.frozen())
     lengths = (np.asarray(maps["cuts"]) == 0).sum(axis=-1)
     assert (lengths == lengths[..., :1]).all()
 
@@ -112,7 +114,7 @@ def test_held_out_measurements_are_finite_and_maps_have_the_length():
 def test_the_tree_of_a_comparison_holds_what_the_policy_reads():
     tree = jax.eval_shape(
         lambda params, tokens: build_tree(MODELS, params, tokens, GEOMETRY),
-        OMITTING.state().params,
+        OMITTING.params(),
         batch()["tokens"][0, : SHAPE.history],
     )
     assert [level.shape for level in tree.states] == [(32, 8), (16, 8)]

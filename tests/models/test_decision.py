@@ -26,17 +26,22 @@ HISTORY, HORIZON = slice(0, SHAPE.history), slice(SHAPE.history, SHAPE.window)
 # Who decides, as functions of (state, tokens int32[T], key): what each makes, by name, but for losses on the horizon.
 
 
+def whole(state):
+    return {**RUN.frozen(), **state.params}
+
+
 def by_history(state, tokens, key, *, shift=0):
     """LensNet and its rivals, which are given the history alone; `shift` lets the first tokens behind the cursor in."""
     history = tokens[shift : SHAPE.history + shift] if shift else split(tokens, horizon=SHAPE.horizon).history
-    tree = build_tree(MODELS, state.params, history, GEOMETRY)
-    shown = policy_contexts(state.params, tree)
+    params = whole(state)
+    tree = build_tree(MODELS, params, history, GEOMETRY)
+    shown = policy_contexts(params, tree)
     entries = jax.vmap(lambda one: contexts.materialise(tree, one))(shown)
     return {
         "lensnet": shown,
-        "lensnet_scores": policy_scores(MODELS.lens, state.params["lens"], entries),
-        "focused": compare.focused(MODELS, state.params, history, key, length=LENGTH, recipe=RECIPE),
-        **causal(state.params, history, key),
+        "lensnet_scores": policy_scores(MODELS.lens, params["lens"], entries),
+        "focused": compare.focused(MODELS, params, history, key, length=LENGTH, recipe=RECIPE),
+        **causal(params, history, key),
     }
 
 
@@ -55,7 +60,7 @@ def shifted_by_one(state, tokens, key):
 
 
 def variants(state, tokens, key):
-    scored = scored_variants(state.params, tokens, key)
+    scored = scored_variants(whole(state), tokens, key)
     scores = policy_scores(MODELS.lens, state.params["lens"], scored.entries)
     return {"contexts": scored.contexts, "distinct": scored.distinct, "entries": scored.entries, "scores": scores}
 
@@ -67,27 +72,27 @@ def scored_variants(params, tokens, key):
 def episode(state, tokens, key):
     window = split(tokens, horizon=SHAPE.horizon)
     options = {"length": LENGTH, "focus": CONFIG.focus, "settings": CONFIG.online}
-    played = episodes.run(MODELS, state.params, window, key, GEOMETRY, **options)
+    played = episodes.run(MODELS, whole(state), window, key, GEOMETRY, **options)
     return {name: getattr(played, name) for name in ("states", "contexts", "entries", "swaps", "log_probs")}
 
 
 def maps(state, tokens, key):
-    drawn = held_out.variant_maps(state, tokens[None], key, recipe=RECIPE, models=MODELS)
+    drawn = held_out.variant_maps(state, tokens[None], key, RUN.frozen(), recipe=RECIPE, models=MODELS)
     return {name: drawn[name] for name in ("cuts", "scores")}
 
 
 def report(state, tokens, key):
     """What a run and a sweep report of decisions (`sweep.evaluate` is `eval_step` of every arm)."""
     batch = {"tokens": tokens[None], "answers": jnp.zeros((1, 1), jnp.int32)}
-    found = held_out.eval_step(key, state, batch, recipe=RECIPE, models=MODELS)
+    found = held_out.eval_step(key, state, batch, RUN.frozen(), recipe=RECIPE, models=MODELS)
     names = ("hit_rate", "hit_rate_random", "mc/swap_rate", "mc/edit_wish_rate", "mc/policy_score_abs_mean")
     return {name: found[name] for name in names}
 
 
 def in_hindsight(state, tokens, key):
     window = split(tokens, horizon=SHAPE.horizon)
-    shown = causal(state.params, window.history, key)
-    return rivals.hindsight(MODELS, state.params, window, shown, None, GEOMETRY, length=LENGTH, oracle_rounds=0)
+    shown = causal(whole(state), window.history, key)
+    return rivals.hindsight(MODELS, whole(state), window, shown, None, GEOMETRY, length=LENGTH, oracle_rounds=0)
 
 
 @functools.cache
@@ -158,10 +163,10 @@ TOKENS = np.concatenate([np.arange(SHAPE.history) % 8, 8 + np.arange(SHAPE.horiz
 @functools.cache
 def influence(shift):
     """float[VOCABULARY]: gradient of LensNet's scores, not cut off as in training, at the embedding of each token."""
-    state = RUN.state()
+    known = RUN.params()
 
     def total(table):
-        params = {**state.params, "base": {**state.params["base"], "embedding": {"embedding": table}}}
+        params = {**known, "base": {**known["base"], "embedding": {"embedding": table}}}
         tokens = jnp.roll(jnp.asarray(TOKENS), -shift)
         scored = scored_variants(params, tokens, jax.random.key(0))
         tree = build_tree(MODELS, params, split(tokens, horizon=SHAPE.horizon).history, GEOMETRY)
@@ -171,7 +176,7 @@ def influence(shift):
         scores = jax.vmap(lambda one: MODELS.lens.apply(params["lens"], one))(entries)
         return jnp.sum(scores**2)
 
-    gradient = jit(jax.grad(total))(state.params["base"]["embedding"]["embedding"])
+    gradient = jit(jax.grad(total))(known["base"]["embedding"]["embedding"])
     return np.abs(np.asarray(gradient)).max(axis=1)
 
 
@@ -202,4 +207,4 @@ def test_a_horizon_that_leaves_nothing_is_refused(horizon):
 def test_a_tree_of_anything_but_the_history_is_refused(count):
     message = rf"sees the 32 tokens before the cursor and no other: pass split.*\({count},\)"
     with pytest.raises(ValueError, match=message):
-        build_tree(MODELS, RUN.state().params, np.zeros(count, np.int32), SMALL.geometry)
+        build_tree(MODELS, RUN.params(), np.zeros(count, np.int32), SMALL.geometry)

@@ -30,7 +30,7 @@ def reading(reads):
 
 def params(reads):
     """With a LensNet of large weights, whose choices depend on what it sees."""
-    start, rng = reading(reads).state().params, np.random.default_rng(1)
+    start, rng = reading(reads).params(), np.random.default_rng(1)
     lens = jax.tree.map(lambda leaf: leaf + rng.normal(size=leaf.shape).astype(np.float32), start["lens"])
     return {**start, "lens": lens}
 
@@ -103,7 +103,7 @@ def test_every_score_depends_on_what_the_base_model_does_not_read():
 
     @jit
     def scores(tokens):
-        start = OMITTING.state().params
+        start = OMITTING.params()
         tree = build_tree(MODELS, start, split(tokens, horizon=SHAPE.horizon).history, GEOMETRY)
         # What is known of later tokens knows it, too.
         tree = dataclasses.replace(tree, states=jax.tree.map(jnp.zeros_like, tree.states))

@@ -42,7 +42,9 @@ def tokens_of(seed, step):
 
 
 def start():
-    return sweep.init(ARMS, KEYS, recipe=PROGRAM, models=models(), params=params())
+    state, frozen = sweep.init(ARMS, KEYS, recipe=PROGRAM, models=models(), params=params())
+    assert all(frozen[name] is part for name, part in params().items())
+    return state
 
 
 @functools.cache
@@ -51,7 +53,7 @@ def swept():
     step = jit(functools.partial(sweep.step, recipe=PROGRAM, models=models()), donate_argnums=0)
     state, reports = start(), []
     for index in range(STEPS):
-        state, report = step(state, {"tokens": jnp.stack([tokens_of(seed, index) for seed in SEEDS])})
+        state, report = step(state, {"tokens": jnp.stack([tokens_of(seed, index) for seed in SEEDS])}, params())
         reports.append(jax.device_get(report))
     assert step._cache_size() == 1
     return state, reports
@@ -66,16 +68,16 @@ def arm_of(state, index):
 def test_an_arm_is_a_run_of_its_own(index):
     config = ARMS[index]
     step = jit(functools.partial(preference.train_step, recipe=config.recipe, models=models()), donate_argnums=0)
-    state = preference.init_train_state(KEYS[config.seed], recipe=config.recipe, models=models(), params=params())
+    state, _ = preference.init_train_state(KEYS[config.seed], recipe=config.recipe, models=models(), params=params())
     swept_state, reports = swept()
     for done in range(STEPS):
-        state, alone = step(state, {"tokens": tokens_of(config.seed, done)})
+        state, alone = step(state, {"tokens": tokens_of(config.seed, done)}, params())
         for name, value in alone.items():
             np.testing.assert_allclose(
                 reports[done][name][index], value, atol=1e-6, rtol=1e-6, err_msg=f"{name} {done}"
             )
     for mine, theirs in zip(
-        jax.tree.leaves(arm_of(swept_state, index).params), jax.tree.leaves({"lens": state.params["lens"]}), strict=True
+        jax.tree.leaves(arm_of(swept_state, index).params), jax.tree.leaves(state.params), strict=True
     ):
         np.testing.assert_allclose(mine, theirs, atol=1e-6)
 
@@ -91,7 +93,7 @@ def test_settings_make_a_difference_and_seeds_too():
 def test_arms_computed_together_are_the_same_up_to_rounding():
     step = jit(functools.partial(sweep.step, recipe=PROGRAM, models=models(), at_once=8), donate_argnums=0)
     _, reports = swept()
-    _, report = step(start(), {"tokens": jnp.stack([tokens_of(seed, 0) for seed in SEEDS])})
+    _, report = step(start(), {"tokens": jnp.stack([tokens_of(seed, 0) for seed in SEEDS])}, params())
     for name, values in report.items():
         np.testing.assert_allclose(values, reports[0][name], rtol=1e-4, atol=1e-5, err_msg=name)
 
@@ -115,7 +117,7 @@ def test_devices_take_equally_many_arms_that_read_the_same():
 def test_the_states_of_several_devices_have_one_shape():
     parts = sweep.split(ARMS, 3)
     states = [
-        sweep.init([ARMS[i] for i in part], KEYS, recipe=PROGRAM, models=models(), params=params()) for part in parts
+        sweep.init([ARMS[i] for i in part], KEYS, recipe=PROGRAM, models=models(), params=params())[0] for part in parts
     ]
     assert [state.row.tolist() for state in states] == [[0], [1], [0, 1]]
     stacked = sweep.stack(states, jax.make_mesh((1,), (devices.AXIS,)))
@@ -127,8 +129,8 @@ def test_the_states_of_several_devices_have_one_shape():
 def test_the_initial_state_of_an_arm_is_that_of_its_run():
     state = start()
     for index, config in enumerate(ARMS):
-        alone = preference.init_train_state(KEYS[config.seed], recipe=PROGRAM, models=models(), params=params())
-        alone = replace(alone, params={"lens": alone.params["lens"]}, hyper=jax.tree.map(jnp.float32, config.hyper))
+        alone, _ = preference.init_train_state(KEYS[config.seed], recipe=PROGRAM, models=models(), params=params())
+        alone = replace(alone, hyper=jax.tree.map(jnp.float32, config.hyper))
         jax.tree.map(np.testing.assert_array_equal, replace(arm_of(state, index), key=None), replace(alone, key=None))
 
 

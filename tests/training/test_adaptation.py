@@ -56,7 +56,7 @@ def scored():
 @pytest.fixture(scope="module")
 def support():
     """The same documents, scored one horizon before the cursor."""
-    return measure_supports(HYPER.state().params, batch()["tokens"])
+    return measure_supports(HYPER.params(), batch()["tokens"])
 
 
 def row(tree, place=0):
@@ -122,7 +122,7 @@ def test_edit_features_weigh_entries_as_values_do(support):
 
 @pytest.mark.slow
 def test_what_a_support_keeps_in_full_is_no_choice_of_its_variants(support):
-    params, one = HYPER.state().params, row(support)
+    params, one = HYPER.params(), row(support)
     found = jit(lambda one: adaptation.document_edits(HYPER.models, params["lens"], one, PAST))(one)
     for v in range(len(found)):
         entries = jax.tree.map(lambda leaf, v=v: leaf[v], one.entries)
@@ -151,7 +151,7 @@ def test_hidden_and_output_layers_are_targets(head):
 
 
 def test_all_rollouts_of_the_support_are_read(support):
-    params, one = HYPER.state().params, row(support)
+    params, one = HYPER.params(), row(support)
     before = deltas_of(params, one)
     for variant, is_known in enumerate([False, True, True, True, True]):
         after = deltas_of(params, dataclasses.replace(one, nll=one.nll.at[variant].add(0.3)))
@@ -161,7 +161,7 @@ def test_all_rollouts_of_the_support_are_read(support):
 def test_the_support_is_measured_one_horizon_before_the_cursor(support):
     ends = jnp.max(jnp.where(support.contexts.valid, support.contexts.start, -1), axis=-1)
     np.testing.assert_array_equal(ends, PAST.history - 1)
-    tokens, params = batch()["tokens"], HYPER.state().params
+    tokens, params = batch()["tokens"], HYPER.params()
     for place, is_scored in ((-CONTEXT.horizon - 1, True), (-CONTEXT.horizon, False)):
         after = measure_supports(params, tokens.at[:, place].set((tokens[:, place] + 1) % 4))
         assert bool((after.nll != support.nll).all()) == is_scored
@@ -188,7 +188,7 @@ def causal_parts(params, tokens):
 
 
 def test_nothing_behind_the_cursor_reaches_deltas_scores_or_picks():
-    params, tokens = HYPER.state().params, batch()["tokens"]
+    params, tokens = HYPER.params(), batch()["tokens"]
     before = causal_parts(params, tokens)
     changed = {
         "horizon": tokens.at[:, CONTEXT.history :].set((tokens[:, CONTEXT.history :] + 1) % 4),
@@ -205,7 +205,7 @@ def test_nothing_behind_the_cursor_reaches_deltas_scores_or_picks():
 
 
 def test_deltas_of_zero_leave_lensnet_as_it_is(scored, support):
-    params, one = HYPER.state().params, row(scored)
+    params, one = HYPER.params(), row(scored)
     score = jit(lambda lens: policy_scores(HYPER.models.lens, lens, one.entries))
     deltas = deltas_of(params, row(support))
     plain = score(params["lens"])
@@ -233,8 +233,8 @@ def test_the_loss_is_that_of_the_pairs_at_the_cursor(scored):
 
 @pytest.mark.slow
 def test_lensnet_begins_and_learns_as_it_does_without_a_hypernetwork(scored):
-    params = HYPER.state().params
-    assert same(params["lens"], Run(**{"context.rollouts": 4}).state().params["lens"])
+    params = HYPER.params()
+    assert same(params["lens"], Run(**{"context.rollouts": 4}).params()["lens"])
 
     def total(params):
         support = row(supports(params, batch()["tokens"]))
@@ -253,7 +253,7 @@ def test_the_hypernetwork_learns_what_pays():
     state, losses = HYPER.state(step=2, learning_rate=3e-3), []
     for _ in range(12):
         # The same rollouts, weighed alike, each time.
-        after, report = HYPER.train_step(jax.tree.map(jnp.copy, state), batch())
+        after, report = HYPER.train_step(jax.tree.map(jnp.copy, state), batch(), HYPER.frozen())
         state = dataclasses.replace(state, params=after.params, opt_state=after.opt_state)
         losses.append(float(report["adapted_loss"]))
     assert losses[-1] < 0.9 * losses[0]
@@ -266,11 +266,11 @@ def test_what_it_picks_is_measured_beside_what_lensnet_picks():
     step = jit(functools.partial(held_out.adaptation_eval_step, **HYPER.static))
     rows = batch() | {"answers": jnp.asarray([[0], [2], [4]], jnp.int32)}
     state, key = HYPER.state(), jax.random.key(0)
-    report = step(key, state, rows)
+    report = step(key, state, rows, HYPER.frozen())
     assert {"nll_policy_adapted", "hit_rate_adapted"} <= set(report)
     assert float(report["nll_policy_adapted"]) != float(report["nll_policy"])
     nothing = dict(state.params, hypernet=jax.tree.map(jnp.zeros_like, state.params["hypernet"]))
-    report = step(key, dataclasses.replace(state, params=nothing), rows)
+    report = step(key, dataclasses.replace(state, params=nothing), rows, HYPER.frozen())
     assert float(report["nll_policy_adapted"]) == float(report["nll_policy"])
 
 

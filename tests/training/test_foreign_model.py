@@ -74,7 +74,7 @@ def test_it_is_trained():
     state, losses = OTHER.state(step=6, learning_rate=0.03), []
     first = jax.tree.map(jnp.copy, state.params)
     for _ in range(6):
-        state, report = OTHER.train_step(state, batch())
+        state, report = OTHER.train_step(state, batch(), OTHER.frozen())
         assert np.isfinite([float(report[name]) for name in ("loss", "grad_norm", "token_loss")]).all()
         losses.append(float(report["nll_baseline"]))
     assert losses[-1] < losses[0] - 0.1
@@ -86,7 +86,7 @@ def test_it_is_trained():
 def test_it_is_evaluated_as_in_training():
     state, rows = OTHER.state(), batch() | {"answers": ANSWERS}
     step = jit(functools.partial(held_out.eval_step, recipe=OTHER.recipe, models=OTHER.models))
-    report = step(jax.random.key(0), state, rows)
+    report = step(jax.random.key(0), state, rows, OTHER.frozen())
     assert {"nll_policy", "nll_oracle", "hit_rate"} <= set(report)
     assert all(np.isfinite(float(report[name])) for name in ("nll_policy", "nll_baseline", "nll_rollout_mean"))
 
@@ -95,7 +95,7 @@ def test_it_is_evaluated_as_in_training():
 def test_it_is_evaluated_beside_the_policies_that_need_no_attention():
     measure = functools.partial(compare.measure, OTHER.models, length=16, draws=2, oracle_rounds=1, recipe=OTHER.recipe)
     found = jit(lambda params, tokens, answers, key: measure(params, tokens, answers, key))(
-        OTHER.state().params, batch()["tokens"][0], ANSWERS[0], jax.random.key(1)
+        OTHER.params(), batch()["tokens"][0], ANSWERS[0], jax.random.key(1)
     )
     assert {"recency", "random", "bm25", "lensnet_1", "oracle"} <= set(found)
     # What scores by attention is for models that show it.
@@ -106,7 +106,7 @@ def test_it_is_evaluated_beside_the_policies_that_need_no_attention():
 
 def test_it_is_read_as_a_stream():
     """Up to the budget nothing is compressed: the losses are those of all tokens at once."""
-    params = OTHER.state().params
+    params = OTHER.params()
     config = lx.SessionConfig(SMALL.geometry, budget=20, interval=4)
     session = lx.Session(OTHER.models, params, config)
     tokens = np.asarray(batch()["tokens"][0])

@@ -229,7 +229,7 @@ def expected():
     @jit
     @jax.vmap
     def look(tokens, key):
-        window, params, recipe = split(tokens, horizon=4), state.params, PLAIN.recipe
+        window, params, recipe = split(tokens, horizon=4), PLAIN.params(), PLAIN.recipe
         shape = {"models": PLAIN.models, "context": recipe.context, "capacity": recipe.capacity}
         scored = score_variants(key, params, tokens, 16, state.hyper.high_lod_share, **shape)
         losses = jax.vmap(lambda one: nll.token_nll(PLAIN.models.base, params["base"], one, window.horizon))
@@ -242,9 +242,8 @@ def expected():
 @functools.cache
 def report(run):
     step = jit(functools.partial(held_out.eval_step, recipe=run.recipe, models=run.models))
-    return {
-        name: float(value) for name, value in step(jax.random.key(3), run.state(), batch()).items() if value.ndim == 0
-    }
+    found = step(jax.random.key(3), run.state(), batch(), run.frozen())
+    return {name: float(value) for name, value in found.items() if value.ndim == 0}
 
 
 def test_variants_are_scored_on_key_tokens():
@@ -254,7 +253,7 @@ def test_variants_are_scored_on_key_tokens():
     score = functools.partial(
         score_variants, models=KEYED.models, context=KEYED.recipe.context, capacity=KEYED.recipe.capacity, short=8
     )
-    many = jit(jax.vmap(lambda tokens, key: score(key, state.params, tokens, 16, state.hyper.high_lod_share).nll))
+    many = jit(jax.vmap(lambda tokens, key: score(key, KEYED.params(), tokens, 16, state.hyper.high_lod_share).nll))
     by_hand = [
         [row[key].mean() if key.any() else row.mean() for row in rows] for rows, key in zip(*expected(), strict=True)
     ]
@@ -275,7 +274,7 @@ def test_losses_held_out_are_plain_whatever_is_rewarded_and_those_on_key_tokens_
 
 @pytest.mark.slow
 def test_training_goes_on_with_it():
-    state, found = KEYED.train_step(KEYED.state(step=3), batch())
+    state, found = KEYED.train_step(KEYED.state(step=3), batch(), KEYED.frozen())
     assert np.isfinite([float(found[name]) for name in ("loss", "grad_norm", "nll_baseline")]).all()
     assert int(state.step) == 4
 
@@ -285,20 +284,20 @@ def test_episodes_are_rewarded_for_key_tokens():
     settings = OnlineConfig(steps=12, refocus_steps=2, episodes=2)
     states = {
         run: online.init_online_state(
-            jax.random.key(0), recipe=run.recipe, settings=settings, models=run.models, params=run.state().params
+            jax.random.key(0), recipe=run.recipe, settings=settings, models=run.models, params=run.params()
         )
         for run in (KEYED, PLAIN)
     }
     played = {
         run: jit(functools.partial(online.roll_out, recipe=run.recipe, settings=settings, models=run.models))(
-            states[run], batch()
+            {**states[run][1], **states[run][0].params}, states[run][0], batch()
         )
         for run in (KEYED, PLAIN)
     }
     _, is_key = expected()
     first = jax.tree.map(lambda leaf: leaf[:, 0, 0], played[PLAIN].entries)
     window = split(batch()["tokens"], horizon=4)
-    base, params = PLAIN.models.base, PLAIN.state().params["base"]
+    base, params = PLAIN.models.base, PLAIN.params()["base"]
     losses = jit(jax.vmap(lambda one, horizon: nll.token_nll(base, params, one, horizon)))(first, window.horizon)
     by_hand = [
         row[key].mean() if key.any() else row.mean() for row, key in zip(np.asarray(losses), is_key, strict=True)

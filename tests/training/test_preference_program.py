@@ -35,7 +35,7 @@ KL, JOINT = {"kl", "mc/kl_loss"}, {"token_loss", "gist_delta_loss"}
 @pytest.mark.parametrize(("run", "extra"), [(LENS, set()), (FULL, KL | JOINT), (OTHER, KL | JOINT)])
 def test_the_names_of_the_report(run, extra):
     step = functools.partial(preference.train_step, recipe=run.recipe, models=run.models)
-    _, report = jax.eval_shape(step, run.state(), batch())
+    _, report = jax.eval_shape(step, run.state(), batch(), run.frozen())
     assert set(report) == REPORT | extra
     shapes = {name: (len(HISTOGRAMS[name]) - 1,) if name in HISTOGRAMS else () for name in report}
     assert {name: value.shape for name, value in report.items()} == shapes
@@ -43,22 +43,23 @@ def test_the_names_of_the_report(run, extra):
 
 
 @pytest.mark.parametrize("trainable", SUBSETS, ids="+".join)
-def test_frozen_parts_are_passed_through_for_every_choice_of_trainable_parts(trainable):
-    """Read off the program: the output for a frozen leaf is the input itself."""
+def test_a_state_holds_what_is_trained_for_every_choice_of_trainable_parts(trainable):
+    """Read off the program: every leaf of the state's parameters is computed anew, and nothing else comes out of it."""
     static = {"recipe": replace(LENS.recipe, trainable=trainable), "models": LENS.models}
-    state = preference.init_train_state(jax.random.key(0), **static)
+    state, frozen = preference.init_train_state(jax.random.key(0), **static)
+    assert set(state.params) == set(trainable) and set(frozen) == set(PARTS) - set(trainable)
     step = functools.partial(preference.train_step, **static)
-    program, (after, _) = jax.make_jaxpr(step, return_shape=True)(state, batch())
+    program, (after, _) = jax.make_jaxpr(step, return_shape=True)(state, batch(), frozen)
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
     assert names == [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(after)]
     passed = {
         name: before is outcome
         for name, before, outcome in zip(names, program.jaxpr.invars, program.jaxpr.outvars, strict=False)
     }
-    frozen = [part for part in PARTS if part not in trainable]
-    for name, is_passed in passed.items():
-        if name.startswith(".params"):
-            assert is_passed == any(f"['{part}']" in name for part in frozen), name
+    assert not any(is_passed for name, is_passed in passed.items() if name.startswith(".params"))
+    results = set(map(id, program.jaxpr.outvars))
+    given = program.jaxpr.invars[len(names) + 1 :]
+    assert len(given) == len(jax.tree.leaves(frozen)) and not any(id(leaf) in results for leaf in given)
 
 
 class CountingLens:
@@ -81,5 +82,7 @@ def test_without_divergence_there_is_no_anchor_and_no_second_pass(weight, applic
     run = Run(lambda config: replace(config.build_models(), lens=lens), **{"hyper.kl_weight": weight})
     state = run.state()
     assert (state.anchor is None) == (weight == 0)
-    jax.eval_shape(functools.partial(preference.train_step, recipe=run.recipe, models=run.models), state, batch())
+    jax.eval_shape(
+        functools.partial(preference.train_step, recipe=run.recipe, models=run.models), state, batch(), run.frozen()
+    )
     assert lens.applied == applications

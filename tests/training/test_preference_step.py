@@ -106,13 +106,19 @@ def test_the_rate_is_that_of_the_schedule():
 # What it trains.
 
 
+def fresh_frozen(run):
+    """What the steps were given of the frozen parts, drawn once more."""
+    return preference.init_train_state(jax.random.key(0), recipe=run.recipe, models=run.models)[1]
+
+
 @pytest.mark.parametrize("run", [FULL, pytest.param(OTHER, marks=pytest.mark.slow), HALF_PRECISION])
 def test_every_trainable_leaf_moves_and_every_frozen_one_stays(run):
     # At full length all variants are equal, so the policy's first lesson is the second step.
     first, second = history(run)[0][1:3]
-    for part in PARTS:
-        changed = moved(first.params[part], second.params[part])
-        assert set(changed.values()) == {part in run.recipe.trainable}, changed
+    assert set(first.params) == set(second.params) == set(run.recipe.trainable)
+    assert set(run.frozen()) == set(PARTS) - set(run.recipe.trainable)
+    assert all(moved(first.params, second.params).values())
+    jax.tree.map(np.testing.assert_array_equal, run.frozen(), jax.device_get(fresh_frozen(run)))
 
 
 def test_the_policy_loss_trains_the_policy_alone():
@@ -164,11 +170,11 @@ def test_which_anchor_each_step_is_given(run, kind):
 
 def test_a_whole_run_is_one_program_that_moves_nothing_to_or_from_the_host(compiles):
     state, (first, *rest) = FULL.state(), [batch(i) for i in range(SMALL.steps)]
-    state, report = FULL.train_step(state, first)
+    state, report = FULL.train_step(state, first, FULL.frozen())
     reports = [report]
     with compiles() as names, jax.transfer_guard("disallow"):
         for tokens in rest:
-            state, report = FULL.train_step(state, tokens)
+            state, report = FULL.train_step(state, tokens, FULL.frozen())
             reports.append(report)
     assert names == []
     assert int(state.step) == SMALL.steps
@@ -193,7 +199,7 @@ def test_each_step_draws_new_rollouts():
 @pytest.mark.parametrize("run", [FULL, OTHER])
 def test_the_state_is_donated_but_for_rates_that_are_set_anew(run):
     state = run.state()
-    run.train_step(state, batch())
+    run.train_step(state, batch(), run.frozen())
     kept = [path for path, leaf in jax.tree.leaves_with_path(state) if not leaf.is_deleted()]
     assert all("hyperparams" in jax.tree_util.keystr(path) for path in kept) and len(kept) == 2
 
@@ -233,9 +239,9 @@ def test_several_settings_in_one_program_are_several_runs():
     states = [FULL.history(FULL.state(seed, **hyper), 1)[0][1] for seed, hyper in enumerate(settings)]
     together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
     step = functools.partial(preference.train_step, recipe=FULL.recipe, models=FULL.models)
-    found, reports = jit(jax.vmap(step, in_axes=(0, None)))(together, batch(1))
+    found, reports = jit(jax.vmap(step, in_axes=(0, None, None)))(together, batch(1), {})
     for index, state in enumerate(states):
-        expected, report = FULL.train_step(state, batch(1))
+        expected, report = FULL.train_step(state, batch(1), FULL.frozen())
         ours, our_report = jax.tree.map(lambda leaf, i=index: leaf[i], (found, reports))
         assert numbers(our_report) == pytest.approx(numbers(report), rel=1e-3, abs=1e-5, nan_ok=True)
         chex.assert_trees_all_close(ours.normaliser, expected.normaliser, rtol=1e-4, atol=1e-6)
@@ -302,7 +308,11 @@ def test_padding_changes_nothing():
 
 
 def test_given_parts_outlive_a_donated_state():
-    params = jax.tree.map(jnp.copy, FULL.state().params)
-    state = preference.init_train_state(jax.random.key(0), recipe=FULL.recipe, models=FULL.models, params=params)
-    FULL.train_step(state, batch())
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
+    for run in (FULL, HALF_PRECISION):
+        params = jax.tree.map(jnp.copy, run.params())
+        state, frozen = preference.init_train_state(
+            jax.random.key(0), recipe=run.recipe, models=run.models, params=params
+        )
+        with jax.numpy_dtype_promotion("standard"):
+            run.train_step(state, batch(), frozen)
+        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((params, frozen)))

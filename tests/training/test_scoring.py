@@ -46,7 +46,7 @@ def test_recency_comes_first_and_all_variants_hold_the_invariants(step):
 
 def test_losses_are_those_of_the_reference():
     state, _, scored, _ = observed()
-    base, gist = jax.device_get(state.params["base"]), state.params["gist"]
+    base, gist = jax.device_get(state.params["base"]), OTHER.frozen()["gist"]
     pool = jax.jit(OTHER.models.gist.apply)
 
     def gist_of_block(children):
@@ -130,11 +130,13 @@ def test_a_config_with_local_edits_draws_local_rollouts():
 def test_the_tree_holds_the_embeddings_and_the_gists_of_the_models():
     state, *_ = observed()
     tokens = batch()["tokens"][0, : GEOMETRY.history]
-    tree = jax.jit(functools.partial(build_tree, OTHER.models, geometry=GEOMETRY))(state.params, tokens)
+    tree = jax.jit(functools.partial(build_tree, OTHER.models, geometry=GEOMETRY))(
+        {**OTHER.frozen(), **state.params}, tokens
+    )
     leaves = np.asarray(state.params["base"]["table"])[np.asarray(tokens)]
     np.testing.assert_array_equal(tree.levels[0], leaves)
     pairs = jnp.asarray(leaves.reshape(-1, GEOMETRY.block_size, leaves.shape[-1]))
-    np.testing.assert_allclose(tree.levels[1], OTHER.models.gist.apply(state.params["gist"], pairs), rtol=1e-5)
+    np.testing.assert_allclose(tree.levels[1], OTHER.models.gist.apply(OTHER.frozen()["gist"], pairs), rtol=1e-5)
     assert len(tree.levels) == GEOMETRY.max_lod + 1
 
 

@@ -18,14 +18,14 @@ CONFIG, RECIPE, MODELS, GEOMETRY = OMITTING.config, OMITTING.recipe, OMITTING.mo
 STEPS = 3
 
 
-def trained(step, state, compiles):
+def trained(step, state, frozen, compiles):
     """The first state and the last one, and all reports; one program, which is compiled once."""
     first, reports = jax.tree.map(jnp.copy, state), []
-    state, report = step(state, batch(0))
+    state, report = step(state, batch(0), frozen)
     with compiles() as names:
         for index in range(1, STEPS):
             reports.append(report)
-            state, report = step(state, batch(index))
+            state, report = step(state, batch(index), frozen)
     assert names == []
     return first, state, [*reports, report]
 
@@ -43,7 +43,7 @@ def moved(first, last):
 
 def test_train_step(compiles):
     step = functools.partial(preference.train_step, recipe=RECIPE, models=MODELS)
-    first, last, reports = trained(jit(step, donate_argnums=0), OMITTING.state(), compiles)
+    first, last, reports = trained(jit(step, donate_argnums=0), OMITTING.state(), {}, compiles)
     assert_finite([{name: x for name, x in report.items() if name not in HISTOGRAMS} for report in reports])
     # The token loss alone trains GistNet, and the base model reads no gist.
     found = moved(first.params, last.params)
@@ -72,9 +72,9 @@ def test_all_variants_have_the_length_and_the_policy_sees_a_map_and_what_the_bas
 def test_pretrain_step(compiles):
     settings = CONFIG.pretrain
     static = {"recipe": RECIPE, "settings": settings, "models": MODELS}
-    state = pretrain.init_pretrain_state(jax.random.key(0), **static)
+    state, frozen = pretrain.init_pretrain_state(jax.random.key(0), **static)
     step = jit(functools.partial(pretrain.pretrain_step, **static), donate_argnums=0)
-    _, _, reports = trained(step, state, compiles)
+    _, _, reports = trained(step, state, frozen, compiles)
     assert_finite(reports)
 
 
@@ -82,8 +82,8 @@ def test_pretrain_step(compiles):
 def test_online_step(start, compiles):
     config = _settings.replace(CONFIG, **{"focus.start": start})
     static = {"recipe": config.recipe, "settings": config.online, "models": MODELS}
-    state = online.init_online_state(jax.random.key(1), params=OMITTING.state().params, **static)
-    episodes = jit(functools.partial(online.roll_out, **static))(state, batch())
+    state, frozen = online.init_online_state(jax.random.key(1), params=OMITTING.params(), **static)
+    episodes = jit(functools.partial(online.roll_out, **static))({**frozen, **state.params}, state, batch())
     seen = jax.tree.leaves(episodes, is_leaf=lambda node: isinstance(node, contexts.WorkingContext))
     (seen,) = [leaf for leaf in seen if isinstance(leaf, contexts.WorkingContext)]
     assert (contexts.entry_count(seen, GEOMETRY) == config.budget).all()
@@ -91,7 +91,7 @@ def test_online_step(start, compiles):
     recency = contexts.recency(config.budget, GEOMETRY, capacity=config.budget).start
     assert np.array_equal(cold, np.broadcast_to(recency, cold.shape)) == (start == "recency")
     step = jit(functools.partial(online.online_step, **static), donate_argnums=0)
-    _, _, reports = trained(step, state, compiles)
+    _, _, reports = trained(step, state, frozen, compiles)
     assert_finite(reports)
 
 

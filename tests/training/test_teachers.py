@@ -107,7 +107,7 @@ HEADS = ("max", "mean")
 @functools.cache
 def look():
     """At the small run's windows, with weights; and the whole of its base model's attention."""
-    base, params = LENS.models.base, LENS.state().params["base"]
+    base, params = LENS.models.base, LENS.params()["base"]
 
     def one(tokens, weights):
         entries = contexts.in_full(base.embed(params, tokens), jnp.arange(36))

@@ -197,10 +197,10 @@ def test_a_step_with_anyones_term_and_optimizer_goes_down_the_gradient_of_the_te
     alone = dict.fromkeys(["rank_weight", "budget_weight", "smooth_weight"], 0.0)
     tx, rate = optax.sgd(0.5), 0.5
     static = {"recipe": LENS.recipe, "models": LENS.models}
-    fresh = preference.init_train_state(jax.random.key(0), tx=tx, **static)
+    fresh, frozen = preference.init_train_state(jax.random.key(0), tx=tx, **static)
     state = replace(fresh, hyper=replace(fresh.hyper, **{name: jnp.zeros(()) for name in alone}))
     step = jit(functools.partial(preference.train_step, tx=tx, term=squared_values, **static))
-    after, report = step(state, batch())
+    after, report = step(state, batch(), frozen)
     scored, _, _ = LENS.observe(state, batch())
 
     @jit

@@ -18,12 +18,14 @@ STATIC = {"recipe": LENS.recipe, "models": LENS.models}
 def test_given_parts_are_taken_and_the_others_are_drawn():
     key = jax.random.key(3)
     base = LENS.models.base.init(jax.random.key(7))
-    drawn = preference.init_train_state(key, **STATIC)
-    state = preference.init_train_state(key, **STATIC, params={"base": base})
-    chex.assert_trees_all_equal(state.params, {**drawn.params, "base": base})
+    drawn, others = preference.init_train_state(key, **STATIC)
+    state, frozen = preference.init_train_state(key, **STATIC, params={"base": base})
+    chex.assert_trees_all_equal(state.params, drawn.params)
+    chex.assert_trees_all_equal(frozen, {**others, "base": base})
+    assert frozen["base"] is base, "what is frozen is not copied"
     assert int(state.step) == 0 and state.anchor is None
     assert float(state.hyper.context_end) == LENS.recipe.hyper.context_end
-    other = preference.init_train_state(jax.random.key(4), **STATIC)
+    other, _ = preference.init_train_state(jax.random.key(4), **STATIC)
     assert not np.array_equal(drawn.params["lens"]["content"]["kernel"], other.params["lens"]["content"]["kernel"])
 
 
@@ -57,8 +59,8 @@ def test_a_step_gives_its_temperature_and_a_key_that_no_sequence_has_to_the_term
 
     @jit
     def given(state):
-        _, (_, _, report) = loss(state.params, state, scored, term=lambda inputs: jax.random.uniform(inputs.key))
-        _, (_, _, other) = loss(state.params, state, scored, term=lambda inputs: inputs.temperature)
+        _, (_, _, report) = loss(run.params(), state, scored, term=lambda inputs: jax.random.uniform(inputs.key))
+        _, (_, _, other) = loss(run.params(), state, scored, term=lambda inputs: inputs.temperature)
         return report["mc/preference_loss"], other["mc/preference_loss"]
 
     found = [[float(x) for x in given(run.state(step=step))] for step in (0, 3, 3, SMALL.steps - 1)]

@@ -67,8 +67,8 @@ class Phase:
     """One of the logger's phases."""
     steps: int
     batch_size: int
-    step: Callable[[Any, dict[str, Array]], tuple[Any, dict[str, Array]]]
-    """Pure `(state, batch) -> (state, metrics)`; compiled here, once, with the state donated."""
+    step: Callable[[Any, dict[str, Array], Any], tuple[Any, dict[str, Array]]]
+    """Pure `(state, batch, frozen) -> (state, metrics)`; compiled here, once, with the state donated."""
     evaluate: Callable[[Any], Mapping[str, float]]
     """Held-out metrics of a state."""
     headline: tuple[str, ...]
@@ -82,6 +82,7 @@ def run_phase(
     state: State,
     batches: grain.DatasetIterator,
     *,
+    frozen: Any,
     run_dir: Path,
     config: Settings,
     mesh: Mesh,
@@ -96,6 +97,7 @@ def run_phase(
       phase: what to do.
       state: the state at step 0; its buffers are donated.
       batches: training data at its start; moved to the checkpoint's position.
+      frozen: what the step reads and never changes, such as a base model: neither donated nor saved.
       run_dir: the run's folder.
       config: read are the shapes of an example, whether to split the state, the logging, evaluation and saving steps,
         and when to stop.
@@ -113,7 +115,7 @@ def run_phase(
       ValueError: with patience, the evaluation does not report the metric to monitor.
     """
     folder = checkpoint_dir(run_dir, phase.name)
-    state = devices.place(state, mesh, split=config.shard_parameters)
+    state, frozen = (devices.place(tree, mesh, split=config.shard_parameters) for tree in (state, frozen))
     first, elapsed, best = 0, 0.0, stopping.init()
     newest = checkpoint.latest_step(folder)
     if newest is not None:
@@ -131,14 +133,14 @@ def run_phase(
         for name, shape in config.example_shapes.items()
     }
     placed = (jax.tree.map(lambda leaf: leaf.sharding, state), None)
-    compiled = jax.jit(phase.step, donate_argnums=0, out_shardings=placed).lower(state, spec).compile()
+    compiled = jax.jit(phase.step, donate_argnums=0, out_shardings=placed).lower(state, spec, frozen).compile()
     recorder = _Recorder(phase.name, logger, folder)
     with _stop_requests() as stop, _progress(console, phase, first) as advance:
         for done in range(first + 1, phase.steps + 1):
             rows = next(batches)
             batch = {name: devices.share_out(rows[name], mesh) for name in spec}
             with jax.transfer_guard("disallow"):
-                state, metrics = compiled(state, batch)
+                state, metrics = compiled(state, batch, frozen)
             advance()
             recorder.take(done, metrics, tokens=sum(array.size for array in batch.values()))
             is_last = done == phase.steps

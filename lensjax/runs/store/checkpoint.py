@@ -110,6 +110,13 @@ def data_state(directory: str | Path, step: int) -> Any:
     return json.loads((_checked_folder(directory, step) / _MANIFEST).read_text())["data_state"]
 
 
+def parts(directory: str | Path, step: int, *, path: tuple[str, ...]) -> set[str]:
+    """Names right below a place in a checkpoint's tree; arguments are those of `restore_subtree`, and so are errors."""
+    prefix = "".join(f"{part}/" for part in path)
+    names = json.loads((_checked_folder(directory, step) / _MANIFEST).read_text())["arrays"]
+    return {name.removeprefix(prefix).partition("/")[0] for name in names if name.startswith(prefix)}
+
+
 def restore_subtree(directory: str | Path, step: int, like: Tree, *, path: tuple[str, ...]) -> Tree:
     """Restores one part of a checkpoint, such as `path=("params", "base")`.
 

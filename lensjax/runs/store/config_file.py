@@ -11,7 +11,7 @@ from lensjax._settings import require
 
 Kind = TypeVar("Kind")
 
-FORMAT = 1
+FORMAT = 2
 """Of the files that this version writes, under the key "format"."""
 
 

@@ -48,7 +48,8 @@ def create_run(output_dir: str | Path, config: RunConfig) -> Path:
 def open_run(output_dir: str | Path, config: RunConfig) -> Path:
     """Opens the folder of a run to resume it with the configuration that it was started with.
 
-    The folder itself may have moved: `output_dir` is not compared.
+    The folder itself may have moved, and so may the weights of its base model, which a digest tells: neither
+    `output_dir` nor `checkpoint.path` is compared.
 
     Raises:
       FileNotFoundError: there is no run in the folder.
@@ -59,7 +60,7 @@ def open_run(output_dir: str | Path, config: RunConfig) -> Path:
     differences = [
         f"{key} is {stored[key]!r} in the run and {given[key]!r} now"
         for key in given
-        if key != "output_dir" and stored[key] != given[key]
+        if key not in ("output_dir", "checkpoint.path") and stored[key] != given[key]
     ]
     if differences:
         raise ValueError(
@@ -84,6 +85,11 @@ def config_path(run_dir: str | Path) -> Path:
 def checkpoint_dir(run_dir: Path, phase: str) -> Path:
     """Where a phase's checkpoints are."""
     return run_dir / "checkpoints" / phase
+
+
+def frozen_dir(run_dir: Path, part: str) -> Path:
+    """Where the parameters of a part are that no phase has trained: written once, as step 0."""
+    return run_dir / "checkpoints" / "frozen" / part
 
 
 def read_summary(run_dir: str | Path) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from lensjax.training.steps.preference import (
     statistics,
     total_loss,
 )
+from lensjax.training.steps.update import all_parts
 
 
 @settings("adaptation")
@@ -116,7 +117,7 @@ def build_hypernet(lens: LensModel, settings: AdaptationConfig) -> HyperLoRAMode
 
 def init_adaptation_state(
     key: Array, *, recipe: Recipe, models: Models, hypernet: HyperLoRAModel, params: dict[str, Params] | None = None
-) -> TrainState:
+) -> tuple[TrainState, dict[str, Params]]:
     """`init_train_state` with a fresh hypernetwork; all else is as without one."""
     # A key of its own: with and without a hypernetwork, a run draws the same.
     fresh = {"hypernet": hypernet.init(jax.random.fold_in(key, 3))}
@@ -124,13 +125,20 @@ def init_adaptation_state(
 
 
 def adaptation_step(
-    state: TrainState, batch: Batch, *, recipe: Recipe, models: Models, hypernet: HyperLoRAModel
+    state: TrainState,
+    batch: Batch,
+    frozen: dict[str, Params],
+    *,
+    recipe: Recipe,
+    models: Models,
+    hypernet: HyperLoRAModel,
 ) -> tuple[TrainState, Metrics]:
     """`train_step`, and a gradient of the hypernetwork from LensNet adapted to each document.
 
     Args:
       state: of `init_adaptation_state`.
       batch: `tokens` int32[B, T].
+      frozen: as for `train_step`.
       recipe: static; `trainable` names `hypernet`.
       models: static.
       hypernet: static.
@@ -138,10 +146,11 @@ def adaptation_step(
     Returns:
       The next state, and scalars by name.
     """
-    keys = sequence_keys(state, batch)
-    supports = score_supports(state, batch, keys, state.step, recipe=recipe, models=models)
+    keys, whole = sequence_keys(state, batch), all_parts(state, frozen)
+    supports = score_supports(whole, state, batch, keys, state.step, recipe=recipe, models=models)
 
-    def loss_fn(params: dict[str, Params]) -> Loss:
+    def loss_fn(trained: dict[str, Params]) -> Loss:
+        params = {**whole, **trained}
         scored = score_batch(params, state, batch, recipe=recipe, models=models)
         loss, (scored, balance, report) = total_loss(params, state, scored, recipe=recipe, models=models)
         adapted_loss, more = _adapted_loss(params, state, scored, supports, recipe, models, hypernet)
@@ -179,12 +188,20 @@ def _adapted_loss(
 
 
 def score_supports(
-    state: TrainState, batch: Batch, keys: Array, step: ArrayLike, *, recipe: Recipe, models: Models
+    params: dict[str, Params],
+    state: TrainState,
+    batch: Batch,
+    keys: Array,
+    step: ArrayLike,
+    *,
+    recipe: Recipe,
+    models: Models,
 ) -> ScoredVariants:
     """The support of each document of a batch; of the windows, the histories are read.
 
     Args:
-      state: of it, parameters and hyperparameters are read.
+      params: parameters of `base` and `gist`.
+      state: of it, the hyperparameters are read.
       batch: `tokens` int32[B, T].
       keys: PRNG keys [B], those of the sequences' variants.
       step: int32[], of the curriculum: variants of the past are cut to the same fraction as those at the cursor.
@@ -198,7 +215,7 @@ def score_supports(
     length, share = current_length(step, state.hyper, recipe=recipe.past), state.hyper.high_lod_share
 
     def score(history: Array, key: Array) -> ScoredVariants:
-        return score_support(models, state.params, history, key, length, share, recipe=recipe)
+        return score_support(models, params, history, key, length, share, recipe=recipe)
 
     return jax.vmap(score)(histories, keys)
 

@@ -31,7 +31,7 @@ from lensjax.training.optim import schedules
 from lensjax.training.optim.optimizer import make_optimizer
 from lensjax.training.recipe import Recipe
 from lensjax.training.scoring import Batch
-from lensjax.training.steps.update import Learner, gradient_step, init_learner
+from lensjax.training.steps.update import Learner, all_parts, gradient_step, init_learner, split_parts
 from lensjax.training.teachers import DistillConfig
 
 TRAINED = ("lens",)
@@ -39,29 +39,36 @@ WIDEST = 1 - 1e-6
 """Scores beyond it are taken for it: what tanh rounds to 1 has no finite inverse."""
 
 
-def init_distill_state(key: Array, *, recipe: Recipe, params: dict[str, Params]) -> Learner:
+def init_distill_state(key: Array, *, recipe: Recipe, params: dict[str, Params]) -> tuple[Learner, dict[str, Params]]:
     """A state before the first step.
 
     Args:
       key: PRNG key, consumed.
       recipe: read is the optimizer.
-      params: parameters of `base`, `gist` and `lens`; copied.
+      params: parameters of `base`, `gist` and `lens`; that of `lens` is copied.
 
     Returns:
-      `Learner`.
+      `Learner` of `lens`, and the other parts, as they are.
     """
-    copied = jax.tree.map(jnp.copy, params)
-    return init_learner(key, copied, tx=make_optimizer(recipe.optimizer), trainable=TRAINED)
+    trained, frozen = split_parts(params, TRAINED)
+    return init_learner(key, trained, tx=make_optimizer(recipe.optimizer)), frozen
 
 
 def distill_step(
-    state: Learner, batch: Batch, *, recipe: Recipe, settings: DistillConfig, models: Models
+    state: Learner,
+    batch: Batch,
+    frozen: dict[str, Params],
+    *,
+    recipe: Recipe,
+    settings: DistillConfig,
+    models: Models,
 ) -> tuple[Learner, Metrics]:
     """One update on one batch; compile it as `train_step`.
 
     Args:
       state: the state before the step.
       batch: `tokens` int32[B, T].
+      frozen: parameters of `base` and `gist`.
       recipe: static; read are shapes, rates, the optimizer and where refocusing starts.
       settings: static.
       models: static.
@@ -76,17 +83,20 @@ def distill_step(
       >>> from lensjax.training.teachers import DistillConfig
       >>> config = lx.Config(base=lx.BaseConfig(dim=16, layers=1), lens=lx.LensConfig(dim=16, layers=1))
       >>> recipe, models = config.recipe, config.build_models()
-      >>> params = lx.init_train_state(jax.random.key(0), recipe=recipe, models=models).params
-      >>> state = distill.init_distill_state(jax.random.key(1), recipe=recipe, params=params)
+      >>> state, frozen = lx.init_train_state(jax.random.key(0), recipe=recipe, models=models)
+      >>> params = {**frozen, **state.params}
+      >>> state, frozen = distill.init_distill_state(jax.random.key(1), recipe=recipe, params=params)
       >>> step = functools.partial(distill.distill_step, recipe=recipe, settings=DistillConfig(steps=30), models=models)
       >>> tokens = jax.random.randint(jax.random.key(2), (2, config.context.window), 0, 256)
-      >>> state, metrics = jax.jit(step)(state, {"tokens": tokens})
+      >>> state, metrics = jax.jit(step)(state, {"tokens": tokens}, frozen)
       >>> int(state.step), bool(metrics["loss"] > 0)
       (1, True)
     """
     keys = jax.random.split(jax.random.fold_in(state.key, state.step), batch["tokens"].shape[0])
+    whole = all_parts(state, frozen)
 
-    def loss_fn(params: dict[str, Params]) -> tuple[Array, Metrics]:
+    def loss_fn(trained: dict[str, Params]) -> tuple[Array, Metrics]:
+        params = {**whole, **trained}
         each, mass, agreement = jax.vmap(
             lambda tokens, key: _one(key, params, tokens, recipe=recipe, settings=settings, models=models)
         )(batch["tokens"], keys)
@@ -104,7 +114,6 @@ def distill_step(
         state,
         loss_fn,
         tx=make_optimizer(recipe.optimizer),
-        trainable=TRAINED,
         rates={"learning_rate": rate, "weight_decay": recipe.hyper.weight_decay},
     )
     return after, seen.aux | {"loss": seen.loss, "grad_norm": optax.tree.norm(seen.grads["lens"]), "lr": rate}

@@ -2,7 +2,7 @@
 
     L = -mean A_t log pi(swaps_t) + value_weight * value loss - entropy_weight * H + kl_weight * KL(pi || reference)
 
-`online_step(state, batch) -> (state, metrics)` is pure and compiled once; base model and GistNet stay as they are.
+`online_step(state, batch, frozen) -> (state, metrics)` is pure and compiled once; base model and GistNet are frozen.
 """
 
 import functools
@@ -28,7 +28,7 @@ from lensjax.training.recipe import Recipe
 from lensjax.training.scoring import Batch, reward_weights
 from lensjax.training.steps import actor_critic, episodes
 from lensjax.training.steps.episodes import Episode
-from lensjax.training.steps.update import Learner, gradient_step, init_learner
+from lensjax.training.steps.update import Learner, all_parts, gradient_step, init_learner, split_parts
 
 
 @settings("online")
@@ -79,7 +79,7 @@ _RECENT = 100
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class OnlineState(Learner):
-    """Everything that moves during on-policy training: `params` of `base`, `gist`, `lens` and `value`."""
+    """Everything that moves during on-policy training: `params` of `lens` and `value`."""
 
     reference: Params | None
     """LensNet as the phase found it; None when the KL term is off."""
@@ -94,7 +94,7 @@ def value_model(models: Models, settings: OnlineConfig) -> ValueModel:
 
 def init_online_state(
     key: Array, *, recipe: Recipe, settings: OnlineConfig, models: Models, params: dict[str, Params]
-) -> OnlineState:
+) -> tuple[OnlineState, dict[str, Params]]:
     """A state before the first step.
 
     Args:
@@ -102,31 +102,39 @@ def init_online_state(
       recipe: read is the optimizer.
       settings: of the phase.
       models: LensNet must have features.
-      params: parameters of `base`, `gist` and `lens` to start from; copied.
+      params: parameters of `base`, `gist` and `lens` to start from; that of `lens` is copied.
 
     Returns:
-      `OnlineState` at step 0, with a fresh value baseline.
+      `OnlineState` at step 0, with a fresh value baseline; and `base` and `gist`, as they are.
     """
     run_key, value_key = jax.random.split(key)
-    # Copied, since a donated state takes its buffers with it.
-    parts = {name: jax.tree.map(jnp.copy, params[name]) for name in ("base", "gist", "lens")}
+    parts = {name: params[name] for name in ("base", "gist", "lens")}
     parts["value"] = value_model(models, settings).init(value_key)
-    learner = init_learner(run_key, parts, tx=make_optimizer(recipe.optimizer), trainable=_TRAINED)
-    return OnlineState(
+    trained, frozen = split_parts(parts, _TRAINED)
+    learner = init_learner(run_key, trained, tx=make_optimizer(recipe.optimizer))
+    state = OnlineState(
         **vars(learner),
         reference=jax.tree.map(jnp.copy, parts["lens"]) if settings.kl_weight > 0 else None,
         recent=moving.init_window(_RECENT),
     )
+    return state, frozen
 
 
 def online_step(
-    state: OnlineState, batch: Batch, *, recipe: Recipe, settings: OnlineConfig, models: Models
+    state: OnlineState,
+    batch: Batch,
+    frozen: dict[str, Params],
+    *,
+    recipe: Recipe,
+    settings: OnlineConfig,
+    models: Models,
 ) -> tuple[OnlineState, Metrics]:
     """One update on the episodes of one batch; compile it as `train_step`.
 
     Args:
       state: the state before the step.
       batch: `tokens` int32[B, T].
+      frozen: parameters of `base` and `gist`.
       recipe: static; read are shapes, the allocator's cool-down and the optimizer.
       settings: static.
       models: static; LensNet must have features.
@@ -134,7 +142,7 @@ def online_step(
     Returns:
       The next state, and scalars by name.
     """
-    played = roll_out(state, batch, recipe=recipe, settings=settings, models=models)
+    played = roll_out(all_parts(state, frozen), state, batch, recipe=recipe, settings=settings, models=models)
 
     def loss_fn(params: dict[str, Params]) -> tuple[Array, Metrics]:
         return episode_loss(params, state, played, geometry=recipe.geometry, settings=settings, models=models)
@@ -150,7 +158,6 @@ def online_step(
         state,
         loss_fn,
         tx=make_optimizer(recipe.optimizer),
-        trainable=_TRAINED,
         rates={"learning_rate": rate, "weight_decay": recipe.hyper.weight_decay},
     )
     recent = moving.update_window(state.recent, seen.aux["rl/reward"])
@@ -164,22 +171,30 @@ def online_step(
     return replace(after, recent=recent), report
 
 
-def roll_out(state: OnlineState, batch: Batch, *, recipe: Recipe, settings: OnlineConfig, models: Models) -> Episode:
-    """G episodes of every sequence of a batch, leading axes [B, G]; arguments of `online_step`."""
+def roll_out(
+    params: dict[str, Params],
+    state: OnlineState,
+    batch: Batch,
+    *,
+    recipe: Recipe,
+    settings: OnlineConfig,
+    models: Models,
+) -> Episode:
+    """G episodes of every sequence of a batch, leading axes [B, G]; of the state only step and key are read."""
     keys = jax.random.split(jax.random.fold_in(state.key, state.step), (batch["tokens"].shape[0], settings.episodes))
 
     def play(tokens: Array, key: Array) -> Episode:
         window = split(tokens, horizon=recipe.context.horizon)
         return episodes.run(
             models,
-            state.params,
+            params,
             window,
             key,
             recipe.geometry,
             length=recipe.budget,
             focus=recipe.focus,
             settings=settings,
-            weights=reward_weights(models, state.params, window, recipe.context, recipe.short),
+            weights=reward_weights(models, params, window, recipe.context, recipe.short),
         )
 
     return jax.vmap(jax.vmap(play, (None, 0)))(batch["tokens"], keys)

@@ -1,4 +1,4 @@
-"""LensNet training: `train_step(state, batch) -> (state, metrics)`, pure, compiled once for a whole run."""
+"""LensNet training: `train_step(state, batch, frozen) -> (state, metrics)`, pure, compiled once for a whole run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from lensjax.training.optim.moving import EmaMoments
 from lensjax.training.optim.optimizer import make_optimizer
 from lensjax.training.recipe import Recipe
 from lensjax.training.scoring import Batch, ScoredVariants, score_variants
-from lensjax.training.steps.update import Gradient, Learner, gradient_step, init_learner
+from lensjax.training.steps.update import Gradient, Learner, all_parts, gradient_step, init_learner, split_parts
 from lensjax.training.terms import Term
 
 Loss = tuple[Array, tuple[ScoredVariants, Array, Metrics]]
@@ -38,9 +38,9 @@ class TrainState(Learner):
       >>> import functools, jax, lensjax as lx
       >>> config = lx.Config()
       >>> init = functools.partial(lx.init_train_state, recipe=config.recipe, models=config.build_models())
-      >>> state = jax.eval_shape(init, jax.random.key(0))
-      >>> sorted(state.params), state.hyper.margin.dtype
-      (['base', 'gist', 'lens'], dtype('float32'))
+      >>> state, frozen = jax.eval_shape(init, jax.random.key(0))
+      >>> sorted(state.params), sorted(frozen), state.hyper.margin.dtype
+      (['lens'], ['base', 'gist'], dtype('float32'))
     """
 
     normaliser: EmaMoments
@@ -60,19 +60,19 @@ def init_train_state(
     models: Models,
     params: dict[str, Params] | None = None,
     tx: optax.GradientTransformation | None = None,
-) -> TrainState:
-    """A state before the first step.
+) -> tuple[TrainState, dict[str, Params]]:
+    """A state before the first step, of the parts that are trained; the others stay beside it, frozen.
 
     Args:
       key: PRNG key, consumed.
       recipe: its `hyper` becomes arrays.
       models: each draws its own parameters.
       params: parameters of any of `base`, `gist`, `lens` to start from, and of further parts that `recipe.trainable`
-        names; of the three, those that are missing are drawn.
+        names; of the three, those that are missing are drawn. What is trained is copied, what is frozen is not.
       tx: the optimizer, as for `train_step`.
 
     Returns:
-      `TrainState` at step 0.
+      `TrainState` at step 0 with parameters of `recipe.trainable`, and parameters of the other parts, for the steps.
 
     Raises:
       ValueError: a trainable part has no parameters, or `params` has a part that nothing trains or reads.
@@ -81,9 +81,9 @@ def init_train_state(
       >>> import jax, lensjax as lx
       >>> config = lx.Config(base=lx.BaseConfig(dim=16, layers=1), lens=lx.LensConfig(dim=16, layers=1))
       >>> recipe, models = config.recipe, config.build_models()
-      >>> state = lx.init_train_state(jax.random.key(0), recipe=recipe, models=models)
-      >>> int(state.step), float(state.hyper.rank_weight)
-      (0, 0.5)
+      >>> state, frozen = lx.init_train_state(jax.random.key(0), recipe=recipe, models=models)
+      >>> int(state.step), list(state.params), list(frozen)
+      (0, ['lens'], ['base', 'gist'])
     """
     start = params or {}
     drawn = {"base": models.base.init, "gist": models.gist.init, "lens": models.lens.init}
@@ -92,24 +92,26 @@ def init_train_state(
         raise ValueError(f"params may hold {', '.join(drawn)} and trainable parts, got {', '.join(sorted(unknown))}")
     if missing := set(recipe.trainable) - set(drawn) - set(start):
         raise ValueError(f"params must hold {', '.join(sorted(missing))}, which recipe.trainable names")
-    # Copied, since a donated state takes its buffers with it.
-    full = {name: jax.tree.map(jnp.copy, part) for name, part in start.items()}
-    for (name, init), part_key in zip(drawn.items(), part_keys, strict=True):
-        full[name] = full[name] if name in start else init(part_key)
-    tx = make_optimizer(recipe.optimizer) if tx is None else tx
-    learner = init_learner(run_key, full, tx=tx, trainable=recipe.trainable)
-    return TrainState(
-        **vars(learner),
+    fresh = {
+        name: init(part_key)
+        for (name, init), part_key in zip(drawn.items(), part_keys, strict=True)
+        if name not in start
+    }
+    trained, frozen = split_parts({**start, **fresh}, recipe.trainable)
+    state = TrainState(
+        **vars(init_learner(run_key, trained, tx=make_optimizer(recipe.optimizer) if tx is None else tx)),
         normaliser=moving.init_moments(),
-        anchor=moving.init_anchor(full["lens"]) if recipe.has_anchor else None,
+        anchor=moving.init_anchor((trained | frozen)["lens"]) if recipe.has_anchor else None,
         demand=moving.init_moments(),
         hyper=jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), recipe.hyper),
     )
+    return state, frozen
 
 
 def train_step(
     state: TrainState,
     batch: Batch,
+    frozen: dict[str, Params],
     *,
     recipe: Recipe,
     models: Models,
@@ -123,9 +125,10 @@ def train_step(
     Args:
       state: the state before the step.
       batch: `tokens` int32[B, T].
+      frozen: parameters of those of `base`, `gist` and `lens` that the state does not train; they stay as they are.
       recipe: static.
       models: static.
-      tx: any optax transformation over a dict of the trainable parts. One with injected `learning_rate` and
+      tx: any optax transformation over a dict of the trained parts. One with injected `learning_rate` and
         `weight_decay` gets those of the state's hyperparameters and of the schedule; another has its own. None makes
         that of `recipe.optimizer`.
       term: any preference term; None takes that of `recipe.objective`.
@@ -138,14 +141,16 @@ def train_step(
       >>> config = lx.Config(base=lx.BaseConfig(dim=16, layers=1), lens=lx.LensConfig(dim=16, layers=1))
       >>> recipe, models = config.recipe, config.build_models()
       >>> step = jax.jit(functools.partial(lx.train_step, recipe=recipe, models=models), donate_argnums=0)
-      >>> state = lx.init_train_state(jax.random.key(0), recipe=recipe, models=models)
+      >>> state, frozen = lx.init_train_state(jax.random.key(0), recipe=recipe, models=models)
       >>> tokens = jax.random.randint(jax.random.key(1), (2, config.context.window), 0, 256)
-      >>> state, metrics = step(state, {"tokens": tokens})
+      >>> state, metrics = step(state, {"tokens": tokens}, frozen)
       >>> int(state.step), int(metrics["context_length"])
       (1, 175)
     """
+    whole = all_parts(state, frozen)
 
-    def loss_fn(params: dict[str, Params]) -> Loss:
+    def loss_fn(trained: dict[str, Params]) -> Loss:
+        params = {**whole, **trained}
         scored = score_batch(params, state, batch, recipe=recipe, models=models)
         return total_loss(params, state, scored, recipe=recipe, models=models, term=term)
 
@@ -157,8 +162,7 @@ def lens_step(
 ) -> tuple[TrainState, Metrics]:
     """`train_step` on variants that are scored already, where LensNet alone is trained.
 
-    Many settings that draw the same rollouts then share one pass of the base model (see `lensjax.runs.sweep`). The
-    state needs no other parameters than LensNet's.
+    Many settings that draw the same rollouts then share one pass of the base model (see `lensjax.runs.sweep`).
 
     Args:
       state: the state before the step.
@@ -267,7 +271,6 @@ def apply_loss(
         state,
         loss_fn,
         tx=make_optimizer(recipe.optimizer) if tx is None else tx,
-        trainable=recipe.trainable,
         rates={"learning_rate": rate, "weight_decay": hyper.weight_decay},
     )
     return _take_in(state, after, seen, rate, recipe)
@@ -283,7 +286,7 @@ def _take_in(
     """The moving statistics and the anchor after a step, and its report."""
     hyper, (scored, balance, report) = state.hyper, seen.aux
     anchor = state.anchor
-    if recipe.has_anchor:
+    if recipe.has_anchor and "lens" in after.params:
         anchor = moving.update_anchor(
             anchor,
             before=state.params["lens"],

@@ -16,7 +16,7 @@ from lensjax.training.optim import schedules
 from lensjax.training.optim.optimizer import make_optimizer
 from lensjax.training.recipe import Recipe
 from lensjax.training.scoring import Batch
-from lensjax.training.steps.update import Learner, gradient_step, init_learner
+from lensjax.training.steps.update import Learner, gradient_step, init_learner, split_parts
 
 
 @settings("pretrain")
@@ -43,22 +43,31 @@ def trainable_parts(settings: PretrainConfig) -> tuple[str, ...]:
     return ("base", "gist") if settings.rollout_weight > 0 and settings.train_gist else ("base",)
 
 
-def init_pretrain_state(key: Array, *, recipe: Recipe, settings: PretrainConfig, models: Models) -> Learner:
-    """A state with fresh parameters of `base` and `gist`. `key` is consumed."""
+def init_pretrain_state(
+    key: Array, *, recipe: Recipe, settings: PretrainConfig, models: Models
+) -> tuple[Learner, dict[str, Params]]:
+    """A state with fresh parameters of what is trained, and those of GistNet where it is not. `key` is consumed."""
     run_key, base_key, gist_key = jax.random.split(key, 3)
     params = {"base": models.base.init(base_key), "gist": models.gist.init(gist_key)}
-    tx = make_optimizer(recipe.optimizer)
-    return init_learner(run_key, params, tx=tx, trainable=trainable_parts(settings))
+    trained, frozen = split_parts(params, trainable_parts(settings))
+    return init_learner(run_key, trained, tx=make_optimizer(recipe.optimizer)), frozen
 
 
 def pretrain_step(
-    state: Learner, batch: Batch, *, recipe: Recipe, settings: PretrainConfig, models: Models
+    state: Learner,
+    batch: Batch,
+    frozen: dict[str, Params],
+    *,
+    recipe: Recipe,
+    settings: PretrainConfig,
+    models: Models,
 ) -> tuple[Learner, Metrics]:
     """One update on one batch; compile it as `train_step`.
 
     Args:
       state: the state before the step.
       batch: `tokens` int32[B, T].
+      frozen: parameters of `gist` where it is not trained.
       recipe: static; read are shapes and the optimizer.
       settings: static.
       models: static.
@@ -70,7 +79,7 @@ def pretrain_step(
 
     def loss_fn(params: dict[str, Params]) -> tuple[Array, Metrics]:
         reads_rollouts = state.step >= int(ROLLOUTS_FROM * settings.steps)
-        return _pretrain_loss(params, batch["tokens"], keys, reads_rollouts, recipe, settings, models)
+        return _pretrain_loss({**frozen, **params}, batch["tokens"], keys, reads_rollouts, recipe, settings, models)
 
     rate = schedules.learning_rate(
         state.step,
@@ -83,7 +92,6 @@ def pretrain_step(
         state,
         loss_fn,
         tx=make_optimizer(recipe.optimizer),
-        trainable=trainable_parts(settings),
         rates={"learning_rate": rate, "weight_decay": 0.0},
     )
     return after, seen.aux | {"loss": seen.loss, "grad_norm": optax.tree.norm(seen.grads), "lr": rate}

@@ -1,6 +1,10 @@
-"""What all training steps share: parameters that move, and one step down a gradient."""
+"""What all training steps share: parameters that move, those that stay, and one step down a gradient.
 
-from collections.abc import Callable, Mapping, Sequence
+A state holds what is trained and nothing else. The other parts are a dict `frozen` beside it, an argument of every
+step: it is neither copied nor donated, and no checkpoint of the state repeats it.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -10,6 +14,7 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
+from lensjax._settings import require
 from lensjax.models import Params
 from lensjax.training.optim import optimizer
 
@@ -24,9 +29,9 @@ class Learner:
     step: Array
     """int32[]: updates done."""
     params: dict[str, Params]
-    """Parameters by part, such as `base`, `gist` and `lens`."""
+    """Parameters of the parts that are trained, by name, such as `lens`."""
     opt_state: Any
-    """Optimizer state of the trainable parts."""
+    """Optimizer state of `params`."""
     key: Array
     """PRNG key of the run; step keys are `fold_in(key, step)`."""
 
@@ -43,15 +48,47 @@ class Gradient(Generic[Aux]):
     aux: Aux
     """What the loss returned beside it."""
     grads: dict[str, Params]
-    """By trainable part."""
+    """By part."""
 
 
-def init_learner(
-    key: Array, params: dict[str, Params], *, tx: optax.GradientTransformation, trainable: Sequence[str]
-) -> Learner:
+def init_learner(key: Array, params: dict[str, Params], *, tx: optax.GradientTransformation) -> Learner:
     """A learner at step 0, of which `params` are taken as they are: copy what a donated state must not take with it."""
-    opt_state = tx.init({name: params[name] for name in trainable})
-    return Learner(jnp.zeros((), jnp.int32), params, opt_state, key)
+    return Learner(jnp.zeros((), jnp.int32), params, tx.init(params), key)
+
+
+def split_parts(params: dict[str, Params], trained: Iterable[str]) -> tuple[dict[str, Params], dict[str, Params]]:
+    """What a state takes of all parameters, and what it leaves frozen.
+
+    Args:
+      params: parameters by part.
+      trained: names of those that are trained.
+
+    Returns:
+      The trained parts, copied, since a donated state takes its buffers with it; and the others, as they are.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from lensjax.training.steps.update import split_parts
+      >>> params = {"base": {"w": jnp.ones(2)}, "lens": {"w": jnp.zeros(2)}}
+      >>> trained, frozen = split_parts(params, ["lens"])
+      >>> list(trained), trained["lens"]["w"] is params["lens"]["w"], frozen["base"] is params["base"]
+      (['lens'], False, True)
+    """
+    trained = set(trained)
+    own = {name: jax.tree.map(jnp.copy, part) for name, part in params.items() if name in trained}
+    return own, {name: part for name, part in params.items() if name not in trained}
+
+
+def all_parts(state: Learner, frozen: dict[str, Params]) -> dict[str, Params]:
+    """Parameters of base model, GistNet, LensNet and whatever else there is, trained and frozen.
+
+    Raises:
+      ValueError: a part is in both, or one of the three is in neither.
+    """
+    both, missing = set(state.params) & set(frozen), {"base", "gist", "lens"} - set(state.params) - set(frozen)
+    require(not both, f"frozen must not hold {', '.join(sorted(both))}, which the state trains: leave it out there")
+    require(not missing, f"frozen must hold {', '.join(sorted(missing))}, which the state does not train")
+    return {**frozen, **state.params}
 
 
 def gradient_step(
@@ -59,31 +96,24 @@ def gradient_step(
     loss_fn: Callable[[dict[str, Params]], tuple[Array, Aux]],
     *,
     tx: optax.GradientTransformation,
-    trainable: Sequence[str],
     rates: Mapping[str, ArrayLike],
 ) -> tuple[State, Gradient[Aux]]:
     """One step down the gradient of a loss.
 
     Args:
       state: a `Learner`, or what adds to one.
-      loss_fn: from all parameters to the loss float32[] and whatever else is of interest.
-      tx: the optimizer, over a dict of the trainable parts.
-      trainable: parts that move.
+      loss_fn: from the state's parameters to the loss float32[] and whatever else is of interest.
+      tx: the optimizer, over a dict of the state's parts.
       rates: hyperparameters of this step by name, such as `learning_rate`, for a `tx` that has them injected.
 
     Returns:
       The state with new parameters and the next step's number, and what the step saw.
     """
-    parts = {name: state.params[name] for name in trainable}
-
-    def loss_of(parts: dict[str, Params]) -> tuple[Array, Aux]:
-        return loss_fn({**state.params, **parts})
-
-    (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(parts)
+    (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     opt_state = optimizer.set_rates(state.opt_state, **rates)
     # optax raises a float decay to an integer step count, which strict promotion refuses.
     with jax.numpy_dtype_promotion("standard"):
-        updates, opt_state = tx.update(grads, opt_state, parts)
-        parts = optax.apply_updates(parts, updates)
-    after = replace(state, step=state.step + 1, params={**state.params, **parts}, opt_state=opt_state)
+        updates, opt_state = tx.update(grads, opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+    after = replace(state, step=state.step + 1, params=params, opt_state=opt_state)
     return after, Gradient(loss, aux, grads)
