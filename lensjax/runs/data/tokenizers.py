@@ -57,6 +57,7 @@ class Bytes:
     """Bytes as tokens; a document ends with byte 0.
 
     Example:
+      >>> from lensjax.runs.data.tokenizers import Bytes
       >>> Bytes().encode("né")
       array([110, 195, 169], dtype=int32)
       >>> Bytes().decode([110, 195, 169])
@@ -116,6 +117,7 @@ def read_tokenizer(path: str | Path | None, *, name: str = "data.tokenizer") -> 
       ImportError: the extra `hf`, or for GGUF `gguf`, is not installed.
 
     Example:
+      >>> from lensjax.runs.data.tokenizers import read_tokenizer
       >>> read_tokenizer(None).vocab_size
       256
     """
@@ -186,9 +188,18 @@ def byte_level(tokens: Sequence[str], merges: Sequence[str], *, pre: str, types:
     Raises:
       ValueError: `pre` is unknown, or the tables do not go together.
 
+    A byte that has no token is dropped, as the reference implementation does; SmolLM2 lacks 21 of them, among them six
+    control characters and what begins U+40000 to U+BFFFF.
+
+    Example:
+      >>> from lensjax.runs.data.tokenizers import byte_level
+      >>> byte_level([*"ab1", "ab"], ["a b"], pre="smollm").encode("ab11a").tokens
+      ['ab', '1', '1', 'a']
+
     References:
-      `gpt-2`: Radford et al. (2019). `smollm`: digits one by one, then as GPT-2. `llama-bpe`, `qwen2`: the patterns of
-      Llama 3 and Qwen2 [the former from memory].
+      `gpt-2`: Radford et al., Language Models are Unsupervised Multitask Learners (2019). `smollm`: digits one by one,
+      then as GPT-2, as in SmolLM2's own tokenizer.json. `llama-bpe`, `qwen2`: the patterns of Llama 3 and Qwen2, as in
+      transformers 5.24.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
