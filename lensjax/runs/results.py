@@ -55,7 +55,7 @@ def variant_maps(
             block_size=context.block_size,
             answer=_spans(answers[i], context.block_size) if answers else (),
             omit=context.omit,
-            text=_at_cursor(config, first["tokens"][i]) if config.data.is_text else ("", ""),
+            text=_at_cursor(config, np.asarray(first["tokens"][i])) if config.data.is_text else ("", ""),
         )
         for i in range(len(first["tokens"]))
     ]

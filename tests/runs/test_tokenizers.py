@@ -68,6 +68,7 @@ def test_decoding_undoes_encoding(small, text):
 def test_a_character_cut_in_two_shows(small):
     for tokenizer in (small, Bytes()):
         assert tokenizer.decode(tokenizer.encode("a😀")[:2]) == "a\ufffd"
+    assert Bytes().decode([97, 256, 98]) == "a\ufffdb"  # of a model with more ids than bytes
 
 
 def test_digits_of_llama_3_go_by_threes_and_those_of_the_others_as_they_are_named():
@@ -87,6 +88,17 @@ def test_digits_of_llama_3_go_by_threes_and_those_of_the_others_as_they_are_name
     for pre, pieces in by_threes.items():  # 12 123 as one number of five digits
         found = lib.byte_level(tokens, merges, pre=pre).pre_tokenizer.pre_tokenize_str("12123")
         assert [piece for piece, _ in found] == (["121", "23"] if pre == "llama-bpe" else pieces)
+
+
+def test_qwen_composes_characters_and_llama_3_takes_whole_words_unmerged():
+    names = list(byte_pairs.byte_names().values())
+    composed = [*"e\u0301".encode()], [*"é".encode()]
+    for pre, bytes_ in zip(("smollm", "qwen2"), composed, strict=True):
+        order = {name: byte for byte, name in byte_pairs.byte_names().items()}
+        found = lib.byte_level(names, [], pre=pre).encode("e\u0301").tokens
+        assert [order[token] for token in found] == bytes_
+    for pre, tokens in {"llama-bpe": ["abc"], "qwen2": ["a", "b", "c"]}.items():
+        assert lib.byte_level([*names, "abc"], [], pre=pre).encode("abc").tokens == tokens
 
 
 def test_a_folder_and_its_file_are_one(tmp_path):

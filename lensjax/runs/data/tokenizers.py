@@ -206,7 +206,7 @@ def byte_level(tokens: Sequence[str], merges: Sequence[str], *, pre: str, types:
     require(pre in PRE_TOKENIZERS, f"tokenizer.ggml.pre must be one of {', '.join(PRE_TOKENIZERS)}, got {pre!r}")
     vocabulary = {token: id for id, token in enumerate(tokens)}
     require(len(vocabulary) == len(tokens), f"{len(tokens) - len(vocabulary)} of its {len(tokens)} tokens stand twice")
-    pairs = [tuple(merge.split(" ")) for merge in merges]
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     inner = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=pre == "llama-bpe"))
     plain = functools.partial(pre_tokenizers.ByteLevel, add_prefix_space=False)
     if pre in _PATTERNS:
