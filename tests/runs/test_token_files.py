@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from lensjax.runs import results
+from lensjax.runs import fit, results
 from lensjax.runs.config import Config
 from lensjax.runs.data import batches, corpus, token_files
 from lensjax.runs.data.task import DataConfig
@@ -236,6 +237,20 @@ def test_maps_show_the_text_at_the_cursor(config, model, reads):
     before, behind = results._at_cursor(config, ids)
     assert len(before) == results.SHOWN_TEXT and 3 <= len(behind) < 20
     assert read_tokenizer(config.data.tokenizer).decode(ids).endswith(before + behind)
+
+
+@pytest.mark.slow
+def test_a_run_on_tokens_is_stored_and_loads_without_its_tokenizer(config, model, tmp_path):
+    from lensjax.runs.load import load
+    from tests.runs import tiny_config
+
+    base = replace(tiny_config(tmp_path / "run").base, vocab_size=config.base.vocab_size)
+    trained = fit.fit(tiny_config(tmp_path / "run", data=config.data, base=base), console=Console(quiet=True))
+    assert np.isfinite(trained.summary["nll_policy"])
+    gone = tmp_path / "run" / "config.json"
+    gone.write_text(gone.read_text().replace(str(model), str(tmp_path / "gone")))
+    loaded = load(tmp_path / "run")
+    assert loaded.config.data.tokenizer == str(tmp_path / "gone") and loaded.session()
 
 
 # What it costs

@@ -142,7 +142,7 @@ def _read(file: Path, name: str, _stamp: tuple[int, int]) -> Tokenizer:
         extra = "gguf" if error.name == "gguf" else "hf"
         raise ImportError(f"{name} {str(file)!r} needs {error.name}: pip install 'lensjax[{extra}]'") from error
     except Exception as error:  # the libraries raise bare exceptions
-        raise ValueError(f"{name} {str(file)!r} cannot be read: {error}") from error
+        raise ValueError(f"{name} {str(file)!r} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def _from_json(file: Path) -> Tokenizer:
