@@ -15,7 +15,7 @@ STAMP := $(VENV)/$(TAG).stamp
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo recall query signals evaluate-recall evaluate-tracking evaluate-stdlib stream ablate rlan arc adapt quiet-star \
+.PHONY: help venv corpus demo recall query signals evaluate-recall evaluate-tracking evaluate-stdlib stream ablate rlan arc adapt quiet-star \
     test test-slow test-all test-matrix docs lint format release constraints clean
 
 help: ## List the targets
@@ -36,6 +36,9 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 demo: $(STAMP) ## Pretrain, train, evaluate and draw pictures, into the next free runs/demo folder
 	@dir=runs/demo; n=2; while [ -e $$dir ]; do dir=runs/demo-$$n; n=$$((n + 1)); done; \
 	$(RUN) -m experiments.train demo --output-dir $$dir
+
+corpus: $(STAMP) ## Make a folder of long prose from Debian's packages, works held out, into runs/corpus
+	$(RUN) -m experiments.corpus --output-dir runs/corpus
 
 recall: $(STAMP) ## Prove on a task with known answers that LensNet learns, into runs/recall
 	$(RUN) -m experiments.studies.recall

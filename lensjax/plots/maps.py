@@ -21,6 +21,7 @@ from lensjax.plots.style import (
     LEGEND,
     MUTED,
     dress,
+    legible,
     new_figure,
     noise_width,
     running_mean,
@@ -50,6 +51,8 @@ class VariantMap:
     """First token, and the one after the last, of each span known to be worth detail."""
     omit: bool = False
     """Whether the model reads nothing of what is not in full."""
+    text: tuple[str, str] = ("", "")
+    """What stands before and behind the cursor, in words."""
 
     def __post_init__(self) -> None:
         shapes = {name: np.shape(getattr(self, name)) for name in ("cuts", "scores", "nll", "labels")}
@@ -146,7 +149,8 @@ def _draw_timeline(ax: Axes, one: VariantMap, colors: np.ndarray) -> None:
     ax.set(xlim=(0, window), ylim=(rows - 0.1, -0.15))
     ax.set_title(_budget_title(one), loc="left", pad=18, fontsize=11, fontweight="bold", color=INK, parse_math=False)
     ax.set_yticks(np.arange(rows) + _ROW_CENTRE, labels=one.labels, parse_math=False)
-    ax.set_xlabel("token (oldest to newest)", fontsize=8, color=MUTED)
+    note = f"   at the cursor:  {' | '.join(map(legible, one.text))}" if any(one.text) else ""
+    ax.set_xlabel(f"token (oldest to newest){note}", fontsize=8, color=MUTED, parse_math=False)
     soften(ax, "top", "right", "left")
     ax.tick_params(axis="y", length=0, labelsize=9, labelcolor=INK)
     for label, best in zip(ax.get_yticklabels(), one.nll == one.nll.min(), strict=True):

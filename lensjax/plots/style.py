@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from lensjax.training.metrics import UNDEFINED
@@ -55,6 +56,13 @@ def soften(ax: Axes, *hidden_spines: str) -> None:
     ax.spines[list(hidden_spines)].set_visible(False)
     ax.spines[:].set_color(MUTED)
     ax.tick_params(colors=MUTED, labelsize=8)
+
+
+def legible(text: str) -> str:
+    """A text on one line, with a box for what the font cannot draw."""
+    font = get_font(findfont(FontProperties()))
+    on_a_line = text.replace("\n", "\u21b5").replace("\t", "\u21e5")  # arrows, as on the keys
+    return "".join(char if char.isprintable() and font.get_char_index(ord(char)) else "\u25a1" for char in on_a_line)
 
 
 def noise_width(count: int) -> int:

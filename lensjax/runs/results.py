@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax import Array
 from rich.console import Console
 
@@ -16,6 +17,7 @@ from lensjax.models import Models, Params
 from lensjax.plots import curves
 from lensjax.plots.maps import VariantMap, lod_maps
 from lensjax.runs.config import PHASES, Config
+from lensjax.runs.data.tokenizers import read_tokenizer
 from lensjax.runs.engine import devices, loop
 from lensjax.runs.store import checkpoint, run_folder
 from lensjax.runs.store.log import read_rows
@@ -23,6 +25,8 @@ from lensjax.training.metrics import UNDEFINED
 from lensjax.training.steps.preference import TrainState
 
 MAPPED_SEQUENCES = 4
+SHOWN_TEXT = 48
+"""Characters on either side of a cursor."""
 SHOWN = (
     *("nll_full", "nll_policy", "nll_baseline", "nll_rollout_mean", "nll_rollout_best", "nll_oracle", "hit_rate"),
     *("preference_agreement", "preference_agreement_lod_only", "preference_corr_mean", "seconds"),
@@ -57,9 +61,16 @@ def variant_maps(
             block_size=context.block_size,
             answer=_spans(answers[i], context.block_size) if answers else (),
             omit=context.omit,
+            text=_at_cursor(config, np.asarray(first["tokens"][i])) if config.data.is_text else ("", ""),
         )
         for i in range(len(first["tokens"]))
     ]
+
+
+def _at_cursor(config: Config, tokens: np.ndarray) -> tuple[str, str]:
+    """The text before and behind the cursor of a window [T]."""
+    decode, cursor = read_tokenizer(config.data.tokenizer).decode, config.context.history
+    return decode(tokens[:cursor][-SHOWN_TEXT:])[-SHOWN_TEXT:], decode(tokens[cursor:][:SHOWN_TEXT])[:SHOWN_TEXT]
 
 
 def _spans(blocks: Sequence[int], size: int) -> tuple[tuple[int, int], ...]:

@@ -32,7 +32,7 @@ def test_text_is_read_file_by_file_and_once(tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "a.txt").write_text("The only file.")
     assert splits.split_of("a.txt") == "train"
-    with pytest.raises(ValueError, match="tokens must be at most 0, the bytes of the test split"):
+    with pytest.raises(ValueError, match="tokens must be at most 0, those of the test split"):
         script.stream_tokens(_settings.replace(config, **{"data.path": str(tmp_path / "one")}), 5)
 
 

@@ -68,6 +68,14 @@ def test_map_shows_each_entry_where_it_is(tmp_path):
     assert names == ["LOD 0: token in full", "LOD 1: gist of 2 tokens", "LOD 2: gist of 4 tokens", "not shown"]
 
 
+def test_a_map_says_what_stands_at_the_cursor(tmp_path):
+    timeline, _, _ = maps.lod_maps([variant_map(text=("$a$\n\té", "日|b\0"))], tmp_path / "maps.png").axes
+    box, cursor = "\u25a1", " | "
+    assert timeline.get_xlabel().endswith(f"at the cursor:  $a$\u21b5\u21e5é{cursor}{box}|b{box}")
+    timeline, _, _ = maps.lod_maps([variant_map()], tmp_path / "maps.png").axes
+    assert timeline.get_xlabel() == "token (oldest to newest)"
+
+
 def test_levels_are_told_apart_by_lightness():
     luminance = maps._lod_colors(4)[:, :3] @ [0.2126, 0.7152, 0.0722]
     assert (np.diff(luminance) > 0.08).all()

@@ -41,6 +41,17 @@ def open_tokens(paths: Sequence[Path], tokenizer: Tokenizer, cache: str | Path) 
 
     Raises:
       ValueError: the file was changed after it had been made.
+
+    Example:
+      >>> import tempfile
+      >>> from pathlib import Path
+      >>> from lensjax.runs.data.token_files import open_tokens
+      >>> from lensjax.runs.data.tokenizers import Bytes
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     text = Path(folder, "a.txt")
+      ...     _ = text.write_text("hi")
+      ...     open_tokens([text, text], Bytes(), folder).tolist()
+      [104, 105, 0, 104, 105, 0]
     """
     folder = Path(cache).expanduser() / _key(paths, tokenizer)
     if not folder.exists():

@@ -57,6 +57,7 @@ class Bytes:
     """Bytes as tokens; a document ends with byte 0.
 
     Example:
+      >>> from lensjax.runs.data.tokenizers import Bytes
       >>> Bytes().encode("né")
       array([110, 195, 169], dtype=int32)
       >>> Bytes().decode([110, 195, 169])
@@ -116,6 +117,7 @@ def read_tokenizer(path: str | Path | None, *, name: str = "data.tokenizer") -> 
       ImportError: the extra `hf`, or for GGUF `gguf`, is not installed.
 
     Example:
+      >>> from lensjax.runs.data.tokenizers import read_tokenizer
       >>> read_tokenizer(None).vocab_size
       256
     """
@@ -140,7 +142,7 @@ def _read(file: Path, name: str, _stamp: tuple[int, int]) -> Tokenizer:
         extra = "gguf" if error.name == "gguf" else "hf"
         raise ImportError(f"{name} {str(file)!r} needs {error.name}: pip install 'lensjax[{extra}]'") from error
     except Exception as error:  # the libraries raise bare exceptions
-        raise ValueError(f"{name} {str(file)!r} cannot be read: {error}") from error
+        raise ValueError(f"{name} {str(file)!r} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def _from_json(file: Path) -> Tokenizer:
@@ -186,16 +188,25 @@ def byte_level(tokens: Sequence[str], merges: Sequence[str], *, pre: str, types:
     Raises:
       ValueError: `pre` is unknown, or the tables do not go together.
 
+    A byte that has no token is dropped, as the reference implementation does; SmolLM2 lacks 21 of them, among them six
+    control characters and what begins U+40000 to U+BFFFF.
+
+    Example:
+      >>> from lensjax.runs.data.tokenizers import byte_level
+      >>> byte_level([*"ab1", "ab"], ["a b"], pre="smollm").encode("ab11a").tokens
+      ['ab', '1', '1', 'a']
+
     References:
-      `gpt-2`: Radford et al. (2019). `smollm`: digits one by one, then as GPT-2. `llama-bpe`, `qwen2`: the patterns of
-      Llama 3 and Qwen2 [the former from memory].
+      `gpt-2`: Radford et al., Language Models are Unsupervised Multitask Learners (2019). `smollm`: digits one by one,
+      then as GPT-2, as in SmolLM2's own tokenizer.json. `llama-bpe`, `qwen2`: the patterns of Llama 3 and Qwen2, as in
+      transformers 5.24.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     require(pre in PRE_TOKENIZERS, f"tokenizer.ggml.pre must be one of {', '.join(PRE_TOKENIZERS)}, got {pre!r}")
     vocabulary = {token: id for id, token in enumerate(tokens)}
     require(len(vocabulary) == len(tokens), f"{len(tokens) - len(vocabulary)} of its {len(tokens)} tokens stand twice")
-    pairs = [tuple(merge.split(" ")) for merge in merges]
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     inner = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=pre == "llama-bpe"))
     plain = functools.partial(pre_tokenizers.ByteLevel, add_prefix_space=False)
     if pre in _PATTERNS:
