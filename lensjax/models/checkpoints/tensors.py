@@ -92,7 +92,7 @@ def _accounted(checkpoint: Checkpoint, leaves: Mapping[Path, tuple[str, ...]]) -
     require(not missing, f"{source} lacks {_listed(missing)}")
     require(not extra, f"{source} has tensors that its model_type does not use: {_listed(extra)}")
     shapes: dict[Path, tuple[int, ...]] = {}
-    tree = jax.eval_shape(BaseModel(config).init, jax.random.key(0))
+    tree = jax.eval_shape(lambda: BaseModel(config).init(jax.random.key(0)))
     for path, leaf in jax.tree.leaves_with_path(tree):
         keys = tuple(entry.key for entry in path)
         parts = leaves[keys]
