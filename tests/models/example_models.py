@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from lensjax.models import BaseModel, GistModel, LensModel, Params
 from lensjax.models.base_lm import BaseConfig
 from lensjax.models.gistnet import GistConfig
 from lensjax.models.lensnet import LensConfig
+from lensjax.models.nn.rope import RopeScaling
 
 # Widths are shared, for initialisation without jit compiles once per shape.
 BASE = BaseConfig(vocab_size=29, dim=16, layers=2, heads=4, kv_heads=2, mlp_dim=48, conv_width=3)
@@ -23,12 +25,23 @@ LENS = LensConfig(dim=16, layers=2, heads=2, mlp_dim=48)
 S, D, K, F, PADDING = 11, 16, 4, 3, 3
 ROWS = jnp.arange(S)
 
+# All at once that other families add to Llama; the frequencies are one that stays, a mixture, and one divided.
+FAMILIES = dataclasses.replace(
+    BASE,
+    head_dim=6,
+    qkv_bias=True,
+    qk_norm=True,
+    norm_eps=1e-2,
+    rope_theta=100.0,
+    rope_scaling=RopeScaling("llama3", factor=4.0, low=0.5, high=2.0, original_length=16),
+)
 BASES = {
     "default": BASE,
     "gaussian": dataclasses.replace(BASE, gaussian_rope=True),
     "untied, one layer": dataclasses.replace(BASE, tied=False, layers=1),
     "no convolution, plain heads": dataclasses.replace(BASE, conv_width=0, kv_heads=4),
     "one tap": dataclasses.replace(BASE, conv_width=1, kv_heads=1),
+    "of other families": FAMILIES,
 }
 GISTS = {
     f"{pooling}, {head}, {layers} layers": GistConfig(pooling=pooling, head=head, layers=layers, heads=2)
@@ -156,3 +169,14 @@ def example(kind: str) -> tuple[Any, tuple[Any, ...]]:
         "gist": (gist_model(GISTS["query, mlp, 1 layers"]), (CHILDREN,)),
         "lens": (lens_model(), (lens_inputs(),)),
     }[kind]
+
+
+def scaled(frequency: float, config: BaseConfig) -> float:
+    """As the published code of Llama 3.1 has it, by wavelengths."""
+    scaling, length = config.rope_scaling, 2 * math.pi / frequency
+    if scaling.kind == "none" or length < scaling.original_length / scaling.high:
+        return frequency
+    if length > scaling.original_length / scaling.low:
+        return frequency / scaling.factor
+    smooth = (scaling.original_length / length - scaling.low) / (scaling.high - scaling.low)
+    return (1 - smooth) * frequency / scaling.factor + smooth * frequency

@@ -10,12 +10,13 @@ import pytest
 
 from lensjax.models import BaseModel, Params
 from lensjax.models.base_lm import BaseConfig
-from tests.models.example_models import BASE, S, base_inputs, trained
+from tests.models.example_models import BASE, FAMILIES, S, base_inputs, scaled, trained
 from tests.small import jit
 
 BASES = {
     "two layers, grouped heads": BASE,
     "one layer, gaussian": dataclasses.replace(BASE, layers=1, kv_heads=1, gaussian_rope=True),
+    "of other families": FAMILIES,
 }
 ROWS = np.array([10, 3, 0, 7, 7])
 
@@ -27,14 +28,14 @@ def reference_attention(params: Params, config: BaseConfig) -> tuple[np.ndarray,
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     entries = base_inputs()
     x, positions, spans = (np.asarray(x, np.float64) for x in (entries.embeddings, entries.positions, entries.spans))
-    width, group = config.dim // config.heads, config.heads // config.kv_heads
-    frequency = config.rope_theta ** (-2 * np.arange(width // 2) / width)
+    width, group = config.head_dim or config.dim // config.heads, config.heads // config.kv_heads
+    frequency = np.asarray([scaled(config.rope_theta ** (-2 * i / width), config) for i in range(width // 2)])
     turn = np.exp(1j * np.outer(positions, frequency))
     if config.gaussian_rope:
         turn = turn * np.exp(-(np.outer(spans, frequency) ** 2) / 2)
 
     def norm(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
-        return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-8) * scale
+        return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + config.norm_eps) * scale
 
     def as_complex(x: np.ndarray) -> np.ndarray:
         return x[:, : width // 2] + 1j * x[:, width // 2 :]
@@ -46,7 +47,14 @@ def reference_attention(params: Params, config: BaseConfig) -> tuple[np.ndarray,
     for layer in range(config.layers):
         block = params["transformer"][f"block_{layer}"]
         normed = norm(x, block["attention_norm"]["scale"])
-        projected = {name: normed @ block["attention"][name]["kernel"] for name in ("query", "key", "value")}
+        attention = block["attention"]
+        projected = {name: normed @ attention[name]["kernel"] for name in ("query", "key", "value")}
+        if config.qkv_bias:
+            projected = {name: x + attention[name]["bias"] for name, x in projected.items()}
+        if config.qk_norm:
+            for name in ("query", "key"):
+                heads = projected[name].reshape(S, -1, width)
+                projected[name] = norm(heads, attention[f"{name}_norm"]["scale"]).reshape(S, -1)
         mixed = []
         for head in range(config.heads):
             own = slice(head * width, (head + 1) * width)

@@ -30,6 +30,7 @@ from tests.models.example_models import (
     fresh,
     gradients,
     run,
+    scaled,
     trained,
 )
 
@@ -40,15 +41,15 @@ def reference_logits(params: Params, config: BaseConfig, entries: Entries, layer
     x, positions, spans = (
         np.asarray(value, np.float64) for value in (entries.embeddings, entries.positions, entries.spans)
     )
-    width, count = config.dim // config.heads, len(x)
+    width, count = config.head_dim or config.dim // config.heads, len(x)
 
     def norm(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
-        return x / np.sqrt(np.mean(x**2) + 1e-8) * scale
+        return x / np.sqrt(np.mean(x**2) + config.norm_eps) * scale
 
     def turn(x: np.ndarray, s: int) -> np.ndarray:
         out = np.zeros(width)
         for i in range(width // 2):
-            frequency = config.rope_theta ** (-2 * i / width)
+            frequency = scaled(config.rope_theta ** (-2 * i / width), config)
             damping = np.exp(-((frequency * spans[s]) ** 2) / 2) if config.gaussian_rope else 1.0
             z = complex(x[i], x[i + width // 2]) * np.exp(1j * frequency * positions[s]) * damping
             out[i], out[i + width // 2] = z.real, z.imag
@@ -61,20 +62,26 @@ def reference_logits(params: Params, config: BaseConfig, entries: Entries, layer
         )
     for layer in range(config.layers if layers is None else layers):
         block = params["transformer"][f"block_{layer}"]
-        weights = {name: child["kernel"] for name, child in block["attention"].items()}
+        layers_of = block["attention"]
+
+        def project(name: str, x: np.ndarray, own: slice, layers_of: Params = layers_of) -> np.ndarray:
+            out = x @ layers_of[name]["kernel"][:, own]
+            out = out + layers_of[name]["bias"][own] if config.qkv_bias else out
+            return norm(out, layers_of[f"{name}_norm"]["scale"]) if config.qk_norm and name != "value" else out
+
         normed = np.stack([norm(row, block["attention_norm"]["scale"]) for row in x])
-        mixed = np.zeros_like(x)
+        mixed = np.zeros((count, config.heads * width))
         for head in range(config.heads):
             own = slice(head * width, (head + 1) * width)
             group = head // (config.heads // config.kv_heads)
             shared = slice(group * width, (group + 1) * width)
-            query = [turn(normed[s] @ weights["query"][:, own], s) for s in range(count)]
-            key = [turn(normed[s] @ weights["key"][:, shared], s) for s in range(count)]
+            query = [turn(project("query", normed[s], own), s) for s in range(count)]
+            key = [turn(project("key", normed[s], shared), s) for s in range(count)]
             for s in range(count):
                 attention = np.exp([query[s] @ key[r] / np.sqrt(width) for r in range(s + 1)])
-                values = normed[: s + 1] @ weights["value"][:, shared]
+                values = project("value", normed[: s + 1], shared)
                 mixed[s, own] = attention / attention.sum() @ values
-        x = x + mixed @ weights["out"]
+        x = x + mixed @ layers_of["out"]["kernel"]
         normed = np.stack([norm(row, block["mlp_norm"]["scale"]) for row in x])
         gate, up = np.split(normed @ block["mlp"]["gate_up"]["kernel"], 2, axis=-1)
         x = x + (gate / (1 + np.exp(-gate)) * up) @ block["mlp"]["down"]["kernel"]
@@ -275,7 +282,7 @@ def test_states_are_what_a_model_of_half_the_layers_would_predict_from(config: B
     states = jax.jit(model.states)(params, inputs)
     assert states.shape == (S, D) and states.dtype == jnp.float32
     x = np.asarray(states, np.float64)
-    normed = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + 1e-8) * params["norm"]["scale"]
+    normed = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + config.norm_eps) * params["norm"]["scale"]
     head = params["embedding"]["embedding"].T if config.tied else params["head"]["kernel"]
     assert_close(normed @ head, reference_logits(params, config, inputs, config.layers // 2))
 

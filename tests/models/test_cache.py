@@ -14,7 +14,7 @@ from lensjax.context.working import Entries
 from lensjax.models import BaseModel, KVCache, Params
 from lensjax.models.base_lm import BaseConfig
 from lensjax.models.nn.transformer import Transformer, TransformerConfig
-from tests.models.example_models import base_entries
+from tests.models.example_models import FAMILIES, base_entries
 from tests.small import jit
 
 BASE = BaseConfig(vocab_size=29, dim=16, layers=2, heads=4, kv_heads=2, mlp_dim=48, conv_width=3)
@@ -26,6 +26,7 @@ BASES = {
     "one tap, three layers": dataclasses.replace(BASE, conv_width=1, kv_heads=1, layers=3),
     # Its state is longer than one call can bring.
     "copy heads": dataclasses.replace(BASE, copy_heads=1),
+    "of other families": FAMILIES,
     "six taps": dataclasses.replace(BASE, conv_width=6, layers=1),
 }
 S, R, D = 12, 4, 16

@@ -73,7 +73,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
       ValueError: it does not exist or holds something else.
     """
-    require(path.is_file(), f"{path} does not exist: {path.parent} is no Hugging Face folder, or not whole")
+    require(path.is_file(), f"{path} does not exist: the folder is none of Hugging Face, or not whole")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

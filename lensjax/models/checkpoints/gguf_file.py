@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from lensjax._settings import require
@@ -153,8 +152,8 @@ def _scaling(path: Path, tensor: Any, width: int, theta: float) -> RopeScaling:
         return NO_SCALING
     found = np.asarray(tensor.data, np.float32).reshape(-1)
     scaling = RopeScaling("llama3", factor=max(1.0, float(np.nanmax(found))))
-    frequencies = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    expected = np.asarray(frequencies / scaling(frequencies))
+    frequencies = theta ** (-np.arange(0, width, 2, dtype=np.float32) / width)
+    expected = frequencies / scaling(frequencies)
     require(
         found.shape == expected.shape and np.allclose(found, expected, rtol=1e-3),
         f"{path}: {ROPE_FACTORS} is not that of Llama 3 (low 1, high 4, original length 8192)",

@@ -96,12 +96,12 @@ def read_config(path: Path) -> BaseConfig:
     layers = _whole(source, raw, "num_hidden_layers")
     kinds = raw.get("layer_types")
     require(
-        kinds is None or kinds == layers * ["full_attention"],
+        kinds is None or (isinstance(kinds, list) and len(kinds) == layers and set(kinds) == {"full_attention"}),
         f"{source}: layer_types must be full_attention in each of {layers} layers, got {kinds!r}",
     )
-    theta, scaling = _rope(source, raw)
     grouped = raw.get("num_key_value_heads") is not None
     try:
+        theta, scaling = _rope(source, raw)
         return BaseConfig(
             vocab_size=_whole(source, raw, "vocab_size"),
             dim=dim,

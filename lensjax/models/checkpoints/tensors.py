@@ -36,8 +36,7 @@ def load(checkpoint: Checkpoint, dtype: str) -> Params:
     Raises:
       ValueError: a tensor is missing, left over or of another shape.
     """
-    leaves = dict(_leaves(checkpoint.config))
-    shapes = _accounted(checkpoint, leaves)
+    leaves, shapes = _accounted(checkpoint)
     params: dict[str, Any] = {}
     for path, names in leaves.items():
         parent = params
@@ -74,8 +73,8 @@ def _leaves(config: BaseConfig) -> Iterator[tuple[Path, tuple[str, ...]]]:
         yield ("head", "kernel"), (HEAD,)
 
 
-def _accounted(checkpoint: Checkpoint, leaves: Mapping[Path, tuple[str, ...]]) -> dict[Path, tuple[int, ...]]:
-    """Shapes of the parameters, after a check that the tensors are those, all of those and none but those."""
+def _accounted(checkpoint: Checkpoint) -> tuple[dict[Path, tuple[str, ...]], dict[Path, tuple[int, ...]]]:
+    """Tensors and shape of each parameter, after a check that the tensors are those, all of them and no others."""
     source, config, found = checkpoint.source, checkpoint.config, dict(checkpoint.shapes)
     layers = {match[1] for name in found if (match := re.match(r"model\.layers\.(\d+)\.", name))}
     require(len(layers) == config.layers, f"{source} has {len(layers)} layers, its settings say {config.layers}")
@@ -87,12 +86,13 @@ def _accounted(checkpoint: Checkpoint, leaves: Mapping[Path, tuple[str, ...]]) -
             f"{source} ties its head to the embedding, but {HEAD} differs from {EMBEDDING}: one of the two is wrong, "
             "tie_word_embeddings or the tensor",
         )
+    leaves = dict(_leaves(config))
     names = [name for parts in leaves.values() for name in parts]
     missing, extra = [name for name in names if name not in found], sorted(set(found) - set(names))
     require(not missing, f"{source} lacks {_listed(missing)}")
     require(not extra, f"{source} has tensors that its model_type does not use: {_listed(extra)}")
     shapes: dict[Path, tuple[int, ...]] = {}
-    tree = jax.eval_shape(BaseModel(config).init, jax.random.key(0))
+    tree = jax.eval_shape(lambda: BaseModel(config).init(jax.random.key(0)))
     for path, leaf in jax.tree.leaves_with_path(tree):
         keys = tuple(entry.key for entry in path)
         parts = leaves[keys]
@@ -104,7 +104,7 @@ def _accounted(checkpoint: Checkpoint, leaves: Mapping[Path, tuple[str, ...]]) -
                 f"{source}: {name} must have shape {list(expected)} by its settings, got {list(found[name])}",
             )
         shapes[keys] = leaf.shape
-    return shapes
+    return leaves, shapes
 
 
 def _listed(names: list[str]) -> str:

@@ -4,13 +4,16 @@ Pairs are the two halves of a head, `(x[i], x[i + head_dim / 2])`, as in Llama.
 """
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
 from lensjax._settings import Positive, PositiveInt, at_least, require, settings
+
+Numbers = TypeVar("Numbers", Array, np.ndarray)
 
 
 @settings("base.rope_scaling")
@@ -46,12 +49,12 @@ class RopeScaling:
             f"base.rope_scaling.high must be above base.rope_scaling.low {self.low}, got {self.high}",
         )
 
-    def __call__(self, frequencies: Array) -> Array:
-        """The frequencies in use, in radians per token; any shape."""
+    def __call__(self, frequencies: Numbers) -> Numbers:
+        """The frequencies in use, in radians per token; any shape, of JAX or NumPy."""
         if self.kind == "none":
             return frequencies
         turns = self.original_length * frequencies / (2 * math.pi)
-        mixture = jnp.clip((turns - self.low) / (self.high - self.low), 0.0, 1.0)
+        mixture = ((turns - self.low) / (self.high - self.low)).clip(0.0, 1.0)
         return frequencies * (mixture + (1.0 - mixture) / self.factor)
 
 
