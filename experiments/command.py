@@ -25,7 +25,7 @@ def errors_end() -> Iterator[None]:
     """Inside it, a bad value or file ends the process with one message."""
     try:
         yield
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         sys.exit(f"error: {error}")
 
 
