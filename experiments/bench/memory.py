@@ -3,9 +3,10 @@
     python -m experiments.bench.memory demo                                       as `experiments.train demo`
     python -m experiments.bench.memory --checkpoint.path models/SmolLM2-135M      the base model of a checkpoint
 
-All are sizes that the compiler plans (`memory_analysis` of the compiled program) for shapes: nothing is computed, and no
+All are sizes that the compiler plans (`memory_analysis` of the compiled program) for shapes: nothing is computed, no
 parameter allocated. The peak is arguments + results + temporaries - what results and arguments share. Activations are
-the temporaries of a program that reads the V contexts of each sequence with the base model, forwards, and nothing else.
+temporaries and results of a program that does nothing but read the V contexts of each sequence with the base model,
+forwards. The step is that of preferences, or of the teacher where a config has no others.
 """
 
 import functools
@@ -25,7 +26,8 @@ from lensjax.models import Params
 from lensjax.models.decision import split
 from lensjax.runs import pretrained
 from lensjax.runs.config import Config
-from lensjax.training.steps import preference
+from lensjax.training.steps import distill, preference
+from lensjax.training.steps.update import Learner
 
 
 @dataclass(frozen=True)
@@ -67,23 +69,28 @@ def measure(config: Config) -> dict[str, float]:
     recipe, models = config.recipe, config.build_models()
     static: dict[str, Any] = {"recipe": recipe, "models": models}
     state, frozen = jax.eval_shape(functools.partial(preference.init_train_state, **static), jax.random.key(0))
-    params = {**frozen, **state.params}
     if "base" in frozen:
         frozen = {**frozen, "base": _as_loaded(frozen["base"], config)}
+    params = {**frozen, **state.params}
     batch = {"tokens": jax.ShapeDtypeStruct((config.batch_size, config.context.window), jnp.int32)}
-    step = plan(functools.partial(preference.train_step, **static), state, batch, frozen, donate=0)
-
     scored = jax.eval_shape(functools.partial(preference.score_batch, **static), params, state, batch)
     horizons = jax.eval_shape(lambda tokens: split(tokens, horizon=config.context.horizon).horizon, batch["tokens"])
     read = plan(functools.partial(horizon_logits, models.base), params["base"], scored.entries, horizons)
-    base = size(frozen.get("base", params["base"]))
+    train_step: Callable[..., Any] = functools.partial(preference.train_step, **static)
+    learner: Learner = state
+    if not config.steps:
+        train_step = functools.partial(distill.distill_step, settings=config.distill, **static)
+        start = functools.partial(distill.init_distill_state, recipe=recipe)
+        learner, frozen = jax.eval_shape(lambda key, params: start(key, params=params), jax.random.key(0), params)
+    step = plan(train_step, learner, batch, frozen, donate=0)
+    base, activations = size(params["base"]), read.temporaries + read.results
     return {
         "base": base,
-        "state": size(state),
-        "activations": read.temporaries,
+        "state": size(learner),
+        "activations": activations,
         "temporaries": step.temporaries,
         "peak": step.peak,
-        "ratio": step.peak / (base + read.temporaries),
+        "ratio": step.peak / (base + activations),
     }
 
 
