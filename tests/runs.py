@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import io
 import json
 import os
 import signal
@@ -14,8 +15,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from rich.console import Console
 
 from lensjax._settings import replace
 from lensjax.evaluation import held_out
@@ -25,14 +28,16 @@ from lensjax.models.gistnet import GistConfig
 from lensjax.models.lensnet import LensConfig
 from lensjax.plots import curves
 from lensjax.runs import config as run_config
-from lensjax.runs import results
+from lensjax.runs import load, results
 from lensjax.runs.config import PHASES, Config
 from lensjax.runs.data import splits
 from lensjax.runs.data.task import DataConfig
 from lensjax.runs.engine import loop
-from lensjax.runs.store import checkpoint, run_folder
+from lensjax.runs.fit import fit
+from lensjax.runs.store import checkpoint, config_file, run_folder
 from lensjax.runs.store.log import read_rows
 from lensjax.training.optim.optimizer import OptimizerConfig
+from lensjax.training.recipe import Part
 from lensjax.training.scoring import ContextConfig
 from lensjax.training.steps import distill, online, preference, pretrain
 from lensjax.training.steps.pretrain import PretrainConfig
@@ -76,6 +81,22 @@ def write_corpus(folder: Path) -> Path:
     return folder
 
 
+OWN_EDITS = {"online.steps": 5}
+ALL = {"distill.steps": 5, **OWN_EDITS}
+"""What makes a run of every phase."""
+
+
+def start(config: Config, **keywords: Any) -> dict[str, Any]:
+    """A whole run, told to nobody; its summary."""
+    return fit(config, console=Console(file=io.StringIO()), **keywords).summary
+
+
+def go_on(folder: Path) -> dict[str, Any]:
+    """The run in a folder from its newest checkpoint on, as `--resume` does."""
+    config = config_file.load(run_folder.config_path(folder), Config)
+    return start(replace(config, output_dir=str(folder)), resume=True)
+
+
 class Killed(BaseException):
     """Raised where a process would be killed: nothing catches it, so the files are left as they are."""
 
@@ -93,6 +114,7 @@ def cheap_programs() -> Iterator[None]:
     def step(state: Any, batch: Any, frozen: Any, *, part: str, **static: Any) -> Any:
         noise = jax.random.normal(jax.random.fold_in(state.key, state.step))
         shift = jnp.mean(batch["tokens"].astype(jnp.float32)) + noise
+        part = part if part in state.params else min(state.params)
         (first, *others), structure = jax.tree.flatten(state.params[part])
         params = {**state.params, part: jax.tree.unflatten(structure, [0.5 * first + shift, *others])}
         after = dataclasses.replace(state, step=state.step + 1, params=params)
@@ -146,6 +168,25 @@ def saved_arrays(run_dir: Path, phase: str, step: int) -> dict[str, Any]:
         raw = checkpointer.restore(folder / "arrays")
     position = json.loads((folder / "manifest.json").read_text())["data_state"]["batches"]
     return {name: array.tobytes() for name, array in raw.items()} | {"position": position}
+
+
+def bits(tree: Any) -> dict[str, bytes]:
+    """Bytes of every leaf by its path."""
+    pairs = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in pairs}
+
+
+def saved_part(folder: Path, part: Part) -> dict[str, bytes]:
+    """Bytes of a part of a run, wherever its folder has it."""
+    config = config_file.load(run_folder.config_path(folder), Config)
+    return bits(load.load_params(folder, config, config.build_models(), (part,))[part])
+
+
+def assert_saved(tree: Any, saved: dict[str, Any], part: str) -> None:
+    """Whether a part's parameters are those of `saved_arrays`."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = f"params/{part}/" + jax.tree_util.keystr(path, simple=True, separator="/")
+        assert leaf.tobytes() == saved[name], name
 
 
 def all_saved_are_finite(run_dir: Path) -> bool:

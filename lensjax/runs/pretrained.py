@@ -1,6 +1,7 @@
 """The base model of a run that takes one from a checkpoint: read where it lies, never copied, known by its digest."""
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 from lensjax import _settings
@@ -16,10 +17,12 @@ def resolve(config: Config) -> Config:
       config: any; without `checkpoint.path` it is given back as it is.
 
     Returns:
-      The config, whose `base` is that of the checkpoint and whose `checkpoint.path` is absolute.
+      The config, whose `base` is that of the checkpoint (but for `gaussian_rope`, which is the run's own to choose) and
+      whose `checkpoint.path` is absolute.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
+      ImportError: the extra that reads it is not installed.
       ValueError: it is no checkpoint of a known model, its weights are not those of `checkpoint.sha256`, or its model
         does not go with the rest of the config.
     """
@@ -29,8 +32,8 @@ def resolve(config: Config) -> Config:
 
     digest = _checked_digest(config)
     path = Path(config.checkpoint.path).absolute()
-    changes = {"checkpoint.path": str(path), "checkpoint.sha256": digest, "base": checkpoints.read_config(path)}
-    return _settings.replace(config, **changes)
+    base = replace(checkpoints.read_config(path), gaussian_rope=config.base.gaussian_rope)
+    return _settings.replace(config, base=base, **{"checkpoint.path": str(path), "checkpoint.sha256": digest})
 
 
 def load_base(config: Config) -> Params:
@@ -43,19 +46,20 @@ def load_base(config: Config) -> Params:
     from lensjax.models import checkpoints
 
     _checked_digest(config)
-    params: Params = checkpoints.load_params(config.checkpoint.path, config.base, config.checkpoint.dtype)
-    return params
+    return checkpoints.load_params(str(config.checkpoint.path), config.base, config.checkpoint.dtype)
 
 
 def _checked_digest(config: Config) -> str:
+    from lensjax.models import checkpoints
+
     path, expected = Path(str(config.checkpoint.path)), config.checkpoint.sha256
     if not path.exists():
         raise FileNotFoundError(
             f"checkpoint.path {path} is not there: put the weights back, or name where they are now in checkpoint.path "
             "(for a run, in its config.json)"
         )
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    found = _digest(path, tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+    stats = [(file, file.stat()) for file in checkpoints.weight_files(path)]
+    found = _digest(path, tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats))
     require(
         expected in (None, found),
         f"checkpoint.path {path} holds weights of SHA-256 {found}, and checkpoint.sha256 says {expected}: put those "
@@ -69,5 +73,4 @@ def _digest(path: Path, stamp: object) -> str:
     """Once for several readings of files that have not changed since."""
     from lensjax.models import checkpoints
 
-    digest: str = checkpoints.sha256(path)
-    return digest
+    return checkpoints.sha256(path)

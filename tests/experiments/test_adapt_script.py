@@ -87,7 +87,8 @@ def step():
     models, recipe = LARGE.build_models(), LARGE.recipe
     hypernet = LARGE.build_hypernet(models)
     key = jax.random.key(0)
-    params = adaptation.init_adaptation_state(key, recipe=recipe, models=models, hypernet=hypernet).params
+    state, frozen = adaptation.init_adaptation_state(key, recipe=recipe, models=models, hypernet=hypernet)
+    params = {**frozen, **state.params}
     compiled = jit(functools.partial(adapt.pick, models, hypernet, recipe=recipe))
     return lambda rows: jax.device_get(compiled(params, rows, jax.random.key(1)))
 

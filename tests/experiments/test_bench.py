@@ -58,17 +58,14 @@ def test_the_floor_does_the_model_passes():
 def test_the_cost_on_paper_is_what_the_compiler_counts(shape):
     config = _settings.replace(script.SHAPES[shape], batch_size=1, **{"context.rollouts": 1})
     models, recipe = config.build_models(), config.recipe
-    entries = jax.eval_shape(
-        lambda key: (
-            preference.score_batch(
-                *((state := preference.init_train_state(key, recipe=recipe, models=models)).params, state),
-                {"tokens": jnp.zeros((1, config.context.window), jnp.int32)},
-                recipe=recipe,
-                models=models,
-            ).entries
-        ),
-        jax.random.key(0),
-    )
+    static = {"recipe": recipe, "models": models}
+    batch = {"tokens": jnp.zeros((1, config.context.window), jnp.int32)}
+
+    def scored(key):
+        state, frozen = preference.init_train_state(key, **static)
+        return preference.score_batch(frozen, state, batch, **static)
+
+    entries = jax.eval_shape(scored, jax.random.key(0)).entries
     params = jax.eval_shape(
         lambda key: {name: getattr(models, name).init(key) for name in ("base", "lens")}, jax.random.key(0)
     )
@@ -129,12 +126,12 @@ def test_no_repetition_is_refused():
 @pytest.mark.slow
 def test_the_compiled_step_holds_no_logits_of_all_entries():
     models = TINY.build_models()
-    state = jax.eval_shape(
+    state, frozen = jax.eval_shape(
         functools.partial(preference.init_train_state, recipe=TINY.recipe, models=models), jax.random.key(0)
     )
     batch = {"tokens": jax.ShapeDtypeStruct((TINY.batch_size, TINY.context.window), jnp.int32)}
     step = functools.partial(preference.train_step, recipe=TINY.recipe, models=models)
-    text = jax.jit(step).lower(state, batch).compile().as_text()
+    text = jax.jit(step).lower(state, batch, frozen).compile().as_text()
     sizes = [
         (shape, functools.reduce(lambda x, y: x * y, map(int, shape.split(","))))
         for shape in set(re.findall(r"\[([\d,]+)\]", text))

@@ -227,7 +227,8 @@ def test_both_signals_take_half_of_the_steps_each_and_all_windows_are_fresh(
     read, rates = [], []
 
     def compiled(step, **static):
-        def call(state, batch):
+        def call(state, batch, frozen):
+            assert set(frozen) == {"base", "gist"}
             read.append(batch["tokens"])
             is_taught = step is distill.distill_step
             rates.append(static["settings"].learning_rate if is_taught else float(state.hyper.learning_rate))
@@ -242,7 +243,7 @@ def test_both_signals_take_half_of_the_steps_each_and_all_windows_are_fresh(
     config = replace(script.cell_config(of, method, script.VIEWS["map"]), seed=8)
     models = config.build_models()
     found = script.train(config, models, base_params(config), rate=0.25)
-    fresh = preference.init_train_state(stream(config, LENS_STREAM), recipe=config.recipe, models=models)
+    fresh, _ = preference.init_train_state(stream(config, LENS_STREAM), recipe=config.recipe, models=models)
     for one, drawn in zip(jax.tree.leaves(found), jax.tree.leaves(fresh.params["lens"]), strict=True):
         np.testing.assert_allclose(one, expected(drawn), rtol=1e-6)
     assert rates == [0.25] * steps
@@ -257,11 +258,12 @@ def test_a_rate_that_is_data_is_that_of_a_recipe(workplace):
     models, base = config.build_models(), base_params(config)
     found = script.train(config, models, base, rate=RATES[1])
     recipe = replace(config.recipe, hyper=replace(config.hyper, learning_rate=RATES[1]))
-    fresh = state = preference.init_train_state(stream(config, LENS_STREAM), recipe=recipe, models=models, params=base)
+    fresh, frozen = preference.init_train_state(stream(config, LENS_STREAM), recipe=recipe, models=models, params=base)
+    state = fresh
     step = jit(functools.partial(preference.train_step, recipe=recipe, models=models))
     batches = data.make_iterator(config, "train", seed=LENS_STREAM, batch_size=2)
     for _ in range(2):
-        state, _ = step(state, next(batches))
+        state, _ = step(state, next(batches), frozen)
     trained, drawn = state.params["lens"], fresh.params["lens"]
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6), found, trained)
     moved = [np.abs(one - other).max() for one, other in zip(*map(jax.tree.leaves, (trained, drawn)), strict=True)]

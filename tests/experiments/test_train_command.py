@@ -152,7 +152,7 @@ BAD_COMMANDS = [
     ("{tmp}/none.json", "no config {tmp}/none.json; name a file, or one of: demo, recall"),
     ("{tmp}/torn.json", "{tmp}/torn.json is not JSON"),
     ("{tmp}/typo.json", "{tmp}/typo.json: unknown key stepps; known keys: adaptation, base, base_run"),
-    ("{tmp}/old.json", "{tmp}/old.json has format None, and this version of lensjax reads format 1: use the version"),
+    ("{tmp}/old.json", "{tmp}/old.json has format None, and this version of lensjax reads format 2: use the version"),
     ("{tmp}/empty.py", "{tmp}/empty.py must define CONFIG, a lensjax.runs.config.Config; got None"),
     ("{tmp}/dict.py", "{tmp}/dict.py must define CONFIG, a lensjax.runs.config.Config; got {'steps': 3}"),
     (
@@ -180,7 +180,7 @@ def bad_files(tmp_path_factory):
     run_folder.create_run(folder / "base", script.load_preset("recall"))
     (folder / "one.txt").write_text("text " * 200)
     (folder / "torn.json").write_text('{"steps": ')
-    (folder / "typo.json").write_text('{"format": 1, "stepps": 3}')
+    (folder / "typo.json").write_text('{"format": 2, "stepps": 3}')
     (folder / "old.json").write_text('{"steps": 3}')
     (folder / "empty.py").write_text("")
     (folder / "dict.py").write_text("CONFIG = {'steps': 3}")

@@ -169,14 +169,14 @@ def test_the_encoder_that_has_learned_which_rule_it_is_breaks_the_symmetry_where
     @jit
     def step(learner, support, kinds):
         loss_fn = functools.partial(loss, support=support, kinds=kinds)
-        after, seen = gradient_step(learner, loss_fn, tx=adam, trainable=("grid", "probe"), rates={})
+        after, seen = gradient_step(learner, loss_fn, tx=adam, rates={})
         return after, seen.loss
 
     measure = jit(functools.partial(meta.meta_loss, config=config, models=models))
     losses = {}
     for breaks in (False, True):
         random, params = np.random.default_rng(0), {"grid": fresh["grid"], "probe": jnp.zeros((16, 4))}
-        learner = init_learner(jax.random.key(0), params, tx=adam, trainable=("grid", "probe"))
+        learner = init_learner(jax.random.key(0), params, tx=adam)
         for _ in range(100):
             learner, value = step(learner, *told_by_four_rules(random, breaks))
         assert float(value) < 0.05

@@ -35,13 +35,13 @@ def test_json_round_trip(config):
 
 def test_json_lists_every_field_and_its_format():
     written = json.loads(config_file.to_json(CHANGED))
-    assert written.pop("format") == config_file.FORMAT == 1
+    assert written.pop("format") == config_file.FORMAT == 2
     assert set(written) == {field.name for field in dataclasses.fields(Config)}
     assert set(written["hyper"]) == {field.name for field in dataclasses.fields(Hyperparameters)}
 
 
 def test_missing_keys_take_their_defaults_and_whole_floats_stay_floats():
-    raw = {"format": 1, "seed": 3, "hyper": {"temperature": 2}, "context": {"rollouts": 2}}
+    raw = {"format": 2, "seed": 3, "hyper": {"temperature": 2}, "context": {"rollouts": 2}}
     config = config_file.from_json(json.dumps(raw), Config)
     assert config == _settings.replace(Config(), **{"seed": 3, "hyper.temperature": 2.0, "context.rollouts": 2})
     assert type(config.hyper.temperature) is float
@@ -51,18 +51,18 @@ def test_load_names_the_file(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(config_file.to_json(CHANGED))
     assert config_file.load(path, Config) == CHANGED
-    path.write_text('{"format": 1, "seeds": 1}')
+    path.write_text('{"format": 2, "seeds": 1}')
     with pytest.raises(ValueError, match=re.escape(f"{path}: unknown key seeds")):
         config_file.load(path, Config)
 
 
-@pytest.mark.parametrize("written", [{}, {"format": 0}, {"format": 2}, {"format": "1"}, {"format": None}])
+@pytest.mark.parametrize("written", [{}, {"format": 0}, {"format": 1}, {"format": "2"}, {"format": None}])
 def test_a_file_of_another_format_is_refused_with_what_to_do(written):
     text = json.dumps({**written, "seed": 1})
     with pytest.raises(ValueError) as error:
         config_file.from_json(text, Config, source="runs/old/config.json")
     assert str(error.value) == (
-        f"runs/old/config.json has format {written.get('format')}, and this version of lensjax reads format 1: use the "
+        f"runs/old/config.json has format {written.get('format')}, and this version of lensjax reads format 2: use the "
         "version that environment.json beside it names, or run it again"
     )
 
@@ -72,18 +72,18 @@ def test_a_file_of_another_format_is_refused_with_what_to_do(written):
     [
         ("{", "config is not JSON"),
         ("[1]", "config: expected an object with keys of Config, got [1]"),
-        ('{"format": 1, "sede": 1}', "config: unknown key sede; known keys: adaptation, base, base_run"),
-        ('{"format": 1, "sede": 1, "stepps": 2}', "config: unknown keys sede, stepps"),
-        ('{"format": 1, "hyper": {"temprature": 1}}', "config.hyper: unknown key temprature"),
-        ('{"format": 1, "hyper": 3}', "config.hyper: expected an object with keys of Hyperparameters, got 3"),
-        ('{"format": 1, "steps": "10"}', "config.steps: expected int, got '10'"),
-        ('{"format": 1, "steps": 1.5}', "config.steps: expected int, got 1.5"),
-        ('{"format": 1, "steps": true}', "config.steps: expected int, got True"),
-        ('{"format": 1, "base": {"tied": 1}}', "config.base.tied: expected bool, got 1"),
-        ('{"format": 1, "hyper": {"temperature": "hot"}}', "config.hyper.temperature: expected float, got 'hot'"),
-        ('{"format": 1, "hyper": {"temperature": null}}', "config.hyper.temperature: expected float, got None"),
-        ('{"format": 1, "data": {"max_files": "all"}}', "config.data.max_files: expected int or null, got 'all'"),
-        ('{"format": 1, "trainable": "lens"}', "config.trainable: expected a list of names, got 'lens'"),
+        ('{"format": 2, "sede": 1}', "config: unknown key sede; known keys: adaptation, base, base_run"),
+        ('{"format": 2, "sede": 1, "stepps": 2}', "config: unknown keys sede, stepps"),
+        ('{"format": 2, "hyper": {"temprature": 1}}', "config.hyper: unknown key temprature"),
+        ('{"format": 2, "hyper": 3}', "config.hyper: expected an object with keys of Hyperparameters, got 3"),
+        ('{"format": 2, "steps": "10"}', "config.steps: expected int, got '10'"),
+        ('{"format": 2, "steps": 1.5}', "config.steps: expected int, got 1.5"),
+        ('{"format": 2, "steps": true}', "config.steps: expected int, got True"),
+        ('{"format": 2, "base": {"tied": 1}}', "config.base.tied: expected bool, got 1"),
+        ('{"format": 2, "hyper": {"temperature": "hot"}}', "config.hyper.temperature: expected float, got 'hot'"),
+        ('{"format": 2, "hyper": {"temperature": null}}', "config.hyper.temperature: expected float, got None"),
+        ('{"format": 2, "data": {"max_files": "all"}}', "config.data.max_files: expected int or null, got 'all'"),
+        ('{"format": 2, "trainable": "lens"}', "config.trainable: expected a list of names, got 'lens'"),
     ],
 )
 def test_bad_json_is_refused_with_the_place(text, message):

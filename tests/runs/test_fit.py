@@ -12,21 +12,27 @@ import pytest
 from rich.console import Console
 
 from lensjax.runs import load
-from lensjax.runs.config import PHASES, Config
+from lensjax.runs.config import PHASES
 from lensjax.runs.engine import loop
 from lensjax.runs.fit import fit
-from lensjax.runs.store import checkpoint, config_file, run_folder
+from lensjax.runs.store import checkpoint
 from lensjax.runs.store.log import read_rows
 from lensjax.training.steps import distill, online, preference, pretrain
 from tests.runs import (
+    ALL,
     Killed,
     all_saved_are_finite,
+    assert_saved,
+    bits,
     cheap_programs,
     contents,
+    go_on,
     hook_run,
     outcome,
     request_stop,
     saved_arrays,
+    saved_part,
+    start,
     tiny_config,
 )
 
@@ -35,19 +41,6 @@ from tests.runs import (
 def cheap():
     with cheap_programs():
         yield
-
-
-def start(config, **kwargs):
-    return fit(config, console=Console(file=io.StringIO()), **kwargs).summary
-
-
-def go_on(folder):
-    config = config_file.load(run_folder.config_path(folder), Config)
-    return start(dataclasses.replace(config, output_dir=str(folder)), resume=True)
-
-
-OWN_EDITS = {"online.steps": 5}
-ALL = {"distill.steps": 5, **OWN_EDITS}
 
 
 @pytest.fixture(scope="module")
@@ -122,12 +115,6 @@ def starts(monkeypatch):
 
     monkeypatch.setattr(loop, "run_phase", spy)
     return seen
-
-
-def assert_saved(tree, saved, part):
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = f"params/{part}/" + jax.tree_util.keystr(path, simple=True, separator="/")
-        assert leaf.tobytes() == saved[name], name
 
 
 def test_each_phase_begins_with_the_lensnet_of_the_one_before(cheap, tmp_path, starts):
@@ -217,60 +204,6 @@ def test_a_folder_in_use_is_never_written_to(whole):
     assert contents(whole) == before
 
 
-def test_a_base_run_is_taken_and_left_as_it_is(cheap, whole, tmp_path, monkeypatch):
-    before = contents(whole)
-    pending = [("step", "lens", 1), ("step", "lens", 3)]
-
-    def hook(*at):
-        if at in pending:
-            pending.remove(at)
-            raise Killed
-
-    hook_run(monkeypatch.setattr, hook)
-    folder = tmp_path / "run"
-    with pytest.raises(Killed):
-        start(tiny_config(folder, seed=8, base_run=str(whole)))
-    with pytest.raises(Killed):
-        go_on(folder)
-    go_on(folder)
-    assert contents(whole) == before
-    source, after = saved_arrays(whole, "pretrain", 4), saved_arrays(folder, "lens", 5)
-    names = {name for name in after if name.startswith(("params/base/", "params/gist/"))}
-    assert {name.split("/")[1] for name in names} == {"base", "gist"}
-    assert all(after[name] == source[name] for name in names)
-    assert not (folder / "checkpoints" / "pretrain").exists()
-    assert [row["step"] for row in read_rows(folder) if "loss" in row] == [1, 2, 3, 4, 5]
-
-
-@pytest.mark.parametrize(
-    ("changes", "phase"),
-    [
-        ({}, "lens"),
-        ({"steps": 0, "distill.steps": 3}, "distill"),
-        ({"steps": 0, **OWN_EDITS}, "online"),
-    ],
-)
-def test_start_from_takes_the_models_of_another_run(cheap, whole, tmp_path, monkeypatch, changes, phase):
-    before, source = contents(whole), saved_arrays(whole, "online", 5)
-    started = []
-    make = preference.init_train_state
-
-    def spy(*arguments, **keywords):
-        state = make(*arguments, **keywords)
-        started.append(jax.device_get(state))  # the run gives its buffers away
-        return state
-
-    monkeypatch.setattr(preference, "init_train_state", spy)
-    start(tiny_config(tmp_path / "run", seed=8, start_from=str(whole), **changes))
-    leaves = jax.tree_util.tree_leaves_with_path(started[0].params)
-    assert {path[0].key for path, _ in leaves} == {"base", "gist", "lens"}
-    for path, leaf in leaves:
-        name = "params/" + jax.tree_util.keystr(path, simple=True, separator="/")
-        assert leaf.tobytes() == source[name], name
-    assert int(started[0].step) == 0 and contents(whole) == before
-    assert {row["phase"] for row in read_rows(tmp_path / "run")} == {phase}
-
-
 def test_a_patient_run_gives_its_best_models(cheap, tmp_path, monkeypatch):
     """What `cheap_programs` measures grows with every step: the first evaluation is the best one."""
     folder = tmp_path / "run"
@@ -292,19 +225,9 @@ def test_a_patient_run_gives_its_best_models(cheap, tmp_path, monkeypatch):
     assert stops == {"pretrain_stopped_at": 2, "pretrain_kept_step": 1, "lens_stopped_at": 2, "lens_kept_step": 1}
     assert max(row["step"] for row in read_rows(folder)) == 2
     params = load.load(folder).params
-    best = saved_arrays(folder, "lens", 1) | {
-        name: value for name, value in saved_arrays(folder, "pretrain", 1).items() if name.startswith("params/")
-    }
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = "params/" + jax.tree_util.keystr(path, simple=True, separator="/")
-        assert leaf.tobytes() == best[name], name
-
-
-def test_start_from_needs_a_lensnet(whole, tmp_path):
-    start(tiny_config(tmp_path / "base", steps=0))
-    with pytest.raises(ValueError, match=r"base has no checkpoint of LensNet: let it train first \(steps above 0\)"):
-        start(tiny_config(tmp_path / "run", start_from=str(tmp_path / "base")))
-    assert not (tmp_path / "run").exists()
+    for phase, part in (("lens", "lens"), ("pretrain", "base")):
+        assert_saved(params[part], saved_arrays(folder, phase, 1), part)
+    assert bits(params["gist"]) == saved_part(folder, "gist")
 
 
 def test_steps_0_only_pretrains_and_serves_as_a_base_run(whole, tmp_path):
@@ -316,11 +239,9 @@ def test_steps_0_only_pretrains_and_serves_as_a_base_run(whole, tmp_path):
     config = tiny_config(tmp_path / "run", base_run=str(tmp_path / "base"))
     base = load.load_start(config, config.build_models())
     assert base is not None
-    expected = saved_arrays(whole, "pretrain", 4)
-    leaves = jax.tree_util.tree_leaves_with_path(base)
-    names = {"params/" + jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-    assert names.keys() == {name for name in expected if name.startswith("params/")}
-    assert all(leaf.tobytes() == expected[name] for name, leaf in names.items())
+    assert {name: bits(part) for name, part in base.items()} == {
+        name: saved_part(whole, name) for name in ("base", "gist")
+    }
 
 
 def test_undefined_values_are_strict_json(whole):
@@ -343,8 +264,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(cheap, tmp_path, monkeypatch, ph
     module = {"pretrain": pretrain, "distill": distill, "lens": preference, "online": online}[phase]
     good = getattr(module, name)
 
-    def bad(state, batch, **kwargs):
-        after, metrics = good(state, batch, **kwargs)
+    def bad(state, batch, frozen, **kwargs):
+        after, metrics = good(state, batch, frozen, **kwargs)
         is_bad = after.step >= step
         params = jax.tree.map(lambda leaf: jnp.where(is_bad, math.nan, leaf), after.params)
         loss = jnp.where(is_bad, math.nan, metrics["loss"])

@@ -78,7 +78,7 @@ def test_open_refuses_a_folder_without_a_run(tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(FileNotFoundError, match=r"holds no run .*name the folder of a run"):
             run_folder.open_run(folder, Config())
-    (tmp_path / "config.json").write_text('{"format": 1, "sede": 1}')
+    (tmp_path / "config.json").write_text('{"format": 2, "sede": 1}')
     with pytest.raises(ValueError, match="unknown key sede"):
         run_folder.open_run(tmp_path, Config())
 

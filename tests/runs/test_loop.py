@@ -42,7 +42,7 @@ def test_a_run_by_hand(run):
     batches = data.make_iterator(CONFIG, "train", seed=3, batch_size=2)
     losses = {}
     for done in range(1, 8):
-        by_hand, metrics = jax.jit(toy_step)(by_hand, {"tokens": next(batches)["tokens"]})
+        by_hand, metrics = jax.jit(toy_step)(by_hand, {"tokens": next(batches)["tokens"]}, {})
         losses[done] = float(metrics["loss"])
     assert state.digest == by_hand.digest and state.step == 7
     np.testing.assert_array_equal(state.weights, by_hand.weights)
@@ -70,8 +70,8 @@ def test_the_places_cover_every_step(expected):
 
 def test_one_compile_and_none_for_a_finished_phase(run, compiles):
     def never_compiled():
-        def fresh_step(state, batch):
-            return toy_step(state, batch)
+        def fresh_step(state, batch, frozen):
+            return toy_step(state, batch, frozen)
 
         return fresh_step
 

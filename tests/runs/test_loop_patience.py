@@ -37,7 +37,7 @@ def by_hand(steps):
     """The state after some steps."""
     state, batches, step = init_state(), data.make_iterator(CONFIG, "train", seed=3, batch_size=2), jax.jit(toy_step)
     for _ in range(steps):
-        state, _ = step(state, {"tokens": next(batches)["tokens"]})
+        state, _ = step(state, {"tokens": next(batches)["tokens"]}, {})
     return state
 
 
