@@ -17,7 +17,7 @@ from lensjax.models.nn.rope import apply_rotary
 
 # Smaller blocks would keep a GPU waiting, more of them the compiler.
 _MIN_BLOCK, _MAX_BLOCKS = 128, 8
-# Small: the mean of 64 fresh embeddings has a mean square of 6e-6, and must come out at unit scale like any other entry.
+# Small: the mean of 64 fresh embeddings has mean square 6e-6, and must come out at unit scale like any other entry.
 NORM_EPS = 1e-8
 
 Rotary = tuple[Array, Array]
