@@ -151,6 +151,29 @@ def lookup(tokens: ArrayLike, geometry: Geometry) -> Array:
     return count
 
 
+def and_sink(geometry: Geometry) -> Array:
+    """The last tokens and the first block: models that others have trained attend to where every text began.
+
+    Args:
+      geometry: the history.
+
+    Returns:
+      float32[C], for `by_scores`.
+
+    References:
+      Xiao et al., Efficient Streaming Language Models with Attention Sinks, arXiv:2309.17453, section 3.2.
+
+    Example:
+      >>> import lensjax as lx
+      >>> geometry = lx.Geometry(history=8, block_size=2, max_lod=1, recent_tokens=2, omit=True)
+      >>> state = lx.baselines.by_scores(lx.baselines.and_sink(geometry), 4, geometry)
+      >>> lx.allocator.to_cut(state, geometry).tolist()
+      [0, 0, 1, 1, 1, 1, 0, 0]
+    """
+    place = jnp.arange(geometry.history, dtype=jnp.float32)
+    return jnp.where(place < geometry.block_size, jnp.inf, place)
+
+
 def and_next(scores: ArrayLike, length: int, geometry: Geometry) -> Array:
     """Half of the budget for the last tokens, the rest for blocks that score high and for the four that come after.
 
@@ -207,7 +230,9 @@ def attention(
       >>> print(f"{look(params).sum():.3f}")
       1.000
     """
-    paid, norms = attention_paid(base, params, tokens, query)
+    tokens = jnp.asarray(tokens)
+    places = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+    paid, norms = attention_paid(base, params, contexts.in_full(base.embed(params, tokens), places), places[query])
     return paid.mean(axis=0)[: geometry.history], -norms[: geometry.history]
 
 

@@ -49,7 +49,7 @@ def causal(
     random_key, recent_key = jax.random.split(key)
     drawn, _ = rollouts.sample_rollouts(random_key, length, share, rollouts=draws, geometry=geometry, capacity=length)
     query = slice(-geometry.recent_tokens, None)
-    scored: dict[str, Array] = {}
+    scored = {"recency_sink": baselines.and_sink(geometry)}
     if isinstance(models.base, AttentiveLanguageModel):
         attention, key_norm = baselines.attention(models.base, params["base"], history, query, geometry)
         scored |= {"key_norm": key_norm, "snapkv": attention}
@@ -169,7 +169,7 @@ def lens_rows(lens: LensConfig, geometry: Geometry, length: int) -> int:
 
 
 _BLIND = (
-    *("recency", "uniform", "random", "recent_random", "full"),
+    *("recency", "recency_sink", "uniform", "random", "recent_random", "full"),
     *("sliding_window", "collapse_oldest", "random_scores", "whole_window"),
 )
 

@@ -131,9 +131,10 @@ def future_attention(
       ((6,), True)
     """
     count = window.history.shape[0]
-    # Nothing is predicted from the last token of the horizon.
-    tokens = jnp.concatenate([window.history, window.horizon[:-1]])
-    paid, _ = attention_paid(base, params, tokens, slice(count - 1, None), heads=heads)
+    full = contexts.in_full(base.embed(params, window.history), jnp.arange(count))
+    # The reading of `key_tokens.token_gain`: compiled together with it, the layers are computed once.
+    read = nll.reading(base, params, full, window.horizon)
+    paid, _ = attention_paid(base, params, read.entries, read.rows, heads=heads)
     return jnp.sum(_weights(weights, window)[:, None] * paid, axis=0)[:count]
 
 

@@ -23,7 +23,7 @@ RUN = Run(**{"focus.steps": 2, "base.copy_heads": 1, "context.key.alpha": 0.0, "
 SHAPE, GEOMETRY, RECIPE = RUN.config.context, RUN.config.geometry, RUN.recipe
 LENGTH, DRAWS, ANSWERS = 19, 3, [6]
 NAMES = {
-    *("recency", "uniform", "random", "recent_random", "key_norm", "snapkv", "bm25", "lookup"),
+    *("recency", "recency_sink", "uniform", "random", "recent_random", "key_norm", "snapkv", "bm25", "lookup"),
     *("snapkv_next", "lookup_next"),
     *("lensnet_1", "lensnet_2", "lensnet_fresh", "snapkv_hindsight", "bm25_hindsight", "best_of_3", "oracle"),
 }

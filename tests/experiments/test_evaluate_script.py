@@ -105,7 +105,7 @@ def test_a_run_is_measured_from_its_checkpoint(runs, capsys):
     before = contents(folder)
     rows = evaluate.evaluate(evaluate.Arguments((folder,), budgets=(2,), sequences=4, batch_size=2, draws=2))
     table = rows_of(folder / "evaluation.csv")
-    known = {*NAMES, "snapkv_next", "lookup_next", "lensnet_fresh", "answer"}
+    known = {*NAMES, "recency_sink", "snapkv_next", "lookup_next", "lensnet_fresh", "answer"}
     assert [row["policy"] for row in table] == [*sorted(known, key=rivals.order), "full"]
     assert {(row["entries"], row["budget_ratio"]) for row in table[:-1]} == {("15", "2")}
     assert all(math.isfinite(float(row["nll"])) for row in table) and len(rows) == len(table)

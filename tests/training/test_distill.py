@@ -136,8 +136,9 @@ def seen_at(params, row, need, key, *, teacher):
     """What each token is worth, and two contexts with LensNet's scores."""
     window = split(row, horizon=3)
     worth = teachers.worth(MODELS.base, {}, window, GEOMETRY, teacher=teacher, weights=need)
-    tree, seen = build_tree(MODELS, params, window.history, GEOMETRY), distill._contexts(key, RECIPE)
-    return worth, seen, jax.vmap(policy(MODELS.lens, params["lens"], tree))(seen)
+    score = policy(MODELS.lens, params["lens"], build_tree(MODELS, params, window.history, GEOMETRY))
+    seen = distill._contexts(key, score, RECIPE)
+    return worth, seen, jax.vmap(score)(seen)
 
 
 def slow_loss(state, tokens, settings):
@@ -152,7 +153,7 @@ def slow_loss(state, tokens, settings):
         of_blocks = np.asarray(worth, np.float64)[: 4 * blocks].reshape(blocks, 4).mean(axis=1)
         targets = np.maximum(of_blocks, 0.0) ** settings.sharpness
         losses = []
-        for index in range(2):
+        for index in range(len(scores)):
             entries = reference.entries_of(jax.tree.map(lambda leaf, index=index: leaf[index], seen))
             each = np.asarray(scores[index, : len(entries)], np.float64)
             logits = np.arctanh(np.clip(each, -1 + 1e-6, 1 - 1e-6))
@@ -169,7 +170,7 @@ def slow_loss(state, tokens, settings):
     ids=["attention", "gradient", "sharp"],
 )
 def test_the_loss_of_a_batch_is_the_mean_over_sequences_by_what_each_has_to_say(settings):
-    state = replace(trained()[0], step=jnp.int32(7))
+    state = replace(fresh(), step=jnp.int32(7))
     tokens = windows(3, 4)[0]["tokens"]
     # The third has nothing to say, and the first half a need: what is predicted last does not come from its block.
     tokens = tokens.at[2].set(without_need()).at[0, -1].set(int(tokens[0, 0]))
@@ -181,16 +182,26 @@ def test_the_loss_of_a_batch_is_the_mean_over_sequences_by_what_each_has_to_say(
         assert masses[0] < 0.9 * masses[1]
 
 
-def test_the_contexts_are_the_cold_start_and_cuts_of_all_lengths():
-    draw = jit(jax.vmap(lambda key: distill._contexts(key, RECIPE)))
+def likes_old(context):
+    return -context.start.astype(jnp.float32) / 32
+
+
+def test_the_contexts_are_those_of_each_look_and_cuts_of_all_lengths():
+    draw = jit(jax.vmap(lambda key: distill._contexts(key, likes_old, RECIPE)))
     seen = draw(jax.random.split(jax.random.key(0), 200))
+    looks = RECIPE.focus.steps
+    assert looks > 1 and seen.start.shape[1] == looks + 1
     lengths = np.asarray(contexts.entry_count(seen, GEOMETRY))
-    assert (lengths[:, 0] == CONFIG.budget).all()
-    starts = np.asarray(seen.start)[:, 0]
-    assert (starts == starts[0]).all()
-    assert set(lengths[:, 1]) == set(range(4, RECIPE.capacity + 1, 4)), "whole blocks beside the tail"
+    assert (lengths[:, :looks] == CONFIG.budget).all()
+    settings = {"capacity": RECIPE.capacity, "settings": RECIPE.focus}
+    own = refocus.cold_start(likes_old, CONFIG.budget, GEOMETRY, **settings)
+    # What the last look makes is not looked at.
+    jax.tree.map(lambda leaf, each: np.testing.assert_array_equal(leaf[199, :looks], each[:looks]), seen, own)
+    assert (own.start[0] != own.start[1]).any()
+    assert set(lengths[:, -1]) == set(range(4, RECIPE.capacity + 1, 4)), "whole blocks beside the tail"
     recency = _settings.replace(CONFIG, **{"focus.start": "recency"}).recipe
-    cold = jax.tree.map(lambda leaf: leaf[0], jit(lambda key: distill._contexts(key, recency))(jax.random.key(0)))
+    first = jit(lambda key: distill._contexts(key, likes_old, recency))(jax.random.key(0))
+    cold = jax.tree.map(lambda leaf: leaf[0], first)
     read = reference.read(reference.entries_of(cold), GEOMETRY)
     assert read == [(token, 0) for token in range(32 - CONFIG.budget, 32)]
 
@@ -254,7 +265,7 @@ def test_the_horizon_changes_what_is_taught_and_not_what_is_scored():
         window = split(tokens, horizon=3)
         worth = teachers.worth(MODELS.base, {}, window, GEOMETRY, teacher="attention")
         tree = build_tree(MODELS, FROZEN, window.history, GEOMETRY)
-        seen = jax.tree.map(lambda leaf: leaf[0], distill._contexts(jax.random.key(0), RECIPE))
+        seen = jax.tree.map(lambda leaf: leaf[0], distill._contexts(jax.random.key(0), likes_old, RECIPE))
         return nodes.pool_tokens(worth, GEOMETRY), policy(MODELS.lens, fresh().params["lens"], tree)(seen)
 
     (taught, scored), (others_taught, others_scored) = both(tokens[0]), both(other[0])

@@ -4,7 +4,9 @@
 
 over the blocks of one history, with s the policy's scores of them in that context. One loss for a whole variant says
 little of each of its spans; a teacher says something of every span, for three readings of a window. The contexts are
-the cold start, where a decision begins, and a random cut of a random length: scores then mean the same in all.
+those at which the policy decides, the cold start and what it makes of it look by look (DAgger: Ross et al.,
+arXiv:1011.0686, Algorithm 3.1, with all decisions the policy's own), and a random cut of a random length: scores then
+mean the same in all.
 
 What is taught is need. Each token of the horizon weighs by how much the whole history lowers its loss below that of a
 short one (`key_tokens.token_gain`), and each sequence by the sum of its worths: most tokens need nothing old, and would
@@ -17,11 +19,12 @@ import optax
 from jax import Array
 
 from lensjax import losses
-from lensjax.context import allocator, nodes, rollouts
+from lensjax.context import allocator, nodes, refocus, rollouts
 from lensjax.context import working as contexts
+from lensjax.context.refocus import ScoreFn
 from lensjax.context.working import WorkingContext
 from lensjax.models import Models, Params
-from lensjax.models.decision import build_tree, policy_scores, split
+from lensjax.models.decision import build_tree, policy, policy_scores, split
 from lensjax.training import key_tokens, teachers
 from lensjax.training.metrics import Metrics
 from lensjax.training.optim import schedules
@@ -130,7 +133,7 @@ def _one(
     tree = build_tree(models, known, window.history, geometry)
     where = jnp.asarray(nodes.table(geometry).lod) == 1
 
-    seen = _contexts(key, recipe)
+    seen = _contexts(key, policy(models.lens, jax.lax.stop_gradient(params["lens"]), tree), recipe)
     entries = jax.vmap(lambda one: contexts.materialise(tree, one))(seen)
     scores = policy_scores(models.lens, params["lens"], entries)
     # Scores before tanh: with it, whatever all of them have in common would in the end leave no gradient.
@@ -144,18 +147,26 @@ def _one(
     return jnp.mean(loss), jnp.sum(jnp.where(where, targets, 0.0)), jax.lax.stop_gradient(both / shown)
 
 
-def _contexts(key: Array, recipe: Recipe) -> WorkingContext:
-    """The cold start at the budget, and a random cut whose length is log-uniform over all: leading axis 2."""
-    geometry, capacity = recipe.geometry, recipe.capacity
+def _contexts(key: Array, score_fn: ScoreFn, recipe: Recipe) -> WorkingContext:
+    """What the policy sees at each of its looks, and a random cut whose length is log-uniform over all."""
+    geometry, capacity, focus = recipe.geometry, recipe.capacity, recipe.focus
     length_key, cut_key = jax.random.split(key)
     bounds = jnp.log(jnp.asarray([geometry.shortest, capacity + 1], jnp.float32))
     length = jnp.exp(jax.random.uniform(length_key, (), minval=bounds[0], maxval=bounds[1])).astype(jnp.int32)
     drawn, _ = rollouts.sample_rollouts(
         cut_key, length, recipe.hyper.high_lod_share, rollouts=1, geometry=geometry, capacity=capacity
     )
-    start = allocator.start(recipe.budget, geometry, settings=recipe.focus)
-    cold = allocator.to_context(start, geometry, capacity=capacity)
-    return jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), cold, drawn)
+    _, looks = refocus.iterate(
+        allocator.start(recipe.budget, geometry, settings=focus),
+        score_fn,
+        recipe.budget,
+        geometry,
+        steps=focus.steps - 1,  # nobody looks at what the last edits make
+        capacity=capacity,
+        settings=focus,
+        key=jax.random.fold_in(key, 1),
+    )
+    return jax.tree.map(lambda own, random: jnp.concatenate([own, random]), looks, drawn)
 
 
 def _among_top(values: Array, where: Array, count: int) -> Array:
