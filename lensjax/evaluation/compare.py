@@ -109,12 +109,14 @@ def measure(
     )
 
     is_key = _is_key(models, params, window, length=length, recipe=recipe)
-
-    def measured(variants: WorkingContext) -> Measured:
-        losses, _ = nll.variant_token_nll(models.base, params["base"], tree, variants, window.horizon, geometry)
-        return _measured(variants, losses, is_key, answers, geometry)
-
-    report = {name: measured(variants) for name, variants in shown.items()}
+    # One pass over all: of a base model of many layers, a pass for each policy takes minutes to compile.
+    together = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *shown.values())
+    losses, _ = nll.variant_token_nll(models.base, params["base"], tree, together, window.horizon, geometry)
+    ends = list(itertools.accumulate(variants.valid.shape[0] for variants in shown.values()))
+    report = {
+        name: _measured(variants, own, is_key, answers, geometry)
+        for (name, variants), own in zip(shown.items(), jnp.split(losses, ends[:-1]), strict=True)
+    }
     for name, steps in paths.items():
         report[name] = replace(report[name], **_movement(steps, geometry))
     return report

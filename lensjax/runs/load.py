@@ -106,6 +106,15 @@ def load_params(folder: Path, config: Config, models: Models, parts: Sequence[Pa
     from lensjax.runs.store import checkpoint
 
     held = _held(folder)
+    for name in parts:  # what is missing is told before anything is read
+        what = "LensNet" if name == "lens" else name
+        if name == "base":
+            require(
+                name in held or config.checkpoint.path is not None,
+                f"{folder} has no checkpoint: let it finish its pretraining first",
+            )
+        else:
+            require(name in held, f"{folder} has no checkpoint of {what}: let it train first (steps above 0)")
     params: dict[str, Params] = {}
     for name in parts:
         model: Any = config.build_hypernet(models) if name == "hypernet" else getattr(models, name)
@@ -113,13 +122,8 @@ def load_params(folder: Path, config: Config, models: Models, parts: Sequence[Pa
         if name in held:
             directory, step, path = held[name]
             params[name] = checkpoint.restore_subtree(directory, step, like, path=path)
-        elif name == "base" and config.checkpoint.path is not None:
-            params[name] = pretrained.load_base(config)
-        elif name == "base":
-            raise ValueError(f"{folder} has no checkpoint: let it finish its pretraining first")
         else:
-            what = "LensNet" if name == "lens" else name
-            raise ValueError(f"{folder} has no checkpoint of {what}: let it train first (steps above 0)")
+            params[name] = pretrained.load_base(config)
     return params
 
 

@@ -89,7 +89,11 @@ def test_bad_command_lines_are_refused_before_anything_is_written(tmp_path, comm
     (tmp_path / "file").write_text("")
     run_folder.create_run(tmp_path / "early", tiny_config(tmp_path / "early"))
     run_folder.create_run(tmp_path / "base", tiny_config(tmp_path / "base"))
-    checkpoint.save(run_folder.checkpoint_dir(tmp_path / "base", "pretrain"), 4, {"params": jnp.zeros(1)})
+    checkpoint.save(
+        run_folder.checkpoint_dir(tmp_path / "base", "pretrain"),
+        4,
+        {"params": {"base": jnp.zeros(1), "gist": jnp.zeros(1)}},
+    )
     before = contents(tmp_path)
     words = command.replace("{tmp}", str(tmp_path)).split()
     with pytest.raises(SystemExit) as end:

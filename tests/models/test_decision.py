@@ -132,7 +132,7 @@ def test_no_decision_depends_on_the_horizon(decide):
     ("decide", "blind"),
     [
         # What looks at no token, and what reads only the order of the draws.
-        (by_history, {"recency", "uniform", "random", "recent_random"}),
+        (by_history, {"recency", "recency_sink", "uniform", "random", "recent_random"}),
         (variants, {"contexts", "distinct"}),
         (episode, set()),
         (maps, set()),
