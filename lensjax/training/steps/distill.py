@@ -150,12 +150,8 @@ def _one(
 def _contexts(key: Array, score_fn: ScoreFn, recipe: Recipe) -> WorkingContext:
     """What the policy sees at each of its looks, and a random cut whose length is log-uniform over all."""
     geometry, capacity, focus = recipe.geometry, recipe.capacity, recipe.focus
-    length_key, cut_key = jax.random.split(key)
-    bounds = jnp.log(jnp.asarray([geometry.shortest, capacity + 1], jnp.float32))
-    length = jnp.exp(jax.random.uniform(length_key, (), minval=bounds[0], maxval=bounds[1])).astype(jnp.int32)
-    drawn, _ = rollouts.sample_rollouts(
-        cut_key, length, recipe.hyper.high_lod_share, rollouts=1, geometry=geometry, capacity=capacity
-    )
+    share = recipe.hyper.high_lod_share
+    drawn = rollouts.sample_of_any_length(key, share, geometry=geometry, capacity=capacity)
     _, looks = refocus.iterate(
         allocator.start(recipe.budget, geometry, settings=focus),
         score_fn,
@@ -166,7 +162,7 @@ def _contexts(key: Array, score_fn: ScoreFn, recipe: Recipe) -> WorkingContext:
         settings=focus,
         key=jax.random.fold_in(key, 1),
     )
-    return jax.tree.map(lambda own, random: jnp.concatenate([own, random]), looks, drawn)
+    return jax.tree.map(lambda own, random: jnp.concatenate([own, random[None]]), looks, drawn)
 
 
 def _among_top(values: Array, where: Array, count: int) -> Array:
