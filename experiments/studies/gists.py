@@ -4,11 +4,11 @@
     python -m experiments.studies.gists --run runs/demo --steps 400 --seeds 0 1 2 --output-dir runs/demo-gists
 
 At equal entries: the last tokens of a history and nothing else (recency), or fewer of them behind a gist of every
-block before. Gists are the mean of a block, that mean at the norm of a token, the block's middle token, or what a
-GistNet makes of it that was trained through the frozen base model (`training.steps.gists`). Two controls: the same
-tokens without the gists (`recency_short`), and with the gists of another window (`gistnet_foreign`), which say nothing
-of this one. Losses are those of the horizon, on held-out windows; intervals are paired. Writes `gists.csv` and
-`gists.json`.
+block before. Gists are the mean of a block, that mean at the norm of a token (about the mean embedding of text, or of
+the vocabulary), the block's middle token, or what a GistNet makes of it that begins at the scaled mean and is trained
+through the frozen base model (`training.steps.gists`). Two controls: the same tokens without the gists
+(`recency_short`), and with the gists of another window (`gistnet_foreign`), which say nothing of this one. Losses are
+those of the horizon, on held-out windows; intervals are paired. Writes `gists.csv` and `gists.json`.
 """
 
 import dataclasses
@@ -49,6 +49,9 @@ from lensjax.runs.store import config_file, run_folder
 from lensjax.training import nll
 from lensjax.training.steps import gists
 from lensjax.training.steps.gists import GistTrainingConfig
+
+CENTRE_WINDOWS = 64
+"""Windows to train on whose tokens give the centre of scaled gists."""
 
 
 @dataclass(frozen=True)
@@ -109,17 +112,18 @@ def run(arguments: Arguments) -> list[Row]:
     models, geometry = config.build_models(), gists.gist_geometry(config.recipe)
     lengths = {ratio: geometry.length(geometry.history // ratio, name=f"ratio {ratio}") for ratio in arguments.ratios}
     batches = data.fixed_batches(config, arguments.split, batch_size=1, count=arguments.windows, seed=EVALUATION_SEED)
-    windows = np.concatenate([batch["tokens"] for batch in batches])
+    windows = _tokens(batches)
+    text = _tokens(data.fixed_batches(config, "train", batch_size=1, count=CENTRE_WINDOWS, seed=EVALUATION_SEED))
     readers = {seed: _batches(config, arguments, seed) for seed in arguments.seeds}
     base = load_base(arguments, config, models)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    centre = models.base.embed(base, jnp.arange(models.base.vocab_size)).mean(axis=0)
+    centres = centres_of(models, base, text)
 
-    found = _stacked(_per_window(untrained, models, geometry, lengths, base, centre, windows))
+    found = _stacked(_per_window(untrained, models, geometry, lengths, base, centres, windows))
     training, taught = dict[str, list[Row]](), list[dict[str, np.ndarray]]()
     for seed, reader in readers.items():
         key = stream(dataclasses.replace(config, seed=seed), LENS_STREAM)
-        params = {"base": base, "gist": gistnet.centred(models.gist.init(key), centre[None])}
+        params = {"base": base, "gist": gistnet.centred(models.gist.init(key), centres[0][None])}
         gist, training[str(seed)] = train(
             arguments, config, models, params, reader, jax.random.fold_in(key, 1), console
         )
@@ -178,6 +182,14 @@ def load_base(arguments: Arguments, config: Config, models: Models) -> Params:
     return load.load_params(Path(str(config.base_run or config.start_from)), config, models, ("base",))["base"]
 
 
+def centres_of(models: Models, base: Params, text: np.ndarray) -> tuple[Array, Array]:
+    """Mean embeddings float32[D], of the tokens int32[n, T] of a text and of the vocabulary."""
+    return (
+        models.base.embed(base, text.reshape(-1)).mean(axis=0),
+        models.base.embed(base, jnp.arange(models.base.vocab_size)).mean(axis=0),
+    )
+
+
 def oldest_as_gists(length: int, geometry: Geometry) -> WorkingContext:
     """A gist of every block but for the last tokens: `length` entries, `shorter` of which are in full."""
     cut = jnp.where(jnp.arange(geometry.history) < geometry.history - shorter(length, geometry), 1, 0)
@@ -185,14 +197,24 @@ def oldest_as_gists(length: int, geometry: Geometry) -> WorkingContext:
 
 
 def untrained(
-    models: Models, geometry: Geometry, lengths: Mapping[int, int], base: Params, centre: Array, tokens: Array, _: Array
+    models: Models,
+    geometry: Geometry,
+    lengths: Mapping[int, int],
+    base: Params,
+    centres: tuple[Array, Array],
+    tokens: Array,
+    other: Array,
 ) -> dict[str, Array]:
     """Losses of one window, float32[], of the full context and of all that need no training, by policy and ratio."""
+    del other
     window = split(tokens, horizon=tokens.shape[0] - geometry.history)
     leaves = models.base.embed(base, window.history)
     kinds: dict[str, Callable[[Array], Array]] = {
         "gists_mean": lambda children: children.mean(axis=1),
-        "gists_scaled": lambda children: gistnet.scaled(children.mean(axis=1), centre, geometry.block_size),
+        "gists_scaled": lambda children: gistnet.scaled(children.mean(axis=1), centres[0], geometry.block_size),
+        "gists_scaled_vocabulary": lambda children: gistnet.scaled(
+            children.mean(axis=1), centres[1], geometry.block_size
+        ),
         "gists_middle": lambda children: children[:, geometry.block_size // 2],
     }
     made = {name: _tree(leaves, kind, geometry) for name, kind in kinds.items()}
@@ -268,6 +290,10 @@ def _losses(models: Models, base: Params, seen: list[Entries], horizon: Array) -
 
 def _tree(leaves: Array, kind: Callable[[Array], Array], geometry: Geometry) -> TreeState:
     return trees.build(leaves, kind, block_size=geometry.block_size, max_lod=1)
+
+
+def _tokens(batches: list[dict[str, np.ndarray]]) -> np.ndarray:
+    return np.concatenate([batch["tokens"] for batch in batches])
 
 
 def _batches(config: Config, arguments: Arguments, seed: int) -> Any:

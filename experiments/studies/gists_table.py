@@ -10,7 +10,7 @@ from rich.console import Console
 from lensjax.context.geometry import Geometry
 from lensjax.evaluation.statistics import estimate
 
-UNTRAINED = ("recency", "recency_short", "gists_mean", "gists_scaled", "gists_middle")
+UNTRAINED = ("recency", "recency_short", "gists_mean", "gists_scaled", "gists_scaled_vocabulary", "gists_middle")
 TRAINED = ("gistnet", "gistnet_foreign")
 AGAINST = ("recency", "recency_short", "gists_scaled", "gistnet_foreign")
 """Whom every policy is compared with, window by window."""
@@ -48,7 +48,7 @@ def print_table(console: Console, rows: list[Row]) -> None:
     others = {"recency": "minus recency", "recency_short": "minus without gists", "gistnet_foreign": "minus foreign"}
     console.out("nats per token of the horizon, mean [95 % interval]", highlight=False)
     for row in rows:
-        parts = [f"{row['policy']:<16} {row['tokens']:>4} + {row['gists']:<3} {row['nll']:.3f}"]
+        parts = [f"{row['policy']:<23} {row['tokens']:>4} + {row['gists']:<3} {row['nll']:.3f}"]
         for other, title in others.items():
             mean, low, high = (row[f"minus_{other}{end}"] for end in ("", "_low", "_high"))
             parts += [] if mean == "" else [f"{title} {mean:+.3f} [{low:+.3f}, {high:+.3f}]"]

@@ -84,7 +84,8 @@ def centred(params: Params, embeddings: ArrayLike) -> Params:
 
     Args:
       params: of GistNet.
-      embeddings: float[n, D], of the whole vocabulary, say.
+      embeddings: float[n, D], of the tokens of some text. Not of the vocabulary: what rare tokens have in common is
+        elsewhere, and all that text has in common would be scaled with the rest.
 
     Returns:
       The parameters, of which `centre` is another.

@@ -56,15 +56,15 @@ def loss_of():
 
 @functools.cache
 def measured():
-    """The reports of a window, with another one as its stranger, and the centre of scaling."""
+    """The reports of a window, with another one as its stranger."""
     models, params = models_and_params()
-    centre = np.asarray(models.base.embed(params["base"], jnp.arange(256)).mean(axis=0))
     own, other = windows()
+    centres = script.centres_of(models, params["base"], np.array([[1, 2, 1]]))
     reports = {}
-    for measure, extra in ((script.untrained, centre), (script.of_gistnet, params["gist"])):
+    for measure, extra in ((script.untrained, centres), (script.of_gistnet, params["gist"])):
         one = jit(functools.partial(measure, models, GEOMETRY, LENGTHS))
         reports |= jax.device_get(one(params["base"], extra, own, other))
-    return reports, centre
+    return reports
 
 
 def test_what_is_in_full_and_what_is_a_gist_by_hand():
@@ -75,13 +75,16 @@ def test_what_is_in_full_and_what_is_a_gist_by_hand():
 
 def test_the_losses_of_all_that_need_no_training():
     models, params = models_and_params()
-    found, centre = measured()
+    found = measured()
     tokens = windows()[0]
     leaves = np.asarray(models.base.embed(params["base"], tokens[:32]))
     blocks, tail, horizon = leaves[:24].reshape(6, 4, -1), leaves[24:], tokens[32:]
+    every = np.asarray(models.base.embed(params["base"], jnp.arange(256)))
+    text, vocabulary = (2 * every[1] + every[2]) / 3, every.mean(axis=0)
     gists = {
         "gists_mean": blocks.mean(axis=1),
-        "gists_scaled": centre + 2 * (blocks.mean(axis=1) - centre),
+        "gists_scaled": text + 2 * (blocks.mean(axis=1) - text),
+        "gists_scaled_vocabulary": vocabulary + 2 * (blocks.mean(axis=1) - vocabulary),
         "gists_middle": blocks[:, 2],
     }
     places = [*(4 * np.arange(6) + 1.5), *range(24, 32)]
@@ -90,14 +93,14 @@ def test_the_losses_of_all_that_need_no_training():
     expected["recency_short/2"] = loss_of()(tail, range(24, 32), horizon)
     expected["full/1"] = loss_of()(leaves, range(32), horizon)
     assert set(expected) == {"full/1", *(f"{name}/2" for name in UNTRAINED)}
-    assert len({round(loss, 4) for loss in expected.values()}) == 6
+    assert len({round(loss, 4) for loss in expected.values()}) == 7
     for name, loss in expected.items():
         assert float(found[name]) == pytest.approx(loss, rel=1e-4), name
 
 
 def test_foreign_gists_stand_before_the_own_tokens():
     models, params = models_and_params()
-    found, _ = measured()
+    found = measured()
     own, other = windows()
     tail = np.asarray(models.base.embed(params["base"], own[24:32]))
     places = [*(4 * np.arange(6) + 1.5), *range(24, 32)]
