@@ -20,6 +20,7 @@ from lensjax.runs.store import config_file
 from lensjax.training.hyperparameters import Hyperparameters
 from lensjax.training.recipe import Recipe
 from lensjax.training.scoring import ContextConfig
+from lensjax.training.steps.gists import GistTrainingConfig
 from lensjax.training.terms import ObjectiveConfig
 
 KINDS = [Config, RlanConfig, QuietStarConfig]
@@ -273,3 +274,19 @@ def test_hyperparameters_are_a_pytree_of_scalars():
     batch = jax.tree.map(lambda x: jnp.full(3, x), hyper)
     doubled = jax.jit(jax.vmap(lambda h: dataclasses.replace(h, temperature=2 * h.temperature)))(batch)
     assert doubled.temperature.tolist() == [2.0] * 3
+
+
+def test_gists_are_trained_for_a_lensnet_that_is_trained_too():
+    with pytest.raises(ValueError, match=r"gists\.steps is 30 and LensNet is not trained after it: raise steps"):
+        Config(steps=0, gists=GistTrainingConfig(steps=30))
+    with pytest.raises(ValueError, match=r"gists\.steps must be above optimizer\.warmup_steps 20, got 20"):
+        Config(gists=GistTrainingConfig(steps=20))
+    context = ContextConfig(
+        max_lod=1, omit=True
+    )  # with omission an eighth of 224 tokens will do, with gists it will not
+    shortest = Hyperparameters(context_start=1 / 8, context_end=1 / 8)
+    Config(context=context, hyper=shortest)
+    with pytest.raises(
+        ValueError, match=r"hyper\.context_start asks for 28 entries, which no cut of 224 tokens reaches"
+    ):
+        Config(context=context, hyper=shortest, gists=GistTrainingConfig(steps=30))

@@ -48,7 +48,7 @@ class GistTrainingConfig:
 
     steps: Count = 0
     """0 leaves it out."""
-    learning_rate: Positive = 1e-3
+    learning_rate: Positive = 1e-4
     kl_weight: NonNegative = 1.0
     """Weight of the divergence from what the full context predicts; 0 saves reading it."""
     at_once: PositiveInt | None = None
@@ -146,6 +146,33 @@ def gists_step(
         rates={"learning_rate": rate, "weight_decay": 0.0},
     )
     return after, seen.aux | {"grad_norm": optax.tree.norm(seen.grads), "lr": rate}
+
+
+def gists_eval_step(
+    key: Array,
+    params: dict[str, Params],
+    batch: Batch,
+    *,
+    recipe: Recipe,
+    settings: GistTrainingConfig,
+    models: Models,
+) -> Metrics:
+    """What `gists_step` reports of its loss, of a held-out batch.
+
+    Args:
+      key: PRNG key of the cuts, consumed; fixed per batch, so that steps are compared on the same cuts.
+      params: parameters of `base` and `gist`.
+      batch: `tokens` int32[B, T].
+      recipe: static.
+      settings: static.
+      models: static.
+    """
+    keys = jax.random.split(key, batch["tokens"].shape[0])
+
+    def one(tokens: Array, row: Array) -> Metrics:
+        return gists_loss(row, params, tokens, recipe=recipe, settings=settings, models=models)
+
+    return jax.tree.map(jnp.mean, jax.vmap(one)(batch["tokens"], keys))
 
 
 def gists_loss(
