@@ -78,14 +78,14 @@ class Arguments:
     """Held-out windows."""
     split: Literal["validation", "test"] = "test"
     """Where these are from; settings are chosen on validation."""
-    steps: int = 40
+    steps: int = 80
     """Training steps of GistNet."""
     batch_size: int = 2
     seeds: tuple[int, ...] = (0,)
     """Of GistNet and of the windows that it is trained on."""
     layers: int = 1
     """Transformer layers of GistNet."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-4
     kl_weight: float = 1.0
     at_once: int | None = None
     """Sequences of a batch whose activations are held at a time."""

@@ -281,12 +281,9 @@ def test_gists_are_trained_for_a_lensnet_that_is_trained_too():
         Config(steps=0, gists=GistTrainingConfig(steps=30))
     with pytest.raises(ValueError, match=r"gists\.steps must be above optimizer\.warmup_steps 20, got 20"):
         Config(gists=GistTrainingConfig(steps=20))
-    context = ContextConfig(
-        max_lod=1, omit=True
-    )  # with omission an eighth of 224 tokens will do, with gists it will not
+    # With omission an eighth of 224 tokens can be left, with gists it cannot.
+    context = ContextConfig(max_lod=1, omit=True)
     shortest = Hyperparameters(context_start=1 / 8, context_end=1 / 8)
     Config(context=context, hyper=shortest)
-    with pytest.raises(
-        ValueError, match=r"hyper\.context_start asks for 28 entries, which no cut of 224 tokens reaches"
-    ):
+    with pytest.raises(ValueError, match=r"hyper\.context_start asks for 28 entries, which no cut of 224 tokens"):
         Config(context=context, hyper=shortest, gists=GistTrainingConfig(steps=30))
