@@ -8,6 +8,7 @@ import numpy as np
 from rich.console import Console
 
 from lensjax.context.geometry import Geometry
+from lensjax.evaluation import rivals
 from lensjax.evaluation.statistics import estimate
 
 UNTRAINED = ("recency", "recency_short", "gists_mean", "gists_scaled", "gists_scaled_vocabulary", "gists_middle")
@@ -32,7 +33,12 @@ def table(found: Losses, geometry: Geometry, lengths: Mapping[int, int]) -> list
         values, length = found[f"{policy}/{ratio}"], lengths.get(ratio, geometry.history)
         is_short, has_gists = policy == "recency_short", "gist" in policy
         tokens = shorter(length, geometry) if is_short or has_gists else length
-        row: Row = {"policy": policy, "ratio": ratio, "entries": tokens if is_short else length}
+        row: Row = {
+            "policy": policy,
+            "information": rivals.information(policy),
+            "ratio": ratio,
+            "entries": tokens if is_short else length,
+        }
         row |= {"tokens": tokens, "gists": length - tokens if has_gists else 0}
         row |= {"seeds": len(values) if values.ndim == 2 else "", "windows": values.shape[-1]}
         row |= _with_interval("nll", values)
