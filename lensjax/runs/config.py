@@ -108,6 +108,11 @@ class Config(Recipe):
                 f"gists.steps is {self.gists.steps} and LensNet is not trained after it: raise steps, distill.steps or "
                 "online.steps",
             )
+            require(
+                self.optimizer.name != "muon" or self.gist.layers > 0 or self.gist.pooling == "cls",
+                "optimizer.name muon is for the matrices of a transformer, and the GistNet that gists.steps trains has "
+                "none: raise gist.layers, or set optimizer.name to adamw",
+            )
             gist_capacity(self.recipe)
         weights = self.checkpoint.path
         sources = {"base_run": self.base_run, "start_from": self.start_from, "checkpoint.path": weights}
