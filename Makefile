@@ -15,8 +15,10 @@ STAMP := $(VENV)/$(TAG).stamp
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
+SMOL_FLAGS := --draws 2 --batch-size 2 --oracle-rounds 0
+
 .PHONY: help venv corpus demo recall query signals evaluate-recall evaluate-tracking evaluate-stdlib stream ablate rlan arc adapt quiet-star \
-    smol smollm2 test test-slow test-all test-matrix docs lint format release constraints clean
+    smol evaluate-smol smollm2 test test-slow test-all test-matrix docs lint format release constraints clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' Makefile
@@ -39,6 +41,14 @@ demo: $(STAMP) ## Pretrain, train, evaluate and draw pictures, into the next fre
 
 corpus: $(STAMP) ## Make a folder of long prose from Debian's packages, works held out, into runs/corpus
 	$(RUN) -m experiments.corpus --output-dir runs/corpus
+
+smol: smollm2 ## The same with a real language model, SmolLM2-135M on prose, within an hour, into runs/smol
+	[ -d runs/corpus ] || $(MAKE) corpus
+	$(RUN) -m experiments.train smol
+	$(RUN) -m experiments.evaluate runs/smol --budgets 4 --sequences 32 $(SMOL_FLAGS)
+
+evaluate-smol: smol ## All policies on 128 windows at 2x, 4x and 8x, in some hours without a GPU
+	$(RUN) -m experiments.evaluate runs/smol --budgets 2 4 8 --sequences 128 $(SMOL_FLAGS) --name evaluation-128
 
 recall: $(STAMP) ## Prove on a task with known answers that LensNet learns, into runs/recall
 	$(RUN) -m experiments.studies.recall

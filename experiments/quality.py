@@ -29,8 +29,11 @@ COLUMNS = (
     *CHECK_COLUMNS,
 )
 Row = dict[str, Any]
-PAIRED = ("recency", "random", "recent_random", "snapkv", "snapkv_next", "bm25", "lookup", "lookup_next", "oracle")
-"""Whom every policy is compared with, sequence by sequence."""
+PAIRED = (
+    *("recency", "random", "recent_random", "snapkv", "snapkv_next", "bm25", "lookup", "lookup_next"),
+    *("lensnet_1", "oracle"),
+)
+"""Whom every policy is compared with, sequence by sequence; LensNet's first look, to tell what the others add."""
 
 
 def check_focus(

@@ -25,8 +25,8 @@ CONFIG = Config(
     checkpoint=CheckpointConfig(path=SMOLLM2),
     steps=0,
     batch_size=4,
-    eval_steps=40,
-    eval_batches=4,
+    eval_steps=50,
+    eval_batches=2,
     save_steps=20,
     logging_steps=5,
     lens=LensConfig(reads="attention", recency=True),
@@ -37,5 +37,5 @@ CONFIG = Config(
     hyper=Hyperparameters(context_start=0.25, context_end=0.25),
     data=DataConfig(task="text", path="runs/corpus", tokenizer=SMOLLM2, split_by="folder"),
     optimizer=OptimizerConfig(name="muon"),
-    distill=DistillConfig(steps=120, learning_rate=2e-3, sharpness=1.0),
+    distill=DistillConfig(steps=100, learning_rate=2e-3),
 )

@@ -35,9 +35,9 @@ CONFIG = Config(
         rollouts=8,
         local_edits=4,
     ),
-    focus=FocusConfig(start="recency", steps=1),
+    focus=FocusConfig(start="recency"),
     hyper=Hyperparameters(context_start=0.25, context_end=0.25),
     data=DataConfig(task="tracking", hops=HOPS),
     pretrain=PretrainConfig(steps=1500, batch_size=16, rollout_weight=1.0),
-    distill=DistillConfig(steps=600, learning_rate=2e-3),
+    distill=DistillConfig(steps=600, looks=4, learning_rate=2e-3),
 )

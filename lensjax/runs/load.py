@@ -115,10 +115,11 @@ def load_params(folder: Path, config: Config, models: Models, parts: Sequence[Pa
             params[name] = checkpoint.restore_subtree(directory, step, like, path=path)
         elif name == "base" and config.checkpoint.path is not None:
             params[name] = pretrained.load_base(config)
-        elif name == "lens" and "base" in held:
-            raise ValueError(f"{folder} has no checkpoint of LensNet: let it train first (steps above 0)")
+        elif name == "base":
+            raise ValueError(f"{folder} has no checkpoint: let it finish its pretraining first")
         else:
-            raise ValueError(f"{folder} has no checkpoint of {name}: let it train first")
+            what = "LensNet" if name == "lens" else name
+            raise ValueError(f"{folder} has no checkpoint of {what}: let it train first (steps above 0)")
     return params
 
 

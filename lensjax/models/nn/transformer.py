@@ -17,8 +17,7 @@ from lensjax.models.nn.rope import apply_rotary
 
 # Smaller blocks would keep a GPU waiting, more of them the compiler.
 _MIN_BLOCK, _MAX_BLOCKS = 128, 8
-# Smaller than usual: the mean of 64 fresh embeddings has a mean square of 6e-6, and must come out at unit scale like
-# any other entry.
+# Small: the mean of 64 fresh embeddings has mean square 6e-6, and must come out at unit scale like any other entry.
 NORM_EPS = 1e-8
 
 Rotary = tuple[Array, Array]
@@ -158,7 +157,7 @@ class Attention(nnx.Module):
         """Attends from `rows` (all entries if None) of x [S, D] to every entry; returns [R, D] or [S, D]."""
         source, own_rotary = (x, rotary) if rows is None else _take((x, rotary), rows)
         # Query, key, value: in this order their gradients are added up, and another one gives other last bits.
-        query, key = self._queries(source, own_rotary), self._keys(x, rotary)
+        query, key = self._searched("query", source, own_rotary), self._searched("key", x, rotary)
         value = self._heads(self.value(x))
         mask = None if key_mask is None else key_mask[None, None, :]
         if not self.config.causal:
@@ -170,8 +169,8 @@ class Attention(nnx.Module):
 
     def extend(self, x: Array, memory: Memory, *, rotary: Rotary | None, slots: Array) -> tuple[Array, Memory]:
         """Writes x [R, D] to `slots` int32[R] of the memory and attends to all slots up to each: [R, D], memory."""
-        query = self._queries(x, rotary)
-        key = memory[0].at[slots].set(self._keys(x, rotary), mode="drop")
+        query = self._searched("query", x, rotary)
+        key = memory[0].at[slots].set(self._searched("key", x, rotary), mode="drop")
         value = memory[1].at[slots].set(self._heads(self.value(x)), mode="drop")
         return self._attend(query, key, value, _up_to(slots, key.shape[0])), (key, value)
 
@@ -179,7 +178,7 @@ class Attention(nnx.Module):
         """What `rows` of x [S, D] attend to, causally, and the norms of unturned keys: [heads, R, S], [kv_heads, S]."""
         config = self.config
         source, own_rotary = _take((x, rotary), rows)
-        query, unturned = self._queries(source, own_rotary), self._keys(x)
+        query, unturned = self._searched("query", source, own_rotary), self._searched("key", x)
         key = jnp.repeat(self._shift(_turned(unturned, rotary)), config.heads // config.kv_heads, axis=1)
         logits = jnp.einsum("rhd,shd->hrs", query, key, preferred_element_type=jnp.float32) * config.head_width**-0.5
         weights = jax.nn.softmax(jnp.where(_up_to(rows, x.shape[0]), logits, -jnp.inf))
@@ -210,15 +209,12 @@ class Attention(nnx.Module):
         before = jnp.pad(key[:-1, :count], ((1, 0), (0, 0), (0, 0)))
         return jnp.concatenate([before, key[:, count:]], axis=1)
 
-    def _queries(self, x: Array, rotary: Rotary | None = None) -> Array:
-        """Queries [S, heads, head_dim] of x [S, D], turned to their positions."""
-        heads = self._heads(self.query(x))
-        return _turned(self.query_norm(heads).astype(heads.dtype) if self.config.qk_norm else heads, rotary)
-
-    def _keys(self, x: Array, rotary: Rotary | None = None) -> Array:
-        """Keys [S, kv_heads, head_dim] of x [S, D], turned to their positions."""
-        heads = self._heads(self.key(x))
-        return _turned(self.key_norm(heads).astype(heads.dtype) if self.config.qk_norm else heads, rotary)
+    def _searched(self, name: str, x: Array, rotary: Rotary | None = None) -> Array:
+        """Heads of "query" or "key" of x [S, D], turned to their positions: [S, heads, head_dim]."""
+        heads = self._heads(getattr(self, name)(x))
+        if self.config.qk_norm:
+            heads = getattr(self, f"{name}_norm")(heads).astype(heads.dtype)
+        return _turned(heads, rotary)
 
     def _heads(self, x: Array) -> Array:
         """Splits [S, heads * head_dim] into heads."""

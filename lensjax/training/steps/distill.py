@@ -4,7 +4,7 @@
 
 over the blocks of one history, with s the policy's scores of them in that context. One loss for a whole variant says
 little of each of its spans; a teacher says something of every span, for three readings of a window. The contexts are
-those at which the policy decides, the cold start and what it makes of it look by look (DAgger: Ross et al.,
+those at which the policy decides, the cold start and what it makes of it at further looks (DAgger: Ross et al.,
 arXiv:1011.0686, Algorithm 3.1, with all decisions the policy's own), and a random cut of a random length: scores then
 mean the same in all.
 
@@ -133,7 +133,8 @@ def _one(
     tree = build_tree(models, known, window.history, geometry)
     where = jnp.asarray(nodes.table(geometry).lod) == 1
 
-    seen = _contexts(key, policy(models.lens, jax.lax.stop_gradient(params["lens"]), tree), recipe)
+    score_fn = policy(models.lens, jax.lax.stop_gradient(params["lens"]), tree)
+    seen = _contexts(key, score_fn, recipe, looks=settings.looks)
     entries = jax.vmap(lambda one: contexts.materialise(tree, one))(seen)
     scores = policy_scores(models.lens, params["lens"], entries)
     # Scores before tanh: with it, whatever all of them have in common would in the end leave no gradient.
@@ -147,22 +148,22 @@ def _one(
     return jnp.mean(loss), jnp.sum(jnp.where(where, targets, 0.0)), jax.lax.stop_gradient(both / shown)
 
 
-def _contexts(key: Array, score_fn: ScoreFn, recipe: Recipe) -> WorkingContext:
-    """What the policy sees at each of its looks, and a random cut whose length is log-uniform over all."""
+def _contexts(key: Array, score_fn: ScoreFn, recipe: Recipe, *, looks: int) -> WorkingContext:
+    """What the policy sees at its first looks, and a random cut whose length is log-uniform over all."""
     geometry, capacity, focus = recipe.geometry, recipe.capacity, recipe.focus
     share = recipe.hyper.high_lod_share
     drawn = rollouts.sample_of_any_length(key, share, geometry=geometry, capacity=capacity)
-    _, looks = refocus.iterate(
+    _, own = refocus.iterate(
         allocator.start(recipe.budget, geometry, settings=focus),
         score_fn,
         recipe.budget,
         geometry,
-        steps=focus.steps - 1,  # nobody looks at what the last edits make
+        steps=looks - 1,  # nobody looks at what the last edits make
         capacity=capacity,
         settings=focus,
         key=jax.random.fold_in(key, 1),
     )
-    return jax.tree.map(lambda own, random: jnp.concatenate([own, random[None]]), looks, drawn)
+    return jax.tree.map(lambda many, random: jnp.concatenate([many, random[None]]), own, drawn)
 
 
 def _among_top(values: Array, where: Array, count: int) -> Array:
