@@ -39,7 +39,7 @@ from lensjax.runs.store.log import read_rows
 from lensjax.training.optim.optimizer import OptimizerConfig
 from lensjax.training.recipe import Part
 from lensjax.training.scoring import ContextConfig
-from lensjax.training.steps import distill, online, preference, pretrain
+from lensjax.training.steps import distill, gists, online, preference, pretrain
 from lensjax.training.steps.pretrain import PretrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -82,7 +82,7 @@ def write_corpus(folder: Path) -> Path:
 
 
 OWN_EDITS = {"online.steps": 5}
-ALL = {"distill.steps": 5, **OWN_EDITS}
+ALL = {"gists.steps": 5, "distill.steps": 5, **OWN_EDITS}
 """What makes a run of every phase."""
 
 
@@ -124,11 +124,17 @@ def cheap_programs() -> Iterator[None]:
         value = jnp.sum(jax.tree.leaves({**frozen, **state.params}["lens"])[0]) + jax.random.normal(key)
         return dict.fromkeys(_MEASURED, value) | {"mc/preference_corr_mean": jnp.float32(jnp.nan)}
 
+    def gists_eval_step(key: jax.Array, params: Any, batch: Any, **static: Any) -> Any:
+        value = jnp.sum(jax.tree.leaves(params["gist"])[0]) + jax.random.normal(key)
+        return dict.fromkeys(("loss", "gists/nll", "gists/divergence"), value)
+
     def pretrain_eval_step(params: Any, batch: Any, **static: Any) -> Any:
         return dict.fromkeys(("nll_full", "nll_full_tail"), jnp.sum(jax.tree.leaves(params["base"])[0]))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain, "pretrain_step", functools.partial(step, part="base"))
+        patch.setattr(gists, "gists_step", functools.partial(step, part="gist"))
+        patch.setattr(gists, "gists_eval_step", gists_eval_step)
         patch.setattr(distill, "distill_step", functools.partial(step, part="lens"))
         patch.setattr(preference, "train_step", functools.partial(step, part="lens"))
         patch.setattr(online, "online_step", functools.partial(step, part="lens"))

@@ -35,7 +35,7 @@ from lensjax.models import Params
 from lensjax.runs.data import batches as data
 from lensjax.runs.data.splits import Split
 from lensjax.runs.engine import devices, loop
-from lensjax.runs.fit import open_run
+from lensjax.runs.folder import open_run
 from lensjax.runs.store import checkpoint, config_file, run_folder
 from lensjax.runs.store import log as run_logging
 from lensjax.runs.store.log import RunLogger

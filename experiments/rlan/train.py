@@ -34,7 +34,7 @@ from lensjax.models import Params, hyperlora
 from lensjax.runs.data import batches as data
 from lensjax.runs.data.splits import Split
 from lensjax.runs.engine import devices, loop
-from lensjax.runs.fit import open_run
+from lensjax.runs.folder import open_run
 from lensjax.runs.store import run_folder
 from lensjax.training.steps.update import Learner
 

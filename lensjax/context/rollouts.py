@@ -160,6 +160,33 @@ def sample_rollouts(
     return to_context(cuts), is_distinct(cuts)
 
 
+def sample_of_any_length(key: Array, high_lod_share: ArrayLike, *, geometry: Geometry, capacity: int) -> WorkingContext:
+    """Draws a random working context whose length is log-uniform, so that all ratios of compression come equally often.
+
+    Args:
+      key: PRNG key, consumed.
+      high_lod_share: float32[], see `sample_cut`.
+      geometry: the history.
+      capacity: static number of entries W, the greatest length; the least is `geometry.shortest`.
+
+    Returns:
+      A `WorkingContext`.
+
+    Example:
+      >>> import jax, lensjax as lx
+      >>> from lensjax.context.rollouts import sample_of_any_length
+      >>> geometry = lx.Geometry(history=16, block_size=2, max_lod=1, recent_tokens=2)
+      >>> context = sample_of_any_length(jax.random.key(0), 0.0, geometry=geometry, capacity=12)
+      >>> 9 <= int(context.length) <= 12
+      True
+    """
+    length_key, cut_key = jax.random.split(key)
+    bounds = jnp.log(jnp.asarray([geometry.shortest, capacity + 1], jnp.float32))
+    length = jnp.exp(jax.random.uniform(length_key, (), minval=bounds[0], maxval=bounds[1])).astype(jnp.int32)
+    drawn, _ = sample_rollouts(cut_key, length, high_lod_share, rollouts=1, geometry=geometry, capacity=capacity)
+    return jax.tree.map(lambda leaf: leaf[0], drawn)
+
+
 def _noise(key: Array, geometry: Geometry, *batch: int) -> Array:
     """All randomness of a cut in one draw: float32[*batch, 2, blocks of all levels], for counts and for priorities."""
     return jax.random.uniform(key, (*batch, 2, geometry.max_collapses))

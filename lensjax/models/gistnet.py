@@ -1,5 +1,6 @@
 """GistNet: compresses K child embeddings into one gist of the same width."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +10,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from lensjax._settings import Count, PositiveInt, settings
+from lensjax._settings import Count, PositiveInt, require, settings
 from lensjax.models.functional import Functional, checked
 from lensjax.models.interfaces import Params
 from lensjax.models.nn.transformer import SwiGLU, Transformer, TransformerConfig, linear, rms_norm
@@ -30,6 +31,16 @@ class GistConfig:
     head: Literal["linear", "mlp"] = "linear"
     layers: Count = 0
     heads: PositiveInt = 4
+    start: Literal["mean", "scaled"] = "mean"
+    """What a fresh GistNet gives: the pooled children, or these `scaled` to the norm of a child (the function of that
+    name), which a base model that was not trained with gists can read."""
+
+    def _check(self) -> None:
+        require(
+            self.start == "mean" or self.pooling != "cls",
+            "gist.start must be mean with gist.pooling cls, whose gists are no average of the children, got "
+            f"{self.start}",
+        )
 
 
 MLP_RATIO = 3
@@ -37,6 +48,60 @@ FRESH_GAIN = 1e-4
 """Scale of what a fresh GistNet adds to plain pooling: far below the mean of many embeddings, but not 0."""
 TOKEN_STD = 0.02
 """Scale of the learned token and query: that of the base model's fresh embeddings."""
+
+
+def scaled(pooled: ArrayLike, centre: ArrayLike, children: int) -> Array:
+    """An average of children at the norm of one child.
+
+        centre + sqrt(children) (pooled - centre)
+
+    Independent children share the mean of all embeddings, the centre; the mean of n of them leaves it as it is, while
+    what each has of its own shrinks with sqrt(n). A model that has only read tokens takes that direction for a token.
+
+    Args:
+      pooled: float[..., D], the average.
+      centre: float[D].
+      children: how many were averaged.
+
+    Returns:
+      float32[..., D].
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from lensjax.models.gistnet import scaled
+      >>> scaled(jnp.array([3.0, 1.0]), jnp.array([1.0, 1.0]), 4).tolist()
+      [5.0, 1.0]
+    """
+    pooled, centre = (jnp.asarray(values, jnp.float32) for values in (pooled, centre))
+    centre = jnp.broadcast_to(centre, pooled.shape)
+    return centre + math.sqrt(children) * (pooled - centre)
+
+
+def centred(params: Params, embeddings: ArrayLike) -> Params:
+    """The parameters of a GistNet of `start` scaled, about the mean of a base model's embeddings.
+
+    A fresh one is about 0, which is where the embeddings of a fresh base model are.
+
+    Args:
+      params: of GistNet.
+      embeddings: float[n, D], of the tokens of some text. Not of the vocabulary: what rare tokens have in common is
+        elsewhere, and all that text has in common would be scaled with the rest.
+
+    Returns:
+      The parameters, of which `centre` is another.
+
+    Raises:
+      ValueError: they have no centre.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lensjax as lx
+      >>> from lensjax.models.gistnet import GistModel, centred
+      >>> model = GistModel(lx.GistConfig(start="scaled", heads=1), dim=2, block_size=4)
+      >>> centred(model.init(jax.random.key(0)), jnp.array([[1.0, 2.0], [3.0, 2.0]]))["centre"].tolist()
+      [2.0, 2.0]
+    """
+    require("centre" in params, "the parameters of GistNet must have a centre: set gist.start to scaled")
+    return {**params, "centre": jnp.asarray(embeddings, jnp.float32).mean(axis=0)}
 
 
 class QueryPooling(nnx.Module):
@@ -66,7 +131,8 @@ class GistNet(nnx.Module):
     """Pools K children into a gist, plus a small learned correction: gist = pooled + head(norm(pooled)).
 
     Bidirectional transformer layers over the children (with learned child positions) may come first. A fresh
-    `mean` or `query` GistNet of any depth gives nearly the mean of the children.
+    `mean` or `query` GistNet of any depth gives nearly the mean of the children, or with `start` scaled this at the
+    norm of one child, about a learned centre (`centred`).
 
     - `mean`: the mean of the children;
     - `query`: an average weighted by a learned query (`QueryPooling`);
@@ -96,6 +162,8 @@ class GistNet(nnx.Module):
             self.pooling = QueryPooling(dim, config.heads, dtype=dtype, rngs=rngs)
         if has_token:
             self.token = nnx.Param(TOKEN_STD * jax.random.normal(rngs.params(), (1, dim)))
+        if config.start == "scaled":
+            self.centre = nnx.Param(jnp.zeros(dim, jnp.float32))
         self.norm = rms_norm(dim, rngs)
         self.head = (
             linear(dim, dim, dtype=dtype, rngs=rngs, gain=FRESH_GAIN)
@@ -118,6 +186,8 @@ class GistNet(nnx.Module):
             pooled = self.pooling(self.transformer(x.astype(self.dtype)))
         else:
             pooled = jnp.mean(self.transformer(x.astype(self.dtype)).astype(jnp.float32), axis=0)
+        if self.config.start == "scaled":
+            pooled = scaled(pooled, self.centre[...], children.shape[0])
         correction = self.head(self.norm(pooled))
         return pooled.astype(jnp.float32) + correction.astype(jnp.float32)
 

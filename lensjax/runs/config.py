@@ -14,11 +14,12 @@ from lensjax.runs.engine.stopping import StoppingConfig
 from lensjax.session import SessionConfig
 from lensjax.training.recipe import Recipe
 from lensjax.training.steps.adaptation import AdaptationConfig, build_hypernet
+from lensjax.training.steps.gists import GistTrainingConfig, gist_capacity
 from lensjax.training.steps.online import OnlineConfig
 from lensjax.training.steps.pretrain import PretrainConfig
 from lensjax.training.teachers import DistillConfig
 
-PHASES = ("pretrain", "distill", "lens", "online")
+PHASES = ("pretrain", "gists", "distill", "lens", "online")
 """What a run does one after the other; each has its checkpoints and its rows in the log."""
 
 
@@ -81,6 +82,7 @@ class Config(Recipe):
     stopping: StoppingConfig = field(default_factory=StoppingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    gists: GistTrainingConfig = field(default_factory=GistTrainingConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     online: OnlineConfig = field(default_factory=OnlineConfig)
     adaptation: AdaptationConfig = field(default_factory=AdaptationConfig)
@@ -91,6 +93,7 @@ class Config(Recipe):
         counts = {
             "steps": self.steps,
             "pretrain.steps": self.pretrain.steps,
+            "gists.steps": self.gists.steps,
             "distill.steps": self.distill.steps,
             "online.steps": self.online.steps,
         }
@@ -99,6 +102,18 @@ class Config(Recipe):
                 steps == 0 or steps > self.optimizer.warmup_steps,
                 f"{name} must be above optimizer.warmup_steps {self.optimizer.warmup_steps}, got {steps}",
             )
+        if self.gists.steps:
+            require(
+                self.trains_lens,
+                f"gists.steps is {self.gists.steps} and LensNet is not trained after it: raise steps, distill.steps or "
+                "online.steps",
+            )
+            require(
+                self.optimizer.name != "muon" or self.gist.layers > 0 or self.gist.pooling == "cls",
+                "optimizer.name muon is for the matrices of a transformer, and the GistNet that gists.steps trains has "
+                "none: raise gist.layers, or set optimizer.name to adamw",
+            )
+            gist_capacity(self.recipe)
         weights = self.checkpoint.path
         sources = {"base_run": self.base_run, "start_from": self.start_from, "checkpoint.path": weights}
         for name, source in sources.items():

@@ -2,8 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,15 +16,15 @@ from rich.console import Console
 from lensjax.evaluation import held_out
 from lensjax.models import HyperLoRAModel, Models, Params
 from lensjax.plots.maps import VariantMap
-from lensjax.runs import load, pretrained, results
+from lensjax.runs import gists, load, pretrained, results
 from lensjax.runs.config import PHASES, Config
 from lensjax.runs.data import batches as data
 from lensjax.runs.engine import devices, loop
+from lensjax.runs.folder import open_run
 from lensjax.runs.load import Trained
-from lensjax.runs.store import run_folder
 from lensjax.runs.store.log import RunLogger
-from lensjax.runs.store.run_folder import RunConfig
 from lensjax.training.steps import adaptation, distill, online, preference, pretrain
+from lensjax.training.steps.gists import init_gists_state
 from lensjax.training.steps.preference import TrainState
 from lensjax.training.steps.update import Learner, all_parts
 
@@ -36,16 +35,12 @@ Learning = tuple[TrainState, dict[str, Params]]
 Report = Callable[[TrainState, dict[str, Params], Batches], dict[str, float]]
 
 # Streams of randomness that must not touch: each is folded into the run's seed.
-PRETRAIN_STREAM, LENS_STREAM, ONLINE_STREAM, DISTILL_STREAM, EVALUATION_SEED = 0, 1, 2, 3, 2026
-ONLINE_SEED, DISTILL_SEED = 2**32, 2**33
+PRETRAIN_STREAM, LENS_STREAM, ONLINE_STREAM, DISTILL_STREAM, GISTS_STREAM, EVALUATION_SEED = 0, 1, 2, 3, 4, 2026
+ONLINE_SEED, DISTILL_SEED, GISTS_SEED = 2**32, 2**33, 2**34
 """Above all seeds of the other phases' data."""
 HEADLINE = (
-    "nll_policy",
-    "nll_policy_adapted",
-    "nll_baseline",
-    "nll_rollout_mean",
-    "mc/preference_agreement",
-    "hit_rate",
+    *("nll_policy", "nll_policy_adapted", "nll_baseline", "nll_rollout_mean"),
+    *("mc/preference_agreement", "hit_rate"),
 )
 """Held-out metrics to show while LensNet is trained."""
 
@@ -156,42 +151,20 @@ class _Inputs:
             pretraining=True,
             share=share,
         )
-        self.distill, self.lens, self.online = (
+        self.gists, self.distill, self.lens, self.online = (
             data.make_iterator(config, "train", seed=seed, batch_size=config.batch_size, share=share)
-            for seed in (DISTILL_SEED + config.seed, 2 * config.seed + LENS_STREAM, ONLINE_SEED + config.seed)
+            for seed in (
+                GISTS_SEED + config.seed,
+                DISTILL_SEED + config.seed,
+                2 * config.seed + LENS_STREAM,
+                ONLINE_SEED + config.seed,
+            )
         )
 
 
 def stream(config: Config, number: int) -> Array:
     """The PRNG key of one of a run's streams of randomness."""
     return jax.random.fold_in(jax.random.key(config.seed), number)
-
-
-@contextmanager
-def open_run(
-    config: RunConfig, phases: tuple[str, ...], *, resume: bool, console: Console
-) -> Iterator[tuple[Path, RunLogger]]:
-    """Makes or opens the folder of a run, in the first process, and the log in it.
-
-    Args:
-      config: the run's.
-      phases: all that a run of this kind has, in their order.
-      resume: go on with a run: rows after its newest checkpoint are dropped.
-      console: is told the folder.
-
-    Yields:
-      The folder, and the log.
-
-    Raises:
-      ValueError: see `lensjax.runs.store.run_folder`.
-      OSError: likewise.
-    """
-    folder = Path(config.output_dir)
-    devices.in_first(lambda: (run_folder.open_run if resume else run_folder.create_run)(folder, config))
-    console.out(f"run folder {folder}, {jax.default_backend()}, seed {config.seed}", highlight=False)
-    restored = run_folder.restore_point(folder, phases) if resume else None
-    with RunLogger(folder if devices.is_first() else None, resume=restored, phases=phases) as logger:
-        yield folder, logger
 
 
 def _pretrain(
@@ -231,8 +204,12 @@ def _train(
         learning = adaptation.init_adaptation_state(
             key, recipe=recipe, models=models, hypernet=job.hypernet, params=params
         )
+    if "gist" not in params:
+        own = gists.centred(config, models, _known(learning), seed=EVALUATION_SEED)
+        learning = _with(learning, "gist", own["gist"])
     learning = job.place(learning)
     stages = (
+        (config.gists.steps, _by_next_tokens),
         (config.distill.steps, _by_teacher),
         (config.steps, _by_preferences),
         (config.online.steps, _by_episodes),
@@ -250,12 +227,23 @@ def _known(learning: Learning) -> dict[str, Params]:
     return {name: params[name] for name in ("base", "gist", "lens")}
 
 
-def _with_lens(learning: Learning, lens: Params) -> Learning:
-    """The same with another LensNet, whether it is trained by preferences or not."""
+def _with(learning: Learning, name: str, part: Params) -> Learning:
+    """The same with other parameters of one part, whether it is trained by preferences or not."""
     state, frozen = learning
-    if "lens" in frozen:
-        return state, {**frozen, "lens": lens}
-    return replace(state, params={**state.params, "lens": lens}), frozen
+    if name in frozen:
+        return state, {**frozen, name: part}
+    return replace(state, params={**state.params, name: part}), frozen
+
+
+def _by_next_tokens(
+    job: _Job, learning: Learning, inputs: _Inputs, report: Report, folder: Path, logger: RunLogger
+) -> tuple[Learning, float]:
+    """Gives a state a GistNet that was trained through the base model."""
+    key, known = stream(job.config, GISTS_STREAM), _known(learning)
+    start, frozen = init_gists_state(key, recipe=job.config.recipe, params=known)
+    phase = gists.phase(job.config, job.models, known["base"], inputs.validation, jax.random.key(EVALUATION_SEED))
+    after, seconds = job.run(phase, start, frozen, inputs.gists, folder, logger)
+    return _with(learning, "gist", after.params["gist"]), seconds
 
 
 def _by_teacher(
@@ -265,7 +253,7 @@ def _by_teacher(
     config, models, settings = job.config, job.models, job.config.distill
 
     def with_lens(after: Learner) -> Learning:
-        state, frozen = _with_lens(learning, after.params["lens"])
+        state, frozen = _with(learning, "lens", after.params["lens"])
         anchor = None if state.anchor is None else jax.tree.map(jnp.copy, after.params["lens"])
         return replace(state, anchor=anchor), frozen
 
@@ -312,7 +300,7 @@ def _by_episodes(
     config, models, settings = job.config, job.models, job.config.online
 
     def with_lens(after: online.OnlineState) -> Learning:
-        return _with_lens(learning, after.params["lens"])
+        return _with(learning, "lens", after.params["lens"])
 
     phase = loop.Phase(
         name="online",

@@ -163,13 +163,25 @@ def entry_nll(base: LanguageModel, params: Params, entries: Entries, tokens: Arr
     Returns:
       float32[], in nats.
     """
-    tokens = jnp.asarray(tokens)
-    read = reading(base, params, entries, tokens[-horizon:])
-    spans = read.entries.spans
-    logits = base.logits(params, read.entries, jnp.arange(spans.shape[0], dtype=jnp.int32))
-    targets = jnp.take(tokens, read.entries.positions.astype(jnp.int32) + 1, mode="clip")
+    read = reading(base, params, entries, jnp.asarray(tokens)[-horizon:]).entries
+    logits = base.logits(params, read, jnp.arange(read.spans.shape[0], dtype=jnp.int32))
+    return in_full_nll(logits, read, tokens)
+
+
+def in_full_nll(logits: Array, entries: Entries, tokens: ArrayLike) -> Array:
+    """Mean loss of the token after each one in full, from logits float32[S, vocabulary] of S entries of a window.
+
+    Args:
+      logits: float32[S, vocabulary], at each of the entries.
+      entries: S of them, a `reading`.
+      tokens: int32[T], the whole window.
+
+    Returns:
+      float32[], in nats.
+    """
+    targets = jnp.take(jnp.asarray(tokens), entries.positions.astype(jnp.int32) + 1, mode="clip")
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets)
-    in_full = spans == 1
+    in_full = entries.spans == 1
     return jnp.sum(jnp.where(in_full, losses, 0.0)) / jnp.sum(in_full, dtype=jnp.float32)
 
 

@@ -15,11 +15,14 @@ from experiments.rlan.config import RlanConfig
 from lensjax import _settings
 from lensjax._settings import Bound
 from lensjax.context.geometry import Geometry
+from lensjax.models.gistnet import GistConfig
 from lensjax.runs.config import Config
 from lensjax.runs.store import config_file
 from lensjax.training.hyperparameters import Hyperparameters
+from lensjax.training.optim.optimizer import OptimizerConfig
 from lensjax.training.recipe import Recipe
 from lensjax.training.scoring import ContextConfig
+from lensjax.training.steps.gists import GistTrainingConfig
 from lensjax.training.terms import ObjectiveConfig
 
 KINDS = [Config, RlanConfig, QuietStarConfig]
@@ -273,3 +276,20 @@ def test_hyperparameters_are_a_pytree_of_scalars():
     batch = jax.tree.map(lambda x: jnp.full(3, x), hyper)
     doubled = jax.jit(jax.vmap(lambda h: dataclasses.replace(h, temperature=2 * h.temperature)))(batch)
     assert doubled.temperature.tolist() == [2.0] * 3
+
+
+def test_gists_are_trained_for_a_lensnet_that_is_trained_too():
+    with pytest.raises(ValueError, match=r"gists\.steps is 30 and LensNet is not trained after it: raise steps"):
+        Config(steps=0, gists=GistTrainingConfig(steps=30))
+    with pytest.raises(ValueError, match=r"gists\.steps must be above optimizer\.warmup_steps 20, got 20"):
+        Config(gists=GistTrainingConfig(steps=20))
+    muon, trained = OptimizerConfig(name="muon"), GistTrainingConfig(steps=30)
+    with pytest.raises(ValueError, match=r"optimizer\.name muon .* gists\.steps trains has none: raise gist\.layers"):
+        Config(optimizer=muon, gists=trained)
+    Config(optimizer=muon, gists=trained, gist=GistConfig(layers=1))
+    # With omission an eighth of 224 tokens can be left, with gists it cannot.
+    context = ContextConfig(max_lod=1, omit=True)
+    shortest = Hyperparameters(context_start=1 / 8, context_end=1 / 8)
+    Config(context=context, hyper=shortest)
+    with pytest.raises(ValueError, match=r"hyper\.context_start asks for 28 entries, which no cut of 224 tokens"):
+        Config(context=context, hyper=shortest, gists=GistTrainingConfig(steps=30))

@@ -56,7 +56,9 @@ KILLS = [
     ("step", "pretrain", 1),  # before the first checkpoint
     ("in save", "pretrain", 2),
     ("saved", "pretrain", 4),  # between the phases
-    ("step", "distill", 1),  # before the second phase has a checkpoint
+    ("step", "gists", 3),
+    ("saved", "gists", 5),
+    ("step", "distill", 1),  # before the phase has a checkpoint
     ("in save", "distill", 2),
     ("saved", "distill", 5),
     ("step", "lens", 1),
@@ -131,7 +133,7 @@ def test_each_phase_begins_with_the_lensnet_of_the_one_before(cheap, tmp_path, s
     assert [row["phase"] for row in rows if "loss" in row] == [phase for phase in PHASES for _ in range(5)][1:]
     # Held-out losses after 3 steps and at the end.
     held_out = [(row["phase"], row["step"]) for row in rows if "eval/nll_policy" in row]
-    assert held_out == [(phase, step) for phase in PHASES[1:] for step in (3, 5)]
+    assert held_out == [(phase, step) for phase in PHASES[2:] for step in (3, 5)]
     jax.tree.map(np.testing.assert_array_equal, load.load(tmp_path / "run").params, trained.params)
 
 
@@ -147,7 +149,24 @@ def test_each_phase_of_each_seed_reads_batches_of_its_own(cheap, tmp_path, monke
     monkeypatch.setattr(loop, "run_phase", spy)
     for seed in (0, 1):
         start(tiny_config(tmp_path / str(seed), seed=seed, **ALL))
-    assert len(set(first.values())) == len(first) == 8
+    assert len(set(first.values())) == len(first) == 10
+
+
+@pytest.mark.parametrize("trainable", [("lens",), ("lens", "gist")])
+def test_a_gistnet_that_was_trained_is_read_by_all_phases_behind_it(cheap, tmp_path, starts, trainable):
+    folder = tmp_path / "run"
+    fit(tiny_config(folder, trainable=trainable, **{"gists.steps": 4}), console=Console(file=io.StringIO()))
+    taught = saved_arrays(folder, "gists", 4)
+    assert [name for name in starts] == ["pretrain", "gists", "lens"]
+    assert set(starts["gists"].params) == {"gist"} and int(starts["gists"].step) == 0
+    before, held = bits(starts["gists"].params["gist"]), saved_part(folder, "gist")
+    assert before != held
+    if "gist" in trainable:
+        assert_saved(starts["lens"].params["gist"], taught, "gist")
+    else:
+        assert_saved(load.load(folder).params["gist"], taught, "gist")
+    rows = [row for row in read_rows(folder) if row["phase"] == "gists" and "eval/gists/nll" in row]
+    assert [row["step"] for row in rows] == [3, 4]
 
 
 def test_without_a_kl_term_there_is_no_anchor(cheap, tmp_path, starts):
@@ -239,9 +258,9 @@ def test_steps_0_only_pretrains_and_serves_as_a_base_run(whole, tmp_path):
     config = tiny_config(tmp_path / "run", base_run=str(tmp_path / "base"))
     base = load.load_start(config, config.build_models())
     assert base is not None
-    assert {name: bits(part) for name, part in base.items()} == {
-        name: saved_part(whole, name) for name in ("base", "gist")
-    }
+    # The other run's GistNet has learned on.
+    for name, folder in (("base", whole), ("gist", tmp_path / "base")):
+        assert bits(base[name]) == saved_part(folder, name)
 
 
 def test_undefined_values_are_strict_json(whole):

@@ -65,6 +65,7 @@ def size(folder):
 def test_each_checkpoint_holds_what_its_phase_trains(whole):
     assert held(whole) == {
         "pretrain": {"base"},
+        "gists": {"gist"},
         "distill": {"lens"},
         "lens": {"lens"},
         "online": {"lens", "value"},
@@ -142,7 +143,7 @@ def test_frozen_parts_are_written_once(cheap, whole, tmp_path, monkeypatch):
         return save(directory, *arguments, **keywords)
 
     monkeypatch.setattr(checkpoint, "save", spy)
-    start(tiny_config(tmp_path / "run", base_run=str(whole), **ALL))
+    start(tiny_config(tmp_path / "run", base_run=str(whole), **ALL | {"gists.steps": 0}))
     go_on(tmp_path / "run")
     assert [name for name in written if name.startswith("frozen")] == ["frozen/base", "frozen/gist"]
 

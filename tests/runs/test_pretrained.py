@@ -14,9 +14,9 @@ from rich.console import Console
 
 from lensjax._settings import replace
 from lensjax.models import BaseModel, checkpoints
-from lensjax.runs import load, pretrained
+from lensjax.runs import gists, load, pretrained
 from lensjax.runs.config import Config
-from lensjax.runs.fit import fit
+from lensjax.runs.fit import EVALUATION_SEED, fit
 from lensjax.runs.store import config_file, run_folder
 from lensjax.runs.store.log import read_rows
 from tests.runs import (
@@ -215,3 +215,12 @@ def test_a_model_that_does_not_go_with_the_run_leaves_no_folder(tmp_path, keys, 
     with pytest.raises(ValueError, match=re.escape(message)):
         start(on(model, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_scaled_gistnet_has_the_centre_of_the_runs_text(tmp_path):
+    model = write(tmp_path / "model")
+    trained = fit(on(model, tmp_path / "run", **{"gist.start": "scaled"}), console=Console(file=io.StringIO()))
+    models, params = trained.models, trained.params
+    expected = gists.centred(trained.config, models, params, seed=EVALUATION_SEED)["gist"]
+    assert bits(params["gist"]) == bits(expected) and abs(params["gist"]["centre"]).max() > 1e-3
+    assert saved_part(tmp_path / "run", "gist") == bits(expected)

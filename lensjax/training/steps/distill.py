@@ -151,12 +151,8 @@ def _one(
 def _contexts(key: Array, score_fn: ScoreFn, recipe: Recipe, *, looks: int) -> WorkingContext:
     """What the policy sees at its first looks, and a random cut whose length is log-uniform over all."""
     geometry, capacity, focus = recipe.geometry, recipe.capacity, recipe.focus
-    length_key, cut_key = jax.random.split(key)
-    bounds = jnp.log(jnp.asarray([geometry.shortest, capacity + 1], jnp.float32))
-    length = jnp.exp(jax.random.uniform(length_key, (), minval=bounds[0], maxval=bounds[1])).astype(jnp.int32)
-    drawn, _ = rollouts.sample_rollouts(
-        cut_key, length, recipe.hyper.high_lod_share, rollouts=1, geometry=geometry, capacity=capacity
-    )
+    share = recipe.hyper.high_lod_share
+    drawn = rollouts.sample_of_any_length(key, share, geometry=geometry, capacity=capacity)
     _, own = refocus.iterate(
         allocator.start(recipe.budget, geometry, settings=focus),
         score_fn,
@@ -167,7 +163,7 @@ def _contexts(key: Array, score_fn: ScoreFn, recipe: Recipe, *, looks: int) -> W
         settings=focus,
         key=jax.random.fold_in(key, 1),
     )
-    return jax.tree.map(lambda many, random: jnp.concatenate([many, random]), own, drawn)
+    return jax.tree.map(lambda many, random: jnp.concatenate([many, random[None]]), own, drawn)
 
 
 def _among_top(values: Array, where: Array, count: int) -> Array:

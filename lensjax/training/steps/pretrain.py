@@ -122,18 +122,9 @@ def _pretrain_loss(
 
 
 def _rollout_loss(models: Models, params: dict[str, Params], tokens: Array, key: Array, recipe: Recipe) -> Array:
-    """Mean loss of the token after every token that one rollout of the history, and the horizon behind it, show.
-
-    Its length is log-uniform from the shortest cut to the capacity: all ratios of compression are read equally often.
-    """
-    geometry, capacity = recipe.geometry, recipe.capacity
-    length_key, rollout_key = jax.random.split(key)
-    bounds = jnp.log(jnp.asarray([geometry.shortest, capacity + 1], jnp.float32))
-    length = jnp.exp(jax.random.uniform(length_key, (), minval=bounds[0], maxval=bounds[1])).astype(jnp.int32)
-    drawn, _ = rollouts.sample_rollouts(
-        rollout_key, length, recipe.hyper.high_lod_share, rollouts=1, geometry=geometry, capacity=capacity
-    )
-    context = jax.tree.map(lambda leaf: leaf[0], drawn)
+    """Mean loss of the token after every token that one rollout of the history, and the horizon behind it, show."""
+    geometry, share = recipe.geometry, recipe.hyper.high_lod_share
+    context = rollouts.sample_of_any_length(key, share, geometry=geometry, capacity=recipe.capacity)
     horizon = recipe.context.horizon
     history = split(tokens, horizon=horizon).history
     tree = build_tree(models, params, history, geometry)
