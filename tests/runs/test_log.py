@@ -191,7 +191,8 @@ def test_resumed_file_equals_the_uninterrupted_one(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for run in (whole, cut):
         write(run, "pretrain", range(1, 5))
-        write(run, "distill", range(1, 4), resume=("pretrain", 4))
+        write(run, "gists", range(1, 3), resume=("pretrain", 4))
+        write(run, "distill", range(1, 4), resume=("gists", 2))
     write(whole, "lens", range(1, 9), resume=("distill", 3))
     write(cut, "lens", range(1, 7), resume=("distill", 3))
     with (cut / "metrics.jsonl").open("a") as file:
@@ -199,7 +200,7 @@ def test_resumed_file_equals_the_uninterrupted_one(tmp_path):
     write(cut, "lens", range(4, 9), resume=("lens", 3))
     for run in (whole, cut):
         write(run, "online", range(1, 3), resume=("lens", 8))
-    assert lines(cut) == lines(whole) and len(lines(cut)) == 17
+    assert lines(cut) == lines(whole) and len(lines(cut)) == 19
     for phase in PHASES:
         assert board(cut, phase) == board(whole, phase) == expected_board(whole, phase)
 
@@ -254,7 +255,7 @@ def test_a_rewind_cut_short_leaves_the_old_rows(tmp_path, monkeypatch):
 
 def test_bad_metrics_are_refused(tmp_path):
     with RunLogger(tmp_path) as logger:
-        with pytest.raises(ValueError, match="phase must be one of pretrain, distill, lens, online, got 'train'"):
+        with pytest.raises(ValueError, match="phase must be one of pretrain, gists, distill, lens, online, got 'train'"):
             logger.log("train", 1, {})
         with pytest.raises(ValueError, match=r"metric mc/lod_loss must be a scalar, got shape \(3,\)"):
             logger.log("lens", 1, {"mc/lod_loss": jnp.ones(3)})
@@ -264,7 +265,7 @@ def test_bad_metrics_are_refused(tmp_path):
 
 
 def test_bad_starts_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="phase must be one of pretrain, distill, lens, online, got 'x'"):
+    with pytest.raises(ValueError, match="phase must be one of pretrain, gists, distill, lens, online, got 'x'"):
         RunLogger(tmp_path, resume=("x", 1))
     write(tmp_path, "lens", range(1, 3))
     with pytest.raises(ValueError, match="holds the metrics of another run"):
