@@ -255,7 +255,9 @@ def test_a_rewind_cut_short_leaves_the_old_rows(tmp_path, monkeypatch):
 
 def test_bad_metrics_are_refused(tmp_path):
     with RunLogger(tmp_path) as logger:
-        with pytest.raises(ValueError, match="phase must be one of pretrain, gists, distill, lens, online, got 'train'"):
+        with pytest.raises(
+            ValueError, match="phase must be one of pretrain, gists, distill, lens, online, got 'train'"
+        ):
             logger.log("train", 1, {})
         with pytest.raises(ValueError, match=r"metric mc/lod_loss must be a scalar, got shape \(3,\)"):
             logger.log("lens", 1, {"mc/lod_loss": jnp.ones(3)})
