@@ -33,10 +33,9 @@ from experiments.tables import write_csv
 from lensjax import _settings
 from lensjax.context.allocator import FocusConfig
 from lensjax.evaluation import compare
-from lensjax.evaluation.compare import FOREIGN, FULL, FocusEvidence, Measured
+from lensjax.evaluation.compare import FOREIGN, FULL, Comparison, Measured
 from lensjax.evaluation.faithfulness import FaithfulnessConfig
 from lensjax.models import Models, Params
-from lensjax.models.decision import split
 from lensjax.runs.config import Config
 from lensjax.runs.data import batches as data
 from lensjax.runs.fit import EVALUATION_SEED
@@ -150,11 +149,10 @@ def _evaluate_run(job: _Job, arguments: Arguments, console: Console) -> list[Row
     details: list[Row] = []
     checks: list[Row] = []
     for ratio, length in job.lengths.items():
-        measured = _measure_all(job, arguments, length, console)
-        evidence = _measure_focus(job, arguments, length, console)
-        measured |= {FULL: _measure_full(job, length, console), FOREIGN: evidence.foreign}
+        found, foreign, changed = _measure(job, arguments, length, console)
+        measured = {**found.policies, FOREIGN: foreign}
         _require_whole(job, ratio, length, measured)
-        check = quality.check_focus(job.config, arguments.faithfulness, measured, evidence, ratio=ratio)
+        check = quality.check_focus(job.config, arguments.faithfulness, measured, found, changed, ratio=ratio)
         at_budget = quality.details(job.config, measured, check, ratio=ratio, length=length)
         rows += quality.table(at_budget, with_full=ratio == arguments.budgets[0])
         details, checks = details + at_budget, [*checks, check]
@@ -181,38 +179,25 @@ def _evaluate_run(job: _Job, arguments: Arguments, console: Console) -> list[Row
     return rows
 
 
-def _measure_all(job: _Job, arguments: Arguments, length: int, console: Console) -> dict[str, Measured]:
-    """All policies at one length; arrays [sequences]."""
-    measure = compiled_measure(job.config.recipe, job.models, length, arguments.draws, arguments.oracle_rounds)
-    return _over_batches(job, measure, length, f"{length} entries", console)
-
-
-def _measure_full(job: _Job, length: int, console: Console) -> Measured:
-    """The full context, on the key tokens of one length; arrays [sequences]."""
-    measure = _compiled_full(job.config.recipe, job.models, length)
-    return _over_batches(job, measure, length, f"full beside {length} entries", console)
-
-
-def _measure_focus(job: _Job, arguments: Arguments, length: int, console: Console) -> FocusEvidence:
-    """LensNet's focus at one length beside another sequence's; arrays [sequences]."""
-    measure = _compiled_focus(job.config.recipe, job.models, length, arguments.draws)
-    return _over_batches(job, measure, length, f"{length} entries, another's focus", console)
-
-
-def _over_batches(job: _Job, measure: Callable[..., Any], length: int, title: str, console: Console) -> Any:
+def _measure(job: _Job, arguments: Arguments, length: int, console: Console) -> tuple[Comparison, Measured, np.ndarray]:
+    """All policies at one length, and LensNet's focus beside another sequence's; arrays [sequences]."""
+    recipe, models = job.config.recipe, job.models
+    measure = compiled_measure(recipe, models, length, arguments.draws, arguments.oracle_rounds)
+    measure_foreign = _compiled_foreign(recipe, models, length)
     key = jax.random.fold_in(jax.random.key(EVALUATION_SEED), length)
     batches = []
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        for index, batch in enumerate(progress.track(job.batches, description=title)):
-            keys = jax.random.split(jax.random.fold_in(key, index), len(batch["tokens"]))
-            batches.append(jax.device_get(measure(job.params, batch["tokens"], batch.get("answers"), keys)))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
+        for index, batch in enumerate(progress.track(job.batches, description=f"{length} entries")):
+            tokens, answers = batch["tokens"], batch.get("answers")
+            keys = jax.random.split(jax.random.fold_in(key, index), len(tokens))
+            found = measure(job.params, tokens, answers, keys)
+            batches.append(jax.device_get((found, *measure_foreign(job.params, tokens, answers, found))))
+    together: tuple[Comparison, Measured, np.ndarray] = jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
+    return together
 
 
 @functools.cache
-def compiled_measure(
-    recipe: Recipe, models: Models, length: int, draws: int, rounds: int
-) -> Callable[..., dict[str, Measured]]:
+def compiled_measure(recipe: Recipe, models: Models, length: int, draws: int, rounds: int) -> Callable[..., Comparison]:
     """`compare.measure` of a batch; compiled once for equal arguments.
 
     Args:
@@ -226,7 +211,7 @@ def compiled_measure(
       A function of parameters, tokens int32[B, T], answers int32[B, A] or None, and keys [B].
     """
 
-    def one(params: dict[str, Params], tokens: Array, answers: Array | None, key: Array) -> dict[str, Measured]:
+    def one(params: dict[str, Params], tokens: Array, answers: Array | None, key: Array) -> Comparison:
         return compare.measure(
             models, params, tokens, answers, key, length=length, draws=draws, oracle_rounds=rounds, recipe=recipe
         )
@@ -236,22 +221,15 @@ def compiled_measure(
 
 
 @functools.cache
-def _compiled_full(recipe: Recipe, models: Models, length: int) -> Callable[..., Measured]:
-    def one(params: dict[str, Params], tokens: Array, answers: Array | None) -> Measured:
-        return compare.measure_full(models, params, tokens, answers, length=length, recipe=recipe)
+def _compiled_foreign(recipe: Recipe, models: Models, length: int) -> Callable[..., tuple[Measured, Array]]:
+    """`compare.measure_foreign` of a batch, each sequence with the focus on the one before it."""
 
-    return jax.jit(lambda params, tokens, answers, _: jax.lax.map(lambda row: one(params, *row), (tokens, answers)))
-
-
-@functools.cache
-def _compiled_focus(recipe: Recipe, models: Models, length: int, draws: int) -> Callable[..., FocusEvidence]:
-    def all_rows(params: dict[str, Params], tokens: Array, answers: Array | None, keys: Array) -> FocusEvidence:
-        focused = functools.partial(compare.focused, models, params, length=length, recipe=recipe)
-        histories = split(tokens, horizon=recipe.context.horizon).history
-        measure = functools.partial(compare.measure_focus, models, params, length=length, draws=draws, recipe=recipe)
-        own = jax.lax.map(lambda row: focused(*row), (histories, keys))
-        foreign = jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=0), own)
-        return jax.lax.map(lambda row: measure(*row), (tokens, answers, keys, own, foreign))
+    def all_rows(
+        params: dict[str, Params], tokens: Array, answers: Array | None, found: Comparison
+    ) -> tuple[Measured, Array]:
+        measure = functools.partial(compare.measure_foreign, models, params, length=length, recipe=recipe)
+        foreign = jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=0), found.focus)
+        return jax.lax.map(lambda row: measure(*row), (tokens, answers, found, foreign))
 
     return jax.jit(all_rows)
 

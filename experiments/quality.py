@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from lensjax.evaluation import compare, faithfulness, rivals
-from lensjax.evaluation.compare import FOREIGN, FULL, FocusEvidence, Measured
+from lensjax.evaluation.compare import FOREIGN, FULL, Comparison, Measured
 from lensjax.evaluation.faithfulness import Evidence, FaithfulnessConfig
 from lensjax.evaluation.statistics import by_weight, estimate
 from lensjax.plots import budget
@@ -40,7 +40,8 @@ def check_focus(
     config: Config,
     thresholds: FaithfulnessConfig,
     measured: Mapping[str, Measured],
-    evidence: FocusEvidence,
+    found: Comparison,
+    changed: np.ndarray,
     *,
     ratio: int,
 ) -> Row:
@@ -50,12 +51,13 @@ def check_focus(
       config: the run's.
       thresholds: what each measurement must be above.
       measured: every policy by name; arrays [sequences].
-      evidence: of the same sequences.
+      found: the same, with what LensNet's focus is measured by.
+      changed: float32[sequences], share of the edits that the focus on another sequence changes.
       ratio: history over entries.
     """
     name = f"lensnet_{config.focus.steps}"
     own, recency, foreign = (np.asarray(measured[one].nll) for one in (name, "recency", FOREIGN))
-    divergences, correlations = np.asarray(evidence.divergence), np.asarray(evidence.correlation)
+    divergences, correlations = np.asarray(found.divergence), np.asarray(found.correlation)
     correlations = correlations[~np.isnan(correlations)]
     means = Evidence(
         divergence=jnp.mean(divergences),
@@ -75,7 +77,7 @@ def check_focus(
         "policy": name,
         "budget_ratio": ratio,
         **{name: _defined(float(value)) for name, value in values.items()},
-        "changed_edits": float(evidence.changed_edits.mean()),
+        "changed_edits": float(changed.mean()),
         "correlation_defined_share": correlations.size / own.size,
         "intervals": intervals,
         "thresholds": asdict(thresholds),

@@ -122,7 +122,7 @@ def _policies(runs: dict[int, Config], console: Console) -> dict[str, dict[str, 
         keys = [jax.random.fold_in(jax.random.key(EVALUATION_SEED), index) for index in range(len(batches))]
         parts = [
             jax.device_get(
-                measure(params, batch["tokens"], batch["answers"], jax.random.split(key, len(batch["tokens"])))
+                measure(params, batch["tokens"], batch["answers"], jax.random.split(key, len(batch["tokens"]))).policies
             )
             for batch, key in zip(batches, keys, strict=True)
         ]

@@ -237,8 +237,14 @@ def attention(
 
 
 def greedy_oracle(
-    loss_fn: Callable[[WorkingContext], Array], starts: FocusState, geometry: Geometry, *, length: int, rounds: int
-) -> FocusState:
+    loss_fn: Callable[[WorkingContext], Array],
+    starts: FocusState,
+    losses: ArrayLike,
+    geometry: Geometry,
+    *,
+    length: int,
+    rounds: int,
+) -> tuple[FocusState, Array]:
     """The best context that a greedy search on a loss finds; on the horizon's own loss a bound, not a policy.
 
     It starts from the best of the contexts given. A round measures every single edit of the context alone, ranks
@@ -248,20 +254,22 @@ def greedy_oracle(
     Args:
       loss_fn: float32[] of a working context.
       starts: states of exactly `length` entries, leading axis.
+      losses: float32[starts], what they lose.
       geometry: the history.
       length: entries of the context.
       rounds: static number of rounds; 0 takes the best of the starts.
 
     Returns:
-      `FocusState`.
+      `FocusState`, and its loss float32[].
 
     Example:
       >>> import jax, jax.numpy as jnp, lensjax as lx
       >>> geometry = lx.Geometry(history=8, block_size=2, max_lod=1, recent_tokens=2)
       >>> starts = jax.tree.map(lambda leaf: leaf[None], lx.allocator.from_cut([0, 0, 1, 1, 0, 0, 0, 0], geometry))
       >>> loss = lambda context: jnp.sum(jnp.where(context.lod == 1, context.start == 2, False), dtype=jnp.float32)
-      >>> best = lx.baselines.greedy_oracle(loss, starts, geometry, length=7, rounds=1)  # a gist at token 2 costs 1
-      >>> float(loss(lx.allocator.to_context(best, geometry, capacity=7)))
+      >>> search = lx.baselines.greedy_oracle
+      >>> _, least = search(loss, starts, jax.numpy.ones(1), geometry, length=7, rounds=1)  # a gist at token 2 costs 1
+      >>> float(least)
       0.0
     """
     step = geometry.saving
@@ -284,10 +292,10 @@ def greedy_oracle(
         is_better = losses[winner] < best
         return (jnp.where(is_better, tried[winner], collapsed), jnp.minimum(best, losses[winner])), None
 
-    losses = jax.vmap(lambda row: loss(row, length))(starts.collapsed)
+    losses = jnp.asarray(losses)
     first = jnp.argmin(losses)
-    (collapsed, _), _ = jax.lax.scan(one_round, (starts.collapsed[first], losses[first]), length=rounds)
-    return FocusState(collapsed, jnp.zeros(collapsed.shape, jnp.int32))
+    (collapsed, best), _ = jax.lax.scan(one_round, (starts.collapsed[first], losses[first]), length=rounds)
+    return FocusState(collapsed, jnp.zeros(collapsed.shape, jnp.int32)), best
 
 
 _EDITS_AT_ONCE, _DOUBLINGS = 32, 6

@@ -13,7 +13,7 @@ from lensjax.context import working as contexts
 from lensjax.context.allocator import FocusConfig
 from lensjax.context.geometry import Geometry
 from lensjax.context.tree import TreeState
-from lensjax.context.working import WorkingContext
+from lensjax.context.working import Entries, WorkingContext
 from lensjax.evaluation import faithfulness, rivals
 from lensjax.evaluation.answers import shows_in_full
 from lensjax.models import Models, Params
@@ -53,17 +53,20 @@ class Measured:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class FocusEvidence:
-    """Whether LensNet's focus on one sequence is about that sequence (see `faithfulness`); a leading axis for many."""
+class Comparison:
+    """All policies on one sequence; a leading axis for many."""
 
-    foreign: Measured
-    """The sequence shown as another one's focus would have it."""
+    policies: dict[str, Measured]
+    """By name; the whole history in full among them."""
+    focus: WorkingContext
+    """LensNet's last context."""
     divergence: Array
-    """float32[]: edit distance to the entries of recency, as a share of their number."""
-    changed_edits: Array
-    """float32[]: of the nodes that either focus edits in the cold start, the share that only one of them does."""
+    """float32[]: its edit distance to the entries of recency, as a share of their number."""
     correlation: Array
     """float32[]: of LensNet's values of random rollouts and their advantages; NaN where one of these is constant."""
+    is_key: Array
+    """bool[H]: the key tokens beside contexts of this length: told by less than recency shows, and by no context that
+    is compared."""
 
 
 def measure(
@@ -77,7 +80,7 @@ def measure(
     draws: int,
     oracle_rounds: int,
     recipe: Recipe,
-) -> dict[str, Measured]:
+) -> Comparison:
     """All policies on one sequence, at one length.
 
     Args:
@@ -92,7 +95,7 @@ def measure(
       recipe: shapes, and how the allocator acts.
 
     Returns:
-      `Measured` by the name of the policy; `rivals.information` says what each may know.
+      `Comparison`; `rivals.information` says what each of the policies may know.
     """
     geometry = recipe.geometry
     window = split(tokens, horizon=recipe.context.horizon)
@@ -104,22 +107,80 @@ def measure(
     untrained = _path(models, fresh, tree, lens_key, length=length, recipe=recipe)
     paths = {"lensnet_1": path[:2], f"lensnet_{recipe.focus.steps}": path, FRESH: untrained}
     shown |= {name: steps[-1] for name, steps in paths.items()}
-    shown |= rivals.hindsight(
-        models, params, window, shown, answers, geometry, length=length, oracle_rounds=oracle_rounds
-    )
+    known = rivals.hindsight(models, params, window, answers, geometry, length=length)
 
-    is_key = _is_key(models, params, window, length=length, recipe=recipe)
-    # One pass over all: of a base model of many layers, a pass for each policy takes minutes to compile.
-    together = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *shown.values())
-    losses, _ = nll.variant_token_nll(models.base, params["base"], tree, together, window.horizon, geometry)
-    ends = list(itertools.accumulate(variants.valid.shape[0] for variants in shown.values()))
+    losses, entries = _losses(models, params, tree, shown | known, window, geometry)
+    starts = shown | {name: known[name] for name in known if name == "answer"}
+    means = {name: nll.mean_nll(own) for name, own in losses.items()}
+    oracle, _ = rivals.searched(models, params, window, starts, means, geometry, length=length, rounds=oracle_rounds)
+    best = jnp.argmin(means["random"])
+    chosen = {f"best_of_{draws}": jax.tree.map(lambda leaf: leaf[best][None], shown["random"]), "oracle": oracle}
+    losses |= {f"best_of_{draws}": losses["random"][best][None]}
+    losses |= _losses(models, params, tree, {"oracle": oracle}, window, geometry)[0]
+
+    settings = recipe.context.key
+    gain = key_tokens.token_gain(models.base, params["base"], window, short=settings.tokens(length))
+    is_key = key_tokens.is_key(gain, settings)
+    in_full = _one(contexts.recency(geometry.history, geometry, capacity=geometry.history))
+    losses |= {FULL: -gain.long[None]}
     report = {
-        name: _measured(variants, own, is_key, answers, geometry)
-        for (name, variants), own in zip(shown.items(), jnp.split(losses, ends[:-1]), strict=True)
+        name: _measured(variants, losses[name], is_key, answers, geometry)
+        for name, variants in (shown | known | chosen | {FULL: in_full}).items()
     }
     for name, steps in paths.items():
         report[name] = replace(report[name], **_movement(steps, geometry))
-    return report
+
+    focus = jax.tree.map(lambda leaf: leaf[0], path[-1])
+    # The rollouts' losses minus that of recency are their advantages, and what all share changes no correlation.
+    scores = policy_scores(models.lens, params["lens"], entries["random"])
+    values = preferences.variant_values(scores, shown["random"], geometry)
+    distinct = rollouts.is_distinct(jax.vmap(lambda one: contexts.to_cut(one, geometry))(shown["random"]))
+    correlation, is_defined = preferences.correlation(values, -means["random"], distinct)
+    return Comparison(
+        policies=report,
+        focus=focus,
+        divergence=_divergence(focus, geometry, length=length),
+        correlation=jnp.where(is_defined, correlation, jnp.nan),
+        is_key=is_key,
+    )
+
+
+def measure_foreign(
+    models: Models,
+    params: dict[str, Params],
+    tokens: Array,
+    answers: Array | None,
+    found: Comparison,
+    foreign: WorkingContext,
+    *,
+    length: int,
+    recipe: Recipe,
+) -> tuple[Measured, Array]:
+    """LensNet's focus on another sequence, applied to this one.
+
+    LensNet acts on a context by its scores of the nodes alone, and all sequences have one cold start. So the scores of
+    another sequence, applied to this one step by step, show the spans that they showed of the other.
+
+    Args:
+      models: base model and GistNet are called.
+      params: parameters of `base` and `gist`.
+      tokens: int32[T].
+      answers: int32[A], see `measure`.
+      found: what `measure` finds of the sequence.
+      foreign: the focus of another one.
+      length: entries of every context.
+      recipe: shapes, and how the allocator acts.
+
+    Returns:
+      `Measured` of the sequence in that context; float32[], of the nodes that either focus edits in the cold start, the
+      share that only one of them does.
+    """
+    geometry = recipe.geometry
+    window = split(tokens, horizon=recipe.context.horizon)
+    tree = build_tree(models, params, window.history, geometry)
+    losses, _ = nll.variant_token_nll(models.base, params["base"], tree, _one(foreign), window.horizon, geometry)
+    changed = _changed_edits(found.focus, foreign, geometry, length=length, settings=recipe.focus)
+    return _measured(_one(foreign), losses, found.is_key, answers, geometry), changed
 
 
 def bounds(
@@ -144,25 +205,12 @@ def bounds(
     window = split(tokens, horizon=recipe.context.horizon)
     tree = build_tree(models, params, window.history, geometry)
     shown = _causal(models, params, window.history, _keys(key)[0], length=length, draws=draws, recipe=recipe)
-    known = rivals.hindsight(
-        models, params, window, shown, answers, geometry, length=length, oracle_rounds=oracle_rounds
-    )
-    both = jax.tree.map(lambda one, other: jnp.concatenate([one, other]), shown["recency"], known["oracle"])
-    each, _ = nll.variant_nll(models.base, params["base"], tree, both, window.horizon, geometry)
-    return each[0], each[1]
-
-
-def measure_full(
-    models: Models, params: dict[str, Params], tokens: Array, answers: Array | None, *, length: int, recipe: Recipe
-) -> Measured:
-    """The whole history in full, on the tokens that are key beside contexts of `length`; arguments of `measure`."""
-    geometry = recipe.geometry
-    window = split(tokens, horizon=recipe.context.horizon)
-    in_full = _one(contexts.recency(geometry.history, geometry, capacity=geometry.history))
-    tree = build_tree(models, params, window.history, geometry)
-    losses, _ = nll.variant_token_nll(models.base, params["base"], tree, in_full, window.horizon, geometry)
-    is_key = _is_key(models, params, window, length=length, recipe=recipe)
-    return _measured(in_full, losses, is_key, answers, geometry)
+    if answers is not None:
+        shown |= {"answer": rivals.hindsight(models, params, window, answers, geometry, length=length)["answer"]}
+    losses, _ = _losses(models, params, tree, shown, window, geometry)
+    means = {name: nll.mean_nll(own) for name, own in losses.items()}
+    _, least = rivals.searched(models, params, window, shown, means, geometry, length=length, rounds=oracle_rounds)
+    return means["recency"][0], least
 
 
 def measure_pick(
@@ -194,77 +242,6 @@ def measure_pick(
     return {"lensnet": each[0], "recency": each[1], "hit": hit}
 
 
-def focused(
-    models: Models, params: dict[str, Params], history: Array, key: Array, *, length: int, recipe: Recipe
-) -> WorkingContext:
-    """LensNet's last context of one history int32[C], that of `measure`."""
-    tree = build_tree(models, params, history, recipe.geometry)
-    last = _path(models, params, tree, _keys(key)[1], length=length, recipe=recipe)[-1]
-    return jax.tree.map(lambda leaf: leaf[0], last)
-
-
-def measure_focus(
-    models: Models,
-    params: dict[str, Params],
-    tokens: Array,
-    answers: Array | None,
-    key: Array,
-    own: WorkingContext,
-    foreign: WorkingContext,
-    *,
-    length: int,
-    draws: int,
-    recipe: Recipe,
-) -> FocusEvidence:
-    """LensNet's focus beside another sequence's, and beside recency.
-
-    LensNet acts on a context by its scores of the nodes alone, and all sequences have one cold start. So the scores of
-    another sequence, applied to this one step by step, show the spans that they showed of the other.
-
-    Args:
-      models: all three are called.
-      params: parameters of `base`, `gist` and `lens`.
-      tokens: int32[T].
-      answers: int32[A], see `measure`.
-      key: PRNG key of the rollouts, consumed; with the key of `measure` they are those of its `random`.
-      own: what `focused` makes of the sequence.
-      foreign: what it makes of another one.
-      length: entries of every context, a reachable length.
-      draws: number of random rollouts.
-      recipe: shapes.
-
-    Returns:
-      `FocusEvidence`.
-    """
-    geometry, share = recipe.geometry, recipe.hyper.high_lod_share
-    window = split(tokens, horizon=recipe.context.horizon)
-    tree = build_tree(models, params, window.history, geometry)
-    random_key, _ = jax.random.split(_keys(key)[0])
-    drawn, distinct = rollouts.sample_rollouts(
-        random_key, length, share, rollouts=draws, geometry=geometry, capacity=length
-    )
-    variants = jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), foreign, drawn)
-    losses, entries = nll.variant_token_nll(models.base, params["base"], tree, variants, window.horizon, geometry)
-    is_key = _is_key(models, params, window, length=length, recipe=recipe)
-
-    scores = policy_scores(models.lens, params["lens"], jax.tree.map(lambda leaf: leaf[1:], entries))
-    values = preferences.variant_values(scores, drawn, geometry)
-    # What all rollouts share, the loss of recency, changes no correlation.
-    correlation, is_defined = preferences.correlation(values, -nll.mean_nll(losses[1:]), distinct)
-
-    def symbols(context: WorkingContext) -> Array:
-        return context.start * (geometry.max_lod + 1) + context.lod
-
-    recency = contexts.recency(length, geometry, capacity=length)
-    shown, recency = contexts.read(own, geometry), contexts.read(recency, geometry)
-    return FocusEvidence(
-        foreign=_measured(_one(foreign), losses[:1], is_key, answers, geometry),
-        divergence=faithfulness.divergence(symbols(shown), shown.length, symbols(recency), recency.length),
-        changed_edits=_changed_edits(own, foreign, geometry, length=length, settings=recipe.focus),
-        correlation=jnp.where(is_defined, correlation, jnp.nan),
-    )
-
-
 def _causal(
     models: Models, params: dict[str, Params], history: Array, key: Array, *, length: int, draws: int, recipe: Recipe
 ) -> dict[str, WorkingContext]:
@@ -274,13 +251,36 @@ def _causal(
     )
 
 
-def _is_key(models: Models, params: dict[str, Params], window: Window, *, length: int, recipe: Recipe) -> Array:
-    """The key tokens beside contexts of `length`: told by less than recency shows, and by no context that is compared.
+def _losses(
+    models: Models,
+    params: dict[str, Params],
+    tree: TreeState,
+    shown: dict[str, WorkingContext],
+    window: Window,
+    geometry: Geometry,
+) -> tuple[dict[str, Array], dict[str, Entries]]:
+    """Loss of each token of the horizon, float32[draws, H], and what a policy sees, by the name of who chose.
 
-    bool[H].
+    One pass over all: of a base model of many layers, a pass for each policy takes minutes to compile.
     """
-    settings = recipe.context.key
-    return key_tokens.find(models.base, params["base"], window, settings, short=settings.tokens(length))
+    together = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *shown.values())
+    losses, entries = nll.variant_token_nll(models.base, params["base"], tree, together, window.horizon, geometry)
+    ends = list(itertools.accumulate(variants.valid.shape[0] for variants in shown.values()))
+
+    def own(leaf: Array) -> list[Array]:
+        return jnp.split(leaf, ends[:-1])
+
+    rows = jax.tree.transpose(jax.tree.structure(entries), None, jax.tree.map(own, entries))
+    return dict(zip(shown, own(losses), strict=True)), dict(zip(shown, rows, strict=True))
+
+
+def _divergence(own: WorkingContext, geometry: Geometry, *, length: int) -> Array:
+    def symbols(context: WorkingContext) -> Array:
+        return context.start * (geometry.max_lod + 1) + context.lod
+
+    recency = contexts.recency(length, geometry, capacity=length)
+    shown, recency = contexts.read(own, geometry), contexts.read(recency, geometry)
+    return faithfulness.divergence(symbols(shown), shown.length, symbols(recency), recency.length)
 
 
 def _changed_edits(

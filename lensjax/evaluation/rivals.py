@@ -8,7 +8,6 @@ from jax import Array
 
 from lensjax.context import allocator, rollouts
 from lensjax.context import working as contexts
-from lensjax.context.allocator import FocusState
 from lensjax.context.geometry import Geometry
 from lensjax.context.working import WorkingContext
 from lensjax.evaluation import baselines
@@ -70,50 +69,76 @@ def hindsight(
     models: Models,
     params: dict[str, Params],
     window: Window,
-    rivals: dict[str, WorkingContext],
     answers: Array | None,
     geometry: Geometry,
     *,
     length: int,
-    oracle_rounds: int,
 ) -> dict[str, WorkingContext]:
-    """Contexts chosen by the horizon itself, bounds that no policy can be held to.
+    """Contexts that the horizon's tokens choose, bounds that no policy can be held to.
 
     Args:
-      models: base model and GistNet are called.
-      params: parameters of `base` and `gist`.
+      models: the base model is called.
+      params: parameters of `base`.
       window: history and horizon.
-      rivals: contexts of the causal policies, the search's starts.
       answers: int32[A], first tokens of the blocks to be shown; None where they are not known.
       geometry: the history.
       length: entries of every context.
-      oracle_rounds: see `baselines.greedy_oracle`.
 
     Returns:
       By name: `snapkv_hindsight` and `bm25_hindsight` have the horizon as their query, `answer` shows what is known to
-      be needed, `best_of_N` and `oracle` choose by the loss. Leading axis 1.
+      be needed. Leading axis 1.
     """
-    tree = build_tree(models, params, window.history, geometry)
     scored: dict[str, Array] = {}
     if isinstance(models.base, AttentiveLanguageModel):
         scored["snapkv_hindsight"] = teachers.future_attention(models.base, params["base"], window, heads="mean")
     scored["bm25_hindsight"] = baselines.bm25(window.history, window.horizon, geometry)
-    drawn = rivals["random"]
-    measured, _ = nll.variant_nll(models.base, params["base"], tree, drawn, window.horizon, geometry)
-    best = jnp.argmin(measured)
+    chosen = {name: _by_scores(scores, length, geometry) for name, scores in scored.items()}
+    if answers is not None:
+        in_full = oracle_state(answers, length, geometry)
+        chosen["answer"] = _one(allocator.to_context(in_full, geometry, capacity=length))
+    return chosen
+
+
+def searched(
+    models: Models,
+    params: dict[str, Params],
+    window: Window,
+    shown: dict[str, WorkingContext],
+    losses: dict[str, Array],
+    geometry: Geometry,
+    *,
+    length: int,
+    rounds: int,
+) -> tuple[WorkingContext, Array]:
+    """The best context that a search on the horizon's loss finds, from contexts whose losses are known.
+
+    Args:
+      models: base model and GistNet are called, and neither without rounds.
+      params: parameters of `base` and `gist`.
+      window: history and horizon.
+      shown: contexts by the name of who chose them, leading axis: draws.
+      losses: theirs, float32[draws] by name.
+      geometry: the history.
+      length: entries of every context.
+      rounds: see `baselines.greedy_oracle`.
+
+    Returns:
+      The context, leading axis 1, and its loss float32[].
+    """
+    # Every cut of the whole history can be edited; without omission recency leaves its beginning out.
+    names = [name for name in shown if geometry.omit or name != "recency"]
+    variants = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(shown[name] for name in names))
+    cuts = jax.vmap(lambda one: contexts.to_cut(one, geometry))(variants)
+    starts = jax.vmap(lambda cut: allocator.from_cut(cut, geometry))(cuts)
+    tree = build_tree(models, params, window.history, geometry)
 
     def loss(context: WorkingContext) -> Array:
         read = contexts.materialise(tree, contexts.read(context, geometry))
         return nll.token_nll(models.base, params["base"], read, window.horizon).mean()
 
-    starts = _starts(rivals, answers, length, geometry)
-    oracle = baselines.greedy_oracle(loss, starts, geometry, length=length, rounds=oracle_rounds)
-    return {
-        **{name: _by_scores(scores, length, geometry) for name, scores in scored.items()},
-        **({} if answers is None else {"answer": _one(_in_full(answers, length, geometry))}),
-        f"best_of_{len(measured)}": jax.tree.map(lambda leaf: leaf[best][None], drawn),
-        "oracle": _one(allocator.to_context(oracle, geometry, capacity=length)),
-    }
+    known = jnp.concatenate([losses[name] for name in names])
+    best, least = baselines.greedy_oracle(loss, starts, known, geometry, length=length, rounds=rounds)
+    return _one(allocator.to_context(best, geometry, capacity=length)), least
 
 
 def information(name: str) -> Literal["causal", "hindsight"]:
@@ -194,22 +219,6 @@ def order(name: str) -> tuple[int, str]:
     )
     places = [place for place, kind in enumerate(kinds) if name == kind or name.startswith(f"{kind}_")]
     return (max(places, default=len(kinds)), name)
-
-
-def _starts(rivals: dict[str, WorkingContext], answers: Array | None, length: int, geometry: Geometry) -> FocusState:
-    """Where the search for the oracle may start: every cut of the whole history (recency leaves its beginning out)."""
-    covering = [context for name, context in rivals.items() if geometry.omit or name != "recency"]
-    variants = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *covering)
-    cuts = jax.vmap(lambda one: contexts.to_cut(one, geometry))(variants)
-    starts = jax.vmap(lambda cut: allocator.from_cut(cut, geometry))(cuts)
-    if answers is None:
-        return starts
-    known = oracle_state(answers, length, geometry)
-    return jax.tree.map(lambda many, one: jnp.concatenate([many, one[None]]), starts, known)
-
-
-def _in_full(answers: Array, length: int, geometry: Geometry) -> WorkingContext:
-    return allocator.to_context(oracle_state(answers, length, geometry), geometry, capacity=length)
 
 
 def _by_scores(scores: Array, length: int, geometry: Geometry) -> WorkingContext:

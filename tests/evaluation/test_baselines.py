@@ -11,6 +11,7 @@ import pytest
 
 from lensjax.context import allocator
 from lensjax.context import working as contexts
+from lensjax.context.allocator import FocusState
 from lensjax.context.geometry import Geometry
 from lensjax.evaluation import baselines
 from lensjax.models.decision import build_tree, split
@@ -206,7 +207,12 @@ def search(rounds):
             entries = contexts.materialise(tree, context)
             return nll.token_nll(models.base, params["base"], entries, window.horizon).mean()
 
-        return baselines.greedy_oracle(loss, starts, geometry, length=LENGTH, rounds=rounds)
+        def loss_of_state(collapsed):
+            state = FocusState(collapsed, jnp.zeros(collapsed.shape, jnp.int32))
+            return loss(allocator.to_context(state, geometry, capacity=LENGTH))
+
+        losses = jax.vmap(loss_of_state)(starts.collapsed)
+        return baselines.greedy_oracle(loss, starts, losses, geometry, length=LENGTH, rounds=rounds)
 
     return jit(one)
 

@@ -32,11 +32,20 @@ RANDOM_KEY = jax.random.split(jax.random.split(KEY)[0])[0]
 
 
 @functools.cache
-def measured(has_answer):
-    options = {"length": LENGTH, "draws": DRAWS, "oracle_rounds": 1, "recipe": RECIPE}
-    run = jit(functools.partial(compare.measure, RUN.models, **options))
+def program(run):
+    return jit(
+        functools.partial(compare.measure, run.models, length=LENGTH, draws=DRAWS, oracle_rounds=1, recipe=run.recipe)
+    )
+
+
+@functools.cache
+def compared(has_answer=True, row=0):
     answers = jnp.asarray(ANSWERS) if has_answer else None
-    return jax.device_get(run(RUN.params(), batch()["tokens"][0], answers, KEY))
+    return jax.device_get(program(RUN)(RUN.params(), batch()["tokens"][row], answers, KEY))
+
+
+def measured(has_answer):
+    return {name: one for name, one in compared(has_answer).policies.items() if name != compare.FULL}
 
 
 @pytest.mark.parametrize("has_answer", [True, pytest.param(False, marks=pytest.mark.slow)])
@@ -138,8 +147,9 @@ def test_the_pick_with_omission_is_what_lensnet_ends_with():
     @jit
     def by_hand(params):
         window = split(tokens, horizon=shape.horizon)
-        # `focused` takes the key of the whole table; nothing is sampled here.
-        own = compare.focused(OMITTING.models, params, window.history, KEY, length=length, recipe=OMITTING.recipe)
+        # The table's; nothing is sampled here.
+        options = {"length": length, "draws": 2, "oracle_rounds": 0, "recipe": OMITTING.recipe}
+        own = compare.measure(OMITTING.models, params, tokens, None, KEY, **options).focus
         entries = contexts.materialise(
             build_tree(OMITTING.models, params, window.history, geometry), contexts.read(own, geometry)
         )
@@ -169,10 +179,8 @@ def test_the_bounds_are_those_of_recency_and_of_the_search():
 
 
 def test_the_full_context_is_the_ordinary_loss_of_the_horizon():
-    params, tokens = RUN.params(), batch()["tokens"][0]
-    measure = jit(functools.partial(compare.measure_full, RUN.models, length=LENGTH, recipe=RECIPE))
-    found = measure(params, tokens, jnp.asarray(ANSWERS))
-    whole = jit(functools.partial(nll.sequence_nll, RUN.models.base))(params["base"], tokens)
+    found = compared().policies[compare.FULL]
+    whole = jit(functools.partial(nll.sequence_nll, RUN.models.base))(RUN.params()["base"], batch()["tokens"][0])
     assert float(found.nll) == pytest.approx(float(whole[-SHAPE.horizon :].mean()), rel=1e-5)
     assert found.entries.tolist() == [SHAPE.history, SHAPE.history] and found.hit == 1
 
@@ -195,45 +203,39 @@ def test_losses_of_key_tokens_are_of_those_that_less_than_recency_does_not_help(
     found = measured(True)
     assert {int(one.key_tokens) for one in found.values()} == {is_key.sum()}
     assert found["recency"].key_nll == pytest.approx(recency[is_key].mean(), rel=1e-5)
-    full = jit(functools.partial(compare.measure_full, RUN.models, length=LENGTH, recipe=RECIPE))(params, tokens, None)
+    full = compared().policies[compare.FULL]
     assert float(full.key_nll) == pytest.approx(whole[is_key].mean(), rel=1e-5)
-    foreign = focus_evidence(0, 0).foreign
+    foreign, _ = shown_by(0)
     assert foreign.key_nll == pytest.approx(found["lensnet_2"].key_nll, rel=1e-5)
     assert foreign.key_tokens == is_key.sum()
 
 
 @functools.cache
-def focused(row):
-    run = jit(functools.partial(compare.focused, RUN.models, length=LENGTH, recipe=RECIPE))
-    return run(RUN.params(), batch()["tokens"][row, : SHAPE.history], KEY)
+def foreign_program():
+    return jit(functools.partial(compare.measure_foreign, RUN.models, length=LENGTH, recipe=RECIPE))
 
 
-@functools.cache
-def focus_program():
-    return jit(functools.partial(compare.measure_focus, RUN.models, length=LENGTH, draws=DRAWS, recipe=RECIPE))
-
-
-def focus_evidence(own, foreign):
-    """Of the first sequence, with the focus on two of the batch."""
+def shown_by(row):
+    """The first sequence as the focus on another one of the batch would have it."""
     tokens = batch()["tokens"][0]
-    evidence = focus_program()(RUN.params(), tokens, jnp.asarray(ANSWERS), KEY, focused(own), focused(foreign))
-    return jax.device_get(evidence)
+    answers = jnp.asarray(ANSWERS)
+    return jax.device_get(foreign_program()(RUN.params(), tokens, answers, compared(), compared(row=row).focus))
 
 
 def test_a_sequence_s_own_focus_is_that_of_the_table():
-    found, expected = focus_evidence(0, 0), measured(True)["lensnet_2"]
-    assert found.foreign.nll == pytest.approx(expected.nll, rel=1e-6) and found.foreign.hit == expected.hit
-    assert found.changed_edits == 0
+    (foreign, changed), expected = shown_by(0), measured(True)["lensnet_2"]
+    assert foreign.nll == pytest.approx(expected.nll, rel=1e-6) and foreign.hit == expected.hit
+    assert changed == 0
 
 
 def test_another_sequence_s_focus_is_read_with_this_sequence_s_tokens():
     @jit
     def loss(params):
         window = split(batch()["tokens"][0], horizon=SHAPE.horizon)
-        entries = contexts.materialise(build_tree(RUN.models, params, window.history, GEOMETRY), focused(1))
+        entries = contexts.materialise(build_tree(RUN.models, params, window.history, GEOMETRY), compared(row=1).focus)
         return nll.token_nll(RUN.models.base, params["base"], entries, window.horizon).mean()
 
-    found = focus_evidence(0, 1).foreign
+    found, _ = shown_by(1)
     assert found.nll == pytest.approx(float(loss(RUN.params())), rel=1e-5)
     assert found.entries.tolist() == [LENGTH, LENGTH] and math.isnan(found.swap_rate)
     assert found.nll != pytest.approx(measured(True)["lensnet_2"].nll, rel=1e-5)
@@ -251,16 +253,17 @@ def collapsed(context):
 
 
 def test_what_a_focus_changes_is_counted_by_entries_and_by_edits():
-    found = focus_evidence(0, 1)
-    own, recency = (
-        tuple(reference.entries_of(one)) for one in (focused(0), contexts.recency(LENGTH, GEOMETRY, capacity=LENGTH))
-    )
-    assert found.divergence == pytest.approx(reference.edit_distance(own, recency) / LENGTH)
+    focused = [compared(row=row).focus for row in (0, 1)]
+    recency = contexts.recency(LENGTH, GEOMETRY, capacity=LENGTH)
+    own, last = (tuple(reference.entries_of(one)) for one in (focused[0], recency))
+    assert compared().divergence == pytest.approx(reference.edit_distance(own, last) / LENGTH)
     cold = collapsed(allocator.to_context(allocator.uniform(LENGTH, GEOMETRY), GEOMETRY, capacity=LENGTH))
-    edits, others = (collapsed(focused(row)) ^ cold for row in (0, 1))
+    edits, others = (collapsed(one) ^ cold for one in focused)
     assert edits and edits != others
-    assert found.changed_edits == pytest.approx(len(edits ^ others) / len(edits | others))
-    assert focus_evidence(1, 0).changed_edits == found.changed_edits
+    _, changed = shown_by(1)
+    assert changed == pytest.approx(len(edits ^ others) / len(edits | others))
+    other_way = foreign_program()(RUN.params(), batch()["tokens"][1], jnp.asarray(ANSWERS), compared(row=1), focused[0])
+    assert other_way[1] == changed
 
 
 def test_the_correlation_is_over_the_rollouts_of_the_table():
@@ -283,7 +286,7 @@ def test_the_correlation_is_over_the_rollouts_of_the_table():
     values, losses = values_and_losses(RUN.params())
     assert float(losses.mean()) == pytest.approx(measured(True)["random"].nll, rel=1e-5)
     expected = np.corrcoef(values, -losses)[0, 1]
-    assert focus_evidence(0, 1).correlation == pytest.approx(expected, abs=1e-3)
+    assert compared().correlation == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize(

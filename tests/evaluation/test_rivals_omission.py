@@ -1,7 +1,7 @@
 """All policies where what is collapsed is omitted: one budget, counted in what the base model reads."""
 
 import functools
-import math
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -11,6 +11,7 @@ from lensjax.evaluation import compare, held_out, rivals
 from lensjax.models.decision import build_tree, split
 from lensjax.training import nll
 from lensjax.training.metrics import MAY_BE_UNDEFINED
+from tests import reference
 from tests.small import OMITTING, batch, jit
 
 RECIPE, MODELS, SHAPE, GEOMETRY = OMITTING.recipe, OMITTING.models, OMITTING.config.context, OMITTING.config.geometry
@@ -18,10 +19,14 @@ LENGTH, DRAWS, KEY = 18, 3, jax.random.key(5)
 
 
 @functools.cache
-def measured():
+def compared():
     options = {"length": LENGTH, "draws": DRAWS, "oracle_rounds": 1, "recipe": RECIPE}
     run = jit(functools.partial(compare.measure, MODELS, **options))
     return jax.device_get(run(OMITTING.params(), batch()["tokens"][0], np.asarray([6]), KEY))
+
+
+def measured():
+    return {name: one for name, one in compared().policies.items() if name != compare.FULL}
 
 
 def test_every_policy_has_exactly_the_entries():
@@ -40,9 +45,11 @@ def test_every_context_is_a_legal_cut_of_the_whole_history():
         shown = rivals.causal(
             MODELS, params, window.history, key, GEOMETRY, length=LENGTH, draws=DRAWS, high_lod_share=0.3
         )
-        of_horizon = rivals.hindsight(
-            MODELS, params, window, shown, np.asarray([6]), GEOMETRY, length=LENGTH, oracle_rounds=1
-        )
+        of_horizon = rivals.hindsight(MODELS, params, window, np.asarray([6]), GEOMETRY, length=LENGTH)
+        # As if the first draw were the best.
+        losses = {name: np.arange(many.valid.shape[0], dtype=np.float32) for name, many in shown.items()}
+        options = {"length": LENGTH, "rounds": 1}
+        of_horizon["oracle"], _ = rivals.searched(MODELS, params, window, shown, losses, GEOMETRY, **options)
         each = functools.partial(contexts.invariants, geometry=GEOMETRY, length=LENGTH)
         return {name: jax.vmap(each)(many) for name, many in (shown | of_horizon).items()}
 
@@ -70,32 +77,33 @@ def test_a_policy_that_nothing_convinces_stays_at_recency():
     recipe = RECIPE.__class__(**{**vars(RECIPE), "focus": focus})
 
     @jit
-    def pick(params, history):
-        return compare.focused(MODELS, params, history, KEY, length=LENGTH, recipe=recipe)
+    def pick(params, tokens):
+        options = {"length": LENGTH, "draws": DRAWS, "oracle_rounds": 0, "recipe": recipe}
+        return compare.measure(MODELS, params, tokens, None, KEY, **options).focus
 
-    picked = pick(OMITTING.params(), batch()["tokens"][0, : SHAPE.history])
+    picked = pick(OMITTING.params(), batch()["tokens"][0])
     jax.tree.map(np.testing.assert_array_equal, picked, contexts.recency(LENGTH, GEOMETRY, capacity=LENGTH))
 
 
 def test_what_a_focus_does_is_told_by_what_is_read():
-    run = jit(functools.partial(compare.measure_focus, MODELS, length=LENGTH, draws=DRAWS, recipe=RECIPE))
+    run = jit(functools.partial(compare.measure_foreign, MODELS, length=LENGTH, recipe=RECIPE))
     tokens = batch()["tokens"]
     recency = contexts.recency(LENGTH, GEOMETRY, capacity=LENGTH)
     # Another block of two in the place of the oldest one.
     cut = np.asarray([0, 0] + [1] * 14 + [0] * 16, np.int32)
     other = contexts.from_cut(cut, GEOMETRY, capacity=LENGTH)
-    for own, foreign, divergence, changed in ((recency, recency, 0, 0), (other, recency, 2 / 18, 1)):
-        found = jax.device_get(run(OMITTING.params(), tokens[0], None, KEY, own, foreign))
-        assert found.foreign.entries.tolist() == [LENGTH, LENGTH]
-        np.testing.assert_allclose(found.foreign.nll, measured()["recency"].nll, rtol=1e-5)
-        assert (found.divergence, found.changed_edits) == (np.float32(divergence), changed)
-        assert -1 <= found.correlation <= 1
-    full = jax.device_get(
-        jit(functools.partial(compare.measure_full, MODELS, length=LENGTH, recipe=RECIPE))(
-            OMITTING.params(), tokens[0], None
-        )
-    )
-    assert full.entries.tolist() == [SHAPE.history, SHAPE.history] and math.isnan(full.hit)
+    for own, changed in ((recency, 0), (other, 1)):
+        found = replace(compared(), focus=own)
+        foreign, share = jax.device_get(run(OMITTING.params(), tokens[0], None, found, recency))
+        assert foreign.entries.tolist() == [LENGTH, LENGTH] and share == changed
+        np.testing.assert_allclose(foreign.nll, measured()["recency"].nll, rtol=1e-5)
+    shown = reference.entries_of(contexts.read(compared().focus, GEOMETRY))
+    last = reference.entries_of(contexts.read(recency, GEOMETRY))
+    expected = reference.edit_distance(tuple(shown), tuple(last)) / LENGTH
+    assert compared().divergence == np.float32(expected)
+    assert -1 <= compared().correlation <= 1
+    full = compared().policies[compare.FULL]
+    assert full.entries.tolist() == [SHAPE.history, SHAPE.history] and full.hit == 1
 
 
 def test_held_out_measurements_are_finite_and_maps_have_the_length():

@@ -12,7 +12,7 @@ import pytest
 from experiments import evaluate, train
 from lensjax.context.working import WorkingContext
 from lensjax.evaluation import compare, rivals
-from lensjax.evaluation.compare import FocusEvidence, Measured
+from lensjax.evaluation.compare import Comparison, Measured
 from tests.runs import cheap_programs, contents, tiny_config, write_corpus
 
 pytestmark = pytest.mark.slow
@@ -55,40 +55,39 @@ def known(monkeypatch):
         return jnp.where(count > 0, 2 * loss, jnp.nan), count
 
     def measure(models, params, tokens, answers, key, *, length, draws, oracle_rounds, recipe):
+        share, nothing = tokens.mean(dtype=jnp.float32) / 256, jnp.full((), jnp.nan)
+
         def one(name, place):
             moves = jnp.full((), 0.25 if name.startswith("lensnet") else jnp.nan)
             hit = jnp.full((), jnp.nan if answers is None else 0.5)
-            loss = (20.0 - place + tokens.mean(dtype=jnp.float32) / 256).astype(jnp.float32)
+            loss = 20.0 - place + share
             return Measured(loss, *on_key(loss, tokens), hit, moves, 4 * moves, jnp.full(2, length))
 
-        return {name: one(name, place) for place, name in enumerate(POLICIES)}
-
-    def measure_full(models, params, tokens, answers, *, length, recipe):
-        loss, nothing = (5.0 + tokens.mean(dtype=jnp.float32) / 256).astype(jnp.float32), jnp.full((), jnp.nan)
+        history, whole = tokens[: recipe.context.history], 5.0 + share
         entries = jnp.full(2, recipe.context.history)
-        return Measured(loss, *on_key(loss, tokens), nothing, nothing, nothing, entries)
+        policies = {name: one(name, place) for place, name in enumerate(POLICIES)}
+        return Comparison(
+            policies={**policies, "full": Measured(whole, *on_key(whole, tokens), *[nothing] * 3, entries)},
+            focus=WorkingContext(history, history, history > 0),
+            divergence=jnp.full((), 0.5),
+            correlation=jnp.full((), jnp.nan if answers is None else 0.75),
+            is_key=tokens > 0,
+        )
 
-    def focused(models, params, history, key, *, length, recipe):
-        return WorkingContext(history, history, history > 0)
-
-    def measure_focus(models, params, tokens, answers, key, own, foreign, *, length, draws, recipe):
+    def measure_foreign(models, params, tokens, answers, found, foreign, *, length, recipe):
         """Three nats worse than the own focus, and as much changed as the two sequences are different ones."""
-        lost, nothing = 3.0 + tokens.mean(dtype=jnp.float32) / 256, jnp.full((), jnp.nan)
+        loss, nothing = 20.0 - 9 + 3.0 + tokens.mean(dtype=jnp.float32) / 256, jnp.full((), jnp.nan)
         history = tokens[: recipe.context.history]
-        is_own = jnp.all(own.start == history)
+        is_own = jnp.all(found.focus.start == history)
         changed = jnp.where(is_own & jnp.any(foreign.start != history), 1.0, 0.0)
-        loss = (20.0 - 9 + lost).astype(jnp.float32)
-        shown = Measured(loss, *on_key(loss, tokens), nothing, nothing, nothing, jnp.full(2, length))
-        return FocusEvidence(shown, jnp.full((), 0.5), changed, jnp.full((), jnp.nan if answers is None else 0.75))
+        return Measured(loss, *on_key(loss, tokens), *[nothing] * 3, jnp.full(2, length)), changed
 
     monkeypatch.setattr(compare, "measure", measure)
-    monkeypatch.setattr(compare, "measure_full", measure_full)
-    monkeypatch.setattr(compare, "focused", focused)
-    monkeypatch.setattr(compare, "measure_focus", measure_focus)
-    for program in (evaluate.compiled_measure, evaluate._compiled_full, evaluate._compiled_focus):
+    monkeypatch.setattr(compare, "measure_foreign", measure_foreign)
+    for program in (evaluate.compiled_measure, evaluate._compiled_foreign):
         program.cache_clear()
     yield
-    for program in (evaluate.compiled_measure, evaluate._compiled_full, evaluate._compiled_focus):
+    for program in (evaluate.compiled_measure, evaluate._compiled_foreign):
         program.cache_clear()
 
 
@@ -202,8 +201,8 @@ def test_a_policy_that_misses_the_budget_is_an_error(runs, known, monkeypatch):
 
     def cheat(*args, **kwargs):
         report = measure(*args, **kwargs)
-        report["bm25"] = replace(report["bm25"], entries=jnp.asarray([15, 16]))
-        return report
+        bm25 = replace(report.policies["bm25"], entries=jnp.asarray([15, 16]))
+        return replace(report, policies={**report.policies, "bm25": bm25})
 
     monkeypatch.setattr(compare, "measure", cheat)
     with pytest.raises(SystemExit, match="error: bm25 made contexts of 15 to 16 entries, not 15"):
@@ -216,8 +215,8 @@ def test_nan_is_an_error_that_names_the_policy(runs, known, monkeypatch):
 
     def broken(*args, **kwargs):
         report = measure(*args, **kwargs)
-        report["snapkv"] = replace(report["snapkv"], nll=jnp.float32(np.nan))
-        return report
+        snapkv = replace(report.policies["snapkv"], nll=jnp.float32(np.nan))
+        return replace(report, policies={**report.policies, "snapkv": snapkv})
 
     monkeypatch.setattr(compare, "measure", broken)
     with pytest.raises(SystemExit, match="error: the loss of snapkv at 2x is not finite"):

@@ -10,7 +10,7 @@ import pytest
 
 from lensjax.context import refocus
 from lensjax.context import working as contexts
-from lensjax.evaluation import compare, held_out, rivals
+from lensjax.evaluation import held_out, rivals
 from lensjax.models.decision import build_tree, policy, policy_scores, split
 from lensjax.training.scoring import score_variants
 from lensjax.training.steps import episodes
@@ -40,7 +40,6 @@ def by_history(state, tokens, key, *, shift=0):
     return {
         "lensnet": shown,
         "lensnet_scores": policy_scores(MODELS.lens, params["lens"], entries),
-        "focused": compare.focused(MODELS, params, history, key, length=LENGTH, recipe=RECIPE),
         **causal(params, history, key),
     }
 
@@ -91,8 +90,7 @@ def report(state, tokens, key):
 
 def in_hindsight(state, tokens, key):
     window = split(tokens, horizon=SHAPE.horizon)
-    shown = causal(whole(state), window.history, key)
-    return rivals.hindsight(MODELS, whole(state), window, shown, None, GEOMETRY, length=LENGTH, oracle_rounds=0)
+    return rivals.hindsight(MODELS, whole(state), window, None, GEOMETRY, length=LENGTH)
 
 
 @functools.cache

@@ -94,7 +94,7 @@ def test_it_is_evaluated_as_in_training():
 @pytest.mark.slow
 def test_it_is_evaluated_beside_the_policies_that_need_no_attention():
     measure = functools.partial(compare.measure, OTHER.models, length=16, draws=2, oracle_rounds=1, recipe=OTHER.recipe)
-    found = jit(lambda params, tokens, answers, key: measure(params, tokens, answers, key))(
+    found = jit(lambda params, tokens, answers, key: measure(params, tokens, answers, key).policies)(
         OTHER.params(), batch()["tokens"][0], ANSWERS[0], jax.random.key(1)
     )
     assert {"recency", "random", "bm25", "lensnet_1", "oracle"} <= set(found)
