@@ -79,10 +79,10 @@ def open_run(
 
     try:
         devices.in_first(take)
-        stored = _stored(folder, phases) if resume else None
+        restored = run_folder.restore_point(folder, phases) if resume else None
+        stored = None if restored is None else _stored(folder, *restored)
         began_with = weights() if stored is None else stored["weights"]
         own = identity.of(config, data=data, weights=began_with)
-        restored = run_folder.restore_point(folder, phases) if resume else None
         if restored is not None:
             if stored is not None:
                 notes += _allowed_changes(folder, stored, own, restored[0], steps)
@@ -109,9 +109,8 @@ def require_unused(output_dir: str | Path) -> None:
     devices.in_first(lambda: lock.require_free(Path(output_dir)))
 
 
-def _stored(folder: Path, phases: tuple[str, ...]) -> Identity | None:
-    """The identity in the newest checkpoint; None where there is no checkpoint."""
-    phase, step = run_folder.restore_point(folder, phases)
+def _stored(folder: Path, phase: str, step: int) -> Identity | None:
+    """The identity in the checkpoint to go on from; None where there is no checkpoint."""
     return checkpoint.identity(run_folder.checkpoint_dir(folder, phase), step) if step else None
 
 

@@ -55,7 +55,7 @@ def digest(params: Mapping[str, Any]) -> str | None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(dict(params)):
         array = np.asarray(leaf)
         total.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
-        total.update(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+        total.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return total.hexdigest()
 
 

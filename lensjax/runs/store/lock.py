@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FILE = ".lock"
-"""In the run's folder. It stays there; what is locked is for the operating system to say."""
+"""In the run's folder. A killed process leaves it; what is locked is for the operating system to say."""
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _WRITING = 0.1
 """Seconds in which whoever has taken a lock has written its name."""
@@ -43,7 +43,14 @@ class Lock:
 
     def release(self) -> None:
         """Lets others have the folder; so does the end of the process."""
-        os.close(self.descriptor)
+        try:
+            self.require()
+            # Whoever has opened the file before, and locks it behind, sees that it is not the folder's any more.
+            (self.folder / FILE).unlink()
+        except OSError:
+            pass
+        finally:
+            os.close(self.descriptor)
 
 
 def take(folder: Path) -> Lock:
