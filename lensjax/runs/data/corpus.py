@@ -124,9 +124,17 @@ def _text_files(data: DataConfig) -> dict[str, Path]:
     else:
         names = each_once(found.root, found.files)
     if not names:
-        but = f"; links to folders are not followed, such as {found.links[0]}" if found.links else ""
-        but += f"; folders of runs are no text, such as {found.own[0]}" if found.own else ""
-        raise ValueError(f"no file with text in it under {where} (data.path {data.path!r}); expected at least one{but}")
+        but = f"; links to folders are not followed, such as {str(found.links[0])!r}" if found.links else ""
+        but += f"; folders of runs are no text, such as {str(found.own[0])!r}" if found.own else ""
+        raise ValueError(
+            f"no file with text in it under {where!r} (data.path {data.path!r}); expected at least one{but}"
+        )
+    memory, size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), sum(map(os.path.getsize, names.values()))
+    require(
+        size <= memory or (data.split_by == "folder" and data.tokenizer is not None),
+        f"data.path {data.path!r} holds {size / 2**30:,.1f} GiB of text, which is read whole, and there are "
+        f"{memory / 2**30:,.1f} GiB of memory: name fewer files, or set data.split_by folder and data.tokenizer",
+    )
     return names
 
 
@@ -142,8 +150,8 @@ def _require_apart(files: tuple[tuple[str, Path, tuple[int, int]], ...]) -> None
         one, other = (files[i] for i in pair)
         require(
             one[0].split("/")[0] == other[0].split("/")[0],
-            f"data.split_by folder: {one[1]} and {other[1]} are the same text, or nearly, and one of them is held "
-            "out: delete one, or move it to the other's folder",
+            f"data.split_by folder: {str(one[1])!r} and {str(other[1])!r} are the same text, or nearly, and one of "
+            "them is held out: delete one, or move it to the other's folder",
         )
 
 

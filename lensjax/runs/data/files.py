@@ -8,7 +8,6 @@ In a glob `**` stands for any number of folders. A name that is there is taken a
 what follows is a pattern.
 """
 
-import json
 import os
 import stat
 import unicodedata
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 EVERYTHING = ("**",)
+_WAYS_OUT = "make it readable, or take it out of there"
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,17 @@ def find(pattern: str) -> Found:
     """
     root, parts = _resolved(pattern)
     found = Found(root if parts else root.parent)
-    for folder in (found.root, *found.root.absolute().parents):
-        if _is_own(folder):
-            _refuse(pattern, f"is in {folder}, which a run has written: name a folder of text")
-    if parts:
-        _search(found, parts, pattern)
-    else:
-        found.files.append(root)
+    folder = found.root.resolve()
+    for one in (folder, *folder.parents):
+        if _is_own(one):
+            _refuse(pattern, f"is in {str(one)!r}, which a run has written: name a folder of text")
+    try:
+        if parts:
+            _search(found, parts, pattern)
+        else:
+            _take(found, root, pattern)
+    except OSError as error:
+        _refuse(pattern, f"cannot be read: {error.filename!r}: {error.strerror}; {_WAYS_OUT}")
     return found
 
 
@@ -102,8 +106,10 @@ def _resolved(pattern: str) -> tuple[Path, tuple[str, ...]]:
     if parts and not any(char in parts[0] for char in "*?["):
         missing = root / parts[0]
         if missing.is_symlink():
-            _refuse(pattern, f"does not exist: {missing} is a link to {os.readlink(missing)}, where nothing is")
-        where = "" if missing == path else f" ({missing} is missing)"
+            _refuse(
+                pattern, f"does not exist: {str(missing)!r} is a link to {os.readlink(missing)!r}, where nothing is"
+            )
+        where = "" if missing == path else f" ({str(missing)!r} is missing)"
         _refuse(pattern, f"does not exist{where}; expected a folder, a file or a glob")
     if ".." in parts:
         _refuse(pattern, "has .. behind a pattern: write the folder that is meant")
@@ -111,10 +117,9 @@ def _resolved(pattern: str) -> tuple[Path, tuple[str, ...]]:
     if stat.S_ISDIR(kind):
         return root, parts or EVERYTHING
     if stat.S_ISREG(kind) and not parts:
-        _require_readable(root, pattern)
         return root, ()
     what = "a file" if stat.S_ISREG(kind) else "neither a file nor a folder, but a device, a pipe or a socket"
-    _refuse(pattern, f"cannot be read: {root} is {what}; expected a folder, a file or a glob")
+    _refuse(pattern, f"cannot be read: {str(root)!r} is {what}; expected a folder, a file or a glob")
 
 
 def _status(path: Path, pattern: str) -> os.stat_result | None:
@@ -133,7 +138,9 @@ def _search(found: Found, parts: tuple[str, ...], pattern: str) -> None:
     waiting = [(found.root, _reached(wanted, {0}))]
     while waiting:
         folder, at = waiting.pop()
-        for entry in _entries(folder, pattern):
+        with os.scandir(folder) as entries:
+            inside = list(entries)
+        for entry in inside:
             then = _reached(wanted, set(_after(wanted, at, _normal(entry.name))))
             path = folder / entry.name
             if entry.is_dir(follow_symlinks=False):
@@ -147,10 +154,12 @@ def _search(found: Found, parts: tuple[str, ...], pattern: str) -> None:
 
 def _take(found: Found, path: Path, pattern: str) -> None:
     if path.is_symlink() and not path.exists():
-        _refuse(pattern, f"cannot be read: {path} is a link to {os.readlink(path)}, where nothing is: delete one")
+        target = os.readlink(path)
+        _refuse(pattern, f"cannot be read: {str(path)!r} is a link to {target!r}, where nothing is: delete that link")
     status = path.stat()
     if stat.S_ISREG(status.st_mode) and status.st_size:
-        _require_readable(path, pattern)
+        if not os.access(path, os.R_OK):
+            _refuse(pattern, f"cannot be read: {str(path)!r}: Permission denied; {_WAYS_OUT}")
         found.files.append(path)
 
 
@@ -174,36 +183,22 @@ def _after(wanted: list[str], at: set[int], name: str) -> Iterator[int]:
             yield place + 1
 
 
-def _entries(folder: Path, pattern: str) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except OSError as error:
-        _refuse(
-            pattern, f"cannot be read: folder {folder}: {error.strerror}; make it readable, or take it out of there"
-        )
-
-
-def _require_readable(path: Path, pattern: str) -> None:
-    if not os.access(path, os.R_OK):
-        _refuse(pattern, f"cannot be read: file {path}: Permission denied; make it readable, or take it out of there")
-
-
 def _is_own(folder: Path) -> bool:
     """Whether a run or a sweep has written a folder, or it is one of token files."""
     if (folder / "tokens.bin").is_file() and (folder / "manifest.json").is_file():
         return True
-    config, environment = (_json(folder / name) for name in ("config.json", "environment.json"))
-    return {"format", "output_dir", "seed"} <= config.keys() or "lensjax" in str(environment.get("packages"))
+    config, environment = (_content(folder / name) for name in ("config.json", "environment.json"))
+    return all(key in config for key in (b'"format"', b'"output_dir"', b'"seed"')) or (
+        b'"lensjax"' in environment and b'"packages"' in environment
+    )
 
 
-def _json(path: Path) -> dict[str, object]:
-    """What is in a file of JSON; nothing where it is none."""
+def _content(path: Path) -> bytes:
+    """What is in a small file; nothing where there is none, or where it cannot be read."""
     try:
-        value = json.loads(path.read_bytes()) if path.is_file() else {}
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        return path.read_bytes() if path.is_file() and path.stat().st_size < 2**20 else b""
+    except OSError:
+        return b""
 
 
 def _normal(name: str) -> str:
