@@ -176,6 +176,7 @@ def _session(config: Config) -> Program:
     return functools.partial(session.append, state, tokens)
 
 
+@style.own_look()
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """A panel for each series, both axes logarithmic."""
     names = list(dict.fromkeys(row["series"] for row in rows))

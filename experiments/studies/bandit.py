@@ -228,6 +228,7 @@ def train(problem: Bandit, *, objective: Objective, arguments: Arguments) -> Arr
     return (jnp.append(path, worth(logits)) - worth(start)) / (best - worth(start))
 
 
+@style.own_look()
 def picture(shares: dict[str, np.ndarray], path: Path) -> None:
     """The way of every objective, its mean and 95 % interval over the seeds."""
     columns = 4
