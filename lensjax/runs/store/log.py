@@ -87,7 +87,7 @@ class RunLogger:
         fetched = jax.device_get([metrics for _, _, metrics in pending])
         rows = [
             {"phase": phase, "step": step}
-            | {name: _to_number(name, value) for name, value in metrics.items() if name not in HISTOGRAMS}
+            | with_undefined({name: metrics[name] for name in metrics if name not in HISTOGRAMS})
             for (phase, step, _), metrics in zip(pending, fetched, strict=True)
         ]
         if self._files is not None:
@@ -207,6 +207,11 @@ def check_finite(rows: Iterable[Row], *, advice: str) -> None:
         faults = [f"{name} = {value}" for name, value in row.items() if _is_fault(value)]
         if faults:
             raise FloatingPointError(f"phase {row['phase']}, step {row['step']}: {', '.join(faults)}; {advice}")
+
+
+def with_undefined(report: Mapping[str, Any]) -> Row:
+    """A report whose values that may be undefined, and are, are `"n/a"`."""
+    return {name: _to_number(name, value) for name, value in report.items()}
 
 
 def _checked_phase(phase: str, phases: tuple[str, ...]) -> None:
