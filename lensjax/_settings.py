@@ -78,8 +78,10 @@ Share = Annotated[float, Bound(0, 1)]
 Decay = Annotated[float, Bound(0, 1, high_excluded=True)]
 Width = Annotated[int, Bound(1, 2**20)]
 """Numbers side by side: features, heads, a vocabulary."""
-Layers = Annotated[int, Bound(1, 256)]
+Layers = Annotated[int, Bound(1, 128)]
 BatchSize = Annotated[int, Bound(1, 2**16)]
+Repeats = Annotated[int, Bound(1, 1024)]
+"""Of what is done again and again within one step."""
 BatchCount = Annotated[int, Bound(1, 2**16)]
 """Held-out batches, which are in memory while a run lasts."""
 Variants = Annotated[int, Bound(1, 1024)]

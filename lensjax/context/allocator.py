@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax._settings import Bound, Count, NonNegative, PositiveInt, settings
+from lensjax._settings import Bound, Count, NonNegative, PositiveInt, Repeats, settings
 from lensjax.context import nodes
 from lensjax.context import working as contexts
 from lensjax.context.geometry import Geometry
@@ -37,7 +37,7 @@ class FocusConfig:
 
     start: Literal["uniform", "recency"] = "uniform"
     """The cold start: detail spread evenly over the history, or, with omission, its last tokens."""
-    steps: PositiveInt = 4
+    steps: Repeats = 4
     """Refocus steps from a cold start."""
     max_edits: PositiveInt = 64
     """Swaps in one refocus step, at most."""

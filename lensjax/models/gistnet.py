@@ -29,7 +29,7 @@ class GistConfig:
 
     pooling: Literal["mean", "query", "cls"] = "mean"
     head: Literal["linear", "mlp"] = "linear"
-    layers: Annotated[int, Bound(0, 256)] = 0
+    layers: Annotated[int, Bound(0, 128)] = 0
     heads: Width = 4
     start: Literal["mean", "scaled"] = "mean"
     """What a fresh GistNet gives: the pooled children, or these `scaled` to the norm of a child (the function of that

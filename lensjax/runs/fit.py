@@ -16,7 +16,7 @@ from rich.console import Console
 from lensjax.evaluation import held_out
 from lensjax.models import HyperLoRAModel, Models, Params
 from lensjax.plots.maps import VariantMap
-from lensjax.runs import gists, load, pretrained, results
+from lensjax.runs import gists, load, pretrained, results, sizes
 from lensjax.runs.config import PHASES, Config
 from lensjax.runs.data import batches as data
 from lensjax.runs.engine import devices, loop
@@ -57,7 +57,7 @@ def fit(config: Config, *, resume: bool = False, console: Console | None = None)
       What it has come to, with the summary of its measurements.
 
     Raises:
-      ValueError: the data or the run that it starts from do not fit. Nothing was written then.
+      ValueError: the data or the run that it starts from do not fit, or memory does not hold it. Nothing was written.
       FileExistsError: the folder is not empty, and `resume` is False.
     """
     started = time.perf_counter()
@@ -65,6 +65,7 @@ def fit(config: Config, *, resume: bool = False, console: Console | None = None)
     config = pretrained.resolve(config)
     models = config.build_models()
     job = _Job(config, models, config.build_hypernet(models), _make_mesh(config), console)
+    sizes.require_room(config, models, job.hypernet, devices=job.mesh.size)
     inputs = _Inputs(config, job.mesh)  # reads all data first: an empty corpus must not leave a folder behind
     start = load.load_start(config, models, own=Path(config.output_dir) if resume else None)
     with open_run(config, PHASES, resume=resume, console=console) as (folder, logger):
