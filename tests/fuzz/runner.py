@@ -203,7 +203,7 @@ def _act(act: Callable[[], object], folder: Path, streams: Sequence[Path]) -> No
     for number, path in enumerate(streams, start=1):
         with path.open("wb") as file:
             os.dup2(file.fileno(), number)
-    sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
     os.chdir(folder)
     try:
         act()

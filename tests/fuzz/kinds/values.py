@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import command
+from experiments.process import errors_end
 from lensjax._settings import replace
 from lensjax.runs.config import Config
 from lensjax.runs.store import config_file
@@ -47,7 +47,7 @@ class _Values:
 
 
 def _use(changes: dict[str, Any]) -> None:
-    with command.errors_end():
+    with errors_end():
         try:
             config = replace(TINY, **changes)
         except ValueError as error:
