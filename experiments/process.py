@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -11,11 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+import experiments
 import lensjax
 
 TRACEBACK = "LENSJAX_TRACEBACK"
 """Environment variable: 1 shows the traceback of what went wrong."""
-_INTERRUPTED = 130  # as shells say of a process that Ctrl-C ended
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_SPACE = "no space left on device"
 _LONGEST = 1000  # characters of a message
@@ -33,7 +34,7 @@ def errors_end() -> Iterator[None]:
             yield
         except KeyboardInterrupt as error:
             print("; ".join(("interrupted", *_notes(error))), file=sys.stderr)
-            sys.exit(_INTERRUPTED)
+            sys.exit(experiments.INTERRUPTED)
         except Exception as error:
             if os.environ.get(TRACEBACK) == "1":
                 traceback.print_exception(error)
@@ -43,12 +44,18 @@ def errors_end() -> Iterator[None]:
 @contextmanager
 def advising(advice: Callable[[], str]) -> Iterator[None]:
     """Inside it, the line after Ctrl-C or on a full disk ends with advice, where there is any."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is experiments.end:
+        signal.signal(signal.SIGINT, lambda *_: experiments.end(advice=advice()))
     try:
         yield
     except (KeyboardInterrupt, Exception) as error:
         if (isinstance(error, KeyboardInterrupt) or _is_full(error)) and (line := advice()):
             error.add_note(line)
         raise
+    finally:
+        if before is experiments.end:
+            signal.signal(signal.SIGINT, before)
 
 
 def describe(error: Exception) -> str:
@@ -90,7 +97,7 @@ def _places(trace: TracebackType | None) -> list[str]:
 
 def _place(frame: traceback.FrameSummary) -> str | None:
     path = Path(frame.filename)
-    roots = [root for root in _ROOTS if path.is_relative_to(root)]
+    roots = [root for root in _ROOTS if path.is_relative_to(root) and frame.filename != __file__]
     return f"{path.relative_to(roots[0].parent)}:{frame.lineno}" if roots else None
 
 
@@ -102,14 +109,13 @@ def _notes(error: BaseException) -> list[str]:
 @contextmanager
 def _lasting(name: str) -> Iterator[None]:
     """Makes `sys.stdout` or `sys.stderr` a stream that can be written to whatever becomes of the console."""
-    stream: TextIO | None = getattr(sys, name)
-    if stream is None:  # closed before the start
-        stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as the process
-    if hasattr(stream, "reconfigure"):
-        stream.reconfigure(errors="backslashreplace")
+    there: TextIO | None = getattr(sys, name)  # None where it was closed before the start
     redirect: Any = {"stdout": contextlib.redirect_stdout, "stderr": contextlib.redirect_stderr}[name]
-    with redirect(_Lasting(stream)):
-        yield
+    with contextlib.nullcontext(there) if there else open(os.devnull, "w", encoding="utf-8") as stream:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+        with redirect(_Lasting(stream)):
+            yield
 
 
 class _Lasting:
@@ -135,4 +141,5 @@ class _Lasting:
         try:
             yield
         except OSError:  # what is buffered, and what comes, goes nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())

@@ -53,8 +53,8 @@ def find() -> None:
     except (RuntimeError, AssertionError) as error:  # the latter where JAX was installed without that kind
         reason = str(error).partition("\n")[0] or "this JAX was installed without it"
         raise ValueError(
-            f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')} asks for a kind of device that is not there ({reason}): "
-            "unset it, or set it to cpu"
+            f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')} asks for a kind of device that is not there "
+            f"({reason}): unset it, or set it to cpu"
         ) from error
 
 
