@@ -140,7 +140,7 @@ def tiny(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["train", "evaluate", "studies.online", "rlan.train", "bench.step"])
+@pytest.mark.parametrize("script", ["train", "evaluate", "studies.recall", "rlan.train", "bench.step"])
 def test_d14_5_every_program_says_that_a_platform_is_not_there(tiny, script):
     words = ["x"] if script == "evaluate" else []
     done = run_script(*words, script=script, cache=tiny[1], JAX_PLATFORMS="nonsense")
