@@ -33,8 +33,20 @@ def open_run(
       OSError: likewise.
     """
     folder = Path(config.output_dir)
+    _require_text(folder.absolute())
     devices.in_first(lambda: (run_folder.open_run if resume else run_folder.create_run)(folder, config))
     console.out(f"run folder {folder}, {jax.default_backend()}, seed {config.seed}", highlight=False)
     restored = run_folder.restore_point(folder, phases) if resume else None
     with RunLogger(folder if devices.is_first() else None, resume=restored, phases=phases) as logger:
         yield folder, logger
+
+
+def _require_text(folder: Path) -> None:
+    """The format of checkpoints names files in UTF-8."""
+    try:
+        str(folder).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"output_dir {ascii(str(folder))} cannot be written as UTF-8: choose another folder, or, where it is the "
+            "locale that cannot, set PYTHONUTF8=1"
+        ) from error
