@@ -47,6 +47,6 @@ def _require_text(folder: Path) -> None:
         str(folder).encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"output_dir {ascii(str(folder))} cannot be written as UTF-8: choose another folder, or, where it is the "
+            f"output_dir {str(folder)!a} cannot be written as UTF-8: choose another folder, or, where it is the "
             "locale that cannot, set PYTHONUTF8=1"
         ) from error

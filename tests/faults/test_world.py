@@ -110,7 +110,7 @@ def test_a_message_for_people_stands_as_it_is(capsys):
 
 
 def test_an_exception_that_is_no_message_says_where_it_comes_from(capsys, monkeypatch):
-    with pytest.raises(Exception) as raised:  # noqa: B017 - whatever it is
+    with pytest.raises(Exception) as raised:
         config_file.to_json(tiny_config(ROOT, seed=0) and object())
     line = describe(raised.value)
     assert line.startswith("TypeError: ") and "(lensjax/runs/store/config_file.py:" in line and "\n" not in line
