@@ -11,6 +11,8 @@ out.
 
 import functools
 import glob
+import hashlib
+import json
 import os
 import sysconfig
 from collections.abc import Iterator
@@ -75,6 +77,27 @@ def corpus_files(data: DataConfig, split: Split) -> list[Path]:
     Raises:
       ValueError: `split` is unknown, the path does not exist, or there is no file at all.
     """
+    return list(_documents(data, split).values())
+
+
+def text_digest(data: DataConfig) -> str:
+    """SHA-256 of the tokenizer, and of the names and contents of the files of each split in their order."""
+    files = {
+        split: [(name, _sha256(path, _stamp(path))) for name, path in _documents(data, split).items()]
+        for split in SPLITS
+    }
+    return hashlib.sha256(json.dumps([read_tokenizer(data.tokenizer).digest, files]).encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=100_000)
+def _sha256(path: Path, _stamp: object) -> str:
+    """Of a file's content. A run asks more than once: the answer is kept while the file does not change."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _documents(data: DataConfig, split: Split) -> dict[str, Path]:
+    """Files of one split by their names, in their order."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     root, paths = _stdlib_files() if data.task == "stdlib" else _text_files(str(data.path))
@@ -90,7 +113,7 @@ def corpus_files(data: DataConfig, split: Split) -> list[Path]:
         family = _families(tuple((name, path, _stamp(path)) for name, path in names.items()))
         splits = {name: split_of(family[name]) for name in names}
     members = sorted((name for name in names if splits[name] == split), key=digest)
-    return [names[name] for name in members[: data.max_files]]
+    return {name: names[name] for name in members[: data.max_files]}
 
 
 @functools.lru_cache(maxsize=1)

@@ -39,6 +39,20 @@ class Interrupted(SystemExit):
     """The run was asked to stop (SIGTERM, SIGHUP or Ctrl-C), and has saved what it needs to go on."""
 
 
+class Claim(Protocol):
+    """A run's folder in the hands of its process, such as `lensjax.runs.folder.Claim`."""
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Goes into every checkpoint's manifest."""
+        ...
+
+    @property
+    def require(self) -> Callable[[], None]:
+        """Raises where the folder is no longer that of the run."""
+        ...
+
+
 class Settings(Protocol):
     """What the loop reads of a run's configuration, such as `lensjax.Config`."""
 
@@ -88,6 +102,7 @@ def run_phase(
     mesh: Mesh,
     logger: RunLogger,
     console: Console,
+    claim: Claim | None = None,
 ) -> tuple[State, float]:
     """Trains from the newest checkpoint of the phase, or from `state`, to the end of the phase.
 
@@ -104,6 +119,7 @@ def run_phase(
       mesh: the devices that share each batch; a run may go on with another number of them.
       logger: takes the metrics.
       console: shows the progress.
+      claim: what checkpoints are written with; None where no other process can have the folder.
 
     Returns:
       The state after the last step, or with patience that of the best evaluation; and the seconds that the phase took,
@@ -161,7 +177,10 @@ def run_phase(
                 recorder.check()
                 position = {"batches": batches.get_state(), "seconds": time.perf_counter() - started}
                 position |= {} if best.step is None else {"stopping": asdict(best)}
-                checkpoint.save(folder, done, state, data_state=position, spare=best.step)
+                if claim is not None:
+                    claim.require()
+                identity = None if claim is None else claim.identity
+                checkpoint.save(folder, done, state, data_state=position, spare=best.step, identity=identity)
             if is_last or stop.requested:
                 break
     # Also after the last step: another phase may follow, which would not know of the request.
