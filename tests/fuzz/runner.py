@@ -26,7 +26,7 @@ USAGE = 2
 """The exit code of a command line that is none; its message is a box of several lines."""
 UNKNOWN = "LENSJAX_TRACEBACK=1 shows"
 """In the line that the programs end with on an exception that is none of their messages."""
-_FORK = multiprocessing.get_context("fork")
+FORK = multiprocessing.get_context("fork")
 
 
 @dataclass(frozen=True)
@@ -142,18 +142,21 @@ def verdict(kind: Kind, outcome: Outcome) -> str:
     return f"left something behind, or changed it: {outcome.case.leaves}" if outcome.is_changed else ""
 
 
-def run_alone(case: Case, folder: Path) -> Outcome:
-    """Runs one case in a forked process."""
-    (((_, _), outcome),) = run_each([("", case, folder)], jobs=1)
+def run_alone(case: Case, folder: Path, *, limit: float = LIMIT) -> Outcome:
+    """Runs one case in a forked process, which is killed after some seconds."""
+    (((_, _), outcome),) = run_each([("", case, folder)], jobs=1, limit=limit)
     return outcome
 
 
-def run_each(made: Iterable[tuple[Any, Case, Path]], *, jobs: int) -> Iterator[tuple[tuple[Any, Case], Outcome]]:
+def run_each(
+    made: Iterable[tuple[Any, Case, Path]], *, jobs: int, limit: float = LIMIT
+) -> Iterator[tuple[tuple[Any, Case], Outcome]]:
     """Runs cases in forked processes, a few at a time.
 
     Args:
       made: of every case a label, the case, and its folder.
       jobs: processes at a time.
+      limit: seconds after which one is killed.
 
     Yields:
       Label, case and outcome, in the order in which they end.
@@ -162,7 +165,7 @@ def run_each(made: Iterable[tuple[Any, Case, Path]], *, jobs: int) -> Iterator[t
     waiting = iter(made)
     while True:
         while len(busy) < jobs and (item := next(waiting, None)) is not None:
-            busy.append(_Busy(*item))
+            busy.append(_Busy(*item, limit))
         if not busy:
             return
         soonest = min(one.ends for one in busy)
@@ -175,15 +178,15 @@ def run_each(made: Iterable[tuple[Any, Case, Path]], *, jobs: int) -> Iterator[t
 class _Busy:
     """A case in its process."""
 
-    def __init__(self, label: Any, case: Case, folder: Path) -> None:
+    def __init__(self, label: Any, case: Case, folder: Path, limit: float) -> None:
         self.label, self.case, self._folder = label, case, folder
         self._before = fingerprint(case.leaves)
         self._streams = [folder.with_name(f"{folder.name}.{name}") for name in ("output", "errors")]
-        self.process = _FORK.Process(target=_act, args=(case.act, folder, self._streams))
+        self.process = FORK.Process(target=_act, args=(case.act, folder, self._streams))
         sys.stdout.flush()
         sys.stderr.flush()
         self._began = time.monotonic()
-        self.ends = self._began + LIMIT
+        self.ends = self._began + limit
         self.process.start()
 
     def is_over(self) -> bool:
