@@ -54,8 +54,8 @@ class Outcome:
     output: str
     errors: str
     seconds: float
-    is_changed: bool
-    """Whether `case.leaves` is not as it was before."""
+    changed: list[str]
+    """Files and folders of `case.leaves` that are not as they were before."""
 
 
 class Kind(Protocol):
@@ -139,7 +139,7 @@ def verdict(kind: Kind, outcome: Outcome) -> str:
         return f"exit code {outcome.code} without a line of error: {tail}"
     if outcome.code != USAGE and len(lines) > 1 + sum(line.startswith("warning: ") for line in lines):
         return f"more than one line: {tail}"
-    return f"left something behind, or changed it: {outcome.case.leaves}" if outcome.is_changed else ""
+    return f"left or changed {', '.join(outcome.changed[:5])} after {tail}" if outcome.changed else ""
 
 
 def run_alone(case: Case, folder: Path, *, limit: float = LIMIT) -> Outcome:
@@ -198,7 +198,10 @@ class _Busy:
             self.process.kill()
         self.process.join()
         output, errors = (path.read_text(errors="replace") if path.exists() else "" for path in self._streams)
-        changed = fingerprint(self.case.leaves) != self._before
+        after = fingerprint(self.case.leaves)
+        changed = sorted(
+            path for path in self._before.keys() | after.keys() if self._before.get(path) != after.get(path)
+        )
         return Outcome(self.case, self._folder, code, output, errors, time.monotonic() - self._began, changed)
 
 
