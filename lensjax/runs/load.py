@@ -69,16 +69,17 @@ def load(folder: str | Path) -> Trained:
       >>> import lensjax as lx
       >>> lx.load("runs/nowhere")
       Traceback (most recent call last):
-      FileNotFoundError: runs/nowhere holds no run (config.json is missing): name the folder of a run
+      FileNotFoundError: ...runs/nowhere holds no run (config.json is missing): name the folder of a run
     """
     try:
-        from lensjax.runs.store import config_file, run_folder
+        from lensjax.runs.store import config_file, paths, run_folder
     except ModuleNotFoundError as error:
         raise ImportError(f"lx.load needs {error.name}: pip install 'lensjax[train]'") from error
+    folder = paths.absolute(folder, name="folder")
     config = config_file.load(run_folder.config_path(folder), Config)
     models = config.build_models()
     parts: tuple[Part, ...] = (*PARTS, "hypernet") if "hypernet" in config.trainable else PARTS
-    params = load_params(Path(folder), config, models, parts)
+    params = load_params(folder, config, models, parts)
     return Trained(config, models, params, run_folder.read_summary(folder))
 
 
