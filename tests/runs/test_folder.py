@@ -147,7 +147,7 @@ def test_d9_1_the_config_is_what_makes_a_folder_a_run(tmp_path, monkeypatch):
 
 def test_d9_1_advice_on_a_folder_without_a_run_is_not_to_resume_it(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(FileExistsError, match="is not empty: choose another --output-dir$"):
+    with pytest.raises(FileExistsError, match=r"is not empty: choose another --output-dir$"):
         run_folder.create_run(tmp_path, Config())
 
 

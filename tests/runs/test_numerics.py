@@ -45,7 +45,7 @@ def test_e7_precision_is_the_backends():
 def test_e7_other_seeds_are_refused(tmp_path):
     jax.config.update("jax_random_seed_offset", 3)
     try:
-        with pytest.raises(ValueError, match="jax_random_seed_offset is 3, .* unset JAX_RANDOM_SEED_OFFSET"):
+        with pytest.raises(ValueError, match=r"jax_random_seed_offset is 3, .* unset JAX_RANDOM_SEED_OFFSET"):
             start(tiny_config(tmp_path / "run"))
     finally:
         jax.config.update("jax_random_seed_offset", 0)
