@@ -11,8 +11,6 @@ The first argument names a task; flags change single fields. Everything that a r
 """
 
 import functools
-import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +30,7 @@ from experiments.quiet_star.model import ThoughtModel
 from lensjax._settings import require
 from lensjax.evaluation import held_out
 from lensjax.models import Params
+from lensjax.plots import style
 from lensjax.runs.data import batches as data
 from lensjax.runs.data.splits import Split
 from lensjax.runs.engine import devices, loop, numerics
@@ -39,7 +38,6 @@ from lensjax.runs.folder import Claim, open_run, require_unused
 from lensjax.runs.store import checkpoint, config_file, identity, paths, run_folder
 from lensjax.runs.store import log as run_logging
 from lensjax.runs.store.log import RunLogger
-from lensjax.training.metrics import UNDEFINED
 from lensjax.training.optim import moving
 from lensjax.training.steps.update import Learner
 
@@ -110,10 +108,10 @@ def run(config: QuietStarConfig, *, resume: bool = False, console: Console | Non
             "bake_seconds": round(bake_seconds, 1),
             "rl_seconds": round(rl_seconds, 1),
         }
-        undefined = {name: UNDEFINED for name, value in summary.items() if math.isnan(value)}
-        summary = about | summary | undefined | {"seconds": round(time.perf_counter() - started, 1)}
+        summary = about | run_logging.with_undefined(summary) | {"seconds": round(time.perf_counter() - started, 1)}
         claim.require()
-        devices.in_first(lambda: _write_results(folder, summary))
+        devices.in_first(lambda: run_folder.write_summary(folder, summary))
+    devices.in_first(lambda: _draw(folder, summary["task"]))
     for name, value in summary.items():
         console.out(f"  {name:<40}{value:>9.3f}" if isinstance(value, float) else f"  {name:<40}{value!s:>9}")
     return summary
@@ -263,11 +261,11 @@ def load_start(config: QuietStarConfig, model: ThoughtModel, *, own: Path | None
     return checkpoint.restore_subtree(directory, step, like, path=("params", "lm"))
 
 
-def _write_results(folder: Path, summary: dict[str, Any]) -> None:
-    rows = run_logging.read_rows(folder)
-    if any(row["phase"] == RL for row in rows):
-        pictures.training({"this run": [rows]}, folder / "training.png", title=summary["task"])
-    (folder / run_folder.SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+def _draw(folder: Path, title: str) -> None:
+    with style.attempt(folder / "training.png") as path:
+        rows = run_logging.read_rows(folder)
+        if any(row["phase"] == RL for row in rows):
+            pictures.training({"this run": [rows]}, path, title=title)
 
 
 if __name__ == "__main__":

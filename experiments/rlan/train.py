@@ -11,7 +11,6 @@ makes is in its own folder.
 """
 
 import functools
-import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,6 +30,7 @@ from experiments.rlan.meta import Batch, RlanModels
 from experiments.rlan.tasks import Task
 from lensjax.evaluation import held_out
 from lensjax.models import Params, hyperlora
+from lensjax.plots import style
 from lensjax.runs.data import batches as data
 from lensjax.runs.data.splits import Split
 from lensjax.runs.engine import devices, loop, numerics
@@ -109,7 +109,8 @@ def run(config: RlanConfig, *, resume: bool = False, console: Console | None = N
             summary |= over_all(summary, arc.coverage(config.arc))
         summary["seconds"] = round(time.perf_counter() - started, 1)
         claim.require()
-        devices.in_first(lambda: _write_results(folder, summary, shown_tasks(models, params, test[:SHOWN_TASKS])))
+        devices.in_first(lambda: run_folder.write_summary(folder, summary))
+    devices.in_first(lambda: _draw(folder, shown_tasks(models, params, test[:SHOWN_TASKS])))
     for name, value in summary.items():
         console.out(f"  {name:<32}{value:>9.3f}" if isinstance(value, float) else f"  {name:<32}{value:>9}")
     return summary
@@ -206,9 +207,9 @@ def shown_tasks(models: RlanModels, params: dict[str, Params], rows: list[Task])
     ]
 
 
-def _write_results(folder: Path, summary: dict[str, Any], shown: list[dict[str, np.ndarray]]) -> None:
-    pictures.predictions(shown, folder / "predictions.png", title="Held-out tasks, last step, one view")
-    (folder / run_folder.SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+def _draw(folder: Path, shown: list[dict[str, np.ndarray]]) -> None:
+    with style.attempt(folder / "predictions.png") as path:
+        pictures.predictions(shown, path, title="Held-out tasks, last step, one view")
 
 
 if __name__ == "__main__":

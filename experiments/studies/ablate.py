@@ -28,16 +28,17 @@ from rich.console import Console
 from experiments import command
 from experiments.studies import ablate_arms
 from experiments.studies.ablate_arms import Arm
-from experiments.tables import write_csv
+from experiments.tables import write_csv, write_json
 from experiments.train import load_object, load_preset
 from lensjax import _settings
 from lensjax.evaluation import compare, effects
 from lensjax.models import Params
+from lensjax.plots import style
 from lensjax.plots.effects import forest
 from lensjax.runs import sweep
 from lensjax.runs.config import Config
 from lensjax.runs.load import load_start
-from lensjax.runs.store import run_folder
+from lensjax.runs.store import files, run_folder
 from lensjax.runs.sweep import Sweep
 
 SWEEPS = Path(__file__).parents[1] / "sweeps"
@@ -94,6 +95,7 @@ def ablate(arguments: Arguments) -> list[Row]:
     arms = _arms(plan, arguments.base_run)
     groups = [_Group(members, _start(members[0].config)) for members in _by_structure(arms)]
     folder = _open(arguments, plan, arms)
+    (folder / "arms").mkdir(exist_ok=True)
     swept = list(dict.fromkeys(name for arm in arms for name in arm.setting))
     bounds: dict[Hashable, tuple[float, float]] = {}
     rows: dict[str, Row] = {}
@@ -184,9 +186,9 @@ def _open(arguments: Arguments, plan: Sweep, arms: Sequence[Arm]) -> Path:
     folder, described = arguments.output_dir, {"plan": asdict(plan), "arms": {arm.name: arm.setting for arm in arms}}
     file, text = folder / "sweep.json", json.dumps(described, indent=2) + "\n"
     if not folder.exists() or not any(folder.iterdir()):
-        (folder / "arms").mkdir(parents=True, exist_ok=True)
-        (folder / "environment.json").write_text(json.dumps(run_folder.environment(arms[0].config), indent=2) + "\n")
-        file.write_text(text)
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_text(file, text)
+        write_json(run_folder.environment(arms[0].config), folder / "environment.json")
         return folder
     if not arguments.resume:
         raise FileExistsError(f"{folder} is not empty: choose another --output-dir, or pass --resume to finish it")
@@ -223,11 +225,11 @@ def _report(arguments: Arguments, plan: Sweep, arms: Sequence[Arm], table: Seque
     stored = [json.loads(arm.file(folder).read_text()) for arm in arms]
     count, measured = len(plan.seeds), []
     for first in range(0, len(arms), count):
-        rows, files = table[first : first + count], stored[first : first + count]
+        rows, arms_files = table[first : first + count], stored[first : first + count]
         others = {name: np.asarray([math.nan if row[name] is None else row[name] for row in rows]) for name in columns}
         diverged = np.asarray([row["diverged"] for row in rows])
         nothing = [math.nan] * arms[first].config.eval_batches
-        losses = np.asarray([one["nll_by_batch"] or nothing for one in files])
+        losses = np.asarray([one["nll_by_batch"] or nothing for one in arms_files])
         measured.append(effects.Measured(arms[first].setting, losses, others, diverged))
     differences = effects.effects(measured)
     title = f"{plan.preset}: {len(measured)} settings, {count} seeds"
@@ -236,10 +238,11 @@ def _report(arguments: Arguments, plan: Sweep, arms: Sequence[Arm], table: Seque
     )
     default = {name: _value(arms[0].config, name) for name in swept}
     report = effects.markdown(differences, default=default, title=title, columns=columns, command=command)
-    (folder / "report.md").write_text(report)
+    files.write_text(folder / "report.md", report)
     write_csv([_effect_row(one) for one in differences], folder / "effects.csv")
     if len(differences) > 1:
-        forest(differences, folder / "effects.png", default=default, title=title)
+        with style.attempt(folder / "effects.png") as path:
+            forest(differences, path, default=default, title=title)
 
 
 def _effect_row(one: effects.Effect) -> Row:

@@ -22,7 +22,7 @@ from lensjax.runs.data import batches as data
 from lensjax.runs.engine import devices, loop, numerics
 from lensjax.runs.folder import Claim, open_run, require_unused
 from lensjax.runs.load import Trained
-from lensjax.runs.store import paths
+from lensjax.runs.store import paths, run_folder
 from lensjax.runs.store.log import RunLogger
 from lensjax.training.steps import adaptation, distill, online, preference, pretrain
 from lensjax.training.steps.gists import init_gists_state
@@ -83,7 +83,6 @@ def fit(config: Config, *, resume: bool = False, console: Console | None = None)
     ) as (folder, logger, claim):
         job = _Job(config, models, hypernet, mesh, console, claim)
         params, seconds, summary = start or {}, 0.0, dict[str, Any]()
-        maps: list[VariantMap] = []
         if start is None:
             report = _pretrain_evaluator(job)
             params, seconds = _pretrain(job, inputs, report, folder, logger)
@@ -91,14 +90,17 @@ def fit(config: Config, *, resume: bool = False, console: Console | None = None)
         if config.trains_lens:
             (state, frozen), more, measured = _train(job, inputs, params, folder, logger)
             seconds, summary, params = seconds + more, summary | measured, {**frozen, **state.params}
-            key = jax.random.key(EVALUATION_SEED)
-            maps = results.variant_maps(state, inputs.test[0], key, frozen, config=config, models=models)
         if config.stopping.patience is not None:
             summary |= results.stops(folder)
         whole = time.perf_counter() - started
         summary = results.summary(config, summary, training_seconds=seconds, seconds=whole)
         claim.require()
-        devices.in_first(lambda: results.write(folder, summary, maps))
+        devices.in_first(lambda: run_folder.write_summary(folder, summary))
+    maps: list[VariantMap] = []
+    if config.trains_lens:
+        key = jax.random.key(EVALUATION_SEED)
+        maps = results.variant_maps(state, inputs.test[0], key, frozen, config=config, models=models)
+    devices.in_first(lambda: results.draw(folder, maps))
     results.print_summary(console, folder, summary)
     return Trained(config, models, params, summary)
 

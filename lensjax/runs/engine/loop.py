@@ -138,6 +138,7 @@ def run_phase(
         state, saved = checkpoint.restore(folder, newest, state)
         batches.set_state(saved["batches"])
         first, elapsed = newest, saved["seconds"]
+        _say_lost_rows(saved.get("rows", 0), logger, phase.name, first, console)
         best = stopping.Best(**saved["stopping"]) if "stopping" in saved else best
     if first == phase.steps or stopping.is_over(best, patience=config.stopping.patience):
         return _kept(folder, best, state), elapsed
@@ -176,6 +177,8 @@ def run_phase(
             if is_last or stop.requested or done == best.step or done % config.save_steps == 0:
                 recorder.check()
                 position = {"batches": batches.get_state(), "seconds": time.perf_counter() - started}
+                logger.sync()
+                position |= {"rows": logger.count(phase.name)}
                 position |= {} if best.step is None else {"stopping": asdict(best)}
                 if claim is not None:
                     claim.require()
@@ -210,6 +213,16 @@ def kept_step(directory: Path) -> int | None:
         return None
     saved = checkpoint.data_state(directory, newest) or {}
     return int(saved["stopping"]["step"]) if "stopping" in saved else newest
+
+
+def _say_lost_rows(written: int, logger: RunLogger, phase: str, step: int, console: Console) -> None:
+    """A word on rows that were written before a checkpoint and are no longer there."""
+    if (there := logger.count(phase)) < written:
+        console.out(
+            f"warning: metrics.jsonl holds {there} of the {written} rows of phase {phase} up to step {step}: "
+            "the others are lost, and missing in the curves",
+            highlight=False,
+        )
 
 
 def _judged(
