@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lensjax.runs.engine import devices, stopping
+from lensjax.runs.engine import devices, recovery, stopping
 from lensjax.runs.engine.stopping import StoppingConfig
 from lensjax.runs.store import checkpoint
 from lensjax.runs.store import log as run_logging
@@ -142,6 +142,9 @@ def run_phase(
         best = stopping.Best(**saved["stopping"]) if "stopping" in saved else best
     if first == phase.steps or stopping.is_over(best, patience=config.stopping.patience):
         return _kept(folder, best, state), elapsed
+    if logger.is_written(phase.name, first + 1):
+        again = f"{phase.name} is trained again from step {first}: its later checkpoints are damaged or gone"
+        console.out(f"{again}; the metrics of these steps stay as they are", highlight=False)
     started = time.perf_counter() - elapsed
 
     # Compiled ahead of time: a call with other shapes would be an error, never a second compile.
@@ -203,16 +206,17 @@ def kept_step(directory: Path) -> int | None:
       directory: the phase's `checkpoint_dir`.
 
     Returns:
-      With patience the step of the best evaluation, once there is one; else that of the newest checkpoint.
+      With patience the step of the best evaluation, once there is one; else that of the newest checkpoint. Those that
+      are damaged are named in a warning, and the one before them is taken.
 
     Raises:
-      ValueError: the newest checkpoint is damaged.
+      DamagedError: there are checkpoints, and all of them are damaged.
     """
-    newest = checkpoint.latest_step(directory)
-    if newest is None:
-        return None
-    saved = checkpoint.data_state(directory, newest) or {}
-    return int(saved["stopping"]["step"]) if "stopping" in saved else newest
+    found = recovery.newest(directory)
+    if found.step is None and found.damages:
+        raise found.damages[0]
+    found.warn()
+    return found.kept
 
 
 def _say_lost_rows(written: int, logger: RunLogger, phase: str, step: int, console: Console) -> None:
