@@ -36,7 +36,7 @@ State = TypeVar("State")
 
 
 class Interrupted(SystemExit):
-    """The run was asked to stop (SIGTERM or Ctrl-C), and has saved what it needs to go on."""
+    """The run was asked to stop (SIGTERM, SIGHUP or Ctrl-C), and has saved what it needs to go on."""
 
 
 class Claim(Protocol):
@@ -126,7 +126,7 @@ def run_phase(
       earlier starts included.
 
     Raises:
-      Interrupted: on SIGTERM or Ctrl-C, after a checkpoint was saved.
+      Interrupted: on SIGTERM, SIGHUP or Ctrl-C, after a checkpoint was saved.
       FloatingPointError: a metric became NaN or infinite; names step, term and the last good checkpoint.
       ValueError: with patience, the evaluation does not report the metric to monitor.
     """
@@ -320,9 +320,13 @@ class _Stop:
 
 @contextmanager
 def _stop_requests() -> Iterator[_Stop]:
-    """Turns SIGTERM and Ctrl-C into a request to stop after the step; a second one stops at once."""
+    """Turns SIGTERM, Ctrl-C and the end of the terminal into a request to stop after the step.
+
+    A second one stops at once. What the process was started to ignore, as by nohup, it goes on ignoring.
+    """
     stop = _Stop()
-    previous = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    previous = {name: handler for name, handler in handlers.items() if handler is not signal.SIG_IGN}
 
     def request(number: int, frame: FrameType | None) -> None:
         stop.receive(number)
