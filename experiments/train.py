@@ -15,12 +15,14 @@ The first argument names a file of `experiments/presets/` (or is the path of suc
 """
 
 import importlib.util
+import traceback
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
 
 from experiments import command
+from lensjax._settings import shown
 from lensjax.runs.config import Config
 from lensjax.runs.fit import fit
 from lensjax.runs.store import config_file
@@ -57,19 +59,31 @@ def load_preset(name: str) -> Config:
 
 
 def load_object(path: Path, name: str, kind: type[Kind]) -> Kind:
-    """What a Python file defines under a name.
+    """What a Python file, which is run for it, defines under a name.
 
     Raises:
-      ValueError: it defines nothing of that kind.
+      ValueError: it fails, naming its line; or it defines nothing of that kind.
     """
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        message = " ".join(str(error).split())
+        raise ValueError(f"{_place(path, error)}: {type(error).__name__}: {message}") from error
     value = getattr(module, name, None)
     if not isinstance(value, kind):
-        raise ValueError(f"{path} must define {name}, a {kind.__module__}.{kind.__qualname__}; got {value!r}")
+        raise ValueError(f"{path} must define {name}, a {kind.__module__}.{kind.__qualname__}; got {shown(value)}")
     return value
+
+
+def _place(path: Path, error: BaseException) -> str:
+    """The line of a file that an exception passed through last, or that is no Python."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        lines.append(error.lineno)
+    return f"{path}:{lines[-1]}" if lines else str(path)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 from rich.console import Console
@@ -33,7 +34,7 @@ from lensjax.models import Params
 from lensjax.plots import style
 from lensjax.runs.data import batches as data
 from lensjax.runs.data.splits import Split
-from lensjax.runs.engine import devices, loop, numerics
+from lensjax.runs.engine import devices, loop, memory, numerics
 from lensjax.runs.folder import Claim, open_run, require_unused
 from lensjax.runs.store import checkpoint, config_file, identity, paths, run_folder
 from lensjax.runs.store import log as run_logging
@@ -86,6 +87,7 @@ def run(config: QuietStarConfig, *, resume: bool = False, console: Console | Non
     if resume:
         require_unused(config.output_dir)
     model, mesh = build_model(config), devices.make_mesh({"batch_size": config.batch_size})
+    _require_room(config, model, mesh)
     start = load_start(config, model, own=Path(config.output_dir) if resume else None)
     batches = held_out_questions(config, mesh)
     report = evaluator(config, model, batches)
@@ -115,6 +117,31 @@ def run(config: QuietStarConfig, *, resume: bool = False, console: Console | Non
     for name, value in summary.items():
         console.out(f"  {name:<40}{value:>9.3f}" if isinstance(value, float) else f"  {name:<40}{value!s:>9}")
     return summary
+
+
+def _require_room(config: QuietStarConfig, model: ThoughtModel, mesh: Mesh) -> None:
+    """Checks that memory holds both phases, before anything is read or written."""
+    static: dict[str, Any] = {"config": config, "model": model}
+    shapes = {name: (config.batch_size, *shape) for name, shape in config.example_shapes.items()}
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in shapes.items()}
+    key = jax.random.key(0)
+    baking = jax.eval_shape(functools.partial(bake.init_state, **static), key)
+    steps: dict[str, tuple[Any, Callable[..., Any]]] = {BAKE: (baking, bake.bake_step)}
+    if config.rl.episodes:
+        start = functools.partial(reinforce.init_state, key, config=config)
+        steps[RL] = (jax.eval_shape(lambda baked: start(baked=baked), baking.params["lm"]), reinforce.rl_step)
+    for name, (state, step) in steps.items():
+        memory.require_room(
+            lambda state, batch, _, step=step: step(state, batch, **static),
+            state,
+            batch,
+            {},
+            phase=name,
+            held_out=2 * config.eval_batches * memory.size(batch),
+            devices=mesh.size,
+            split=config.shard_parameters,
+            advice="the sizes of model, rl.value_hidden, rl.thoughts, batch_size or eval_batches",
+        )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from rich.console import Console
 from lensjax.evaluation import held_out
 from lensjax.models import HyperLoRAModel, Models, Params
 from lensjax.plots.maps import VariantMap
-from lensjax.runs import gists, load, pretrained, results
+from lensjax.runs import gists, load, pretrained, results, sizes
 from lensjax.runs.config import STEPS, Config
 from lensjax.runs.data import batches as data
 from lensjax.runs.engine import devices, loop, numerics
@@ -59,8 +59,8 @@ def fit(config: Config, *, resume: bool = False, console: Console | None = None)
       What it has come to, with the summary of its measurements.
 
     Raises:
-      ValueError: the data or the run that it starts from do not fit, or what it is to go on with is another run.
-        Nothing was written then.
+      ValueError: the data or the run that it starts from do not fit, memory does not hold it, or what it is to go on with
+        is another run. Nothing was written then.
       FileExistsError: the folder is not empty, and `resume` is False.
       BlockingIOError: another process works in that folder.
     """
@@ -71,6 +71,7 @@ def fit(config: Config, *, resume: bool = False, console: Console | None = None)
         require_unused(config.output_dir)
     models = config.build_models()
     hypernet, mesh = config.build_hypernet(models), _make_mesh(config)
+    sizes.require_room(config, models, hypernet, devices=mesh.size)
     inputs = _Inputs(config, mesh)  # reads all data first: an empty corpus must not leave a folder behind
     start = load.load_start(config, models, own=Path(config.output_dir) if resume else None)
     with open_run(
