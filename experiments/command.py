@@ -6,33 +6,42 @@ python -m experiments.<script> --resume runs/folder
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import tyro
 
+from experiments.process import advising, errors_end
 from lensjax.runs.engine import devices
 from lensjax.runs.store import config_file, run_folder
 from lensjax.runs.store.run_folder import RunConfig
 
 Settings = TypeVar("Settings", bound=RunConfig)
+Arguments = TypeVar("Arguments")
 
 
-@contextmanager
-def errors_end() -> Iterator[None]:
-    """Inside it, a bad value or file ends the process with one message."""
-    try:
-        yield
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        sys.exit(f"error: {error}")
+def program(
+    act: Callable[[Arguments], object], kind: type[Arguments], words: list[str] | None, *, description: str | None
+) -> None:
+    """A whole program: reads its flags and acts; whatever goes wrong ends the process with one line.
+
+    Args:
+      act: what it does.
+      kind: the dataclass of its flags.
+      words: the command line; None for that of the process.
+      description: shown by `--help`.
+    """
+    with errors_end():
+        arguments = tyro.cli(kind, args=words, description=description)
+        devices.find()
+        act(arguments)
 
 
 def execute(
     arguments: list[str] | None, parse: Callable[[list[str]], tuple[Settings, bool]], run: Callable[..., object]
 ) -> None:
-    """Parses and runs; bad values end the process with one message.
+    """Parses and runs; whatever goes wrong ends the process with one line.
 
     Args:
       arguments: the command line; None for that of the process.
@@ -42,7 +51,14 @@ def execute(
     with errors_end():
         config, resume = parse(sys.argv[1:] if arguments is None else list(arguments))
         devices.join()
-        run(config, resume=resume)
+        devices.find()
+        with advising(lambda: _way_on(config.output_dir)):
+            run(config, resume=resume)
+
+
+def _way_on(output_dir: str) -> str:
+    """How to go on with a run, once its folder is there."""
+    return f"go on with --resume {output_dir}" if Path(output_dir, "config.json").is_file() else ""
 
 
 def parse(

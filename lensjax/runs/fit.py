@@ -17,11 +17,12 @@ from lensjax.evaluation import held_out
 from lensjax.models import HyperLoRAModel, Models, Params
 from lensjax.plots.maps import VariantMap
 from lensjax.runs import gists, load, pretrained, results
-from lensjax.runs.config import PHASES, Config
+from lensjax.runs.config import STEPS, Config
 from lensjax.runs.data import batches as data
-from lensjax.runs.engine import devices, loop
-from lensjax.runs.folder import open_run
+from lensjax.runs.engine import devices, loop, numerics
+from lensjax.runs.folder import Claim, open_run, require_unused
 from lensjax.runs.load import Trained
+from lensjax.runs.store import paths
 from lensjax.runs.store.log import RunLogger
 from lensjax.training.steps import adaptation, distill, online, preference, pretrain
 from lensjax.training.steps.gists import init_gists_state
@@ -45,6 +46,7 @@ HEADLINE = (
 """Held-out metrics to show while LensNet is trained."""
 
 
+@numerics.fixed()
 def fit(config: Config, *, resume: bool = False, console: Console | None = None) -> Trained:
     """Trains a run from its first phase to its last, and writes its folder (extras `train` and `plots`).
 
@@ -57,17 +59,29 @@ def fit(config: Config, *, resume: bool = False, console: Console | None = None)
       What it has come to, with the summary of its measurements.
 
     Raises:
-      ValueError: the data or the run that it starts from do not fit. Nothing was written then.
+      ValueError: the data or the run that it starts from do not fit, or what it is to go on with is another run.
+        Nothing was written then.
       FileExistsError: the folder is not empty, and `resume` is False.
+      BlockingIOError: another process works in that folder.
     """
     started = time.perf_counter()
     console = console or Console(quiet=not devices.is_first())
-    config = pretrained.resolve(config)
+    config = pretrained.resolve(paths.resolved(config))
+    if resume:
+        require_unused(config.output_dir)
     models = config.build_models()
-    job = _Job(config, models, config.build_hypernet(models), _make_mesh(config), console)
-    inputs = _Inputs(config, job.mesh)  # reads all data first: an empty corpus must not leave a folder behind
+    hypernet, mesh = config.build_hypernet(models), _make_mesh(config)
+    inputs = _Inputs(config, mesh)  # reads all data first: an empty corpus must not leave a folder behind
     start = load.load_start(config, models, own=Path(config.output_dir) if resume else None)
-    with open_run(config, PHASES, resume=resume, console=console) as (folder, logger):
+    with open_run(
+        config,
+        STEPS,
+        resume=resume,
+        console=console,
+        data=data.digest(config),
+        weights=lambda: load.digest(config, start),
+    ) as (folder, logger, claim):
+        job = _Job(config, models, hypernet, mesh, console, claim)
         params, seconds, summary = start or {}, 0.0, dict[str, Any]()
         maps: list[VariantMap] = []
         if start is None:
@@ -79,11 +93,12 @@ def fit(config: Config, *, resume: bool = False, console: Console | None = None)
             seconds, summary, params = seconds + more, summary | measured, {**frozen, **state.params}
             key = jax.random.key(EVALUATION_SEED)
             maps = results.variant_maps(state, inputs.test[0], key, frozen, config=config, models=models)
-    if config.stopping.patience is not None:
-        summary |= results.stops(folder)
-    whole = time.perf_counter() - started
-    summary = results.summary(config, summary, training_seconds=seconds, seconds=whole)
-    devices.in_first(lambda: results.write(folder, summary, maps))
+        if config.stopping.patience is not None:
+            summary |= results.stops(folder)
+        whole = time.perf_counter() - started
+        summary = results.summary(config, summary, training_seconds=seconds, seconds=whole)
+        claim.require()
+        devices.in_first(lambda: results.write(folder, summary, maps))
     results.print_summary(console, folder, summary)
     return Trained(config, models, params, summary)
 
@@ -97,12 +112,14 @@ class _Job:
     hypernet: HyperLoRAModel | None
     mesh: Mesh
     console: Console
+    claim: Claim
 
     def run(
         self, phase: loop.Phase, state: Any, frozen: dict[str, Params], rows: Any, folder: Path, logger: RunLogger
     ) -> tuple[Any, float]:
         """One phase: the state after it, and its seconds. What it does not train is in the folder before it starts."""
-        load.keep_frozen(folder, self.config, frozen)
+        self.claim.require()
+        load.keep_frozen(folder, self.config, frozen, identity=self.claim.identity)
         return loop.run_phase(
             phase,
             state,
@@ -113,6 +130,7 @@ class _Job:
             mesh=self.mesh,
             logger=logger,
             console=self.console,
+            claim=self.claim,
         )
 
     def place(self, tree: Tree) -> Tree:

@@ -9,7 +9,7 @@ from experiments import train as script
 from lensjax import _settings
 from lensjax.runs.config import Config
 from lensjax.runs.engine import loop
-from lensjax.runs.store import config_file, run_folder
+from lensjax.runs.store import config_file, identity, run_folder
 from tests.runs import tiny_config, write_corpus
 
 PRESETS = sorted(path.stem for path in script.PRESETS.glob("*.py"))
@@ -69,7 +69,7 @@ def test_help_names_every_field(capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert end.value.code == 0
     assert "--resume runs/notes" in shown
-    flags = {name.replace("_", "-") for name in run_folder._flat(Config())}
+    flags = {name.replace("_", "-") for name in identity.flat(Config())}
     assert flags <= set(re.findall(r"--([a-z0-9.-]+)", shown))
 
 

@@ -42,6 +42,22 @@ def join() -> None:
     jax.distributed.initialize(num_processes=processes, process_id=process)
 
 
+def find() -> None:
+    """Looks for devices, once.
+
+    Raises:
+      ValueError: JAX has none of the kind that it was asked for.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter where JAX was installed without that kind
+        reason = str(error).partition("\n")[0] or "this JAX was installed without it"
+        raise ValueError(
+            f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')} asks for a kind of device that is not there "
+            f"({reason}): unset it, or set it to cpu"
+        ) from error
+
+
 def is_first() -> bool:
     """Whether this is the process that writes files."""
     return jax.process_index() == 0

@@ -36,7 +36,21 @@ State = TypeVar("State")
 
 
 class Interrupted(SystemExit):
-    """The run was asked to stop (SIGTERM or Ctrl-C), and has saved what it needs to go on."""
+    """The run was asked to stop (SIGTERM, SIGHUP or Ctrl-C), and has saved what it needs to go on."""
+
+
+class Claim(Protocol):
+    """A run's folder in the hands of its process, such as `lensjax.runs.folder.Claim`."""
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Goes into every checkpoint's manifest."""
+        ...
+
+    @property
+    def require(self) -> Callable[[], None]:
+        """Raises where the folder is no longer that of the run."""
+        ...
 
 
 class Settings(Protocol):
@@ -88,6 +102,7 @@ def run_phase(
     mesh: Mesh,
     logger: RunLogger,
     console: Console,
+    claim: Claim | None = None,
 ) -> tuple[State, float]:
     """Trains from the newest checkpoint of the phase, or from `state`, to the end of the phase.
 
@@ -104,13 +119,14 @@ def run_phase(
       mesh: the devices that share each batch; a run may go on with another number of them.
       logger: takes the metrics.
       console: shows the progress.
+      claim: what checkpoints are written with; None where no other process can have the folder.
 
     Returns:
       The state after the last step, or with patience that of the best evaluation; and the seconds that the phase took,
       earlier starts included.
 
     Raises:
-      Interrupted: on SIGTERM or Ctrl-C, after a checkpoint was saved.
+      Interrupted: on SIGTERM, SIGHUP or Ctrl-C, after a checkpoint was saved.
       FloatingPointError: a metric became NaN or infinite; names step, term and the last good checkpoint.
       ValueError: with patience, the evaluation does not report the metric to monitor.
     """
@@ -161,7 +177,10 @@ def run_phase(
                 recorder.check()
                 position = {"batches": batches.get_state(), "seconds": time.perf_counter() - started}
                 position |= {} if best.step is None else {"stopping": asdict(best)}
-                checkpoint.save(folder, done, state, data_state=position, spare=best.step)
+                if claim is not None:
+                    claim.require()
+                identity = None if claim is None else claim.identity
+                checkpoint.save(folder, done, state, data_state=position, spare=best.step, identity=identity)
             if is_last or stop.requested:
                 break
     # Also after the last step: another phase may follow, which would not know of the request.
@@ -284,9 +303,13 @@ class _Stop:
 
 @contextmanager
 def _stop_requests() -> Iterator[_Stop]:
-    """Turns SIGTERM and Ctrl-C into a request to stop after the step; a second one stops at once."""
+    """Turns SIGTERM, Ctrl-C and the end of the terminal into a request to stop after the step.
+
+    A second one stops at once. What the process was started to ignore, as by nohup, it goes on ignoring.
+    """
     stop = _Stop()
-    previous = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    previous = {name: handler for name, handler in handlers.items() if handler is not signal.SIG_IGN}
 
     def request(number: int, frame: FrameType | None) -> None:
         stop.receive(number)
