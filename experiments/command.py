@@ -33,7 +33,7 @@ def program(
       description: shown by `--help`.
     """
     with errors_end():
-        arguments = tyro.cli(kind, args=words, description=description)
+        arguments = paths.from_home(tyro.cli(kind, args=words, description=description))
         devices.find()
         act(arguments)
 
@@ -50,6 +50,7 @@ def execute(
     """
     with errors_end():
         config, resume = parse(sys.argv[1:] if arguments is None else list(arguments))
+        config = paths.resolved(config)
         devices.join()
         devices.find()
         with advising(lambda: _way_on(config.output_dir)):
@@ -85,8 +86,10 @@ def parse(
         return change(config_file.load(run_folder.config_path(folder), kind), output_dir=str(folder)), True
     if words and not words[0].startswith("-"):
         default, words = load_preset(words[0]), words[1:]
-    _, strays = tyro.cli(kind, default=default, args=words, description=description, return_unknown_args=True)
-    if strays and not any(stray.startswith("-") for stray in strays):
+    config, strays = tyro.cli(kind, default=default, args=words, description=description, return_unknown_args=True)
+    if not strays:
+        return config, False
+    if not any(stray.startswith("-") for stray in strays):
         raise ValueError(f"{strays[0]} is no flag: a preset comes first, and alone; all that follows are flags")
     return tyro.cli(kind, default=default, args=words, description=description), False
 
@@ -111,7 +114,9 @@ def check_free(folder: Path, *, resume: bool) -> None:
     """Checks that a folder for several runs may be written to.
 
     Raises:
-      FileExistsError: something is in it, and it is not to be gone on with.
+      FileExistsError: it is a file, or something is in it, and it is not to be gone on with.
     """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is not a folder: choose another --output-dir")
     if folder.exists() and any(folder.iterdir()) and not resume:
         raise FileExistsError(f"{folder} is not empty: choose another --output-dir, or pass --resume to finish it")
