@@ -12,7 +12,7 @@ rollouts from bad.
 """
 
 import functools
-import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -29,7 +29,7 @@ from rich.progress import Progress
 
 from experiments import command, quality
 from experiments.quality import Row
-from experiments.tables import write_csv
+from experiments.tables import write_csv, write_json
 from lensjax import _settings
 from lensjax.context.allocator import FocusConfig
 from lensjax.evaluation import compare
@@ -37,12 +37,16 @@ from lensjax.evaluation.compare import FOREIGN, FULL, FocusEvidence, Measured
 from lensjax.evaluation.faithfulness import FaithfulnessConfig
 from lensjax.models import Models, Params
 from lensjax.models.decision import split
+from lensjax.plots import style
 from lensjax.runs.config import Config
 from lensjax.runs.data import batches as data
 from lensjax.runs.fit import EVALUATION_SEED
 from lensjax.runs.load import load_params
 from lensjax.runs.store import config_file, run_folder
 from lensjax.training.recipe import Recipe
+
+_LONGEST_NAME = 240
+"""Bytes: with an ending, and what a name begins with while the file is written, no more than 255."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Arguments:
     merged: Path | None = None
     """Where the tables of all runs go together, without ending: PATH.csv and PATH.png."""
     name: str = "evaluation"
-    """Of the files in the run's folder; those that are there already are not overwritten."""
+    """Of the files in the run's folder; those of an evaluation that came to its end are not overwritten."""
     budgets: tuple[int, ...] = (2, 4, 8, 16)
     """History over entries: 4 means a quarter of the history, rounded down to a length that some cut has."""
     window: int | None = None
@@ -84,6 +88,8 @@ def evaluate(arguments: Arguments) -> list[Row]:
     """Measures every run and returns the rows of all tables; everything is checked before the first is measured."""
     if not arguments.runs:
         raise ValueError("name one or more run folders")
+    if not arguments.budgets:
+        raise ValueError("name one or more budgets, such as --budgets 2 4: none came")
     for number in ("sequences", "draws", "batch_size"):
         if getattr(arguments, number) < 1:
             raise ValueError(f"{number} must be at least 1, got {getattr(arguments, number)}")
@@ -93,20 +99,61 @@ def evaluate(arguments: Arguments) -> list[Row]:
         raise ValueError(
             f"sequences must be a multiple of batch_size {arguments.batch_size}, got {arguments.sequences}"
         )
-    outputs = [run / f"{arguments.name}{ending}" for run in arguments.runs for ending in (".csv", ".json", ".png")]
+    outputs = [_Output(run, arguments.name, "--name") for run in arguments.runs]
+    merged = None
     if arguments.merged is not None:
-        outputs += [arguments.merged.with_suffix(ending) for ending in (".csv", ".png")]
-    if there := [str(path) for path in outputs if path.exists()]:
-        raise FileExistsError(f"{there[0]} exists: pass another --name or --merged, or move it away")
+        name = arguments.merged.name.removesuffix(".csv")
+        merged = _Output(arguments.merged.parent, name, "--merged", endings=(".csv", ".png"))
+    for one in [*outputs, *([] if merged is None else [merged])]:
+        one.check_free()
     jobs = [_prepare(run, arguments) for run in arguments.runs]
     console, rows = Console(), []
-    for job in jobs:
-        rows += _evaluate_run(job, arguments, console)
-    if arguments.merged is not None:
-        arguments.merged.parent.mkdir(parents=True, exist_ok=True)
-        write_csv(rows, arguments.merged.with_suffix(".csv"))
-        quality.draw(rows, arguments.merged.with_suffix(".png"))
+    for job, output in zip(jobs, outputs, strict=True):
+        rows += _evaluate_run(job, arguments, output, console)
+    if merged is not None:
+        merged.folder.mkdir(parents=True, exist_ok=True)
+        merged.write(rows)
     return rows
+
+
+@dataclass(frozen=True)
+class _Output:
+    """The files of an evaluation, and a hidden one beside them as long as they are not all there."""
+
+    folder: Path
+    name: str
+    flag: str
+    """Which names it."""
+    endings: tuple[str, ...] = (".csv", ".json", ".png")
+
+    def path(self, ending: str) -> Path:
+        return self.folder / f"{self.name}{ending}"
+
+    @property
+    def _unfinished(self) -> Path:
+        return self.folder / f".{self.name}.unfinished"
+
+    def check_free(self) -> None:
+        """Raises where the name is none of a file, or where an evaluation that came to its end has it."""
+        is_name = self.name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(self.name)
+        if not is_name or len(os.fsencode(self.name)) > _LONGEST_NAME:
+            raise ValueError(
+                f"{self.flag} must end in the name of a file without folders, of at most {_LONGEST_NAME} bytes, "
+                f"got {self.name!r}"
+            )
+        there = [path for path in map(self.path, self.endings) if path.exists()]
+        if there and not self._unfinished.exists():
+            raise FileExistsError(f"{there[0]} exists: pass another {self.flag}, or move it away")
+
+    def write(self, rows: list[Row], report: Row | None = None, *, title: str = "") -> None:
+        """The table, the report and, last, the picture."""
+        self._unfinished.touch()
+        write_csv(rows, self.path(".csv"))
+        if report is not None:
+            write_json(report, self.path(".json"))
+        with style.attempt(self.path(".png")) as path:
+            quality.draw(rows, path, title=title)
+        self._unfinished.unlink()
 
 
 @dataclass(frozen=True)
@@ -141,7 +188,7 @@ def _prepare(run: Path, arguments: Arguments) -> _Job:
     return _Job(run, config, models, params, batches, lengths)
 
 
-def _evaluate_run(job: _Job, arguments: Arguments, console: Console) -> list[Row]:
+def _evaluate_run(job: _Job, arguments: Arguments, output: _Output, console: Console) -> list[Row]:
     """Measures one run, and writes its table and picture."""
     started = time.perf_counter()
     rows: list[Row] = []
@@ -172,9 +219,7 @@ def _evaluate_run(job: _Job, arguments: Arguments, console: Console) -> list[Row
         "rows": details,
         "anti_theater": checks,
     }
-    write_csv(rows, job.folder / f"{arguments.name}.csv")
-    (job.folder / f"{arguments.name}.json").write_text(json.dumps(report, indent=2) + "\n")
-    quality.draw(rows, job.folder / f"{arguments.name}.png", title=str(job.folder))
+    output.write(rows, report, title=str(job.folder))
     console.out(f"table, intervals and picture are in {job.folder}/{arguments.name}.*", highlight=False)
     return rows
 

@@ -26,7 +26,7 @@ from lensjax.runs.config import Config
 from lensjax.runs.data import batches as data
 from lensjax.runs.engine.devices import AXIS, place
 from lensjax.runs.fit import EVALUATION_SEED, LENS_STREAM, stream
-from lensjax.runs.store import config_file
+from lensjax.runs.store import config_file, files
 from lensjax.runs.sweep import Setting, SweepState
 from lensjax.training.hyperparameters import Hyperparameters
 from lensjax.training.metrics import Metrics
@@ -97,7 +97,7 @@ def train(
             "metrics": _strict(held_out.mean_over_batches(own)),
             "nll_by_batch": None if diverged else losses,
         }
-        _write(arm.file(folder), json.dumps(result, indent=2) + "\n")
+        files.write_text(arm.file(folder), json.dumps(result, indent=2) + "\n")
     console.out(f"{len(arms)} arms in {time.perf_counter() - began:.0f} seconds, one program", highlight=False)
 
 
@@ -183,10 +183,3 @@ def _held_out(config: Config) -> list[data.Batch]:
 def _strict(report: Mapping[str, float]) -> dict[str, float | None]:
     """Undefined values as null."""
     return {name: value if math.isfinite(value) else None for name, value in report.items()}
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)

@@ -38,12 +38,13 @@ from lensjax.evaluation.effects import Measured
 from lensjax.models import HyperLoRAModel, Models, Params, hyperlora
 from lensjax.models.decision import build_tree, policy, split
 from lensjax.models.hyperlora import Deltas
+from lensjax.plots import style
 from lensjax.plots.effects import forest
 from lensjax.runs.config import Config
 from lensjax.runs.data import batches as data
 from lensjax.runs.fit import EVALUATION_SEED
 from lensjax.runs.load import load_params
-from lensjax.runs.store import config_file, run_folder
+from lensjax.runs.store import config_file, files, run_folder
 from lensjax.training import nll
 from lensjax.training.recipe import Recipe
 from lensjax.training.scoring import Batch, ScoredVariants, score_variants
@@ -320,10 +321,12 @@ def _report(arguments: Arguments, rows: list[dict[str, Any]], losses: dict[int, 
             pick = one.value or default
             table.append({"measured": count, "to": default, "information": rivals.information(pick), **row})
         if (count, default) == (arguments.measured[0], PLAIN):
-            forest(differences, folder / "effects.png", default=settings, title=title)
+            picture = functools.partial(forest, differences, default=settings, title=title)
     write_csv(rows, folder / "picks.csv")
     write_csv(table, folder / "effects.csv")
-    (folder / "report.md").write_text("\n".join([_legend(losses[arguments.measured[0]]), *reports]))
+    files.write_text(folder / "report.md", "\n".join([_legend(losses[arguments.measured[0]]), *reports]))
+    with style.attempt(folder / "effects.png") as path:
+        picture(path)
 
 
 def _legend(names: Iterable[str]) -> str:

@@ -26,12 +26,13 @@ from lensjax import _settings
 from lensjax.evaluation import compare as comparison
 from lensjax.evaluation import effects, held_out
 from lensjax.evaluation.effects import Measured
+from lensjax.plots import style
 from lensjax.plots.effects import forest
 from lensjax.runs.config import Config
 from lensjax.runs.data import batches as data
 from lensjax.runs.fit import EVALUATION_SEED
 from lensjax.runs.load import load_params
-from lensjax.runs.store import config_file, run_folder
+from lensjax.runs.store import config_file, files, run_folder
 from lensjax.training.metrics import Metrics
 from lensjax.training.steps import preference
 
@@ -183,11 +184,13 @@ def _report(arguments: Arguments, rows: list[dict[str, Any]], losses: dict[str, 
         settings = {"arm": default}
         reports.append(effects.markdown(differences, default=settings, title=title, columns=COLUMNS, command=command))
         if default == START:
-            forest(differences, folder / "effects.png", default=settings, title=title)
-            rows_of_effects = [{k: v for k, v in asdict(one).items() if k != "others"} for one in differences]
-            write_csv(rows_of_effects, folder / "effects.csv")
+            from_start = differences
+    rows_of_effects = [{k: v for k, v in asdict(one).items() if k != "others"} for one in from_start]
+    write_csv(rows_of_effects, folder / "effects.csv")
     write_csv(rows, folder / "arms.csv")
-    (folder / "report.md").write_text("\n".join(reports))
+    files.write_text(folder / "report.md", "\n".join(reports))
+    with style.attempt(folder / "effects.png") as path:
+        forest(from_start, path, default={"arm": START}, title=f"recall, differences to: {START}")
 
 
 if __name__ == "__main__":

@@ -64,6 +64,7 @@ def make_iterator(
     if not config.data.is_text:
         dataset = _examples(config, split, seed=seed, pretraining=pretraining)
     elif split == "train":
+        _require_windows(config, split, found=len(_windows(config, split)), needed=batch_size)
         dataset = _quoting(config, _without_end(config, seed), seed=seed, pretraining=pretraining)
     else:
         dataset = _examples(config, split, seed=seed)
@@ -219,7 +220,8 @@ def _require_windows(config: Windows, split: Split, *, found: int, needed: int) 
     if found < needed:
         raise ValueError(
             f"split {split!r} holds {found} windows of {config.context.window} tokens, and {needed} are "
-            "needed; lower batch_size, eval_batches or context.window, add files, or raise data.max_files"
+            "needed; lower batch_size (in training pretrain.batch_size too, held out eval_batches) or context.window, "
+            "add files, or raise data.max_files"
         )
 
 
