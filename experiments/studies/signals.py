@@ -14,7 +14,7 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from experiments import command
 from experiments.tables import write_csv
 from experiments.train import load_preset
 from lensjax import _settings
+from lensjax._settings import BatchSize, Positive, PositiveInt, Seed, Variants, settings
 from lensjax.evaluation import compare, rivals
 from lensjax.evaluation.statistics import estimate
 from lensjax.models import Models, Params
@@ -55,7 +56,7 @@ Batches = Iterator[dict[str, np.ndarray]]
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@settings()
 class Arguments:
     """The grid."""
 
@@ -63,13 +64,13 @@ class Arguments:
     """Run whose base model all cells share."""
     output_dir: Path = Path("runs/signals")
     preset: str = "demo"
-    steps: int = 50
+    steps: PositiveInt = 50
     """Training steps of every cell; `both` takes half of them for each stage."""
-    batch_size: int = 8
-    rollouts: int = 6
-    seeds: tuple[int, ...] = (0, 1, 2)
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3)
-    sequences: int = 256
+    batch_size: BatchSize = 8
+    rollouts: Variants = 6
+    seeds: tuple[Seed, ...] = (0, 1, 2)
+    learning_rates: tuple[Positive, ...] = (1e-3, 3e-3)
+    sequences: PositiveInt = 256
     """Held-out windows, on each of validation and test."""
     views: tuple[View, ...] = ("entries", "map", "map and states", "map and attention")
     starts: tuple[Start, ...] = ("uniform", "recency")
