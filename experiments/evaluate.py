@@ -31,6 +31,7 @@ from experiments import command, quality
 from experiments.quality import Row
 from experiments.tables import write_csv, write_json
 from lensjax import _settings
+from lensjax._numerics import may_be_nan
 from lensjax.context.allocator import FocusConfig
 from lensjax.evaluation import compare
 from lensjax.evaluation.compare import FOREIGN, FULL, FocusEvidence, Measured
@@ -277,7 +278,7 @@ def compiled_measure(
         )
 
     # One sequence after the other: each has its dozens of contexts to fill the machine with.
-    return jax.jit(lambda params, *batch: jax.lax.map(lambda row: one(params, *row), batch))
+    return may_be_nan(jax.jit(lambda params, *batch: jax.lax.map(lambda row: one(params, *row), batch)))
 
 
 @functools.cache
@@ -285,7 +286,10 @@ def _compiled_full(recipe: Recipe, models: Models, length: int) -> Callable[...,
     def one(params: dict[str, Params], tokens: Array, answers: Array | None) -> Measured:
         return compare.measure_full(models, params, tokens, answers, length=length, recipe=recipe)
 
-    return jax.jit(lambda params, tokens, answers, _: jax.lax.map(lambda row: one(params, *row), (tokens, answers)))
+    def all_rows(params: dict[str, Params], tokens: Array, answers: Array | None, _: Array) -> Measured:
+        return jax.lax.map(lambda row: one(params, *row), (tokens, answers))
+
+    return may_be_nan(jax.jit(all_rows))
 
 
 @functools.cache
@@ -298,7 +302,7 @@ def _compiled_focus(recipe: Recipe, models: Models, length: int, draws: int) -> 
         foreign = jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=0), own)
         return jax.lax.map(lambda row: measure(*row), (tokens, answers, keys, own, foreign))
 
-    return jax.jit(all_rows)
+    return may_be_nan(jax.jit(all_rows))
 
 
 def _require_whole(job: _Job, ratio: int, length: int, measured: dict[str, Measured]) -> None:

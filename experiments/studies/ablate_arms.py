@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import Progress
 
+from lensjax._numerics import may_be_nan
 from lensjax.evaluation import compare, held_out
 from lensjax.models import Models, Params
 from lensjax.runs import sweep
@@ -146,7 +147,7 @@ class _Program:
         static: dict[str, Any] = {"recipe": recipe, "models": models, "at_once": at_once}
         step = sweep.over_devices(functools.partial(sweep.step, **static), mesh)
         evaluate = sweep.over_devices(functools.partial(sweep.evaluate, **static), mesh)
-        return cls(models, mesh, jax.jit(step, donate_argnums=0), jax.jit(evaluate))
+        return cls(models, mesh, may_be_nan(jax.jit(step, donate_argnums=0)), may_be_nan(jax.jit(evaluate)))
 
 
 def _steps(

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lensjax._numerics import may_be_nan
 from lensjax.runs.engine import devices, stopping
 from lensjax.runs.engine.stopping import StoppingConfig
 from lensjax.runs.store import checkpoint
@@ -135,13 +136,14 @@ def run_phase(
     }
     placed = (jax.tree.map(lambda leaf: leaf.sharding, state), None)
     compiled = jax.jit(phase.step, donate_argnums=0, out_shardings=placed).lower(state, spec, frozen).compile()
+    step = may_be_nan(compiled)
     recorder = _Recorder(phase.name, logger, folder)
     with _stop_requests() as stop, _progress(console, phase, first) as advance:
         for done in range(first + 1, phase.steps + 1):
             rows = next(batches)
             batch = {name: devices.share_out(rows[name], mesh) for name in spec}
             with jax.transfer_guard("disallow"):
-                state, metrics = compiled(state, batch, frozen)
+                state, metrics = step(state, batch, frozen)
             advance()
             recorder.take(done, metrics, tokens=sum(array.size for array in batch.values()))
             is_last = done == phase.steps
