@@ -41,6 +41,7 @@ from lensjax.models.decision import split
 from lensjax.plots import style
 from lensjax.runs.config import Config
 from lensjax.runs.data import batches as data
+from lensjax.runs.engine.progress import has_bars
 from lensjax.runs.fit import EVALUATION_SEED
 from lensjax.runs.load import load_params
 from lensjax.runs.store import config_file, run_folder
@@ -248,7 +249,7 @@ def _measure_focus(job: _Job, arguments: Arguments, length: int, console: Consol
 def _over_batches(job: _Job, measure: Callable[..., Any], length: int, title: str, console: Console) -> Any:
     key = jax.random.fold_in(jax.random.key(EVALUATION_SEED), length)
     batches = []
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(console=console, transient=True, disable=not has_bars(console)) as progress:
         for index, batch in enumerate(progress.track(job.batches, description=title)):
             keys = jax.random.split(jax.random.fold_in(key, index), len(batch["tokens"]))
             batches.append(jax.device_get(measure(job.params, batch["tokens"], batch.get("answers"), keys)))

@@ -26,6 +26,7 @@ from lensjax.runs import sweep
 from lensjax.runs.config import Config
 from lensjax.runs.data import batches as data
 from lensjax.runs.engine.devices import AXIS, place
+from lensjax.runs.engine.progress import has_bars
 from lensjax.runs.fit import EVALUATION_SEED, LENS_STREAM, stream
 from lensjax.runs.store import config_file, files
 from lensjax.runs.sweep import Setting, SweepState
@@ -164,7 +165,7 @@ def _steps(
         data.make_iterator(config, "train", seed=2 * seed + LENS_STREAM, batch_size=config.batch_size) for seed in seeds
     ]
     finite: list[Array] = []
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(console=console, transient=True, disable=not has_bars(console)) as progress:
         for _ in progress.track(range(config.steps), description=f"{state.draw.size} arms"):
             batch = {"tokens": np.stack([next(one)["tokens"] for one in batches])}
             state, report = program.step(state, place(batch, program.mesh, split=False), frozen)

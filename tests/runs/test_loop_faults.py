@@ -111,7 +111,7 @@ def test_d14_1_what_is_a_fault_is_named_where_jax_looks_for_nan(run):
     faults = {"loss": (4, math.nan)}
     with (
         jax.debug_nans(True),
-        pytest.raises(FloatingPointError, match="^phase lens, step 4: loss = nan; the last good"),
+        pytest.raises(FloatingPointError, match=r"^phase lens, step 4: loss = nan; the last good"),
     ):
         run.start(step=functools.partial(faulty_step, faults=faults))
 

@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lensjax._numerics import may_be_nan
 from lensjax.runs.engine import devices, stopping
+from lensjax.runs.engine.progress import has_bars
 from lensjax.runs.engine.stopping import StoppingConfig
 from lensjax.runs.store import checkpoint
 from lensjax.runs.store import log as run_logging
@@ -323,6 +324,6 @@ def _stop_requests() -> Iterator[_Stop]:
 def _progress(console: Console, phase: Phase, first: int) -> Iterator[Callable[[], None]]:
     """A bar on a terminal, nothing in a file: there, the evaluation lines show how far it is."""
     columns = (TextColumn(phase.name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not has_bars(console)) as progress:
         task = progress.add_task(phase.name, total=phase.steps, completed=first)
         yield lambda: progress.advance(task)
