@@ -31,6 +31,7 @@ from experiments import command, quality
 from experiments.quality import Row
 from experiments.tables import write_csv, write_json
 from lensjax import _settings
+from lensjax._numerics import may_be_nan
 from lensjax._settings import Bound, PositiveInt, Variants, settings
 from lensjax.context.allocator import FocusConfig
 from lensjax.evaluation import compare
@@ -41,6 +42,7 @@ from lensjax.models.decision import split
 from lensjax.plots import style
 from lensjax.runs.config import Config
 from lensjax.runs.data import batches as data
+from lensjax.runs.engine.progress import has_bars
 from lensjax.runs.fit import EVALUATION_SEED
 from lensjax.runs.load import load_params
 from lensjax.runs.store import config_file, run_folder
@@ -241,7 +243,7 @@ def _measure_focus(job: _Job, arguments: Arguments, length: int, console: Consol
 def _over_batches(job: _Job, measure: Callable[..., Any], length: int, title: str, console: Console) -> Any:
     key = jax.random.fold_in(jax.random.key(EVALUATION_SEED), length)
     batches = []
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(console=console, transient=True, disable=not has_bars(console)) as progress:
         for index, batch in enumerate(progress.track(job.batches, description=title)):
             keys = jax.random.split(jax.random.fold_in(key, index), len(batch["tokens"]))
             batches.append(jax.device_get(measure(job.params, batch["tokens"], batch.get("answers"), keys)))
@@ -271,7 +273,7 @@ def compiled_measure(
         )
 
     # One sequence after the other: each has its dozens of contexts to fill the machine with.
-    return jax.jit(lambda params, *batch: jax.lax.map(lambda row: one(params, *row), batch))
+    return may_be_nan(jax.jit(lambda params, *batch: jax.lax.map(lambda row: one(params, *row), batch)))
 
 
 @functools.cache
@@ -279,7 +281,10 @@ def _compiled_full(recipe: Recipe, models: Models, length: int) -> Callable[...,
     def one(params: dict[str, Params], tokens: Array, answers: Array | None) -> Measured:
         return compare.measure_full(models, params, tokens, answers, length=length, recipe=recipe)
 
-    return jax.jit(lambda params, tokens, answers, _: jax.lax.map(lambda row: one(params, *row), (tokens, answers)))
+    def all_rows(params: dict[str, Params], tokens: Array, answers: Array | None, _: Array) -> Measured:
+        return jax.lax.map(lambda row: one(params, *row), (tokens, answers))
+
+    return may_be_nan(jax.jit(all_rows))
 
 
 @functools.cache
@@ -292,7 +297,7 @@ def _compiled_focus(recipe: Recipe, models: Models, length: int, draws: int) -> 
         foreign = jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=0), own)
         return jax.lax.map(lambda row: measure(*row), (tokens, answers, keys, own, foreign))
 
-    return jax.jit(all_rows)
+    return may_be_nan(jax.jit(all_rows))
 
 
 def _require_whole(job: _Job, ratio: int, length: int, measured: dict[str, Measured]) -> None:

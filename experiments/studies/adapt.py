@@ -28,6 +28,7 @@ from experiments import command
 from experiments.studies.recall import run_once
 from experiments.tables import write_csv
 from lensjax import _settings
+from lensjax._numerics import may_be_nan
 from lensjax._settings import Bound, PositiveInt, settings
 from lensjax.context import allocator, refocus
 from lensjax.context import working as contexts
@@ -277,7 +278,7 @@ def _measurer(
     models = config.build_models()
     hypernet = config.build_hypernet(models)
     assert hypernet is not None
-    step = jax.jit(functools.partial(pick, models, hypernet, recipe=config.recipe))
+    step = may_be_nan(jax.jit(functools.partial(pick, models, hypernet, recipe=config.recipe)))
     batches = data.fixed_batches(
         config,
         split,

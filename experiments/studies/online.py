@@ -23,6 +23,7 @@ from experiments import command
 from experiments.studies.recall import run_once
 from experiments.tables import write_csv
 from lensjax import _settings
+from lensjax._numerics import may_be_nan
 from lensjax._settings import PositiveInt, Seed, settings
 from lensjax.evaluation import compare as comparison
 from lensjax.evaluation import effects, held_out
@@ -147,7 +148,7 @@ def plan(arguments: Arguments) -> dict[str, list[Config]]:
 def _on_test(config: Config) -> Callable[[Path], list[Metrics]]:
     """What measures a finished run on the test batches of one configuration, a report a batch."""
     models = config.build_models()
-    step = jax.jit(functools.partial(held_out.eval_step, recipe=config.recipe, models=models))
+    step = may_be_nan(jax.jit(functools.partial(held_out.eval_step, recipe=config.recipe, models=models)))
     batches = data.fixed_batches(
         config, "test", batch_size=config.batch_size, count=config.eval_batches, seed=EVALUATION_SEED
     )

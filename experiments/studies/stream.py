@@ -41,6 +41,7 @@ from lensjax.plots.maps import stream_map
 from lensjax.runs.config import Config
 from lensjax.runs.data import corpus as data
 from lensjax.runs.data.task import DataConfig
+from lensjax.runs.engine.progress import has_bars
 from lensjax.runs.load import load_params
 from lensjax.runs.store import config_file, run_folder
 from lensjax.session import Session
@@ -91,7 +92,7 @@ def stream(arguments: Arguments) -> dict[str, Any]:
     name = f"{arguments.run or 'fresh models'}: {arguments.tokens:,} tokens read through {config.budget} entries"
     with (
         (folder / "metrics.jsonl").open("w") as file,
-        Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
+        Progress(console=console, transient=True, disable=not has_bars(console)) as progress,
     ):
         for row in progress.track(_read(session, tokens, watch, arguments), total=len(PERCENT)):
             rows.append(row)

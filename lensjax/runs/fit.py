@@ -13,6 +13,7 @@ from jax import Array
 from jax.sharding import Mesh
 from rich.console import Console
 
+from lensjax._numerics import may_be_nan
 from lensjax.evaluation import held_out
 from lensjax.models import HyperLoRAModel, Models, Params
 from lensjax.plots.maps import VariantMap
@@ -324,7 +325,7 @@ def evaluator(config: Config, models: Models, hypernet: HyperLoRAModel | None = 
         measure = functools.partial(
             held_out.adaptation_eval_step, recipe=config.recipe, models=models, hypernet=hypernet
         )
-    step = jax.jit(measure)
+    step = may_be_nan(jax.jit(measure))
     keys = [jax.random.fold_in(jax.random.key(EVALUATION_SEED), i) for i in range(config.eval_batches)]
     return lambda state, frozen, batches: held_out.mean_over_batches(
         step(key, state, batch, frozen) for batch, key in zip(batches, keys, strict=True)
