@@ -113,7 +113,7 @@ def run(config: QuietStarConfig, *, resume: bool = False, console: Console | Non
         summary = about | run_logging.with_undefined(summary) | {"seconds": round(time.perf_counter() - started, 1)}
         claim.require()
         devices.in_first(lambda: run_folder.write_summary(folder, summary))
-        devices.in_first(lambda: _draw(folder, summary["task"]))
+    devices.in_first(lambda: _draw(folder, summary["task"]))
     for name, value in summary.items():
         console.out(f"  {name:<40}{value:>9.3f}" if isinstance(value, float) else f"  {name:<40}{value!s:>9}")
     return summary

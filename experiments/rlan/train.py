@@ -111,7 +111,7 @@ def run(config: RlanConfig, *, resume: bool = False, console: Console | None = N
         summary["seconds"] = round(time.perf_counter() - started, 1)
         claim.require()
         devices.in_first(lambda: run_folder.write_summary(folder, summary))
-        devices.in_first(lambda: _draw(folder, shown_tasks(models, params, test[:SHOWN_TASKS])))
+    devices.in_first(lambda: _draw(folder, shown_tasks(models, params, test[:SHOWN_TASKS])))
     for name, value in summary.items():
         console.out(f"  {name:<32}{value:>9.3f}" if isinstance(value, float) else f"  {name:<32}{value:>9}")
     return summary

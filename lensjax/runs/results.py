@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 from rich.console import Console
 
+from lensjax._numerics import may_be_nan
 from lensjax.evaluation import held_out
 from lensjax.models import Models, Params
 from lensjax.plots import curves, style
@@ -42,7 +43,7 @@ def variant_maps(
 ) -> list[VariantMap]:
     """What recency, the rollouts and the policy show of the first sequences of a held-out batch; `key` is consumed."""
     context = config.context
-    compute = jax.jit(functools.partial(held_out.variant_maps, recipe=config.recipe, models=models))
+    compute = may_be_nan(jax.jit(functools.partial(held_out.variant_maps, recipe=config.recipe, models=models)))
     first = {name: value[:MAPPED_SEQUENCES] for name, value in devices.to_host(batch).items()}
     arrays = devices.to_host(compute(state, first["tokens"], key, frozen))
     labels = ["recency", *(f"rollout {i + 1}" for i in range(context.rollouts)), "LensNet's pick"]

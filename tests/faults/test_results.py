@@ -4,6 +4,7 @@ import io
 import json
 import math
 
+import jax
 import pytest
 from rich.console import Console
 
@@ -86,6 +87,13 @@ def test_e5_a_torn_summary_is_that_of_an_unfinished_run(tmp_path, whole, torn):
         assert run_folder.read_summary(folder) == {}
         recall.run_once(config, Console(file=io.StringIO()))
     assert outcome(folder) == whole
+
+
+def test_d14_1_a_run_ends_well_where_jax_looks_for_nan(tmp_path, whole):
+    with cheap_programs(), jax.debug_nans(True):
+        summary = start(tiny_config(tmp_path / "run"))
+    assert summary["preference_corr_mean"] == "n/a"
+    assert outcome(tmp_path / "run") == whole
 
 
 def test_e5_an_empty_run_folder_is_started(tmp_path, whole):

@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
@@ -97,6 +98,22 @@ def test_a_run_with_a_fault_goes_on_from_the_good_checkpoint(run, tmp_path, monk
     whole = Run(tmp_path / "whole", monkeypatch)
     whole.start()
     assert run.result() == whole.result()
+
+
+def test_d14_1_what_is_undefined_is_no_fault_where_jax_looks_for_nan(run):
+    faults = {"mc/preference_corr_mean": (1, math.nan)}
+    with jax.debug_nans(True):
+        run.start(step=functools.partial(faulty_step, faults=faults))
+    assert {row["mc/preference_corr_mean"] for row in run.rows() if "loss" in row} == {"n/a"}
+
+
+def test_d14_1_what_is_a_fault_is_named_where_jax_looks_for_nan(run):
+    faults = {"loss": (4, math.nan)}
+    with (
+        jax.debug_nans(True),
+        pytest.raises(FloatingPointError, match=r"^phase lens, step 4: loss = nan; the last good"),
+    ):
+        run.start(step=functools.partial(faulty_step, faults=faults))
 
 
 @pytest.mark.parametrize(

@@ -70,12 +70,11 @@ def alike(sketches: Sequence[np.ndarray]) -> Iterator[tuple[int, int]]:
             for band, rows in enumerate(_filled(one).reshape(-1, _ROWS)):
                 buckets[band, rows.tobytes()].append(index)
     for bucket in {tuple(bucket): None for bucket in buckets.values() if len(bucket) > 1}:
-        left = np.array(bucket)
+        left, rows = np.array(bucket), np.stack([sketches[i] for i in bucket])
         while len(left) > 1:
-            first, left = left[0], left[1:]
-            same = _resemblance(sketches[first], np.stack([sketches[i] for i in left])) >= ALIKE
-            yield from ((int(first), int(i)) for i in left[same])
-            left = left[~same]
+            same = _resemblance(rows[0], rows[1:]) >= ALIKE
+            yield from ((int(left[0]), int(i)) for i in left[1:][same])
+            left, rows = left[1:][~same], rows[1:][~same]
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
