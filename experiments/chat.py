@@ -66,9 +66,7 @@ class Reading:
 
 def main(words: list[str] | None = None) -> None:
     """Command line."""
-    arguments = tyro.cli(Arguments, args=words, description=__doc__)
-    with command.errors_end():
-        chat(arguments, Console())
+    command.program(lambda arguments: chat(arguments, Console()), Arguments, words, description=__doc__)
 
 
 def chat(arguments: Arguments, console: Console) -> list[str]:

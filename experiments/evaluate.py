@@ -83,9 +83,7 @@ class Arguments:
 
 def main(words: list[str] | None = None) -> None:
     """Command line."""
-    arguments = tyro.cli(Arguments, args=words, description=__doc__)
-    with command.errors_end():
-        evaluate(arguments)
+    command.program(evaluate, Arguments, words, description=__doc__)
 
 
 def evaluate(arguments: Arguments) -> list[Row]:

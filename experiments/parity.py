@@ -10,7 +10,6 @@ Prints the largest difference, in how many places the likeliest token is the sam
 where a difference is above the tolerance.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -53,11 +52,12 @@ class Parity:
 
 def main(words: list[str] | None = None) -> None:
     """Command line."""
-    arguments = tyro.cli(Arguments, args=words, description=__doc__)
-    with command.errors_end():
-        parity = compare(arguments)
-        if not parity.difference <= arguments.tolerance:
-            sys.exit(f"error: the largest difference is above --tolerance {arguments.tolerance}")
+    command.program(_judge, Arguments, words, description=__doc__)
+
+
+def _judge(arguments: Arguments) -> None:
+    if not compare(arguments).difference <= arguments.tolerance:
+        raise ValueError(f"the largest difference is above --tolerance {arguments.tolerance}")
 
 
 def compare(arguments: Arguments) -> Parity:

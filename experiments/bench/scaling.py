@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 from rich.console import Console
@@ -108,9 +107,7 @@ class Arguments:
 
 def main(words: list[str] | None = None) -> None:
     """Command line."""
-    arguments = tyro.cli(Arguments, args=words, description=__doc__)
-    with command.errors_end():
-        scaling(arguments)
+    command.program(scaling, Arguments, words, description=__doc__)
 
 
 def scaling(arguments: Arguments) -> list[dict[str, Any]]:

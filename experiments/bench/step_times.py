@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.console import Console
 
 from experiments import command
@@ -47,8 +46,7 @@ class Arguments:
 
 def main(words: list[str] | None = None) -> None:
     """Command line."""
-    with command.errors_end():
-        measure(tyro.cli(Arguments, args=words, description=__doc__))
+    command.program(measure, Arguments, words, description=__doc__)
 
 
 def measure(arguments: Arguments) -> list[dict[str, Any]]:

@@ -58,8 +58,7 @@ class Arguments:
 
 def main(words: list[str] | None = None) -> None:
     """Command line; bad values end it with one message, before anything is written."""
-    with command.errors_end():
-        compare(tyro.cli(Arguments, args=words, description=__doc__).folder)
+    command.program(lambda arguments: compare(arguments.folder), Arguments, words, description=__doc__)
 
 
 def compare(folder: Path) -> dict[str, list[Summary]]:

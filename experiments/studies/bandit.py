@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from jax import Array
 from rich.console import Console
 
@@ -146,8 +145,7 @@ OBJECTIVES: dict[str, Objective] = {
 
 def main(words: list[str] | None = None) -> None:
     """Command line."""
-    with command.errors_end():
-        bandit(tyro.cli(Arguments, args=words, description=__doc__))
+    command.program(bandit, Arguments, words, description=__doc__)
 
 
 def bandit(arguments: Arguments) -> dict[str, np.ndarray]:

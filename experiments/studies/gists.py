@@ -22,7 +22,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jax import Array
 from rich.console import Console
 
@@ -99,8 +98,7 @@ class Arguments:
 
 def main(words: list[str] | None = None) -> None:
     """Command line."""
-    with command.errors_end():
-        run(tyro.cli(Arguments, args=words, description=__doc__))
+    command.program(run, Arguments, words, description=__doc__)
 
 
 def run(arguments: Arguments) -> list[Row]:

@@ -16,7 +16,6 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jax import Array
 from rich.console import Console
 
@@ -51,9 +50,7 @@ class Arguments:
 
 def main(words: list[str] | None = None) -> None:
     """Command line."""
-    arguments = tyro.cli(Arguments, args=words, description=__doc__)
-    with command.errors_end():
-        judge(arguments)
+    command.program(judge, Arguments, words, description=__doc__)
 
 
 def judge(arguments: Arguments) -> dict[str, dict[str, list[float]]]:

@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-import tyro
 from rich.console import Console
 
 from experiments import command
@@ -72,9 +71,7 @@ class Arguments:
 
 def main(words: list[str] | None = None) -> None:
     """Command line; bad values end it with one message, before anything is written."""
-    arguments = tyro.cli(Arguments, args=words, description=__doc__)
-    with command.errors_end():
-        compare(arguments)
+    command.program(compare, Arguments, words, description=__doc__)
 
 
 def compare(arguments: Arguments) -> list[dict[str, Any]]:

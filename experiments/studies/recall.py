@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -68,9 +67,7 @@ class Arguments:
 
 def main(words: list[str] | None = None) -> None:
     """Command line."""
-    arguments = tyro.cli(Arguments, args=words, description=__doc__)
-    with command.errors_end():
-        compare(arguments)
+    command.program(compare, Arguments, words, description=__doc__)
 
 
 def compare(arguments: Arguments) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from jax import Array
 from jax.typing import ArrayLike
 from rich.console import Console
@@ -47,9 +46,7 @@ class Arguments:
 
 def main(words: list[str] | None = None) -> None:
     """Command line."""
-    arguments = tyro.cli(Arguments, args=words, description=__doc__)
-    with command.errors_end():
-        probe(arguments)
+    command.program(probe, Arguments, words, description=__doc__)
 
 
 def probe(arguments: Arguments) -> list[dict[str, Any]]:

@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-import tyro
 from jax import Array
 from rich.console import Console
 from rich.table import Table
@@ -79,9 +78,7 @@ class Arguments:
 
 def main(words: list[str] | None = None) -> None:
     """Command line."""
-    arguments = tyro.cli(Arguments, args=words, description=__doc__)
-    with command.errors_end():
-        run(arguments)
+    command.program(run, Arguments, words, description=__doc__)
 
 
 def run(arguments: Arguments) -> list[Row]:

@@ -25,7 +25,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.progress import Progress
 
@@ -76,9 +75,7 @@ class Arguments:
 
 def main(words: list[str] | None = None) -> None:
     """Command line."""
-    arguments = tyro.cli(Arguments, args=words, description=__doc__)
-    with command.errors_end():
-        stream(arguments)
+    command.program(stream, Arguments, words, description=__doc__)
 
 
 def stream(arguments: Arguments) -> dict[str, Any]:

@@ -85,13 +85,15 @@ class RunLogger:
         """Fetches and writes all queued rows, in order, and returns them."""
         pending, self._pending = self._pending, []
         fetched = jax.device_get([metrics for _, _, metrics in pending])
-        rows = [
+        rows: list[Row] = [
             {"phase": phase, "step": step}
             | with_undefined({name: metrics[name] for name in metrics if name not in HISTOGRAMS})
             for (phase, step, _), metrics in zip(pending, fetched, strict=True)
         ]
+        new = [place for place, row in enumerate(rows) if not self.is_written(row["phase"], row["step"])]
         if self._files is not None:
-            self._files.write(rows, [{name: m[name] for name in m if name in HISTOGRAMS} for m in fetched])
+            histograms = [{name: m[name] for name in m if name in HISTOGRAMS} for m in fetched]
+            self._files.write([rows[place] for place in new], [histograms[place] for place in new])
         return rows
 
     def sync(self) -> None:
@@ -102,6 +104,13 @@ class RunLogger:
     def count(self, phase: str) -> int:
         """Rows of a phase in the file, those of earlier starts included; 0 where nothing is written."""
         return 0 if self._files is None else self._files.counts[phase]
+
+    def is_written(self, phase: str, step: int) -> bool:
+        """Whether the file of a run that goes on holds rows of a step already, which are then not written again.
+
+        A phase is trained again where its own checkpoints are lost, and those of a later phase are not.
+        """
+        return self._files is not None and step <= self._files.last.get(phase, 0)
 
     def close(self) -> None:
         """Writes what is queued and closes the files."""
@@ -134,6 +143,8 @@ class _Files:
         elif path.exists() and path.stat().st_size:
             raise ValueError(f"{path} holds the metrics of another run; resume that one, or choose another folder")
         self._resume = resume
+        # By phase, the last step that the file holds at the start.
+        self.last = {} if resume is None else {row["phase"]: row["step"] for _, row in _parsed_lines(path)}
         self._boards: dict[str, RecordWriter] = {}
         self._file = path.open("a", encoding="utf-8")
 
