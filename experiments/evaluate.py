@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ from experiments.quality import Row
 from experiments.tables import write_csv, write_json
 from lensjax import _settings
 from lensjax._numerics import may_be_nan
+from lensjax._settings import Bound, PositiveInt, Variants, settings
 from lensjax.context.allocator import FocusConfig
 from lensjax.evaluation import compare
 from lensjax.evaluation.compare import FOREIGN, FULL, FocusEvidence, Measured
@@ -51,7 +52,7 @@ _LONGEST_NAME = 240
 """Bytes: with an ending, and what a name begins with while the file is written, no more than 255."""
 
 
-@dataclass(frozen=True)
+@settings()
 class Arguments:
     """What to measure."""
 
@@ -61,18 +62,18 @@ class Arguments:
     """Where the tables of all runs go together, without ending: PATH.csv and PATH.png."""
     name: str = "evaluation"
     """Of the files in the run's folder; those of an evaluation that came to its end are not overwritten."""
-    budgets: tuple[int, ...] = (2, 4, 8, 16)
+    budgets: tuple[PositiveInt, ...] = (2, 4, 8, 16)
     """History over entries: 4 means a quarter of the history, rounded down to a length that some cut has."""
-    window: int | None = None
+    window: PositiveInt | None = None
     """Tokens in the windows to measure on; None as in training. They may be longer than those trained on."""
     split: Literal["test", "validation"] = "test"
     """Choose settings on validation, report test."""
-    sequences: int = 256
-    draws: int = 8
+    sequences: Annotated[int, Bound(1, 2**20)] = 256
+    draws: Variants = 8
     """Contexts of each random policy, and N of the best of N."""
-    oracle_rounds: int = 2
+    oracle_rounds: Annotated[int, Bound(0, 1024)] = 2
     """Rounds of the greedy search for the oracle."""
-    batch_size: int = 8
+    batch_size: Annotated[int, Bound(2, 2**16)] = 8
     """Sequences measured at a time; each is also shown as the focus on the one before it would have it."""
     focus: FocusConfig | None = None
     """How the allocator acts; None as the run's config says."""
@@ -92,11 +93,6 @@ def evaluate(arguments: Arguments) -> list[Row]:
         raise ValueError("name one or more run folders")
     if not arguments.budgets:
         raise ValueError("name one or more budgets, such as --budgets 2 4: none came")
-    for number in ("sequences", "draws", "batch_size"):
-        if getattr(arguments, number) < 1:
-            raise ValueError(f"{number} must be at least 1, got {getattr(arguments, number)}")
-    if arguments.batch_size < 2:
-        raise ValueError("batch_size must be at least 2, for the focus on another sequence of the batch, got 1")
     if arguments.sequences % arguments.batch_size:
         raise ValueError(
             f"sequences must be a multiple of batch_size {arguments.batch_size}, got {arguments.sequences}"

@@ -22,6 +22,7 @@ import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import jax
@@ -76,6 +77,7 @@ Positive = Annotated[float, above(0)]
 NonNegative = Annotated[float, at_least(0)]
 Share = Annotated[float, Bound(0, 1)]
 Decay = Annotated[float, Bound(0, 1, high_excluded=True)]
+Seed = Annotated[int, Bound(0, 2**31, high_excluded=True)]
 Width = Annotated[int, Bound(1, 2**20)]
 """Numbers side by side: features, heads, a vocabulary."""
 Layers = Annotated[int, Bound(1, 128)]
@@ -172,12 +174,16 @@ def _fitted(hint: Any, value: Any) -> Any:
             raise _Unfit(_words(hint))
         return text
     kind = args[0] if origin is Annotated else hint
+    if origin is Annotated and kind not in (int, float):
+        return _fitted(kind, value)
     if kind in (int, float):
         return _number(hint, value)
     if kind is bool and isinstance(value, bool | np.bool_):
         return bool(value)
     if kind is str and isinstance(value, str | os.PathLike):
         return _text(value)
+    if kind is Path and isinstance(value, str | os.PathLike):
+        return value if isinstance(value, Path) and _text(value) else Path(_text(value))
     if kind not in (bool, str) and isinstance(value, kind):
         return _plain(value) if dataclasses.is_dataclass(value) else value
     raise _Unfit(_words(hint))

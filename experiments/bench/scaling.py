@@ -27,6 +27,7 @@ from experiments.bench.cost import step_cost
 from experiments.bench.programs import Program
 from experiments.tables import write_csv
 from lensjax import _settings
+from lensjax._settings import PositiveInt, settings
 from lensjax.models.base_lm import BaseConfig
 from lensjax.plots import style
 from lensjax.runs.config import Config
@@ -95,12 +96,12 @@ SERIES = {
 }
 
 
-@dataclass(frozen=True)
+@settings()
 class Arguments:
     """What to measure."""
 
     series: tuple[str, ...] = tuple(SERIES)
-    repetitions: int = 7
+    repetitions: PositiveInt = 7
     """Turns that every point of a series takes after one to warm up."""
     output_dir: Path = Path("runs/scaling")
 
@@ -114,8 +115,6 @@ def scaling(arguments: Arguments) -> list[dict[str, Any]]:
     """Measures all series; returns the rows of `scaling.csv`."""
     if unknown := set(arguments.series) - set(SERIES):
         raise ValueError(f"series may be {', '.join(SERIES)}, got {', '.join(sorted(unknown))}")
-    if arguments.repetitions < 1:
-        raise ValueError(f"repetitions must be at least 1, got {arguments.repetitions}")
     folder, console = run_folder.create_run(arguments.output_dir, SHAPE), Console()
     rows = []
     for name in arguments.series:

@@ -31,6 +31,7 @@ from experiments.studies.ablate_arms import Arm
 from experiments.tables import write_csv
 from experiments.train import load_object, load_preset
 from lensjax import _settings
+from lensjax._settings import PositiveInt, settings
 from lensjax.evaluation import compare, effects
 from lensjax.models import Params
 from lensjax.plots import style
@@ -64,7 +65,7 @@ REPORTED = (
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@settings()
 class Arguments:
     """What to run."""
 
@@ -73,9 +74,9 @@ class Arguments:
     base_run: Path
     """Run folder whose base model and GistNet all arms share."""
     output_dir: Path
-    chunk: int = 32
+    chunk: PositiveInt = 32
     """Arms trained at a time, at most."""
-    at_once: int | None = None
+    at_once: PositiveInt | None = None
     """Arms computed together (`vmap`), for accelerators; None computes one after the other."""
     resume: bool = False
     """Go on with an interrupted sweep."""
@@ -89,8 +90,6 @@ def main(words: list[str] | None = None) -> None:
 def ablate(arguments: Arguments) -> list[Row]:
     """Runs the sweep and returns the rows of `arms.csv`; all arms are checked before the first one is trained."""
     console = Console()
-    if arguments.chunk < 1 or (arguments.at_once is not None and arguments.at_once < 1):
-        raise ValueError(f"chunk and at_once must be at least 1, got {arguments.chunk} and {arguments.at_once}")
     plan = load_sweep(arguments.sweep)
     arms = _arms(plan, arguments.base_run)
     groups = [_Group(members, _start(members[0].config)) for members in _by_structure(arms)]

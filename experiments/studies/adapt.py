@@ -13,9 +13,9 @@ losses at the cursor itself is named so: a bound, in hindsight. Leaves a run fol
 import functools
 import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from experiments.studies.recall import run_once
 from experiments.tables import write_csv
 from lensjax import _settings
 from lensjax._numerics import may_be_nan
+from lensjax._settings import Bound, PositiveInt, settings
 from lensjax.context import allocator, refocus
 from lensjax.context import working as contexts
 from lensjax.context.geometry import Geometry
@@ -59,18 +60,18 @@ DEFAULTS = (PLAIN, FOREIGN, CREDIT)
 COLUMNS = ("hit_rate",)
 
 
-@dataclass(frozen=True)
+@settings()
 class Arguments:
     """What to run; finished runs in the folder are kept and interrupted ones go on."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of runs that trained a LensNet, each with a seed of its own."""
     output_dir: Path
-    steps: int = 300
+    steps: PositiveInt = 300
     """Steps of training, of LensNet by preferences and of the hypernetwork."""
-    budget: int | None = None
+    budget: PositiveInt | None = None
     """History over entries, in training and measuring; None as the run's config says at the end of its curriculum."""
-    measured: tuple[int, ...] = (8, 32)
+    measured: tuple[Annotated[int, Bound(2, 1024)], ...] = (8, 32)
     """Variants of a test document's past that are measured, one table each; those of 8 are not the first of 32."""
     split: Literal["test", "validation"] = "test"
     """Choose settings on validation, report test."""

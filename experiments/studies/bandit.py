@@ -16,7 +16,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -28,32 +28,25 @@ from rich.console import Console
 from experiments import command
 from experiments.tables import write_csv, write_json
 from lensjax import losses
+from lensjax._settings import BatchSize, Bound, Positive, PositiveInt, settings
 from lensjax.evaluation.statistics import estimate
 from lensjax.losses import advantages
 from lensjax.plots import style
 
 
-@dataclass(frozen=True)
+@settings()
 class Arguments:
     """The bandits and how long to train."""
 
-    arms: int = 10
-    beta: float = 0.25
+    arms: Annotated[int, Bound(2, 2**20)] = 10
+    beta: Positive = 0.25
     """Strength of the KL term; rewards are uniform in [0, 1]."""
-    groups: int = 512
-    group_size: int = 8
-    steps: int = 2000
-    learning_rate: float = 0.02
-    seeds: int = 10
+    groups: BatchSize = 512
+    group_size: Annotated[int, Bound(2, 1024)] = 8
+    steps: PositiveInt = 2000
+    learning_rate: Positive = 0.02
+    seeds: Annotated[int, Bound(2, 1024)] = 10
     output_dir: Path = Path("runs/bandit")
-
-    def __post_init__(self) -> None:
-        for name, least in (("arms", 2), ("groups", 1), ("group_size", 2), ("steps", 1), ("seeds", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name in ("beta", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
 
 
 @jax.tree_util.register_dataclass

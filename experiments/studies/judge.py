@@ -9,9 +9,8 @@ the worth of the block that each teacher puts first; means over held-out windows
 """
 
 import functools
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from rich.console import Console
 
 from experiments import command
 from experiments.tables import write_json
+from lensjax._settings import Bound, settings
 from lensjax.context import allocator, nodes
 from lensjax.context import working as contexts
 from lensjax.context.working import WorkingContext
@@ -38,14 +38,14 @@ from lensjax.training import key_tokens, nll, teachers
 _AT_ONCE = 16
 
 
-@dataclass(frozen=True)
+@settings()
 class Arguments:
     """Whose base model, and on what."""
 
     run: Path
     output_dir: Path = Path("runs/judge")
     split: Literal["validation", "test"] = "validation"
-    windows: int = 128
+    windows: Annotated[int, Bound(1, 2**20)] = 128
 
 
 def main(words: list[str] | None = None) -> None:

@@ -11,7 +11,7 @@ an arm and seed, `arms.csv`, `report.md`, `effects.csv` and `effects.png`.
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from experiments.studies.recall import run_once
 from experiments.tables import write_csv
 from lensjax import _settings
 from lensjax._numerics import may_be_nan
+from lensjax._settings import PositiveInt, Seed, settings
 from lensjax.evaluation import compare as comparison
 from lensjax.evaluation import effects, held_out
 from lensjax.evaluation.effects import Measured
@@ -50,15 +51,15 @@ ALONE = "alone"
 COLUMNS = ("gap_closed_oracle", "hit_rate", "seconds_per_step")
 
 
-@dataclass(frozen=True)
+@settings()
 class Arguments:
     """What to run; finished runs in the folder are kept and interrupted ones go on."""
 
     base_run: Path
     """Run folder whose base model and GistNet all arms share; its configuration is that of all arms."""
     output_dir: Path
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    steps: int = 150
+    seeds: tuple[Seed, ...] = (0, 1, 2, 3, 4)
+    steps: PositiveInt = 150
     """Steps of each of the two halves."""
     arms: tuple[Literal["preferences", "gae", "one_step", "rloo", "alone"], ...] = (
         *("preferences", "gae", "one_step", "rloo"),

@@ -13,7 +13,6 @@ two tables, of the arms and of all policies, and writes `summary.json`, for each
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +26,7 @@ from experiments.evaluate import compiled_measure
 from experiments.tables import write_csv, write_json
 from experiments.train import load_preset, run
 from lensjax import _settings
+from lensjax._settings import Count, PositiveInt, Seed, settings
 from lensjax.evaluation import rivals
 from lensjax.runs.config import Config
 from lensjax.runs.data import batches as data
@@ -49,19 +49,19 @@ COLUMNS = {
 }
 
 
-@dataclass(frozen=True)
+@settings()
 class Arguments:
     """What to run; finished runs in the folder are kept and interrupted ones go on."""
 
     output_dir: Path = Path("runs/recall")
     preset: str = "recall"
     """Name or path of the config that all runs start from."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = (0, 1, 2)
     resume: bool = False
     """Go on in a folder that is there already."""
-    steps: int | None = None
+    steps: Count | None = None
     """LensNet training steps of each run; None takes the preset's."""
-    query: int | None = None
+    query: PositiveInt | None = None
     """Tokens of the repeated block before the cursor; the rest of it is scored. None takes the preset's."""
 
 

@@ -14,9 +14,9 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -29,6 +29,7 @@ from experiments.tables import write_csv
 from experiments.train import load_preset
 from lensjax import _settings
 from lensjax._numerics import may_be_nan
+from lensjax._settings import BatchSize, Bound, Positive, PositiveInt, Seed, Variants, settings
 from lensjax.evaluation import compare, rivals
 from lensjax.evaluation.statistics import estimate
 from lensjax.models import Models, Params
@@ -56,7 +57,7 @@ Batches = Iterator[dict[str, np.ndarray]]
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@settings()
 class Arguments:
     """The grid."""
 
@@ -64,13 +65,13 @@ class Arguments:
     """Run whose base model all cells share."""
     output_dir: Path = Path("runs/signals")
     preset: str = "demo"
-    steps: int = 50
+    steps: PositiveInt = 50
     """Training steps of every cell; `both` takes half of them for each stage."""
-    batch_size: int = 8
-    rollouts: int = 6
-    seeds: tuple[int, ...] = (0, 1, 2)
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3)
-    sequences: int = 256
+    batch_size: BatchSize = 8
+    rollouts: Variants = 6
+    seeds: tuple[Seed, ...] = (0, 1, 2)
+    learning_rates: tuple[Positive, ...] = (1e-3, 3e-3)
+    sequences: Annotated[int, Bound(1, 2**20)] = 256
     """Held-out windows, on each of validation and test."""
     views: tuple[View, ...] = ("entries", "map", "map and states", "map and attention")
     starts: tuple[Start, ...] = ("uniform", "recency")

@@ -19,7 +19,6 @@ import mmap
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from experiments.studies.stream_rivals import STRETCHES
 from experiments.studies.stream_watch import Watch
 from experiments.tables import write_json
 from lensjax import _settings
+from lensjax._settings import PositiveInt, Seed, settings
 from lensjax.models.base_lm import BaseConfig
 from lensjax.models.lensnet import LensConfig
 from lensjax.plots import style
@@ -59,17 +59,17 @@ PERCENT = range(1, 101)
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@settings()
 class Arguments:
     """What to read, and with which models."""
 
     run: Path | None = None
     """Run folder whose models read; None takes small ones as they are initialised, to see what reading costs."""
-    tokens: int = 100_000
+    tokens: PositiveInt = 100_000
     output_dir: Path = Path("runs/stream")
-    interval: int | None = None
+    interval: PositiveInt | None = None
     """Tokens between two refocus steps; None for the run's horizon, which is how LensNet was trained."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the recall stream, of random scores, of an allocator that samples, and of fresh models."""
 
 
@@ -117,8 +117,6 @@ def _prepare(arguments: Arguments) -> tuple[Config, Session, np.ndarray]:
     """The run's configuration, its session, and the stream to read; all that can be wrong is found here."""
     stored = FRESH if arguments.run is None else config_file.load(run_folder.config_path(arguments.run), Config)
     interval = stored.context.horizon if arguments.interval is None else arguments.interval
-    if interval < 1:
-        raise ValueError(f"interval must be at least 1 token, got {interval}")
     needed = len(PERCENT) * interval
     if arguments.run is not None:
         needed = max(needed, stored.context.history + (STRETCHES + 1) * interval)
