@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 
 from experiments import command
@@ -198,9 +197,9 @@ def make(output_dir: Path, console: Console) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    options = tyro.cli(Arguments, description=__doc__, args=arguments)
-    with command.errors_end():
-        make(options.output_dir, Console(highlight=False))
+    command.program(
+        lambda options: make(options.output_dir, Console(highlight=False)), Arguments, arguments, description=__doc__
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Prints the largest difference, in how many places the likeliest token is the sam
 where a difference is above the tolerance.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,11 +19,12 @@ import numpy as np
 import tyro
 
 from experiments import command
+from lensjax._settings import NonNegative, settings
 from lensjax.context.working import in_full
 from lensjax.models.checkpoints import load_language_model
 
 
-@dataclass(frozen=True)
+@settings()
 class Arguments:
     """What to compare."""
 
@@ -32,7 +32,7 @@ class Arguments:
     """A Hugging Face folder, or a GGUF file."""
     reference: Path
     """An npz file with `tokens` int[S] and `logits` float[S, vocabulary]."""
-    tolerance: float = 1e-3
+    tolerance: NonNegative = 1e-3
     """Largest difference of a logit that still passes."""
     dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -53,11 +53,12 @@ class Parity:
 
 def main(words: list[str] | None = None) -> None:
     """Command line."""
-    arguments = tyro.cli(Arguments, args=words, description=__doc__)
-    with command.errors_end():
-        parity = compare(arguments)
-        if not parity.difference <= arguments.tolerance:
-            sys.exit(f"error: the largest difference is above --tolerance {arguments.tolerance}")
+    command.program(_judge, Arguments, words, description=__doc__)
+
+
+def _judge(arguments: Arguments) -> None:
+    if not compare(arguments).difference <= arguments.tolerance:
+        raise ValueError(f"the largest difference is above --tolerance {arguments.tolerance}")
 
 
 def compare(arguments: Arguments) -> Parity:

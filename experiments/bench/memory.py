@@ -21,6 +21,7 @@ from rich.console import Console
 
 from experiments import command
 from experiments.bench.programs import horizon_logits
+from experiments.process import errors_end
 from experiments.train import load_preset
 from lensjax.models import Params
 from lensjax.models.decision import split
@@ -48,7 +49,7 @@ class Plan:
 
 def main(words: list[str] | None = None) -> None:
     """Command line: that of `experiments.train`."""
-    with command.errors_end():
+    with errors_end():
         given = sys.argv[1:] if words is None else words
         config, _ = command.parse(given, Config(), load_preset=load_preset, description=__doc__)
         console = Console()

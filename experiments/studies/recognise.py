@@ -8,7 +8,6 @@ trained on the answers. Embeddings and GistNet are those of a run. Prints, for 1
 each is right, and leaves the same in `recognise.csv` in the run's folder.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from jax import Array
 from jax.typing import ArrayLike
 from rich.console import Console
@@ -24,6 +22,7 @@ from rich.console import Console
 from experiments import command
 from experiments.tables import write_csv
 from lensjax import _settings
+from lensjax._settings import PositiveInt, Seed, settings
 from lensjax.models import Models, Params
 from lensjax.runs.config import Config
 from lensjax.runs.data import batches as data
@@ -33,23 +32,21 @@ from lensjax.runs.store import config_file, run_folder
 BATCH, HELD_OUT = 256, 2048
 
 
-@dataclass(frozen=True)
+@settings()
 class Arguments:
     """What to probe."""
 
     run: Path
     """Folder of a run on recall."""
-    queries: tuple[int, ...] = (1, 2, 4)
-    steps: int = 1500
+    queries: tuple[PositiveInt, ...] = (1, 2, 4)
+    steps: PositiveInt = 1500
     """Training steps of the probe."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = (0, 1, 2)
 
 
 def main(words: list[str] | None = None) -> None:
     """Command line."""
-    arguments = tyro.cli(Arguments, args=words, description=__doc__)
-    with command.errors_end():
-        probe(arguments)
+    command.program(probe, Arguments, words, description=__doc__)
 
 
 def probe(arguments: Arguments) -> list[dict[str, Any]]:

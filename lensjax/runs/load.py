@@ -72,16 +72,17 @@ def load(folder: str | Path) -> Trained:
       >>> import lensjax as lx
       >>> lx.load("runs/nowhere")
       Traceback (most recent call last):
-      FileNotFoundError: runs/nowhere holds no run (config.json is missing): name the folder of a run
+      FileNotFoundError: ...runs/nowhere holds no run (config.json is missing): name the folder of a run
     """
     try:
-        from lensjax.runs.store import config_file, run_folder
+        from lensjax.runs.store import config_file, paths, run_folder
     except ModuleNotFoundError as error:
         raise ImportError(f"lx.load needs {error.name}: pip install 'lensjax[train]'") from error
+    folder = paths.absolute(folder, name="folder")
     config = config_file.load(run_folder.config_path(folder), Config)
     models = config.build_models()
     parts: tuple[Part, ...] = (*PARTS, "hypernet") if "hypernet" in config.trainable else PARTS
-    params = load_params(Path(folder), config, models, parts)
+    params = load_params(folder, config, models, parts)
     return Trained(config, models, params, run_folder.read_summary(folder))
 
 
@@ -166,7 +167,9 @@ def _held(folder: Path, *, trainable: Sequence[str] = (), warn: bool = False) ->
     return {part: place for part, place in held.items() if part not in lost}, damages
 
 
-def keep_frozen(folder: Path, config: Config, frozen: Mapping[str, Params]) -> None:
+def keep_frozen(
+    folder: Path, config: Config, frozen: Mapping[str, Params], *, identity: Mapping[str, Any] | None = None
+) -> None:
     """Writes parts that a phase reads and does not train, unless a checkpoint in the run's folder holds them already.
 
     The base model of `checkpoint.path` is not written: the run keeps its digest.
@@ -178,7 +181,15 @@ def keep_frozen(folder: Path, config: Config, frozen: Mapping[str, Params]) -> N
     for name, params in frozen.items():
         # All processes write or none: a file that the first has written is no reason for another to leave it out.
         if devices.largest(int(name not in held)):
-            checkpoint.save(run_folder.frozen_dir(folder, name), 0, params)
+            checkpoint.save(run_folder.frozen_dir(folder, name), 0, params, identity=identity)
+
+
+def digest(config: Config, start: Mapping[str, Params] | None) -> str | None:
+    """Of the parameters that a run begins with, but for those that `checkpoint.sha256` is of; None without any."""
+    from lensjax.runs.store import identity
+
+    is_known = _reads_base_from_file(config)
+    return identity.digest({name: part for name, part in (start or {}).items() if name != "base" or not is_known})
 
 
 def _reads_base_from_file(config: Config) -> bool:
@@ -216,7 +227,10 @@ def load_start(config: Config, models: Models, *, own: Path | None = None) -> di
     if source is None:
         return {"base": pretrained.load_base(config)}
     folder = Path(source)
-    stored = config_file.load(run_folder.config_path(folder), Config)
+    try:
+        stored = config_file.load(run_folder.config_path(folder), Config)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{key}: {error}") from error
     same: list[tuple[str, object, object]] = [
         ("checkpoint.sha256", stored.checkpoint.sha256, config.checkpoint.sha256),
         ("base", stored.base, config.base),

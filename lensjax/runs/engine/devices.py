@@ -42,6 +42,22 @@ def join() -> None:
     jax.distributed.initialize(num_processes=processes, process_id=process)
 
 
+def find() -> None:
+    """Looks for devices, once.
+
+    Raises:
+      ValueError: JAX has none of the kind that it was asked for.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter where JAX was installed without that kind
+        reason = str(error).partition("\n")[0] or "this JAX was installed without it"
+        raise ValueError(
+            f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')} asks for a kind of device that is not there "
+            f"({reason}): unset it, or set it to cpu"
+        ) from error
+
+
 def is_first() -> bool:
     """Whether this is the process that writes files."""
     return jax.process_index() == 0
@@ -84,8 +100,10 @@ def make_mesh(batch_sizes: Mapping[str, int]) -> Mesh:
       The mesh.
 
     Raises:
-      ValueError: a batch cannot be shared out equally.
+      ValueError: a batch cannot be shared out equally, or JAX compiles nothing.
     """
+    if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+        raise ValueError("steps are compiled ahead of time, which JAX_DISABLE_JIT forbids: unset it, or set it to 0")
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     for name, size in batch_sizes.items():
         if size % len(devices):

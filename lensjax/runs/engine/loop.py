@@ -24,7 +24,9 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lensjax._numerics import may_be_nan
 from lensjax.runs.engine import devices, recovery, stopping
+from lensjax.runs.engine.progress import has_bars
 from lensjax.runs.engine.stopping import StoppingConfig
 from lensjax.runs.store import checkpoint
 from lensjax.runs.store import log as run_logging
@@ -36,7 +38,21 @@ State = TypeVar("State")
 
 
 class Interrupted(SystemExit):
-    """The run was asked to stop (SIGTERM or Ctrl-C), and has saved what it needs to go on."""
+    """The run was asked to stop (SIGTERM, SIGHUP or Ctrl-C), and has saved what it needs to go on."""
+
+
+class Claim(Protocol):
+    """A run's folder in the hands of its process, such as `lensjax.runs.folder.Claim`."""
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Goes into every checkpoint's manifest."""
+        ...
+
+    @property
+    def require(self) -> Callable[[], None]:
+        """Raises where the folder is no longer that of the run."""
+        ...
 
 
 class Settings(Protocol):
@@ -88,7 +104,7 @@ def run_phase(
     mesh: Mesh,
     logger: RunLogger,
     console: Console,
-    identity: Any = None,
+    claim: Claim | None = None,
 ) -> tuple[State, float]:
     """Trains from the newest checkpoint of the phase, or from `state`, to the end of the phase.
 
@@ -105,14 +121,14 @@ def run_phase(
       mesh: the devices that share each batch; a run may go on with another number of them.
       logger: takes the metrics.
       console: shows the progress.
-      identity: of which run the checkpoints are; see `lensjax.runs.store.checkpoint.save`.
+      claim: what checkpoints are written with; None where no other process can have the folder.
 
     Returns:
       The state after the last step, or with patience that of the best evaluation; and the seconds that the phase took,
       earlier starts included.
 
     Raises:
-      Interrupted: on SIGTERM or Ctrl-C, after a checkpoint was saved.
+      Interrupted: on SIGTERM, SIGHUP or Ctrl-C, after a checkpoint was saved.
       FloatingPointError: a metric became NaN or infinite; names step, term and the last good checkpoint.
       ValueError: with patience, the evaluation does not report the metric to monitor.
     """
@@ -124,6 +140,7 @@ def run_phase(
         state, saved = checkpoint.restore(folder, newest, state)
         batches.set_state(saved["batches"])
         first, elapsed = newest, saved["seconds"]
+        _say_lost_rows(saved.get("rows", 0), logger, phase.name, first, console)
         best = stopping.Best(**saved["stopping"]) if "stopping" in saved else best
     if first == phase.steps or stopping.is_over(best, patience=config.stopping.patience):
         return _kept(folder, best, state), elapsed
@@ -139,13 +156,14 @@ def run_phase(
     }
     placed = (jax.tree.map(lambda leaf: leaf.sharding, state), None)
     compiled = jax.jit(phase.step, donate_argnums=0, out_shardings=placed).lower(state, spec, frozen).compile()
+    step = may_be_nan(compiled)
     recorder = _Recorder(phase.name, logger, folder)
     with _stop_requests() as stop, _progress(console, phase, first) as advance:
         for done in range(first + 1, phase.steps + 1):
             rows = next(batches)
             batch = {name: devices.share_out(rows[name], mesh) for name in spec}
             with jax.transfer_guard("disallow"):
-                state, metrics = compiled(state, batch, frozen)
+                state, metrics = step(state, batch, frozen)
             advance()
             recorder.take(done, metrics, tokens=sum(array.size for array in batch.values()))
             is_last = done == phase.steps
@@ -165,8 +183,13 @@ def run_phase(
             if is_last or stop.requested or done == best.step or done % config.save_steps == 0:
                 recorder.check()
                 position = {"batches": batches.get_state(), "seconds": time.perf_counter() - started}
+                logger.sync()
+                position |= {"rows": logger.count(phase.name)}
                 position |= {} if best.step is None else {"stopping": asdict(best)}
-                checkpoint.save(folder, done, state, data_state=position, identity=identity, spare=best.step)
+                if claim is not None:
+                    claim.require()
+                identity = None if claim is None else claim.identity
+                checkpoint.save(folder, done, state, data_state=position, spare=best.step, identity=identity)
             if is_last or stop.requested:
                 break
     # Also after the last step: another phase may follow, which would not know of the request.
@@ -197,6 +220,16 @@ def kept_step(directory: Path) -> int | None:
         raise found.damages[0]
     found.warn()
     return found.kept
+
+
+def _say_lost_rows(written: int, logger: RunLogger, phase: str, step: int, console: Console) -> None:
+    """A word on rows that were written before a checkpoint and are no longer there."""
+    if (there := logger.count(phase)) < written:
+        console.out(
+            f"warning: metrics.jsonl holds {there} of the {written} rows of phase {phase} up to step {step}: "
+            "the others are lost, and missing in the curves",
+            highlight=False,
+        )
 
 
 def _judged(
@@ -290,9 +323,13 @@ class _Stop:
 
 @contextmanager
 def _stop_requests() -> Iterator[_Stop]:
-    """Turns SIGTERM and Ctrl-C into a request to stop after the step; a second one stops at once."""
+    """Turns SIGTERM, Ctrl-C and the end of the terminal into a request to stop after the step.
+
+    A second one stops at once. What the process was started to ignore, as by nohup, it goes on ignoring.
+    """
     stop = _Stop()
-    previous = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    previous = {name: handler for name, handler in handlers.items() if handler is not signal.SIG_IGN}
 
     def request(number: int, frame: FrameType | None) -> None:
         stop.receive(number)
@@ -314,6 +351,6 @@ def _stop_requests() -> Iterator[_Stop]:
 def _progress(console: Console, phase: Phase, first: int) -> Iterator[Callable[[], None]]:
     """A bar on a terminal, nothing in a file: there, the evaluation lines show how far it is."""
     columns = (TextColumn(phase.name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not has_bars(console)) as progress:
         task = progress.add_task(phase.name, total=phase.steps, completed=first)
         yield lambda: progress.advance(task)
