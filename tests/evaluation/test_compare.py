@@ -33,9 +33,8 @@ RANDOM_KEY = jax.random.split(jax.random.split(KEY)[0])[0]
 
 @functools.cache
 def program(run):
-    return jit(
-        functools.partial(compare.measure, run.models, length=LENGTH, draws=DRAWS, oracle_rounds=1, recipe=run.recipe)
-    )
+    options = {"length": LENGTH, "draws": DRAWS, "oracle_rounds": 1, "recipe": run.recipe}
+    return jit(functools.partial(compare.measure, run.models, **options))
 
 
 @functools.cache
