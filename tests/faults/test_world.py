@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import signal
 import subprocess
@@ -117,6 +118,17 @@ def test_an_exception_that_is_no_message_says_where_it_comes_from(capsys, monkey
     assert ended(KeyError("phase"), capsys) == ("error: KeyError: 'phase' (LENSJAX_TRACEBACK=1 shows the rest)", "")
     monkeypatch.setenv("LENSJAX_TRACEBACK", "1")
     assert "Traceback" in ended(KeyError("phase"), capsys)[1]
+
+
+def test_what_was_being_read_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    path.write_text("{}")
+    monkeypatch.setattr(json, "loads", lambda text: {}["phase"])
+    with pytest.raises(KeyError) as raised:
+        config_file.load(path, object)
+    line = describe(raised.value)
+    assert line.startswith("KeyError: 'phase' (lensjax/runs/store/config_file.py:")
+    assert line.endswith(f"; at {path}; LENSJAX_TRACEBACK=1 shows the rest)")
 
 
 def test_d15_a_full_disk_is_one_line_with_the_way_on(capsys):
