@@ -63,7 +63,6 @@ def open_run(
       OSError: see `lensjax.runs.store.run_folder`.
     """
     folder, phases = Path(config.output_dir), tuple(steps)
-    _require_text(folder.absolute())
     held: list[Lock] = []
     notes: list[str] = []
 
@@ -143,14 +142,3 @@ def _require_checkpoints(folder: Path, restored: tuple[str, int], save_steps: in
             f"{folder}/checkpoints holds no checkpoint, and metrics.jsonl goes to {later[-1]['phase']} step "
             f"{later[-1]['step']}: put the checkpoints back (is their disk mounted?), or start a new run"
         )
-
-
-def _require_text(folder: Path) -> None:
-    """The format of checkpoints names files in UTF-8."""
-    try:
-        str(folder).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"output_dir {str(folder)!a} cannot be written as UTF-8: choose another folder, or, where it is the "
-            "locale that cannot, set PYTHONUTF8=1"
-        ) from error
