@@ -16,7 +16,7 @@ from tests.kill.runs import TRAINERS, Trainer, essence
 
 LIMIT = 300.0
 """Seconds of a process; one that is busy for longer hangs."""
-MIX = ("train", "rlan", "train", "quiet_star", "train-whole")
+MIX = ("train", "rlan", "train", "quiet_star", "train", "train", "train-whole", "train", "train", "train")
 """The trainers of rounds, in turns."""
 
 
