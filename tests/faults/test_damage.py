@@ -113,6 +113,21 @@ def test_e1_damage_in_a_phase_whose_successor_is_whole(whole, run, steps):
     assert outcome(run) == whole
 
 
+def test_e1_a_phase_that_is_trained_again_may_be_interrupted(whole, run):
+    spoil(phase_dir(run, "pretrain") / "4")
+
+    def hook(*at):
+        if at == ("step", "pretrain", 3):
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        hook_run(patch.setattr, hook)
+        with pytest.raises(Killed):
+            go_on(run)
+    assert "pretrain is trained again from step 2" in told(run)
+    assert outcome(run) == whole
+
+
 def test_e1_a_phase_without_checkpoints_writes_no_row_twice(whole, run):
     shutil.rmtree(phase_dir(run, "pretrain"))
     assert "pretrain is trained again from step 0: its later checkpoints are damaged or gone" in told(run)
