@@ -97,6 +97,15 @@ def test_e1_a_damaged_newest_checkpoint_is_named_and_moved_and_the_one_before_is
     assert outcome(run) == whole
 
 
+def test_e1_a_run_that_is_refused_is_left_as_it_is(run):
+    spoil(phase_dir(run, "lens") / "4")
+    (run / "metrics.jsonl").write_text("{\n" + (run / "metrics.jsonl").read_text())
+    before = contents(run / "checkpoints")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged"):
+        go_on(run)
+    assert contents(run / "checkpoints") == before
+
+
 def test_e1_the_first_checkpoint_of_a_later_phase(whole, run):
     shutil.rmtree(phase_dir(run, "lens") / "4")
     spoil(phase_dir(run, "lens") / "2")
