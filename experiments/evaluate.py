@@ -68,7 +68,7 @@ class Arguments:
     """Tokens in the windows to measure on; None as in training. They may be longer than those trained on."""
     split: Literal["test", "validation"] = "test"
     """Choose settings on validation, report test."""
-    sequences: PositiveInt = 256
+    sequences: Annotated[int, Bound(1, 2**20)] = 256
     draws: Variants = 8
     """Contexts of each random policy, and N of the best of N."""
     oracle_rounds: Annotated[int, Bound(0, 1024)] = 2

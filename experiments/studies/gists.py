@@ -29,7 +29,18 @@ from experiments.studies.gists_table import TRAINED, UNTRAINED, Losses, Row, pri
 from experiments.tables import write_csv, write_json
 from experiments.train import load_preset
 from lensjax import _settings
-from lensjax._settings import BatchSize, Layers, NonNegative, Positive, PositiveInt, Seed, at_least, require, settings
+from lensjax._settings import (
+    BatchSize,
+    Bound,
+    Layers,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    Seed,
+    at_least,
+    require,
+    settings,
+)
 from lensjax.context import tree as trees
 from lensjax.context import working as contexts
 from lensjax.context.geometry import Geometry
@@ -71,7 +82,7 @@ class Arguments:
     """Last tokens that stay in full in every cut that GistNet is trained on."""
     ratios: tuple[PositiveInt, ...] = (2, 4)
     """Tokens of the history to one entry."""
-    windows: Annotated[int, at_least(2)] = 48
+    windows: Annotated[int, Bound(2, 2**20)] = 48
     """Held-out windows."""
     split: Literal["validation", "test"] = "test"
     """Where these are from; settings are chosen on validation."""

@@ -10,7 +10,7 @@ the worth of the block that each teacher puts first; means over held-out windows
 
 import functools
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from rich.console import Console
 
 from experiments import command
 from experiments.tables import write_json
-from lensjax._settings import PositiveInt, settings
+from lensjax._settings import Bound, settings
 from lensjax.context import allocator, nodes
 from lensjax.context import working as contexts
 from lensjax.context.working import WorkingContext
@@ -45,7 +45,7 @@ class Arguments:
     run: Path
     output_dir: Path = Path("runs/judge")
     split: Literal["validation", "test"] = "validation"
-    windows: PositiveInt = 128
+    windows: Annotated[int, Bound(1, 2**20)] = 128
 
 
 def main(words: list[str] | None = None) -> None:

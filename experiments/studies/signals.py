@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -29,7 +29,7 @@ from experiments.tables import write_csv
 from experiments.train import load_preset
 from lensjax import _settings
 from lensjax._numerics import may_be_nan
-from lensjax._settings import BatchSize, Positive, PositiveInt, Seed, Variants, settings
+from lensjax._settings import BatchSize, Bound, Positive, PositiveInt, Seed, Variants, settings
 from lensjax.evaluation import compare, rivals
 from lensjax.evaluation.statistics import estimate
 from lensjax.models import Models, Params
@@ -71,7 +71,7 @@ class Arguments:
     rollouts: Variants = 6
     seeds: tuple[Seed, ...] = (0, 1, 2)
     learning_rates: tuple[Positive, ...] = (1e-3, 3e-3)
-    sequences: PositiveInt = 256
+    sequences: Annotated[int, Bound(1, 2**20)] = 256
     """Held-out windows, on each of validation and test."""
     views: tuple[View, ...] = ("entries", "map", "map and states", "map and attention")
     starts: tuple[Start, ...] = ("uniform", "recency")

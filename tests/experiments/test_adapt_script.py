@@ -49,15 +49,15 @@ def test_every_run_is_trained_on_with_a_hypernetwork(tmp_path):
         ((0,), {}, r"two or more runs of different seeds, got seeds \[0\]"),
         ((1, 1), {}, "two or more runs of different seeds"),
         ((0, 1), {"measured": ()}, "measured must name one or more"),
-        ((0, 1), {"measured": (1,)}, r"2 or more variants, got \(1,\)"),
+        ((0, 1), {"measured": (1,)}, r"measured must be in \[2, 1024\], got \(1,\)"),
         ((0, 1), {"measured": (4, 4)}, "different counts"),
         ((0, 1), {"budget": 60}, "hyper.context_start|context_start"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, seeds, changes, message):
-    arguments = Arguments(run_folders(tmp_path, seeds), tmp_path / "out", **changes)
+    runs = run_folders(tmp_path, seeds)
     with pytest.raises(ValueError, match=message):
-        adapt.compare(arguments)
+        adapt.compare(Arguments(runs, tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
 
 

@@ -63,7 +63,7 @@ def test_the_command_leaves_a_table_and_a_picture(tmp_path, capsys, monkeypatch)
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"arms": 1}, "arms must be at least 2, got 1"), ({"beta": 0.0}, "beta must be above 0, got 0.0")],
+    [({"arms": 1}, r"arms must be in \[2, 1048576\], got 1"), ({"beta": 0.0}, "beta must be above 0, got 0.0")],
 )
 def test_bad_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):

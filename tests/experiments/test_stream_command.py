@@ -67,7 +67,7 @@ BAD_COMMANDS = [
     ("--tokens 3199", "tokens must be at least 3200, .* an interval of 32, .* got 3199: raise it or lower interval"),
     ("--run {tmp}/early --interval 1 --tokens 99", "tokens must be at least 100, .* got 99: raise it"),
     ("--run {tmp}/early --interval 500 --tokens 10528", "tokens must be at least 50000"),
-    ("--interval 0", "interval must be at least 1 token, got 0"),
+    ("--interval 0", "interval must be at least 1, got 0"),
     (
         "--interval 600",
         "session.geometry.history must hold the 640 tokens .* or session.interval",

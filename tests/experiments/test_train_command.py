@@ -89,7 +89,7 @@ BAD_COMMANDS = [
     ),
     ("--trainable lens lens", "trainable must name one or more different parts .* got ('lens', 'lens')"),
     ("--steps 10", "steps must be above optimizer.warmup_steps 20, got 10"),
-    ("--batch-size 0", "batch_size must be at least 1, got 0"),
+    ("--batch-size 0", "batch_size must be in [1, 65536], got 0"),
     ("--hyper.learning-rate -1", "hyper.learning_rate must be above 0, got -1.0"),
     ("--hyper.learning-rate nan", "hyper.learning_rate must be finite and above 0, got nan"),
     (

@@ -86,7 +86,7 @@ def _name(task, row):
         (RLConfig, {"kl_weight": -1.0}, "rl.kl_weight must be at least 0, got -1.0"),
         (TaskConfig, {"right_share": 1.5}, r"task.right_share must be in \[0, 1\], got 1.5"),
         (ModelConfig, {"dim": 10, "heads": 4}, "model.dim must be a multiple of model.heads 4, got 10"),
-        (QuietStarConfig, {"batch_size": 1}, "batch_size must be at least 2, got 1"),
+        (QuietStarConfig, {"batch_size": 1}, r"batch_size must be in \[2, 65536\], got 1"),
         (BakeConfig, {"learning_rate": 0.0}, "bake.learning_rate must be above 0, got 0.0"),
     ],
 )

@@ -14,7 +14,7 @@ from tests.fuzz.runner import Case, Outcome
 from tests.runs import TINY, cheap_programs
 
 VALUES: tuple[Any, ...] = (
-    *(0, -1, 1, 2, 3, 5, 31, 2**16, 2**20, 2**31 - 1, 2**31, 2**63, 10**400, 0.5, 1e-45, 1e38, 1e308, 5.5, -0.0),
+    *(0, -1, 1, 2, 3, 5, 31, 2**17, 2**20, 2**31 - 1, 2**31, 2**63, 10**400, 0.5, 1e-45, 1e38, 1e308, 5.5, -0.0),
     *(
         math.nan,
         math.inf,
