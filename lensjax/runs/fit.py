@@ -165,7 +165,7 @@ class _Inputs:
             config,
             "train",
             seed=2 * config.seed + PRETRAIN_STREAM,
-            batch_size=config.pretrain.batch_size,
+            batch_size=config.pretrain.batch_size if config.pretrains else config.batch_size,
             pretraining=True,
             share=share,
         )
