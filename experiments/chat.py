@@ -19,7 +19,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from experiments import command
+from lensjax._settings import NonNegative, PositiveInt, Seed, settings
 from lensjax.runs.data.tokenizers import Tokenizer, read_tokenizer
+from lensjax.runs.engine.progress import has_bars
 from lensjax.runs.load import load
 from lensjax.session import Refocus, Session, SessionState
 
@@ -27,7 +29,7 @@ USER, ASSISTANT, END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\
 """ChatML, for models that have its tokens."""
 
 
-@dataclass(frozen=True)
+@settings()
 class Arguments:
     """What to read, and what to ask."""
 
@@ -37,17 +39,17 @@ class Arguments:
     """UTF-8 text."""
     question: str | None = None
     """None asks for questions in the terminal."""
-    history: int | None = None
+    history: PositiveInt | None = None
     """Tokens that a decision can choose from; None as in training."""
-    budget: int | None = None
+    budget: PositiveInt | None = None
     """Entries of a context; None as in training."""
-    interval: int = 128
+    interval: PositiveInt = 128
     """Tokens between two decisions."""
-    answer: int = 96
+    answer: PositiveInt = 96
     """Tokens of an answer, at most."""
-    temperature: float = 0.0
+    temperature: NonNegative = 0.0
     """0 takes the likeliest token."""
-    seed: int = 0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,6 @@ def main(words: list[str] | None = None) -> None:
 
 def chat(arguments: Arguments, console: Console) -> list[str]:
     """Reads the document and returns the answers."""
-    for name in ("interval", "answer"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(arguments, name)}")
     text = arguments.document.read_text(encoding="utf-8")
     trained = load(arguments.run)
     tokenizer = read_tokenizer(trained.config.data.tokenizer)
@@ -111,7 +110,7 @@ def read(session: Session, ids: np.ndarray, console: Console) -> Reading:
 
     state, losses, size = session.init(), [], session.config.interval
     started = time.perf_counter()
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(console=console, transient=True, disable=not has_bars(console)) as progress:
         for start in progress.track(range(0, len(ids), size), description="reading"):
             state, nll = session.append(state, ids[start : start + size], on_refocus=on_refocus)
             losses.append(nll)

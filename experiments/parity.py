@@ -19,11 +19,12 @@ import numpy as np
 import tyro
 
 from experiments import command
+from lensjax._settings import NonNegative, settings
 from lensjax.context.working import in_full
 from lensjax.models.checkpoints import load_language_model
 
 
-@dataclass(frozen=True)
+@settings()
 class Arguments:
     """What to compare."""
 
@@ -31,7 +32,7 @@ class Arguments:
     """A Hugging Face folder, or a GGUF file."""
     reference: Path
     """An npz file with `tokens` int[S] and `logits` float[S, vocabulary]."""
-    tolerance: float = 1e-3
+    tolerance: NonNegative = 1e-3
     """Largest difference of a logit that still passes."""
     dtype: Literal["float32", "bfloat16"] = "float32"
 

@@ -15,15 +15,17 @@ The first argument names a file of `experiments/presets/` (or is the path of suc
 """
 
 import importlib.util
+import traceback
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
 
 from experiments import command
+from lensjax._settings import shown
 from lensjax.runs.config import Config
 from lensjax.runs.fit import fit
-from lensjax.runs.store import config_file
+from lensjax.runs.store import config_file, paths
 
 Kind = TypeVar("Kind")
 
@@ -47,7 +49,8 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
 
 def load_preset(name: str) -> Config:
     """The config of a name in `experiments/presets/`, of a Python file with `CONFIG`, or of a JSON file."""
-    path = Path(name) if Path(name).suffix in (".py", ".json") else PRESETS / f"{name}.py"
+    is_file = Path(name).suffix in (".py", ".json")
+    path = paths.absolute(name, name="the config") if is_file else PRESETS / f"{name}.py"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in PRESETS.glob("*.py")))
         raise FileNotFoundError(f"no config {path}; name a file, or one of: {known}")
@@ -57,19 +60,31 @@ def load_preset(name: str) -> Config:
 
 
 def load_object(path: Path, name: str, kind: type[Kind]) -> Kind:
-    """What a Python file defines under a name.
+    """What a Python file, which is run for it, defines under a name.
 
     Raises:
-      ValueError: it defines nothing of that kind.
+      ValueError: it fails, naming its line; or it defines nothing of that kind.
     """
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        message = " ".join(str(error).split())
+        raise ValueError(f"{_place(path, error)}: {type(error).__name__}: {message}") from error
     value = getattr(module, name, None)
     if not isinstance(value, kind):
-        raise ValueError(f"{path} must define {name}, a {kind.__module__}.{kind.__qualname__}; got {value!r}")
+        raise ValueError(f"{path} must define {name}, a {kind.__module__}.{kind.__qualname__}; got {shown(value)}")
     return value
+
+
+def _place(path: Path, error: BaseException) -> str:
+    """The line of a file that an exception passed through last, or that is no Python."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        lines.append(error.lineno)
+    return f"{path}:{lines[-1]}" if lines else str(path)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ time of a step, as a share of what one large matrix product reaches in the same 
 arithmetic and memory traffic allow, by that product and by one large array read and written.
 """
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +25,8 @@ from experiments import command
 from experiments.bench import programs
 from experiments.bench.cost import step_cost
 from experiments.bench.programs import Compiles, Program, Step, turns
+from experiments.tables import write_json
+from lensjax._settings import PositiveInt, settings
 from lensjax.models.base_lm import BaseConfig
 from lensjax.runs.config import Config
 from lensjax.training.hyperparameters import Hyperparameters
@@ -73,12 +73,12 @@ SHAPES = {
 }
 
 
-@dataclass(frozen=True)
+@settings()
 class Arguments:
     """What to measure."""
 
     shapes: tuple[Literal["small", "medium", "large"], ...] = ("small", "medium")
-    repetitions: int = 20
+    repetitions: PositiveInt = 20
     """Turns that every program takes after one to warm up."""
     json: Path | None = None
     """Where to write one object a shape."""
@@ -93,14 +93,12 @@ def main(words: list[str] | None = None) -> None:
 
 def bench(arguments: Arguments) -> list[dict[str, Any]]:
     """Measures every shape, and returns what `--json` writes."""
-    if arguments.repetitions < 1:
-        raise ValueError(f"repetitions must be at least 1, got {arguments.repetitions}")
     if arguments.json is not None and arguments.json.exists():
         raise FileExistsError(f"{arguments.json} exists: name another file")
     console = Console()
     reports = [measure(name, SHAPES[name], arguments=arguments, console=console) for name in arguments.shapes]
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(reports, indent=2) + "\n")
+        write_json(reports, arguments.json)
     return reports
 
 

@@ -9,7 +9,6 @@ All programs take turns in one process, so that a slow moment of the machine fal
 import functools
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from experiments.bench.programs import Program, turns
 from experiments.tables import write_csv
 from experiments.train import load_preset
 from lensjax import _settings
+from lensjax._settings import BatchSize, PositiveInt, settings
 from lensjax.runs.config import Config
 from lensjax.training.steps import online, preference
 from lensjax.training.terms import ObjectiveConfig
@@ -31,14 +31,14 @@ OBJECTIVES: tuple[str, ...] = typing.get_args(typing.get_type_hints(ObjectiveCon
 REFERENCE, OWN_EDITS = "spans", "own edits"
 
 
-@dataclass(frozen=True)
+@settings()
 class Arguments:
     """What to measure."""
 
     preset: str = "recall"
     """Name or path of the config that all steps have but for the objective."""
-    batch_size: int = 16
-    repetitions: int = 15
+    batch_size: BatchSize = 16
+    repetitions: PositiveInt = 15
     """Turns that every program takes after one to warm up."""
     csv: Path | None = None
     """Where to write the table."""
@@ -51,8 +51,6 @@ def main(words: list[str] | None = None) -> None:
 
 def measure(arguments: Arguments) -> list[dict[str, Any]]:
     """Medians of all programs, and of the ratios to span targets turn by turn, with quartiles."""
-    if arguments.repetitions < 1:
-        raise ValueError(f"repetitions must be at least 1, got {arguments.repetitions}")
     if arguments.csv is not None and arguments.csv.exists():
         raise FileExistsError(f"{arguments.csv} exists: name another file")
     preset = _settings.replace(load_preset(arguments.preset), batch_size=arguments.batch_size)

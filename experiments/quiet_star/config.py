@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from experiments.quiet_star.model import ModelConfig
 from experiments.quiet_star.tasks import TaskConfig, task_of
 from lensjax._settings import (
+    BatchCount,
     Bound,
     Count,
     Decay,
@@ -13,7 +14,8 @@ from lensjax._settings import (
     Positive,
     PositiveInt,
     Share,
-    at_least,
+    Variants,
+    Width,
     require,
     settings,
 )
@@ -38,7 +40,7 @@ class RLConfig:
     """0 measures the baked model alone."""
     learning_rate: Positive = 3e-4
     warmup_episodes: Count = 500
-    thoughts: PositiveInt = 4
+    thoughts: Variants = 4
     """Thoughts of a prompt, side by side [n]."""
     reward: Literal["log_prob", "accuracy"] = "log_prob"
     """log p(answer | thought) - log p(answer | none), or whether it is right minus whether it was without."""
@@ -54,7 +56,7 @@ class RLConfig:
     trace_decay: Share = 0.95
     """lambda of the generalised advantages."""
     value_weight: NonNegative = 0.5
-    value_hidden: PositiveInt = 256
+    value_hidden: Width = 256
     """Width of the value network's two hidden layers."""
     entropy_weight: NonNegative = 0.01
     entropy_decay: Share = 0.9995
@@ -76,7 +78,7 @@ class QuietStarConfig:
 
     output_dir: str = "runs/quiet_star/default"
     seed: Annotated[int, Bound(0, 2**31, high_excluded=True)] = 0
-    batch_size: Annotated[int, at_least(2)] = 64
+    batch_size: Annotated[int, Bound(2, 2**16)] = 64
     """Prompts in a batch [B], which exchange their thoughts."""
     start_from: str | None = None
     """Run folder whose baked model this run starts from, instead of baking one."""
@@ -85,7 +87,7 @@ class QuietStarConfig:
     logging_steps: PositiveInt = 20
     eval_steps: PositiveInt = 100
     """As many as stopping averages rewards over: evaluations share no episode, and patience has time to run out."""
-    eval_batches: PositiveInt = 16
+    eval_batches: BatchCount = 16
     save_steps: PositiveInt = 500
     task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

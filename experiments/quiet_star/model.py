@@ -16,7 +16,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax._settings import PositiveInt, require, settings
+from lensjax._settings import Layers, Width, require, settings
 from lensjax.models import Functional, Params
 from lensjax.models.nn.transformer import Memory, Transformer, TransformerConfig, linear, rms_norm
 
@@ -28,10 +28,10 @@ _POSITION_STD = 1.0
 class ModelConfig:
     """Sizes of the language model."""
 
-    dim: PositiveInt = 64
-    layers: PositiveInt = 1
-    heads: PositiveInt = 4
-    mlp_dim: PositiveInt = 128
+    dim: Width = 64
+    layers: Layers = 1
+    heads: Width = 4
+    mlp_dim: Width = 128
 
     def _check(self) -> None:
         require(self.dim % self.heads == 0, f"model.dim must be a multiple of model.heads {self.heads}, got {self.dim}")

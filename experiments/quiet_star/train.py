@@ -11,8 +11,6 @@ The first argument names a task; flags change single fields. Everything that a r
 """
 
 import functools
-import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 from rich.console import Console
@@ -32,14 +31,14 @@ from experiments.quiet_star.model import ThoughtModel
 from lensjax._settings import require
 from lensjax.evaluation import held_out
 from lensjax.models import Params
+from lensjax.plots import style
 from lensjax.runs.data import batches as data
 from lensjax.runs.data.splits import Split
-from lensjax.runs.engine import devices, loop, numerics
+from lensjax.runs.engine import devices, loop, memory, numerics
 from lensjax.runs.folder import Claim, open_run, require_unused
 from lensjax.runs.store import checkpoint, config_file, identity, paths, run_folder
 from lensjax.runs.store import log as run_logging
 from lensjax.runs.store.log import RunLogger
-from lensjax.training.metrics import UNDEFINED
 from lensjax.training.optim import moving
 from lensjax.training.steps.update import Learner
 
@@ -88,6 +87,7 @@ def run(config: QuietStarConfig, *, resume: bool = False, console: Console | Non
     if resume:
         require_unused(config.output_dir)
     model, mesh = build_model(config), devices.make_mesh({"batch_size": config.batch_size})
+    _require_room(config, model, mesh)
     start = load_start(config, model, own=Path(config.output_dir) if resume else None)
     batches = held_out_questions(config, mesh)
     report = evaluator(config, model, batches)
@@ -110,13 +110,38 @@ def run(config: QuietStarConfig, *, resume: bool = False, console: Console | Non
             "bake_seconds": round(bake_seconds, 1),
             "rl_seconds": round(rl_seconds, 1),
         }
-        undefined = {name: UNDEFINED for name, value in summary.items() if math.isnan(value)}
-        summary = about | summary | undefined | {"seconds": round(time.perf_counter() - started, 1)}
+        summary = about | run_logging.with_undefined(summary) | {"seconds": round(time.perf_counter() - started, 1)}
         claim.require()
-        devices.in_first(lambda: _write_results(folder, summary))
+        devices.in_first(lambda: run_folder.write_summary(folder, summary))
+    devices.in_first(lambda: _draw(folder, summary["task"]))
     for name, value in summary.items():
         console.out(f"  {name:<40}{value:>9.3f}" if isinstance(value, float) else f"  {name:<40}{value!s:>9}")
     return summary
+
+
+def _require_room(config: QuietStarConfig, model: ThoughtModel, mesh: Mesh) -> None:
+    """Checks that memory holds both phases, before anything is read or written."""
+    static: dict[str, Any] = {"config": config, "model": model}
+    shapes = {name: (config.batch_size, *shape) for name, shape in config.example_shapes.items()}
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in shapes.items()}
+    key = jax.random.key(0)
+    baking = jax.eval_shape(functools.partial(bake.init_state, **static), key)
+    steps: dict[str, tuple[Any, Callable[..., Any]]] = {BAKE: (baking, bake.bake_step)}
+    if config.rl.episodes:
+        start = functools.partial(reinforce.init_state, key, config=config)
+        steps[RL] = (jax.eval_shape(lambda baked: start(baked=baked), baking.params["lm"]), reinforce.rl_step)
+    for name, (state, step) in steps.items():
+        memory.require_room(
+            lambda state, batch, _, step=step: step(state, batch, **static),
+            state,
+            batch,
+            {},
+            phase=name,
+            held_out=2 * config.eval_batches * memory.size(batch),
+            devices=mesh.size,
+            split=config.shard_parameters,
+            advice="the sizes of model, rl.value_hidden, rl.thoughts, batch_size or eval_batches",
+        )
 
 
 @dataclass(frozen=True)
@@ -263,11 +288,11 @@ def load_start(config: QuietStarConfig, model: ThoughtModel, *, own: Path | None
     return checkpoint.restore_subtree(directory, step, like, path=("params", "lm"))
 
 
-def _write_results(folder: Path, summary: dict[str, Any]) -> None:
-    rows = run_logging.read_rows(folder)
-    if any(row["phase"] == RL for row in rows):
-        pictures.training({"this run": [rows]}, folder / "training.png", title=summary["task"])
-    (folder / run_folder.SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+def _draw(folder: Path, title: str) -> None:
+    with style.attempt(folder / "training.png") as path:
+        rows = run_logging.read_rows(folder)
+        if any(row["phase"] == RL for row in rows):
+            pictures.training({"this run": [rows]}, path, title=title)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Annotated, Any
 
 import grain
 import numpy as np
 
 from experiments.rlan import grids
 from experiments.rlan.rules import SPLITS, padded
-from lensjax._settings import PositiveInt, require, settings
+from lensjax._settings import Bound, Repeats, require, settings
 from lensjax.runs.data import splits
 from lensjax.runs.data.splits import Split
 
@@ -27,11 +27,11 @@ Pair = tuple[np.ndarray, np.ndarray]
 class ArcConfig:
     """What is read of each task."""
 
-    size: PositiveInt = 12
+    size: Annotated[int, Bound(1, 30)] = 12
     """Side of the square that holds a grid [S]; a task with a larger grid is left out, and counts as not solved."""
-    pairs: PositiveInt = 4
+    pairs: Repeats = 4
     """The most examples of a task that are read [N]."""
-    queries: PositiveInt = 1
+    queries: Repeats = 1
     """Further pairs of a training task that are asked [Q]; of held-out tasks all tests are."""
 
 

@@ -6,7 +6,17 @@ from typing import Annotated, Literal
 from experiments.rlan.arc import ArcConfig
 from experiments.rlan.model import GridConfig
 from experiments.rlan.rules import MOVES, OBJECTS, Family, RulesConfig
-from lensjax._settings import Bound, NonNegative, Positive, PositiveInt, require, settings
+from lensjax._settings import (
+    BatchCount,
+    BatchSize,
+    Bound,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    Repeats,
+    require,
+    settings,
+)
 from lensjax.models import hyperlora
 from lensjax.models.hyperlora import HyperLoRAConfig
 from lensjax.runs.engine.stopping import StoppingConfig
@@ -20,7 +30,7 @@ class RlanConfig:
     output_dir: str = "runs/rlan/default"
     seed: Annotated[int, Bound(0, 2**31, high_excluded=True)] = 0
     steps: PositiveInt = 1000
-    batch_size: PositiveInt = 16
+    batch_size: BatchSize = 16
     """Tasks in a batch [B]."""
     learning_rate: Positive = 2e-3
     weight_decay: NonNegative = 0.0
@@ -28,7 +38,7 @@ class RlanConfig:
     """Split parameters and optimizer state over the devices as well as the batch (FSDP)."""
     logging_steps: PositiveInt = 50
     eval_steps: PositiveInt = 250
-    eval_batches: PositiveInt = 32
+    eval_batches: BatchCount = 32
     """Batches of held-out rules that are measured; of ARC all tasks are."""
     save_steps: PositiveInt = 500
     tasks: Literal["rules", "arc"] = "rules"
@@ -38,9 +48,9 @@ class RlanConfig:
     commute with turns and mirrors, or the answers, turned back, which is right for all and costs an answer a view."""
     equivariance_views: Annotated[int, Bound(1, 7)] = 4
     """Dihedral elements, the first ones beside the identity, that the equivariance loss turns a task by."""
-    vote_permutations: PositiveInt = 4
+    vote_permutations: Repeats = 4
     """Colour permutations k of the 8 k views that vote on a test task, the identity among them."""
-    vote_batches: PositiveInt = 16
+    vote_batches: BatchCount = 16
     """Batches of held-out rules that are voted on; of ARC all tasks are."""
     best_step: bool = False
     """Answer with the solver's surest step instead of its last one; training always takes the last."""

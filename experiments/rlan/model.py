@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from experiments.rlan.grids import COLOURS, PADDING
 from lensjax._numerics import masked_mean
-from lensjax._settings import PositiveInt, settings
+from lensjax._settings import Repeats, Width, settings
 from lensjax.models import Params
 from lensjax.models.hyperlora import Deltas, mix
 
@@ -27,8 +27,8 @@ POSITION_STD = 0.1
 class GridConfig:
     """Sizes of the grid model."""
 
-    dim: PositiveInt = 64
-    steps: PositiveInt = 6
+    dim: Width = 64
+    steps: Repeats = 6
 
 
 @dataclass(frozen=True)

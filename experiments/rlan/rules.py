@@ -9,14 +9,14 @@ import itertools
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import grain
 import numpy as np
 
 from experiments.rlan import grids, objects
 from experiments.rlan.grids import COLOURS, PADDING
-from lensjax._settings import PositiveInt, require, settings
+from lensjax._settings import Bound, Repeats, require, settings
 from lensjax.runs.data import splits
 from lensjax.runs.data.splits import Split
 
@@ -41,11 +41,11 @@ class RulesConfig:
     by its size (504), `border` one by whether it touches the border (110)."""
     balanced: bool = False
     """Tasks of all families equally often, instead of those of all rules."""
-    size: PositiveInt = 5
+    size: Annotated[int, Bound(1, 64)] = 5
     """Side of the square that holds a grid [S]; the grids fill it."""
-    pairs: PositiveInt = 3
+    pairs: Repeats = 3
     """Examples of a task [N]."""
-    queries: PositiveInt = 1
+    queries: Repeats = 1
     """Further inputs of a task [Q], to be answered from its examples."""
 
     def _check(self) -> None:

@@ -11,7 +11,6 @@ makes is in its own folder.
 """
 
 import functools
-import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,9 +30,10 @@ from experiments.rlan.meta import Batch, RlanModels
 from experiments.rlan.tasks import Task
 from lensjax.evaluation import held_out
 from lensjax.models import Params, hyperlora
+from lensjax.plots import style
 from lensjax.runs.data import batches as data
 from lensjax.runs.data.splits import Split
-from lensjax.runs.engine import devices, loop, numerics
+from lensjax.runs.engine import devices, loop, memory, numerics
 from lensjax.runs.folder import open_run, require_unused
 from lensjax.runs.store import paths, run_folder
 from lensjax.training.steps.update import Learner
@@ -73,6 +73,7 @@ def run(config: RlanConfig, *, resume: bool = False, console: Console | None = N
     if resume:
         require_unused(config.output_dir)
     models, mesh = meta.build_models(config), devices.make_mesh({"batch_size": config.batch_size})
+    _require_room(config, models, mesh)
     share = (jax.process_index(), jax.process_count())
     training = data.iterate(tasks.training(config), batch_size=config.batch_size, share=share)
     measure = evaluator(config, models, mesh)
@@ -109,10 +110,29 @@ def run(config: RlanConfig, *, resume: bool = False, console: Console | None = N
             summary |= over_all(summary, arc.coverage(config.arc))
         summary["seconds"] = round(time.perf_counter() - started, 1)
         claim.require()
-        devices.in_first(lambda: _write_results(folder, summary, shown_tasks(models, params, test[:SHOWN_TASKS])))
+        devices.in_first(lambda: run_folder.write_summary(folder, summary))
+    devices.in_first(lambda: _draw(folder, shown_tasks(models, params, test[:SHOWN_TASKS])))
     for name, value in summary.items():
         console.out(f"  {name:<32}{value:>9.3f}" if isinstance(value, float) else f"  {name:<32}{value:>9}")
     return summary
+
+
+def _require_room(config: RlanConfig, models: RlanModels, mesh: Mesh) -> None:
+    """Checks that memory holds the run, before anything is read or written."""
+    shapes = {name: (config.batch_size, *shape) for name, shape in config.example_shapes.items()}
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in shapes.items()}
+    start = functools.partial(meta.init_state, config=config, models=models)
+    memory.require_room(
+        lambda state, batch, _: meta.meta_step(state, batch, config=config, models=models),
+        jax.eval_shape(start, jax.random.key(0)),
+        batch,
+        {},
+        phase=PHASE,
+        held_out=2 * config.eval_batches * memory.size(batch) if config.tasks == "rules" else 0,
+        devices=mesh.size,
+        split=config.shard_parameters,
+        advice=f"grid.dim, hyperlora.rank, batch_size, eval_batches or the sizes of {config.tasks}",
+    )
 
 
 def evaluator(config: RlanConfig, models: RlanModels, mesh: Mesh) -> Callable[[Learner, str], dict[str, float]]:
@@ -206,9 +226,9 @@ def shown_tasks(models: RlanModels, params: dict[str, Params], rows: list[Task])
     ]
 
 
-def _write_results(folder: Path, summary: dict[str, Any], shown: list[dict[str, np.ndarray]]) -> None:
-    pictures.predictions(shown, folder / "predictions.png", title="Held-out tasks, last step, one view")
-    (folder / run_folder.SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+def _draw(folder: Path, shown: list[dict[str, np.ndarray]]) -> None:
+    with style.attempt(folder / "predictions.png") as path:
+        pictures.predictions(shown, path, title="Held-out tasks, last step, one view")
 
 
 if __name__ == "__main__":

@@ -13,12 +13,10 @@ those of the horizon, on held-out windows; intervals are paired. Writes `gists.c
 
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +26,10 @@ from rich.console import Console
 
 from experiments import command
 from experiments.studies.gists_table import TRAINED, UNTRAINED, Losses, Row, print_table, shorter, table
-from experiments.tables import write_csv
+from experiments.tables import write_csv, write_json
 from experiments.train import load_preset
 from lensjax import _settings
-from lensjax._settings import require
+from lensjax._settings import BatchSize, Layers, NonNegative, Positive, PositiveInt, Seed, at_least, require, settings
 from lensjax.context import tree as trees
 from lensjax.context import working as contexts
 from lensjax.context.geometry import Geometry
@@ -53,7 +51,7 @@ CENTRE_WINDOWS = 64
 """Windows to train on whose tokens give the centre of scaled gists."""
 
 
-@dataclass(frozen=True)
+@settings()
 class Arguments:
     """Whose base model, how much of it is read, and how GistNet is trained."""
 
@@ -66,32 +64,30 @@ class Arguments:
     """Text, instead of that of the configuration."""
     cache: str | None = None
     """Where its token files are, likewise."""
-    history: int = 512
-    horizon: int = 32
-    block_size: int = 8
-    recent_tokens: int = 8
+    history: PositiveInt = 512
+    horizon: PositiveInt = 32
+    block_size: Annotated[int, at_least(2)] = 8
+    recent_tokens: PositiveInt = 8
     """Last tokens that stay in full in every cut that GistNet is trained on."""
-    ratios: tuple[int, ...] = (2, 4)
+    ratios: tuple[PositiveInt, ...] = (2, 4)
     """Tokens of the history to one entry."""
-    windows: int = 48
+    windows: Annotated[int, at_least(2)] = 48
     """Held-out windows."""
     split: Literal["validation", "test"] = "test"
     """Where these are from; settings are chosen on validation."""
-    steps: int = 80
+    steps: PositiveInt = 80
     """Training steps of GistNet."""
-    batch_size: int = 2
-    seeds: tuple[int, ...] = (0,)
+    batch_size: BatchSize = 2
+    seeds: tuple[Seed, ...] = (0,)
     """Of GistNet and of the windows that it is trained on."""
-    layers: int = 1
+    layers: Layers = 1
     """Transformer layers of GistNet."""
-    learning_rate: float = 1e-4
-    kl_weight: float = 1.0
-    at_once: int | None = None
+    learning_rate: Positive = 1e-4
+    kl_weight: NonNegative = 1.0
+    at_once: PositiveInt | None = None
     """Sequences of a batch whose activations are held at a time."""
 
-    def __post_init__(self) -> None:
-        require(self.windows >= 2, f"windows must be at least 2 (intervals are over them), got {self.windows}")
-        require(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
+    def _check(self) -> None:
         for name in ("seeds", "ratios"):
             values = getattr(self, name)
             require(0 < len(values) == len(set(values)), f"{name} must name one or more different ones, got {values}")
@@ -138,7 +134,7 @@ def run(arguments: Arguments) -> list[Row]:
         "table": rows,
         "losses": {name: values.tolist() for name, values in found.items()},
     }
-    (arguments.output_dir / "gists.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json(report, arguments.output_dir / "gists.json")
     print_table(console, rows)
     return rows
 

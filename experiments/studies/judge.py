@@ -9,8 +9,6 @@ the worth of the block that each teacher puts first; means over held-out windows
 """
 
 import functools
-import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +19,8 @@ from jax import Array
 from rich.console import Console
 
 from experiments import command
+from experiments.tables import write_json
+from lensjax._settings import PositiveInt, settings
 from lensjax.context import allocator, nodes
 from lensjax.context import working as contexts
 from lensjax.context.working import WorkingContext
@@ -38,14 +38,14 @@ from lensjax.training import key_tokens, nll, teachers
 _AT_ONCE = 16
 
 
-@dataclass(frozen=True)
+@settings()
 class Arguments:
     """Whose base model, and on what."""
 
     run: Path
     output_dir: Path = Path("runs/judge")
     split: Literal["validation", "test"] = "validation"
-    windows: int = 128
+    windows: PositiveInt = 128
 
 
 def main(words: list[str] | None = None) -> None:
@@ -76,7 +76,7 @@ def judge(arguments: Arguments) -> dict[str, dict[str, list[float]]]:
         teacher, what = name.split("/")
         by_teacher.setdefault(teacher, {})[what] = [float(value) for value in values]
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    (arguments.output_dir / "judge.json").write_text(json.dumps(by_teacher, indent=2) + "\n")
+    write_json(by_teacher, arguments.output_dir / "judge.json")
     console = Console()
     console.out(f"{'':<22}{'rank correlation':<28}{'worth of its first block, nats a token'}", highlight=False)
     for teacher, row in by_teacher.items():

@@ -8,7 +8,6 @@ trained on the answers. Embeddings and GistNet are those of a run. Prints, for 1
 each is right, and leaves the same in `recognise.csv` in the run's folder.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from rich.console import Console
 from experiments import command
 from experiments.tables import write_csv
 from lensjax import _settings
+from lensjax._settings import PositiveInt, Seed, settings
 from lensjax.models import Models, Params
 from lensjax.runs.config import Config
 from lensjax.runs.data import batches as data
@@ -32,16 +32,16 @@ from lensjax.runs.store import config_file, run_folder
 BATCH, HELD_OUT = 256, 2048
 
 
-@dataclass(frozen=True)
+@settings()
 class Arguments:
     """What to probe."""
 
     run: Path
     """Folder of a run on recall."""
-    queries: tuple[int, ...] = (1, 2, 4)
-    steps: int = 1500
+    queries: tuple[PositiveInt, ...] = (1, 2, 4)
+    steps: PositiveInt = 1500
     """Training steps of the probe."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = (0, 1, 2)
 
 
 def main(words: list[str] | None = None) -> None:

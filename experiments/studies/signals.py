@@ -14,7 +14,7 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,8 @@ from experiments import command
 from experiments.tables import write_csv
 from experiments.train import load_preset
 from lensjax import _settings
+from lensjax._numerics import may_be_nan
+from lensjax._settings import BatchSize, Positive, PositiveInt, Seed, Variants, settings
 from lensjax.evaluation import compare, rivals
 from lensjax.evaluation.statistics import estimate
 from lensjax.models import Models, Params
@@ -55,7 +57,7 @@ Batches = Iterator[dict[str, np.ndarray]]
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@settings()
 class Arguments:
     """The grid."""
 
@@ -63,13 +65,13 @@ class Arguments:
     """Run whose base model all cells share."""
     output_dir: Path = Path("runs/signals")
     preset: str = "demo"
-    steps: int = 50
+    steps: PositiveInt = 50
     """Training steps of every cell; `both` takes half of them for each stage."""
-    batch_size: int = 8
-    rollouts: int = 6
-    seeds: tuple[int, ...] = (0, 1, 2)
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3)
-    sequences: int = 256
+    batch_size: BatchSize = 8
+    rollouts: Variants = 6
+    seeds: tuple[Seed, ...] = (0, 1, 2)
+    learning_rates: tuple[Positive, ...] = (1e-3, 3e-3)
+    sequences: PositiveInt = 256
     """Held-out windows, on each of validation and test."""
     views: tuple[View, ...] = ("entries", "map", "map and states", "map and attention")
     starts: tuple[Start, ...] = ("uniform", "recency")
@@ -170,7 +172,7 @@ def train(config: Config, models: Models, base: dict[str, Params], *, rate: floa
 @functools.cache
 def compiled(step: Callable[..., Any], **static: Any) -> Callable[..., Any]:
     """A training step, compiled once for all seeds, and where the rate is data for all rates."""
-    return jax.jit(functools.partial(step, **static), donate_argnums=0)
+    return may_be_nan(jax.jit(functools.partial(step, **static), donate_argnums=0))
 
 
 def _batches(config: Config) -> Batches:
@@ -188,6 +190,7 @@ def measurer(config: Config, models: Models) -> Callable[..., dict[str, np.ndarr
     """A function of parameters and batches: losses of LensNet's picks and of recency, and hits; [sequences] each."""
     key = jax.random.key(EVALUATION_SEED)
 
+    @may_be_nan
     @jax.jit
     def one_batch(params: dict[str, Params], batch: dict[str, Array]) -> dict[str, Array]:
         def one(tokens: Array, answers: Array | None) -> dict[str, Array]:

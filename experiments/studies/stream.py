@@ -19,7 +19,6 @@ import mmap
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +31,17 @@ from experiments import command
 from experiments.studies import stream_rivals
 from experiments.studies.stream_rivals import STRETCHES
 from experiments.studies.stream_watch import Watch
+from experiments.tables import write_json
 from lensjax import _settings
+from lensjax._settings import PositiveInt, Seed, settings
 from lensjax.models.base_lm import BaseConfig
 from lensjax.models.lensnet import LensConfig
+from lensjax.plots import style
 from lensjax.plots.maps import stream_map
 from lensjax.runs.config import Config
 from lensjax.runs.data import corpus as data
 from lensjax.runs.data.task import DataConfig
+from lensjax.runs.engine.progress import has_bars
 from lensjax.runs.load import load_params
 from lensjax.runs.store import config_file, run_folder
 from lensjax.session import Session
@@ -56,17 +59,17 @@ PERCENT = range(1, 101)
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@settings()
 class Arguments:
     """What to read, and with which models."""
 
     run: Path | None = None
     """Run folder whose models read; None takes small ones as they are initialised, to see what reading costs."""
-    tokens: int = 100_000
+    tokens: PositiveInt = 100_000
     output_dir: Path = Path("runs/stream")
-    interval: int | None = None
+    interval: PositiveInt | None = None
     """Tokens between two refocus steps; None for the run's horizon, which is how LensNet was trained."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the recall stream, of random scores, of an allocator that samples, and of fresh models."""
 
 
@@ -89,21 +92,22 @@ def stream(arguments: Arguments) -> dict[str, Any]:
     name = f"{arguments.run or 'fresh models'}: {arguments.tokens:,} tokens read through {config.budget} entries"
     with (
         (folder / "metrics.jsonl").open("w") as file,
-        Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
+        Progress(console=console, transient=True, disable=not has_bars(console)) as progress,
     ):
         for row in progress.track(_read(session, tokens, watch, arguments), total=len(PERCENT)):
             rows.append(row)
             file.write(json.dumps(row) + "\n")
             file.flush()
     summary = _summary(arguments, config, rows)
-    _write_summary(folder, summary)
-    stream_map(watch.map_of_first_steps(f"{name}: the first refocus steps"), folder / "stream_start.png")
+    write_json(summary, folder / "summary.json")
+    with style.attempt(folder / "stream_start.png") as path:
+        stream_map(watch.map_of_first_steps(f"{name}: the first refocus steps"), path)
     _print_summary(console, summary)
     _raise_faults(folder, summary)
     if arguments.run is not None:
         console.out("measuring the others on the same stream", highlight=False)
         summary["quality"] = stream_rivals.compare(config, session, tokens, watch, name, folder)
-        _write_summary(folder, summary)
+        write_json(summary, folder / "summary.json")
         stream_rivals.print_table(console, summary["quality"])
     console.out(f"pictures and metrics are in {folder}", highlight=False)
     return summary
@@ -113,8 +117,6 @@ def _prepare(arguments: Arguments) -> tuple[Config, Session, np.ndarray]:
     """The run's configuration, its session, and the stream to read; all that can be wrong is found here."""
     stored = FRESH if arguments.run is None else config_file.load(run_folder.config_path(arguments.run), Config)
     interval = stored.context.horizon if arguments.interval is None else arguments.interval
-    if interval < 1:
-        raise ValueError(f"interval must be at least 1 token, got {interval}")
     needed = len(PERCENT) * interval
     if arguments.run is not None:
         needed = max(needed, stored.context.history + (STRETCHES + 1) * interval)
@@ -217,10 +219,6 @@ def _process_bytes() -> int | None:
 
 def _number(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
-
-
-def _write_summary(folder: Path, summary: Row) -> None:
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
 def _summary(arguments: Arguments, config: Config, rows: list[Row]) -> Row:

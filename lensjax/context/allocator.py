@@ -16,14 +16,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax._settings import Bound, Count, NonNegative, PositiveInt, settings
+from lensjax._settings import Bound, Count, NonNegative, PositiveInt, Repeats, settings
 from lensjax.context import nodes
 from lensjax.context import working as contexts
 from lensjax.context.geometry import Geometry
 from lensjax.context.rollouts import collapses_for_length, cut_from_priorities, length_for_collapses, level_counts
 from lensjax.context.working import MISSING, WorkingContext
-
-Threshold = Annotated[float, Bound(finite=False)]
 
 
 @settings("focus")
@@ -39,13 +37,13 @@ class FocusConfig:
 
     start: Literal["uniform", "recency"] = "uniform"
     """The cold start: detail spread evenly over the history, or, with omission, its last tokens."""
-    steps: PositiveInt = 4
+    steps: Repeats = 4
     """Refocus steps from a cold start."""
     max_edits: PositiveInt = 64
     """Swaps in one refocus step, at most."""
-    expand_threshold: Threshold = -1.0
+    expand_threshold: Annotated[float, Bound()] = -1.0
     """Scores below it are not expanded; scores lie in [-1, 1]."""
-    collapse_threshold: Threshold = 1.0
+    collapse_threshold: Annotated[float, Bound()] = 1.0
     """Scores above it are not collapsed."""
     margin: NonNegative = 0.0
     """By how much a swap must promise more than it costs, in units of scores."""

@@ -10,14 +10,19 @@ alone sees them.
 """
 
 import math
-from dataclasses import dataclass
+from typing import Annotated
+
+from lensjax._settings import Bound, Count, PositiveInt, at_least, require, settings
 
 # A fraction of the history is computed in float32 on the device and in float64 here; both add this before rounding
 # down, so that 0.7 * 100 is 70 in both. It exceeds the error of float32 up to windows of 100,000 tokens.
 ROUNDING = 1e-2
 
+HIGHEST_LOD = 30
+"""Of blocks of 2, what an int32 can count."""
 
-@dataclass(frozen=True)
+
+@settings("Geometry")
 class Geometry:
     """A history, and the cuts that it allows.
 
@@ -28,24 +33,22 @@ class Geometry:
       (25, 58)
     """
 
-    history: int
+    history: PositiveInt
     """Tokens [C]."""
-    block_size: int
+    block_size: Annotated[int, at_least(2)]
     """Children per gist [K]."""
-    max_lod: int
+    max_lod: Annotated[int, Bound(1, HIGHEST_LOD)]
     """Highest level of detail [L]."""
-    recent_tokens: int
+    recent_tokens: Count
     """Last tokens, which stay in full: the query."""
     omit: bool = False
     """Whether the base model reads nothing of what is collapsed, rather than its gist; `max_lod` is 1 then."""
 
-    def __post_init__(self) -> None:
-        least = {"history": 1, "block_size": 2, "max_lod": 1, "recent_tokens": 0}
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"Geometry.{name} must be at least {low}, got {getattr(self, name)}")
-        if self.omit and self.max_lod != 1:
-            raise ValueError(f"Geometry.max_lod must be 1 with omission (a block is read or not), got {self.max_lod}")
+    def _check(self) -> None:
+        require(
+            not self.omit or self.max_lod == 1,
+            f"Geometry.max_lod must be 1 with omission (a block is read or not), got {self.max_lod}",
+        )
 
     @property
     def tail(self) -> int:

@@ -8,7 +8,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from lensjax._settings import Count, Positive, PositiveInt, above, require, settings
+from lensjax._settings import Bound, Count, Layers, Positive, Width, above, require, settings
 from lensjax.context.working import Entries
 from lensjax.models.functional import Functional, checked
 from lensjax.models.interfaces import Params
@@ -29,14 +29,14 @@ class BaseConfig:
       ValueError: base.dim must be a multiple of 2 * base.heads = 8 (rotary pairs), got 60
     """
 
-    vocab_size: PositiveInt = 256
-    dim: PositiveInt = 64
-    layers: PositiveInt = 2
-    heads: PositiveInt = 4
-    kv_heads: PositiveInt = 2
-    head_dim: PositiveInt | None = None
+    vocab_size: Width = 256
+    dim: Width = 64
+    layers: Layers = 2
+    heads: Width = 4
+    kv_heads: Width = 2
+    head_dim: Width | None = None
     """Width of one attention head; None for dim / heads."""
-    mlp_dim: PositiveInt = 192
+    mlp_dim: Width = 192
     qkv_bias: bool = False
     """Whether the query, key and value projections have biases, as in Qwen2."""
     qk_norm: bool = False
@@ -45,7 +45,7 @@ class BaseConfig:
     """Epsilon of every RMSNorm."""
     copy_heads: Count = 0
     """Key-value heads in each layer that find an entry by the one before it, and so learn at once to copy."""
-    conv_width: Count = 3
+    conv_width: Annotated[int, Bound(0, 1024)] = 3
     """Taps of the causal depthwise convolution on the input embeddings; 0 leaves it out."""
     tied: bool = True
     """Whether the output head is the transposed embedding."""

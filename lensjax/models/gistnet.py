@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from lensjax._settings import Count, PositiveInt, require, settings
+from lensjax._settings import Bound, Width, require, settings
 from lensjax.models.functional import Functional, checked
 from lensjax.models.interfaces import Params
 from lensjax.models.nn.transformer import SwiGLU, Transformer, TransformerConfig, linear, rms_norm
@@ -29,8 +29,8 @@ class GistConfig:
 
     pooling: Literal["mean", "query", "cls"] = "mean"
     head: Literal["linear", "mlp"] = "linear"
-    layers: Count = 0
-    heads: PositiveInt = 4
+    layers: Annotated[int, Bound(0, 128)] = 0
+    heads: Width = 4
     start: Literal["mean", "scaled"] = "mean"
     """What a fresh GistNet gives: the pooled children, or these `scaled` to the norm of a child (the function of that
     name), which a base model that was not trained with gists can read."""

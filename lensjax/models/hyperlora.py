@@ -18,14 +18,14 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from lensjax._numerics import masked_mean
-from lensjax._settings import Count, NonNegative, Positive, PositiveInt, settings
+from lensjax._settings import Count, NonNegative, Positive, Width, settings
 
 
 @settings("hyperlora")
 class HyperLoRAConfig:
     """The hypernetwork, how large its deltas may be, and what its losses weigh."""
 
-    rank: PositiveInt = 8
+    rank: Width = 8
     scaling: Positive = 1.0
     """delta W = scaling A B."""
     init: Literal["norm", "std"] = "norm"

@@ -9,7 +9,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from lensjax._settings import PositiveInt, require, settings
+from lensjax._settings import Layers, Width, require, settings
 from lensjax.context.working import BLOCKS_BEFORE, Entries
 from lensjax.models.functional import Functional, checked
 from lensjax.models.interfaces import Params
@@ -27,11 +27,11 @@ class LensConfig:
       ValueError: lens.dim must be a multiple of lens.heads 2, got 65
     """
 
-    dim: PositiveInt = 64
-    layers: PositiveInt = 2
-    heads: PositiveInt = 2
+    dim: Width = 64
+    layers: Layers = 2
+    heads: Width = 2
     """Few and wide: a head compares entries by what it projects them to, and 16 numbers tell few of them apart."""
-    mlp_dim: PositiveInt = 192
+    mlp_dim: Width = 192
     head: Literal["linear", "mlp"] = "linear"
     blocks: bool = True
     """Whether a token is seen with the gist of its block beside it."""

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import field
 from typing import Annotated, Literal
 
-from lensjax._settings import Bound, PositiveInt, require, settings
+from lensjax._settings import BatchCount, BatchSize, Bound, PositiveInt, require, settings
 from lensjax.models import HyperLoRAModel, LensModel, Models, build_models
 from lensjax.models.base_lm import BaseConfig
 from lensjax.models.gistnet import GistConfig
@@ -69,7 +69,7 @@ class Config(Recipe):
 
     output_dir: str = "runs/default"
     seed: Annotated[int, Bound(0, 2**31, high_excluded=True)] = 0
-    batch_size: PositiveInt = 16
+    batch_size: BatchSize = 16
     """Sequences in a batch [B]."""
     base_run: str | None = None
     """Run folder whose base model and GistNet are taken instead of pretraining."""
@@ -82,7 +82,7 @@ class Config(Recipe):
     """Split parameters and optimizer state over the devices as well as the batch (FSDP): less memory, more traffic."""
     logging_steps: PositiveInt = 10
     eval_steps: PositiveInt = 100
-    eval_batches: PositiveInt = 8
+    eval_batches: BatchCount = 8
     save_steps: PositiveInt = 100
     base: BaseConfig = field(default_factory=BaseConfig)
     gist: GistConfig = field(default_factory=GistConfig)

@@ -9,7 +9,7 @@ from typing import Protocol
 import jax
 from rich.console import Console
 
-from lensjax.runs.engine import devices, numerics
+from lensjax.runs.engine import devices, numerics, recovery
 from lensjax.runs.store import checkpoint, identity, lock, run_folder
 from lensjax.runs.store.identity import Identity
 from lensjax.runs.store.lock import Lock
@@ -49,7 +49,7 @@ def open_run(
     Args:
       config: the run's.
       steps: all phases that a run of this kind has, in their order, each with the setting of its number of steps.
-      resume: go on with a run: rows after its newest checkpoint are dropped.
+      resume: go on with a run: damaged checkpoints are moved aside, and rows after the newest one are dropped.
       console: is told the folder, and what changed since the start before.
       data: digest of what the run reads; None where its config says it all.
       weights: the digest of what it begins with; asked where no checkpoint says so.
@@ -80,6 +80,12 @@ def open_run(
 
     try:
         devices.in_first(take)
+        console.out(f"run folder {folder}, {jax.default_backend()}, seed {config.seed}", highlight=False)
+        if resume:
+            repairs: list[str] = []
+            devices.in_first(lambda: repairs.extend(recovery.repair(folder, phases)))
+            for line in repairs:
+                console.out(line, highlight=False)
         restored = run_folder.restore_point(folder, phases) if resume else None
         stored = None if restored is None else _stored(folder, *restored)
         began_with = weights() if stored is None else stored["weights"]
@@ -90,7 +96,6 @@ def open_run(
             _require_checkpoints(folder, restored, config.save_steps, phases)
             devices.in_first(lambda: notes.extend(run_folder.add_environment(folder, config)))
         notes += numerics.set_aside()
-        console.out(f"run folder {folder}, {jax.default_backend()}, seed {config.seed}", highlight=False)
         for note in notes:
             console.out(note, highlight=False)
         with RunLogger(folder if devices.is_first() else None, resume=restored, phases=phases) as logger:

@@ -13,9 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lensjax._settings import require, shown
 from lensjax.evaluation import held_out
 from lensjax.models import Models, Params
 from lensjax.runs.config import Config
@@ -31,6 +33,7 @@ Setting = dict[str, Any]
 """Changed fields of a config by dotted name; empty for the default."""
 ROLLOUT_SETTINGS = ("context_start", "context_end", "high_lod_share")
 """What decides, beside the seed, which rollouts an arm draws."""
+_OWN = {"seed", "output_dir", "base_run"}
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,30 @@ class Sweep:
     """Name or path of a config, as for `python -m experiments.train`."""
     changes: Mapping[str, Any] = field(default_factory=dict)
     """What the default itself changes in the preset."""
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    seeds: Sequence[int] = (0, 1, 2, 3, 4)
     one_at_a_time: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     """Each value of each field alone."""
     grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     """Every combination of values."""
     together: Sequence[Setting] = ()
     """Settings that change several fields at once."""
+
+    def __post_init__(self) -> None:
+        """Makes plain Python of what is given, which is written as JSON.
+
+        Raises:
+          ValueError: a field is not what it must be; names it, and the field of the configuration.
+        """
+        plain = {
+            "preset": str(self.preset),
+            "changes": _setting("changes", self.changes),
+            "seeds": tuple(map(_seed, _several("seeds", self.seeds))),
+            "one_at_a_time": _choices("one_at_a_time", self.one_at_a_time),
+            "grid": _choices("grid", self.grid),
+            "together": tuple(_setting("together", one) for one in _several("together", self.together)),
+        }
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
 
     def settings(self) -> list[Setting]:
         """All settings, the default first, none twice.
@@ -63,6 +83,40 @@ class Sweep:
             settings += [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
         settings += [dict(setting) for setting in self.together]
         return [setting for i, setting in enumerate(settings) if setting not in settings[:i]]
+
+
+def _setting(name: str, setting: Any) -> Setting:
+    """Fields of a configuration by their dotted names."""
+    is_one = isinstance(setting, Mapping) and all(isinstance(key, str) for key in setting)
+    require(is_one, f"{name} of a sweep must give values by the names of fields, got {shown(setting)}")
+    taken = sorted(_OWN & set(setting))
+    require(not taken, f"{name} of a sweep cannot change {', '.join(taken)}, which the sweep itself gives each arm")
+    return {str(key): _plain(value) for key, value in setting.items()}
+
+
+def _choices(name: str, choices: Any) -> dict[str, tuple[Any, ...]]:
+    found = {key: _several(f"{name} of {key}", values) for key, values in _setting(name, choices).items()}
+    for key, values in found.items():
+        require(bool(values), f"{name} of {key} must name one or more values, got none")
+    return found
+
+
+def _several(name: str, values: Any) -> tuple[Any, ...]:
+    values = _plain(values)
+    require(isinstance(values, list | tuple), f"{name} must be a sequence of values, got {shown(values)}")
+    return tuple(map(_plain, values))
+
+
+def _seed(seed: Any) -> int:
+    require(type(seed) is int, f"seeds must be whole numbers, got {shown(seed)}")
+    return int(seed)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy as those of Python, and its arrays as lists of them."""
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        return value.tolist()
+    return list(value) if isinstance(value, range) else value
 
 
 @jax.tree_util.register_dataclass

@@ -1,11 +1,10 @@
 """What a session is shaped like, and what it remembers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
-import numpy as np
 from jax import Array
 
 from lensjax._settings import PositiveInt, require, settings
@@ -42,10 +41,7 @@ class SessionConfig:
             self.focus.start == "uniform" or geometry.omit,
             "session.focus.start recency needs a geometry with omission: without it contexts cover the whole history",
         )
-        held = np.arange(geometry.history + 1)
-        free = np.maximum(held - geometry.recent_tokens, 0)
-        collapses = sum(free // geometry.block_size**lod for lod in range(1, geometry.max_lod + 1))
-        shortest = int(np.max(held - collapses * geometry.saving))
+        shortest = max([geometry.shortest, *_peaks(geometry)])
         require(
             self.budget >= shortest,
             f"session.budget must hold the shortest context of any part of a history of {geometry.history} tokens, "
@@ -69,6 +65,13 @@ class SessionConfig:
         """Tokens that are forgotten at a time: whole blocks of the highest level, for an interval at least."""
         top = self.geometry.block_size**self.geometry.max_lod
         return -(-self.interval // top) * top
+
+
+def _peaks(geometry: Geometry) -> list[int]:
+    """Shortest contexts of the histories that are one token short of one more block of some level."""
+    levels = range(1, geometry.max_lod + 1)
+    ends = (geometry.recent_tokens + geometry.blocks(lod) * geometry.block_size**lod - 1 for lod in levels)
+    return [replace(geometry, history=end).shortest for end in ends if end >= max(1, geometry.recent_tokens)]
 
 
 @jax.tree_util.register_dataclass

@@ -2,13 +2,10 @@
 
 from typing import Annotated
 
-import jax
-
 from lensjax._settings import Bound, Decay, NonNegative, Positive, Share, settings
 
 
-@jax.tree_util.register_dataclass
-@settings("hyper")
+@settings("hyper", is_pytree=True)
 class Hyperparameters:
     """What an ablation sweeps. Floats in a `Recipe`; float32 scalars, or a batch of them, in a `TrainState`.
 

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax._settings import Count, PositiveInt, at_least, require, settings
+from lensjax._settings import Bound, Count, PositiveInt, Variants, at_least, require, settings
 from lensjax.context import allocator
 from lensjax.context import working as contexts
 from lensjax.context.allocator import FocusConfig
-from lensjax.context.geometry import Geometry
+from lensjax.context.geometry import HIGHEST_LOD, Geometry
 from lensjax.context.rollouts import collapses_for_length, is_distinct, sample_cut, sample_rollouts
 from lensjax.context.working import Entries, WorkingContext
 from lensjax.models import Models, Params
@@ -36,7 +36,7 @@ class ContextConfig:
     """Tokens in a training window [T]: a history, and the horizon behind it."""
     block_size: Annotated[int, at_least(2)] = 8
     """Children per gist [K]."""
-    max_lod: PositiveInt = 2
+    max_lod: Annotated[int, Bound(1, HIGHEST_LOD)] = 2
     """Highest level of detail [L]."""
     horizon: PositiveInt = 32
     """Tokens behind the cursor, on which every variant is scored and which no policy sees [H]."""
@@ -44,7 +44,7 @@ class ContextConfig:
     """Whether the base model reads nothing of what is collapsed, rather than its gist; `max_lod` is 1 then."""
     recent_tokens: PositiveInt = 8
     """Last tokens of the history, which stay at LOD 0 in every variant: the query."""
-    rollouts: PositiveInt = 4
+    rollouts: Variants = 4
     """Random variants per sequence [N]."""
     local_edits: Count = 0
     """Above 0 the rollouts of a sequence are one random cut and N - 1 that differ from it by so many swaps: then a

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax._settings import Count, Positive, PositiveInt, settings
+from lensjax._settings import Count, Positive, Repeats, settings
 from lensjax.context import nodes
 from lensjax.context import working as contexts
 from lensjax.context.geometry import Geometry
@@ -39,7 +39,7 @@ class DistillConfig:
     """What the horizon attends to, or what the gradient of its loss says of each block."""
     temperature: Positive = 0.5
     """Scores before tanh, divided by it, are the logits of what deserves detail."""
-    looks: PositiveInt = 1
+    looks: Repeats = 1
     """Looks of its own at which LensNet is taught, the cold start first; later ones may undo what these have chosen."""
     sharpness: Positive = 1.0
     """Power of the teacher's worths: above 1 what little attention every block gets counts for less."""

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from lensjax import losses
 from lensjax._numerics import masked_mean
-from lensjax._settings import PositiveInt, at_least, require, settings
+from lensjax._settings import Bound, PositiveInt, require, settings
 from lensjax.context.geometry import Geometry
 from lensjax.training import preferences
 from lensjax.training.hyperparameters import Hyperparameters
@@ -57,9 +57,9 @@ class ObjectiveConfig:
     group: Literal["sequence", "batch"] = "sequence"
     """What an objective over groups compares: the variants of one sequence, or all of the batch, their values and
     rewards relative to the mean of their sequence."""
-    keep: Annotated[int, at_least(2)] | None = None
+    keep: Annotated[int, Bound(2, 1025)] | None = None
     """Variants of a sequence that are compared: the subset whose losses vary most; None compares all."""
-    rankings: Annotated[int, at_least(2)] = 16
+    rankings: Annotated[int, Bound(2, 1024)] = 16
     """Rankings of a group that `pg_rank` draws."""
     group_baseline: Literal["standardised", "mean", "leave_one_out"] = "standardised"
     """Of the rewards in `grpo`: GRPO, Dr.GRPO, RLOO."""

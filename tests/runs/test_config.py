@@ -1,121 +1,22 @@
 """Configurations: every field of every section refuses what it may not be, and rules over several fields hold."""
 
 import dataclasses
-import json
-import math
 import re
-import typing
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.quiet_star.config import QuietStarConfig
-from experiments.rlan.config import RlanConfig
 from lensjax import _settings
-from lensjax._settings import Bound
 from lensjax.context.geometry import Geometry
 from lensjax.models.gistnet import GistConfig
 from lensjax.runs.config import Config
-from lensjax.runs.store import config_file
 from lensjax.training.hyperparameters import Hyperparameters
 from lensjax.training.optim.optimizer import OptimizerConfig
 from lensjax.training.recipe import Recipe
 from lensjax.training.scoring import ContextConfig
 from lensjax.training.steps.gists import GistTrainingConfig
 from lensjax.training.terms import ObjectiveConfig
-
-KINDS = [Config, RlanConfig, QuietStarConfig]
-every_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-# Every field by itself.
-
-
-def fields_of(section, path=""):
-    """(dotted name, annotation, what it allows) of every field of a configuration that is no section."""
-    hints = typing.get_type_hints(type(section), include_extras=True)
-    allowed = _settings._allowed(type(section))
-    for item in dataclasses.fields(section):
-        value, name = getattr(section, item.name), f"{path}{item.name}"
-        if dataclasses.is_dataclass(value):
-            yield from fields_of(value, f"{name}.")
-        else:
-            yield name, hints[item.name], allowed.get(item.name)
-
-
-def types_in(hint):
-    """The types that an annotation is made of."""
-    return {hint}.union(*map(types_in, typing.get_args(hint)))
-
-
-def bad_values(hint, allowed):
-    """Just outside of the bound, and what is no number; or a choice that there is not."""
-    if not isinstance(allowed, Bound):
-        return [("unknown",)] if typing.get_origin(hint) is tuple else ["unknown"]
-    is_whole = float not in types_in(hint)
-
-    def beyond(end, excluded, direction):
-        if math.isinf(end):
-            return []
-        return [end if excluded else end + direction if is_whole else math.nextafter(end, direction * math.inf)]
-
-    outside = beyond(allowed.low, allowed.low_excluded, -1) + beyond(allowed.high, allowed.high_excluded, +1)
-    endless = [math.inf, -math.inf] if allowed.finite else []
-    return outside if is_whole else [*map(float, outside), math.nan, *endless]
-
-
-def refusal(change):
-    with pytest.raises(ValueError) as error:
-        change()
-    return str(error.value)
-
-
-@every_kind
-def test_every_field_refuses_what_it_may_not_be(kind):
-    """From code and from a file alike: the message is the field's path, its bound and the value."""
-    config, seen = kind(), 0
-    for name, hint, allowed in fields_of(config):
-        if allowed is None:
-            continue
-        for value in bad_values(hint, allowed):
-            words = str(allowed) if isinstance(allowed, Bound) else f"one of {', '.join(map(str, allowed))}"
-            is_endless = isinstance(value, float) and not math.isfinite(value) and allowed.finite
-            expected = f"{name} must be {'finite and ' * is_endless}{words}, got {value!r}"
-            assert refusal(lambda: _settings.replace(config, **{name: value})) == expected  # noqa: B023
-            *sections, last = name.split(".")
-            raw = {last: value}
-            for section in reversed(sections):
-                raw = {section: raw}
-            text = json.dumps({"format": config_file.FORMAT, **raw})
-            assert refusal(lambda: config_file.from_json(text, kind)) == expected  # noqa: B023
-            seen += 1
-    assert seen > 40
-
-
-@every_kind
-def test_every_number_has_a_bound(kind):
-    for name, hint, allowed in fields_of(kind()):
-        if types_in(hint) & {int, float}:
-            assert isinstance(allowed, Bound), name
-
-
-@every_kind
-def test_every_field_takes_the_ends_that_its_bound_has(kind):
-    """By itself: rules over several fields may refuse it, but never by the bound's words."""
-    config = kind()
-    for name, hint, allowed in fields_of(config):
-        if not isinstance(allowed, Bound):
-            continue
-        ends = [(allowed.low, allowed.low_excluded), (allowed.high, allowed.high_excluded)]
-        for end, excluded in ends:
-            if excluded or math.isinf(end):
-                continue
-            try:
-                _settings.replace(config, **{name: end if float not in types_in(hint) else float(end)})
-            except ValueError as error:
-                assert f"{name} must be {allowed}" not in str(error), name
-
 
 # Rules over several fields.
 

@@ -100,8 +100,10 @@ def make_mesh(batch_sizes: Mapping[str, int]) -> Mesh:
       The mesh.
 
     Raises:
-      ValueError: a batch cannot be shared out equally.
+      ValueError: a batch cannot be shared out equally, or JAX compiles nothing.
     """
+    if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+        raise ValueError("steps are compiled ahead of time, which JAX_DISABLE_JIT forbids: unset it, or set it to 0")
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     for name, size in batch_sizes.items():
         if size % len(devices):

@@ -2,12 +2,11 @@
 
 import dataclasses
 import json
-import types
 import typing
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from lensjax._settings import require
+from lensjax._settings import require, shown
 
 Kind = TypeVar("Kind")
 
@@ -17,7 +16,7 @@ FORMAT = 2
 
 def to_json(config: Any) -> str:
     """Writes a config as JSON text; `from_json` reads it back equal."""
-    return json.dumps({"format": FORMAT, **dataclasses.asdict(config)}, indent=2) + "\n"
+    return json.dumps({"format": FORMAT, **dataclasses.asdict(config)}, indent=2, allow_nan=False) + "\n"
 
 
 def load(path: str | Path, kind: type[Kind]) -> Kind:
@@ -41,56 +40,56 @@ def from_json(text: str, kind: type[Kind], *, source: str = "config") -> Kind:
       The config.
 
     Raises:
-      ValueError: the text is not a JSON object or of another format, a key is unknown, or a value has the wrong type
-        or range.
+      ValueError: the text is not a JSON object or of another format, a key is unknown or comes twice, or a value has
+        the wrong type or range.
     """
     try:
-        raw = json.loads(text)
-    except json.JSONDecodeError as error:
+        raw = json.loads(text, object_pairs_hook=_once, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{source} is not JSON: {error}") from error
-    require(isinstance(raw, dict), f"{source}: expected an object with keys of {kind.__name__}, got {raw!r}")
+    require(isinstance(raw, dict), f"{source}: expected an object with keys of {kind.__name__}, got {shown(raw)}")
     written = raw.pop("format", None)
     require(
-        written == FORMAT,
-        f"{source} has format {written}, and this version of lensjax reads format {FORMAT}: use the version that "
-        "environment.json beside it names, or run it again",
+        type(written) is int and written == FORMAT,
+        f"{source} has format {shown(written)}, and this version of lensjax reads format {FORMAT}: use the version "
+        "that environment.json beside it names, or run it again",
     )
-    config: Kind = _build(kind, raw, where=source)
+    try:
+        config: Kind = _build(kind, raw)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
     return config
 
 
-def _build(cls: type, raw: Any, *, where: str) -> Any:
-    require(isinstance(raw, dict), f"{where}: expected an object with keys of {cls.__name__}, got {raw!r}")
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    require(twice is None, f"the key {twice} comes twice in one object")
+    return dict(pairs)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def _build(cls: type, raw: Any, *, path: str = "") -> Any:
+    """The config of a class; its settings check the values."""
+    where = path.removesuffix(".")
+    require(isinstance(raw, dict), f"{where} must be an object with keys of {cls.__name__}, got {shown(raw)}")
     hints = typing.get_type_hints(cls)
-    unknown = sorted(set(raw) - set(hints))
-    require(
-        not unknown,
-        f"{where}: unknown key{'s' * (len(unknown) > 1)} {', '.join(unknown)}; known keys: {', '.join(sorted(hints))}",
+    unknown = [f"{path}{name}" for name in sorted(set(raw) - set(hints))]
+    known = ", ".join(sorted(hints))
+    require(not unknown, f"unknown key{'s' * (len(unknown) > 1)} {', '.join(unknown)}; known keys: {known}")
+    return cls(
+        **{
+            name: _build(hints[name], value, path=f"{path}{name}.")
+            if dataclasses.is_dataclass(hints[name])
+            else _value(hints[name], value)
+            for name, value in raw.items()
+        }
     )
-    values = {
-        name: _build(hints[name], value, where=f"{where}.{name}")
-        if dataclasses.is_dataclass(hints[name])
-        else _checked_type(hints[name], value, where=f"{where}.{name}")
-        for name, value in raw.items()
-    }
-    return cls(**values)
 
 
-def _checked_type(hint: Any, value: Any, *, where: str) -> Any:
-    """JSON has no tuples and writes whole floats as integers; everything else must match the annotation."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Annotated:
-        return _checked_type(args[0], value, where=where)
-    if origin is Literal:
-        return value  # its choices are checked with the field
-    if origin is tuple:
-        is_list = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
-        require(is_list, f"{where}: expected a list of names, got {value!r}")
-        return tuple(value)
-    accepted: tuple[type, ...] = tuple(args) if origin in (typing.Union, types.UnionType) else (hint,)
-    if float in accepted and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    is_stray_bool = isinstance(value, bool) and bool not in accepted
-    name = " or ".join("null" if one is type(None) else one.__name__ for one in accepted)
-    require(isinstance(value, accepted) and not is_stray_bool, f"{where}: expected {name}, got {value!r}")
-    return value
+def _value(hint: Any, value: Any) -> Any:
+    """JSON has no tuples."""
+    return tuple(value) if isinstance(value, list) and typing.get_origin(hint) is tuple else value

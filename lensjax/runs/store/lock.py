@@ -5,6 +5,8 @@ import fcntl
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +83,20 @@ def take(folder: Path) -> Lock:
             raise
         else:
             return lock
+
+
+@contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """Locks a folder, which is there, for as long as one is inside it.
+
+    Raises:
+      BlockingIOError: see `take`.
+    """
+    lock = take(folder)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def require_free(folder: Path) -> None:

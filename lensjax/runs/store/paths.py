@@ -1,5 +1,7 @@
 """Paths of a configuration, which mean the same everywhere: `~` is a home, and all are stored absolute."""
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,6 +53,23 @@ def resolved(config: Kind) -> Kind:
     paths = {name: _value(config, name) for name in NAMES}
     changes = {name: str(absolute(path, name=name)) for name, path in paths.items() if path is not None}
     return _settings.replace(config, **changes)
+
+
+def from_home(arguments: Kind) -> Kind:
+    """The flags of a program, whose paths may begin with `~`; relative ones stay so.
+
+    Raises:
+      ValueError: see `absolute`; names the flag.
+    """
+
+    def expanded(value: Any, name: str) -> Any:
+        if isinstance(value, tuple):
+            return tuple(expanded(one, name) for one in value)
+        return absolute(value, name=name) if isinstance(value, Path) and str(value).startswith("~") else value
+
+    fields = {item.name: getattr(arguments, item.name) for item in dataclasses.fields(arguments)}  # type: ignore[arg-type]
+    change: Callable[..., Kind] = dataclasses.replace
+    return change(arguments, **{name: expanded(value, name) for name, value in fields.items()})
 
 
 def _value(config: Any, name: str) -> Any:

@@ -2,11 +2,13 @@
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -117,10 +119,28 @@ def frozen_dir(run_dir: Path, part: str) -> Path:
     return run_dir / "checkpoints" / "frozen" / part
 
 
+def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
+    """Writes `summary.json`: the run is finished.
+
+    Raises:
+      FloatingPointError: a number is not finite; nothing is written.
+    """
+    faults = [f"{name} = {x}" for name, x in summary.items() if isinstance(x, float) and not math.isfinite(x)]
+    if faults:
+        raise FloatingPointError(
+            f"the {summary['split']} split gives {', '.join(faults)}: the run has no summary; "
+            f"its checkpoints are in {run_dir / 'checkpoints'}"
+        )
+    files.write_text(run_dir / SUMMARY, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+
+
 def read_summary(run_dir: str | Path) -> dict[str, Any]:
-    """What `summary.json` holds; empty while the run is not finished."""
-    path = Path(run_dir) / SUMMARY
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
+    """What `summary.json` holds; empty while the run is not finished, and where the file is torn."""
+    try:
+        summary = json.loads((Path(run_dir) / SUMMARY).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
 
 
 def restore_point(folder: Path, phases: tuple[str, ...]) -> tuple[str, int]:

@@ -5,7 +5,7 @@ gradient of the token loss would shrink LensNet's steps.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import optax
 import optax.contrib
 from jax.typing import ArrayLike
 
-from lensjax._settings import Bound, Count, NonNegative, settings
+from lensjax._settings import Count, NonNegative, Positive, settings
 
 B1, B2 = 0.9, 0.99
 """Decays of Adam's moments."""
@@ -38,7 +38,8 @@ class OptimizerConfig:
     warmup_steps: Count = 20
     curriculum_steps: Count | None = None
     """Steps over which the context length anneals; None: half of the run."""
-    clip_norm: Annotated[float, Bound(0, low_excluded=True, finite=False)] = 1.0
+    clip_norm: Positive = 1.0
+    """Longest gradient of a part; a large number, such as 1e9, clips none."""
     grokfast: NonNegative = 0.0
     """What the slow part of the gradients is amplified by (lambda of Grokfast); 0 leaves it out."""
 

@@ -18,7 +18,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from lensjax._numerics import masked_mean, masked_std
-from lensjax._settings import Positive, PositiveInt, settings
+from lensjax._settings import Positive, Width, settings
 from lensjax.context.geometry import Geometry
 from lensjax.context.working import Entries
 from lensjax.models import HyperLoRAModel, LensModel, Models, Params, hyperlora
@@ -47,7 +47,7 @@ from lensjax.training.steps.update import all_parts
 class AdaptationConfig:
     """Low-rank changes of LensNet for each document; trained where `trainable` names `hypernet`."""
 
-    rank: PositiveInt = 4
+    rank: Width = 4
     init_scale: Positive = 0.1
     """Frobenius norm of a fresh change."""
     max_norm: Positive = 1.0

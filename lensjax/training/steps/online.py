@@ -15,7 +15,7 @@ import optax
 from jax import Array
 
 from lensjax._numerics import masked_mean
-from lensjax._settings import Count, NonNegative, Positive, PositiveInt, Share, require, settings
+from lensjax._settings import Count, NonNegative, Positive, Repeats, Share, Variants, require, settings
 from lensjax.context.geometry import Geometry
 from lensjax.losses import advantages
 from lensjax.models import Models, Params, ValueModel
@@ -37,11 +37,11 @@ class OnlineConfig:
 
     steps: Count = 0
     learning_rate: Positive = 1e-3
-    episodes: PositiveInt = 1
+    episodes: Variants = 1
     """Episodes of each sequence of a batch [G]."""
-    refocus_steps: PositiveInt = 4
+    refocus_steps: Repeats = 4
     """Refocus steps of an episode, from a cold start [S]."""
-    draws: PositiveInt = 4
+    draws: Repeats = 4
     """Swaps drawn in one refocus step, each of which may be to keep the context [M]."""
     temperature: Positive = 0.1
     """Of the draws, in units of scores: how far the policy explores."""

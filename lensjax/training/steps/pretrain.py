@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from lensjax._settings import NonNegative, Positive, PositiveInt, settings
+from lensjax._settings import BatchSize, NonNegative, Positive, PositiveInt, settings
 from lensjax.context import rollouts
 from lensjax.context import working as contexts
 from lensjax.models import Models, Params
@@ -25,7 +25,7 @@ class PretrainConfig:
 
     steps: PositiveInt = 600
     learning_rate: Positive = 3e-3
-    batch_size: PositiveInt = 16
+    batch_size: BatchSize = 16
     rollout_weight: NonNegative = 0.0
     """Weight of the rollouts' NLL beside the full-context loss: teaches the base model to read gists and GistNet to
     write them. 0 leaves GistNet at its initialisation."""
