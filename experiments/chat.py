@@ -21,6 +21,7 @@ from rich.progress import Progress
 from experiments import command
 from lensjax._settings import NonNegative, PositiveInt, Seed, settings
 from lensjax.runs.data.tokenizers import Tokenizer, read_tokenizer
+from lensjax.runs.engine.progress import has_bars
 from lensjax.runs.load import load
 from lensjax.session import Refocus, Session, SessionState
 
@@ -109,7 +110,7 @@ def read(session: Session, ids: np.ndarray, console: Console) -> Reading:
 
     state, losses, size = session.init(), [], session.config.interval
     started = time.perf_counter()
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(console=console, transient=True, disable=not has_bars(console)) as progress:
         for start in progress.track(range(0, len(ids), size), description="reading"):
             state, nll = session.append(state, ids[start : start + size], on_refocus=on_refocus)
             losses.append(nll)

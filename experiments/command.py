@@ -14,7 +14,7 @@ import tyro
 
 from experiments.process import advising, errors_end
 from lensjax.runs.engine import devices
-from lensjax.runs.store import config_file, run_folder
+from lensjax.runs.store import config_file, paths, run_folder
 from lensjax.runs.store.run_folder import RunConfig
 
 Settings = TypeVar("Settings", bound=RunConfig)
@@ -33,7 +33,7 @@ def program(
       description: shown by `--help`.
     """
     with errors_end():
-        arguments = tyro.cli(kind, args=words, description=description)
+        arguments = paths.from_home(tyro.cli(kind, args=words, description=description))
         devices.find()
         act(arguments)
 
@@ -50,6 +50,7 @@ def execute(
     """
     with errors_end():
         config, resume = parse(sys.argv[1:] if arguments is None else list(arguments))
+        config = paths.resolved(config)
         devices.join()
         devices.find()
         with advising(lambda: _way_on(config.output_dir)):
@@ -67,7 +68,7 @@ def parse(
     """Reads a command line.
 
     Args:
-      words: a preset's name, if anything, and flags; or `--resume` and a run folder.
+      words: a preset's name, if anything, and flags; or `--resume` and a run folder, with or without `=`.
       default: the config without a preset.
       load_preset: the config of a name.
       description: shown by `--help`.
@@ -76,25 +77,46 @@ def parse(
       A config, and whether it is that of a run to go on with.
 
     Raises:
-      ValueError: `--resume` has not one folder, or the preset or a stored value is not valid.
+      ValueError: `--resume` has not one folder, a preset is not the first word, or it or a stored value is not valid.
       FileNotFoundError: there is no run in that folder.
     """
     kind = type(default)
-    if "--resume" in words:
-        if len(words) != 2 or words[0] != "--resume":
-            raise ValueError(f"--resume takes a run folder and nothing else, got: {' '.join(words)}")
+    if (folder := _resumed(words)) is not None:
         change: Callable[..., Settings] = dataclasses.replace
-        return change(config_file.load(run_folder.config_path(words[1]), kind), output_dir=words[1]), True
+        return change(config_file.load(run_folder.config_path(folder), kind), output_dir=str(folder)), True
     if words and not words[0].startswith("-"):
         default, words = load_preset(words[0]), words[1:]
+    config, strays = tyro.cli(kind, default=default, args=words, description=description, return_unknown_args=True)
+    if not strays:
+        return config, False
+    if not any(stray.startswith("-") for stray in strays):
+        raise ValueError(f"{strays[0]} is no flag: a preset comes first, and alone; all that follows are flags")
     return tyro.cli(kind, default=default, args=words, description=description), False
+
+
+def _resumed(words: list[str]) -> Path | None:
+    """The run folder that `--resume` names, or whose `config.json` it names; None without that flag."""
+    flags = [word for word in words if word.partition("=")[0] == "--resume"]
+    if not flags:
+        return None
+    match words:
+        case ["--resume", name] if name != "--resume":
+            pass
+        case [word] if "=" in word:
+            name = word.partition("=")[2]
+        case _:
+            raise ValueError(f"--resume takes a run folder and nothing else, got: {' '.join(words)}")
+    path = paths.absolute(name, name="--resume")
+    return path.parent if path.name == "config.json" else path
 
 
 def check_free(folder: Path, *, resume: bool) -> None:
     """Checks that a folder for several runs may be written to.
 
     Raises:
-      FileExistsError: something is in it, and it is not to be gone on with.
+      FileExistsError: it is a file, or something is in it, and it is not to be gone on with.
     """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is not a folder: choose another --output-dir")
     if folder.exists() and any(folder.iterdir()) and not resume:
         raise FileExistsError(f"{folder} is not empty: choose another --output-dir, or pass --resume to finish it")

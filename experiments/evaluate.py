@@ -12,7 +12,7 @@ rollouts from bad.
 """
 
 import functools
-import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -29,8 +29,9 @@ from rich.progress import Progress
 
 from experiments import command, quality
 from experiments.quality import Row
-from experiments.tables import write_csv
+from experiments.tables import write_csv, write_json
 from lensjax import _settings
+from lensjax._numerics import may_be_nan
 from lensjax._settings import Bound, PositiveInt, Variants, settings
 from lensjax.context.allocator import FocusConfig
 from lensjax.evaluation import compare
@@ -38,12 +39,17 @@ from lensjax.evaluation.compare import FOREIGN, FULL, FocusEvidence, Measured
 from lensjax.evaluation.faithfulness import FaithfulnessConfig
 from lensjax.models import Models, Params
 from lensjax.models.decision import split
+from lensjax.plots import style
 from lensjax.runs.config import Config
 from lensjax.runs.data import batches as data
+from lensjax.runs.engine.progress import has_bars
 from lensjax.runs.fit import EVALUATION_SEED
 from lensjax.runs.load import load_params
 from lensjax.runs.store import config_file, run_folder
 from lensjax.training.recipe import Recipe
+
+_LONGEST_NAME = 240
+"""Bytes: with an ending, and what a name begins with while the file is written, no more than 255."""
 
 
 @settings()
@@ -55,7 +61,7 @@ class Arguments:
     merged: Path | None = None
     """Where the tables of all runs go together, without ending: PATH.csv and PATH.png."""
     name: str = "evaluation"
-    """Of the files in the run's folder; those that are there already are not overwritten."""
+    """Of the files in the run's folder; those of an evaluation that came to its end are not overwritten."""
     budgets: tuple[PositiveInt, ...] = (2, 4, 8, 16)
     """History over entries: 4 means a quarter of the history, rounded down to a length that some cut has."""
     window: PositiveInt | None = None
@@ -85,24 +91,67 @@ def evaluate(arguments: Arguments) -> list[Row]:
     """Measures every run and returns the rows of all tables; everything is checked before the first is measured."""
     if not arguments.runs:
         raise ValueError("name one or more run folders")
+    if not arguments.budgets:
+        raise ValueError("name one or more budgets, such as --budgets 2 4: none came")
     if arguments.sequences % arguments.batch_size:
         raise ValueError(
             f"sequences must be a multiple of batch_size {arguments.batch_size}, got {arguments.sequences}"
         )
-    outputs = [run / f"{arguments.name}{ending}" for run in arguments.runs for ending in (".csv", ".json", ".png")]
+    outputs = [_Output(run, arguments.name, "--name") for run in arguments.runs]
+    merged = None
     if arguments.merged is not None:
-        outputs += [arguments.merged.with_suffix(ending) for ending in (".csv", ".png")]
-    if there := [str(path) for path in outputs if path.exists()]:
-        raise FileExistsError(f"{there[0]} exists: pass another --name or --merged, or move it away")
+        name = arguments.merged.name.removesuffix(".csv")
+        merged = _Output(arguments.merged.parent, name, "--merged", endings=(".csv", ".png"))
+    for one in [*outputs, *([] if merged is None else [merged])]:
+        one.check_free()
     jobs = [_prepare(run, arguments) for run in arguments.runs]
     console, rows = Console(), []
-    for job in jobs:
-        rows += _evaluate_run(job, arguments, console)
-    if arguments.merged is not None:
-        arguments.merged.parent.mkdir(parents=True, exist_ok=True)
-        write_csv(rows, arguments.merged.with_suffix(".csv"))
-        quality.draw(rows, arguments.merged.with_suffix(".png"))
+    for job, output in zip(jobs, outputs, strict=True):
+        rows += _evaluate_run(job, arguments, output, console)
+    if merged is not None:
+        merged.folder.mkdir(parents=True, exist_ok=True)
+        merged.write(rows)
     return rows
+
+
+@dataclass(frozen=True)
+class _Output:
+    """The files of an evaluation, and a hidden one beside them as long as they are not all there."""
+
+    folder: Path
+    name: str
+    flag: str
+    """Which names it."""
+    endings: tuple[str, ...] = (".csv", ".json", ".png")
+
+    def path(self, ending: str) -> Path:
+        return self.folder / f"{self.name}{ending}"
+
+    @property
+    def _unfinished(self) -> Path:
+        return self.folder / f".{self.name}.unfinished"
+
+    def check_free(self) -> None:
+        """Raises where the name is none of a file, or where an evaluation that came to its end has it."""
+        is_name = self.name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(self.name)
+        if not is_name or len(os.fsencode(self.name)) > _LONGEST_NAME:
+            raise ValueError(
+                f"{self.flag} must end in the name of a file without folders, of at most {_LONGEST_NAME} bytes, "
+                f"got {self.name!r}"
+            )
+        there = [path for path in map(self.path, self.endings) if path.exists()]
+        if there and not self._unfinished.exists():
+            raise FileExistsError(f"{there[0]} exists: pass another {self.flag}, or move it away")
+
+    def write(self, rows: list[Row], report: Row | None = None, *, title: str = "") -> None:
+        """The table, the report and, last, the picture."""
+        self._unfinished.touch()
+        write_csv(rows, self.path(".csv"))
+        if report is not None:
+            write_json(report, self.path(".json"))
+        with style.attempt(self.path(".png")) as path:
+            quality.draw(rows, path, title=title)
+        self._unfinished.unlink()
 
 
 @dataclass(frozen=True)
@@ -137,7 +186,7 @@ def _prepare(run: Path, arguments: Arguments) -> _Job:
     return _Job(run, config, models, params, batches, lengths)
 
 
-def _evaluate_run(job: _Job, arguments: Arguments, console: Console) -> list[Row]:
+def _evaluate_run(job: _Job, arguments: Arguments, output: _Output, console: Console) -> list[Row]:
     """Measures one run, and writes its table and picture."""
     started = time.perf_counter()
     rows: list[Row] = []
@@ -168,9 +217,7 @@ def _evaluate_run(job: _Job, arguments: Arguments, console: Console) -> list[Row
         "rows": details,
         "anti_theater": checks,
     }
-    write_csv(rows, job.folder / f"{arguments.name}.csv")
-    (job.folder / f"{arguments.name}.json").write_text(json.dumps(report, indent=2) + "\n")
-    quality.draw(rows, job.folder / f"{arguments.name}.png", title=str(job.folder))
+    output.write(rows, report, title=str(job.folder))
     console.out(f"table, intervals and picture are in {job.folder}/{arguments.name}.*", highlight=False)
     return rows
 
@@ -196,7 +243,7 @@ def _measure_focus(job: _Job, arguments: Arguments, length: int, console: Consol
 def _over_batches(job: _Job, measure: Callable[..., Any], length: int, title: str, console: Console) -> Any:
     key = jax.random.fold_in(jax.random.key(EVALUATION_SEED), length)
     batches = []
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(console=console, transient=True, disable=not has_bars(console)) as progress:
         for index, batch in enumerate(progress.track(job.batches, description=title)):
             keys = jax.random.split(jax.random.fold_in(key, index), len(batch["tokens"]))
             batches.append(jax.device_get(measure(job.params, batch["tokens"], batch.get("answers"), keys)))
@@ -226,7 +273,7 @@ def compiled_measure(
         )
 
     # One sequence after the other: each has its dozens of contexts to fill the machine with.
-    return jax.jit(lambda params, *batch: jax.lax.map(lambda row: one(params, *row), batch))
+    return may_be_nan(jax.jit(lambda params, *batch: jax.lax.map(lambda row: one(params, *row), batch)))
 
 
 @functools.cache
@@ -234,7 +281,10 @@ def _compiled_full(recipe: Recipe, models: Models, length: int) -> Callable[...,
     def one(params: dict[str, Params], tokens: Array, answers: Array | None) -> Measured:
         return compare.measure_full(models, params, tokens, answers, length=length, recipe=recipe)
 
-    return jax.jit(lambda params, tokens, answers, _: jax.lax.map(lambda row: one(params, *row), (tokens, answers)))
+    def all_rows(params: dict[str, Params], tokens: Array, answers: Array | None, _: Array) -> Measured:
+        return jax.lax.map(lambda row: one(params, *row), (tokens, answers))
+
+    return may_be_nan(jax.jit(all_rows))
 
 
 @functools.cache
@@ -247,7 +297,7 @@ def _compiled_focus(recipe: Recipe, models: Models, length: int, draws: int) -> 
         foreign = jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=0), own)
         return jax.lax.map(lambda row: measure(*row), (tokens, answers, keys, own, foreign))
 
-    return jax.jit(all_rows)
+    return may_be_nan(jax.jit(all_rows))
 
 
 def _require_whole(job: _Job, ratio: int, length: int, measured: dict[str, Measured]) -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+from lensjax._numerics import may_be_nan
 from lensjax.evaluation import compare, faithfulness, rivals
 from lensjax.evaluation.compare import FOREIGN, FULL, FocusEvidence, Measured
 from lensjax.evaluation.faithfulness import Evidence, FaithfulnessConfig
@@ -61,7 +62,7 @@ def check_focus(
         divergence=jnp.mean(divergences),
         ablation=faithfulness.gain(-own, -recency),
         # Undefined only where no sequence has one.
-        correlation=jnp.mean(correlations) if correlations.size else jnp.full((), jnp.nan),
+        correlation=jnp.mean(correlations) if correlations.size else may_be_nan(jnp.full)((), jnp.nan),
         counterfactual=faithfulness.gain(-own, -foreign),
     )
     intervals = {

@@ -25,7 +25,7 @@ from experiments import command
 from lensjax._settings import shown
 from lensjax.runs.config import Config
 from lensjax.runs.fit import fit
-from lensjax.runs.store import config_file
+from lensjax.runs.store import config_file, paths
 
 Kind = TypeVar("Kind")
 
@@ -49,7 +49,8 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
 
 def load_preset(name: str) -> Config:
     """The config of a name in `experiments/presets/`, of a Python file with `CONFIG`, or of a JSON file."""
-    path = Path(name) if Path(name).suffix in (".py", ".json") else PRESETS / f"{name}.py"
+    is_file = Path(name).suffix in (".py", ".json")
+    path = paths.absolute(name, name="the config") if is_file else PRESETS / f"{name}.py"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in PRESETS.glob("*.py")))
         raise FileNotFoundError(f"no config {path}; name a file, or one of: {known}")

@@ -1,8 +1,28 @@
-"""Means over what a mask keeps."""
+"""Means over what a mask keeps; programs whose results may be undefined."""
 
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def may_be_nan(program: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """A program whose results are NaN where they are undefined, whatever `JAX_DEBUG_NANS` says.
+
+    A NaN that is a fault is found all the same: by the name of its metric, in every step.
+    """
+
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with jax.debug_nans(False):
+            return program(*args, **kwargs)
+
+    return run
 
 
 def masked_mean(values: ArrayLike, where: ArrayLike) -> Array:

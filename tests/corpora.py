@@ -22,6 +22,6 @@ def write_numbered(folder: Path) -> Path:
     """200 files; file i holds 100 bytes of value i + 1, so that a byte says which file it is from."""
     for i in range(200):
         path = folder / f"{i % 3}" / f"{i}.txt"
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes([1 + i]) * 100)
     return folder

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from rich.console import Console
 
@@ -34,7 +33,7 @@ from lensjax.runs.data import splits
 from lensjax.runs.data.task import DataConfig
 from lensjax.runs.engine import loop
 from lensjax.runs.fit import fit
-from lensjax.runs.store import checkpoint, config_file, run_folder
+from lensjax.runs.store import arrays, checkpoint, config_file, run_folder
 from lensjax.runs.store.log import read_rows
 from lensjax.training.optim.optimizer import OptimizerConfig
 from lensjax.training.recipe import Part
@@ -170,8 +169,7 @@ def outcome(run_dir: Path) -> dict[str, Any]:
 def saved_arrays(run_dir: Path, phase: str, step: int) -> dict[str, Any]:
     """Bytes of every array of a checkpoint by name, and the position in the data."""
     folder = run_folder.checkpoint_dir(run_dir, phase) / str(step)
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        raw = checkpointer.restore(folder / "arrays")
+    raw = arrays.read(folder / "arrays")
     position = json.loads((folder / "manifest.json").read_text())["data_state"]["batches"]
     return {name: array.tobytes() for name, array in raw.items()} | {"position": position}
 
@@ -198,8 +196,7 @@ def assert_saved(tree: Any, saved: dict[str, Any], part: str) -> None:
 def all_saved_are_finite(run_dir: Path) -> bool:
     """Whether no checkpoint holds a NaN or an infinity; there must be at least one."""
     folders = [path for path in (run_dir / "checkpoints").glob("*/*") if path.name.isdecimal()]
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        trees = [checkpointer.restore(folder / "arrays") for folder in folders]
+    trees = [arrays.read(folder / "arrays") for folder in folders]
     return bool(trees) and all(jnp.isfinite(array).all() for tree in trees for array in tree.values())
 
 

@@ -18,6 +18,7 @@ from lensjax.context.working import Entries
 from lensjax.models import GistEncoder, LanguageModel, LensPolicy, Models, Params
 from lensjax.models.decision import Window, build_tree, policy_scores, split
 from lensjax.runs.config import Config
+from lensjax.runs.engine.progress import has_bars
 from lensjax.training import nll, objective
 from lensjax.training.objective import Statistics
 from lensjax.training.optim import optimizer
@@ -33,7 +34,7 @@ COPIED_BYTES = 2**28
 def turns(programs: dict[str, Program], repetitions: int, console: Console) -> dict[str, list[float]]:
     """Milliseconds of each program, turn after turn."""
     times: dict[str, list[float]] = {name: [] for name in programs}
-    for _ in track(range(repetitions), console=console, transient=True, disable=not console.is_terminal):
+    for _ in track(range(repetitions), console=console, transient=True, disable=not has_bars(console)):
         for name, program in programs.items():
             began = time.perf_counter()
             jax.block_until_ready(program())

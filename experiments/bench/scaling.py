@@ -9,7 +9,6 @@ The points of a series take turns in one process. Beside each measured time the 
 paper (`experiments.bench.cost`) make of the middle one. Leaves `scaling.csv` and `scaling.png`.
 """
 
-import csv
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from experiments import command
 from experiments.bench import programs
 from experiments.bench.cost import step_cost
 from experiments.bench.programs import Program
+from experiments.tables import write_csv
 from lensjax import _settings
 from lensjax._settings import PositiveInt, settings
 from lensjax.models.base_lm import BaseConfig
@@ -121,11 +121,9 @@ def scaling(arguments: Arguments) -> list[dict[str, Any]]:
         rows += measure(name, SERIES[name], arguments.repetitions, console)
         for row in rows[-len(SERIES[name].values) :]:
             console.out(f"{name:>12} {row['value']:>8}  {row['milliseconds']:10.3f} ms", highlight=False)
-    with (folder / "scaling.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    draw(rows, folder / "scaling.png")
+    write_csv(rows, folder / "scaling.csv")
+    with style.attempt(folder / "scaling.png") as path:
+        draw(rows, path)
     console.out(f"{folder / 'scaling.csv'} and its picture are written", highlight=False)
     return rows
 
@@ -172,6 +170,7 @@ def _session(config: Config) -> Program:
     return functools.partial(session.append, state, tokens)
 
 
+@style.own_look()
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """A panel for each series, both axes logarithmic."""
     names = list(dict.fromkeys(row["series"] for row in rows))

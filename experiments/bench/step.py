@@ -13,7 +13,6 @@ time of a step, as a share of what one large matrix product reaches in the same 
 arithmetic and memory traffic allow, by that product and by one large array read and written.
 """
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +25,7 @@ from experiments import command
 from experiments.bench import programs
 from experiments.bench.cost import step_cost
 from experiments.bench.programs import Compiles, Program, Step, turns
+from experiments.tables import write_json
 from lensjax._settings import PositiveInt, settings
 from lensjax.models.base_lm import BaseConfig
 from lensjax.runs.config import Config
@@ -98,7 +98,7 @@ def bench(arguments: Arguments) -> list[dict[str, Any]]:
     console = Console()
     reports = [measure(name, SHAPES[name], arguments=arguments, console=console) for name in arguments.shapes]
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(reports, indent=2) + "\n")
+        write_json(reports, arguments.json)
     return reports
 
 

@@ -19,8 +19,9 @@ from experiments.quiet_star import measure, pictures
 from experiments.tables import write_csv
 from lensjax._settings import require
 from lensjax.evaluation import faithfulness
+from lensjax.plots import style
+from lensjax.runs.store import files, run_folder
 from lensjax.runs.store import log as run_logging
-from lensjax.runs.store import run_folder
 from lensjax.training.metrics import UNDEFINED
 
 Summary = dict[str, Any]
@@ -68,6 +69,8 @@ def compare(folder: Path) -> dict[str, list[Summary]]:
     """
     seeds: dict[str, list[tuple[int, Path]]] = {}
     for path in sorted(folder.glob(f"*/{run_folder.SUMMARY}")):
+        if not run_folder.read_summary(path.parent):
+            continue  # torn: the run is not finished
         arm, _, seed = path.parent.name.rpartition("-")
         seeds.setdefault(arm or MAIN, []).append((int(seed), path.parent))
     require(
@@ -79,9 +82,10 @@ def compare(folder: Path) -> dict[str, list[Summary]]:
     write_csv(
         [{"arm": arm, **summary} for arm, of_seeds in arms.items() for summary in of_seeds], folder / "results.csv"
     )
-    (folder / "report.md").write_text(table(arms))
-    curves = {arm: [run_logging.read_rows(path) for path in paths] for arm, paths in runs.items()}
-    pictures.training(curves, folder / "training.png", title=f"{arms[MAIN][0]['task']}, validation split")
+    files.write_text(folder / "report.md", table(arms))
+    with style.attempt(folder / "training.png") as picture:
+        curves = {arm: [run_logging.read_rows(path) for path in paths] for arm, paths in runs.items()}
+        pictures.training(curves, picture, title=f"{arms[MAIN][0]['task']}, validation split")
     return arms
 
 

@@ -17,6 +17,7 @@ from experiments.quiet_star.bake import Batch
 from experiments.quiet_star.config import QuietStarConfig
 from experiments.quiet_star.model import ThoughtModel
 from experiments.quiet_star.tasks import task_of
+from lensjax._numerics import may_be_nan
 from lensjax.evaluation import faithfulness
 from lensjax.evaluation.faithfulness import Evidence
 from lensjax.models import Params
@@ -99,7 +100,7 @@ def report(batches: Sequence[Answers], config: QuietStarConfig) -> dict[str, flo
     numbers |= {f"coherence_{name}": float(answers[f"coherence_{name}"].mean()) for name in ARMS}
     numbers["injected"] = float(answers["injected"].mean())
     numbers["difficulty"] = float(answers["difficulty"].mean())
-    evidence = _evidence(answers, right, right_without)
+    evidence = may_be_nan(_evidence)(answers, right, right_without)
     checks = faithfulness.metrics(evidence, config.faithfulness, prefix="rl/")
     return numbers | {name: float(value) for name, value in checks.items()}
 

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lensjax.plots.style import COLORS, LEGEND, MUTED, dress, new_figure, noise_width, running_mean, write
+from lensjax.plots.style import COLORS, LEGEND, MUTED, dress, new_figure, noise_width, own_look, running_mean, write
 from lensjax.runs.store.log import Row
 
 _ACCURACIES = {
@@ -18,6 +18,7 @@ _ACCURACIES = {
 }
 
 
+@own_look()
 def training(runs: Mapping[str, Sequence[Sequence[Row]]], path: str | Path, *, title: str = "") -> Figure:
     """Draws how runs went: reward, entropy of the thoughts, and for each arm the held-out accuracies.
 
@@ -36,7 +37,7 @@ def training(runs: Mapping[str, Sequence[Sequence[Row]]], path: str | Path, *, t
     if not runs or not all(_points(rows, "rl/reward") for arm in runs.values() for rows in arm):
         raise ValueError(f"expected one run or more that trained by REINFORCE, got arms {', '.join(runs) or 'none'}")
     figure = new_figure(4.4 * (2 + len(runs)), 3.4)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", parse_math=False)
     axes = figure.subplots(1, 2 + len(runs))
     for ax, name, label, unit in (
         (axes[0], "rl/reward", "Reward of a thought", "nats"),

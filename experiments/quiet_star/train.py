@@ -11,8 +11,6 @@ The first argument names a task; flags change single fields. Everything that a r
 """
 
 import functools
-import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,18 +31,19 @@ from experiments.quiet_star.model import ThoughtModel
 from lensjax._settings import require
 from lensjax.evaluation import held_out
 from lensjax.models import Params
+from lensjax.plots import style
 from lensjax.runs.data import batches as data
 from lensjax.runs.data.splits import Split
-from lensjax.runs.engine import devices, loop, memory
-from lensjax.runs.folder import open_run
-from lensjax.runs.store import checkpoint, config_file, run_folder
+from lensjax.runs.engine import devices, loop, memory, numerics
+from lensjax.runs.folder import Claim, open_run, require_unused
+from lensjax.runs.store import checkpoint, config_file, identity, paths, run_folder
 from lensjax.runs.store import log as run_logging
 from lensjax.runs.store.log import RunLogger
-from lensjax.training.metrics import UNDEFINED
 from lensjax.training.optim import moving
 from lensjax.training.steps.update import Learner
 
-BAKE, RL = PHASES = ("bake", "rl")
+BAKE, RL = "bake", "rl"
+STEPS = {BAKE: "bake.steps", RL: "rl.episodes"}
 EVALUATION_SEED = 2026
 HEADLINE = ("accuracy_without", "accuracy_sampled", "accuracy_greedy", "accuracy_foreign", "rl/anti_theater_all_passed")
 """Held-out metrics to show while it trains."""
@@ -79,35 +78,42 @@ def build_model(config: QuietStarConfig) -> ThoughtModel:
     return ThoughtModel(config.model, task.vocab_size, task.prompt_length, task.thought_length)
 
 
+@numerics.fixed()
 def run(config: QuietStarConfig, *, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
     """One whole run; returns what `summary.json` holds."""
     started = time.perf_counter()
     console = console or Console(quiet=not devices.is_first())
+    config = paths.resolved(config)
+    if resume:
+        require_unused(config.output_dir)
     model, mesh = build_model(config), devices.make_mesh({"batch_size": config.batch_size})
     _require_room(config, model, mesh)
-    start = load_start(config, model)
+    start = load_start(config, model, own=Path(config.output_dir) if resume else None)
     batches = held_out_questions(config, mesh)
     report = evaluator(config, model, batches)
-    with open_run(config, PHASES, resume=resume, console=console) as (folder, logger):
-        job = _Job(config, model, report, mesh, folder, logger, console)
+    with open_run(
+        config, STEPS, resume=resume, console=console, weights=lambda: identity.digest({"lm": start} if start else {})
+    ) as (folder, logger, claim):
+        job = _Job(config, model, report, mesh, folder, logger, console, claim)
         baked, bake_seconds = (start, 0.0) if start else _bake(job, batches)
         summary: dict[str, Any] = {f"baked_{name}": value for name, value in report(baked, "test").items()}
         rl_seconds = 0.0
         if config.rl.episodes:
             learned, rl_seconds = _reinforce(job, baked)
             summary |= report(learned, "test")
-    about: dict[str, Any] = {
-        "task": config.task.name,
-        "split": "test",
-        "questions": config.batch_size * config.eval_batches,
-        "seed": config.seed,
-        "shuffle_rewards": config.rl.shuffle_rewards,
-        "bake_seconds": round(bake_seconds, 1),
-        "rl_seconds": round(rl_seconds, 1),
-    }
-    undefined = {name: UNDEFINED for name, value in summary.items() if math.isnan(value)}
-    summary = about | summary | undefined | {"seconds": round(time.perf_counter() - started, 1)}
-    devices.in_first(lambda: _write_results(folder, summary))
+        about: dict[str, Any] = {
+            "task": config.task.name,
+            "split": "test",
+            "questions": config.batch_size * config.eval_batches,
+            "seed": config.seed,
+            "shuffle_rewards": config.rl.shuffle_rewards,
+            "bake_seconds": round(bake_seconds, 1),
+            "rl_seconds": round(rl_seconds, 1),
+        }
+        summary = about | run_logging.with_undefined(summary) | {"seconds": round(time.perf_counter() - started, 1)}
+        claim.require()
+        devices.in_first(lambda: run_folder.write_summary(folder, summary))
+    devices.in_first(lambda: _draw(folder, summary["task"]))
     for name, value in summary.items():
         console.out(f"  {name:<40}{value:>9.3f}" if isinstance(value, float) else f"  {name:<40}{value!s:>9}")
     return summary
@@ -149,6 +155,7 @@ class _Job:
     folder: Path
     logger: RunLogger
     console: Console
+    claim: Claim
 
     def run(self, phase: loop.Phase, state: Any, *, seed: int) -> tuple[Params, float]:
         """One phase on the questions of a seed: the language model after it, and its seconds."""
@@ -162,6 +169,7 @@ class _Job:
             mesh=self.mesh,
             logger=self.logger,
             console=self.console,
+            claim=self.claim,
         )
         return after.params["lm"], seconds
 
@@ -248,8 +256,13 @@ def evaluator(config: QuietStarConfig, model: ThoughtModel, batches: Callable[[S
     return report
 
 
-def load_start(config: QuietStarConfig, model: ThoughtModel) -> Params | None:
+def load_start(config: QuietStarConfig, model: ThoughtModel, *, own: Path | None = None) -> Params | None:
     """The baked model of the run that `config.start_from` names; None without one.
+
+    Args:
+      config: the run's.
+      model: of its configuration.
+      own: the run's folder, to go on with it: its checkpoints hold the baked model, and the other run need not be.
 
     Raises:
       FileNotFoundError: there is no run in that folder.
@@ -257,8 +270,14 @@ def load_start(config: QuietStarConfig, model: ThoughtModel) -> Params | None:
     """
     if config.start_from is None:
         return None
+    like = jax.eval_shape(model.init, jax.random.key(0))
+    if own is not None and (newest := checkpoint.latest_step(run_folder.checkpoint_dir(own, RL))) is not None:
+        return checkpoint.restore_subtree(run_folder.checkpoint_dir(own, RL), newest, like, path=("reference",))
     folder = Path(config.start_from)
-    stored = config_file.load(run_folder.config_path(folder), QuietStarConfig)
+    try:
+        stored = config_file.load(run_folder.config_path(folder), QuietStarConfig)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"start_from: {error}") from error
     for name in ("task", "model"):
         theirs, ours = getattr(stored, name), getattr(config, name)
         require(theirs == ours, f"{name} of start_from {folder} is {theirs}, this run has {ours}: use the same")
@@ -266,15 +285,14 @@ def load_start(config: QuietStarConfig, model: ThoughtModel) -> Params | None:
     step = loop.kept_step(directory)
     if step is None:
         raise ValueError(f"{folder} has no checkpoint of a baked model: let it finish its baking first")
-    like = jax.eval_shape(model.init, jax.random.key(0))
     return checkpoint.restore_subtree(directory, step, like, path=("params", "lm"))
 
 
-def _write_results(folder: Path, summary: dict[str, Any]) -> None:
-    rows = run_logging.read_rows(folder)
-    if any(row["phase"] == RL for row in rows):
-        pictures.training({"this run": [rows]}, folder / "training.png", title=summary["task"])
-    (folder / run_folder.SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+def _draw(folder: Path, title: str) -> None:
+    with style.attempt(folder / "training.png") as path:
+        rows = run_logging.read_rows(folder)
+        if any(row["phase"] == RL for row in rows):
+            pictures.training({"this run": [rows]}, path, title=title)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from experiments.rlan.grids import PADDING, size_of
-from lensjax.plots.style import INK, MUTED, new_figure, write
+from lensjax.plots.style import INK, MUTED, new_figure, own_look, write
 
 COLORS = ListedColormap(
     ["#1d1d1d", "#0074d9", "#ff4136", "#2ecc40", "#ffdc00", "#aaaaaa", "#f012be", "#ff851b", "#7fdbff", "#870c25"]
@@ -17,6 +17,7 @@ COLORS = ListedColormap(
 """Colours 0 to 9, as they are usually drawn in this field."""
 
 
+@own_look()
 def predictions(rows: Sequence[Mapping[str, np.ndarray]], path: str | Path, *, title: str = "") -> Figure:
     """Draws tasks, one a row.
 

@@ -1,11 +1,13 @@
 """The tasks of a run: rules or ARC-1, to train on and held out."""
 
+import hashlib
+
 import grain
 import numpy as np
 
 from experiments.rlan import arc, grids, rules
 from experiments.rlan.config import RlanConfig
-from lensjax.runs.data.splits import Split
+from lensjax.runs.data.splits import SPLITS, Split
 
 EVALUATION_SEED = 2026
 """Of held-out rules' grids."""
@@ -35,6 +37,13 @@ def held_out(config: RlanConfig, split: Split, *, count: int) -> list[Task]:
         source = rules.RuleSource(config.rules, split, EVALUATION_SEED)
         tasks = [source[i] for i in range(count)]
     return [task | {"size": _sizes(task)} for task in tasks]
+
+
+def digest(config: RlanConfig) -> str | None:
+    """SHA-256 of ARC-1 as it is installed; None of rules, which the configuration makes."""
+    if config.tasks != "arc":
+        return None
+    return hashlib.sha256(repr({split: arc.load()[split] for split in SPLITS}).encode()).hexdigest()
 
 
 def stacked(tasks: list[Task]) -> Task:

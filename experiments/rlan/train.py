@@ -11,7 +11,6 @@ makes is in its own folder.
 """
 
 import functools
-import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,14 +30,16 @@ from experiments.rlan.meta import Batch, RlanModels
 from experiments.rlan.tasks import Task
 from lensjax.evaluation import held_out
 from lensjax.models import Params, hyperlora
+from lensjax.plots import style
 from lensjax.runs.data import batches as data
 from lensjax.runs.data.splits import Split
-from lensjax.runs.engine import devices, loop, memory
-from lensjax.runs.folder import open_run
-from lensjax.runs.store import run_folder
+from lensjax.runs.engine import devices, loop, memory, numerics
+from lensjax.runs.folder import open_run, require_unused
+from lensjax.runs.store import paths, run_folder
 from lensjax.training.steps.update import Learner
 
 PHASE = "meta"
+STEPS = {PHASE: "steps"}
 HEADLINE = ("nll", "exact", "exact_copy", "exact_table", "loo_accuracy", "lora_diversity")
 """Held-out metrics to show while it trains."""
 SHOWN_TASKS = 6
@@ -63,17 +64,22 @@ def load_preset(name: str) -> RlanConfig:
     return PRESETS[name]
 
 
+@numerics.fixed()
 def run(config: RlanConfig, *, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
     """One whole run; returns what `summary.json` holds."""
     started = time.perf_counter()
     console = console or Console(quiet=not devices.is_first())
+    config = paths.resolved(config)
+    if resume:
+        require_unused(config.output_dir)
     models, mesh = meta.build_models(config), devices.make_mesh({"batch_size": config.batch_size})
     _require_room(config, models, mesh)
     share = (jax.process_index(), jax.process_count())
     training = data.iterate(tasks.training(config), batch_size=config.batch_size, share=share)
     measure = evaluator(config, models, mesh)
     test = tasks.held_out(config, "test", count=config.vote_batches * config.batch_size)
-    with open_run(config, (PHASE,), resume=resume, console=console) as (folder, logger):
+    digest = tasks.digest(config)
+    with open_run(config, STEPS, resume=resume, console=console, data=digest) as (folder, logger, claim):
         phase = loop.Phase(
             name=PHASE,
             steps=config.steps,
@@ -85,16 +91,27 @@ def run(config: RlanConfig, *, resume: bool = False, console: Console | None = N
         )
         state = meta.init_state(jax.random.key(config.seed), config=config, models=models)
         state, seconds = loop.run_phase(
-            phase, state, training, frozen={}, run_dir=folder, config=config, mesh=mesh, logger=logger, console=console
+            phase,
+            state,
+            training,
+            frozen={},
+            run_dir=folder,
+            config=config,
+            mesh=mesh,
+            logger=logger,
+            console=console,
+            claim=claim,
         )
         report = measure(state, "test") | by_family(config, functools.partial(measure, state))
-    params = devices.to_host(state.params)
-    summary = {"split": "test", "seed": config.seed, "steps": int(state.step), "training_seconds": round(seconds, 1)}
-    summary |= report | votes(config, models, params, test)
-    if config.tasks == "arc":
-        summary |= over_all(summary, arc.coverage(config.arc))
-    summary["seconds"] = round(time.perf_counter() - started, 1)
-    devices.in_first(lambda: _write_results(folder, summary, shown_tasks(models, params, test[:SHOWN_TASKS])))
+        params = devices.to_host(state.params)
+        summary = {"split": "test", "seed": config.seed, "steps": int(state.step)}
+        summary |= {"training_seconds": round(seconds, 1)} | report | votes(config, models, params, test)
+        if config.tasks == "arc":
+            summary |= over_all(summary, arc.coverage(config.arc))
+        summary["seconds"] = round(time.perf_counter() - started, 1)
+        claim.require()
+        devices.in_first(lambda: run_folder.write_summary(folder, summary))
+    devices.in_first(lambda: _draw(folder, shown_tasks(models, params, test[:SHOWN_TASKS])))
     for name, value in summary.items():
         console.out(f"  {name:<32}{value:>9.3f}" if isinstance(value, float) else f"  {name:<32}{value:>9}")
     return summary
@@ -209,9 +226,9 @@ def shown_tasks(models: RlanModels, params: dict[str, Params], rows: list[Task])
     ]
 
 
-def _write_results(folder: Path, summary: dict[str, Any], shown: list[dict[str, np.ndarray]]) -> None:
-    pictures.predictions(shown, folder / "predictions.png", title="Held-out tasks, last step, one view")
-    (folder / run_folder.SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+def _draw(folder: Path, shown: list[dict[str, np.ndarray]]) -> None:
+    with style.attempt(folder / "predictions.png") as path:
+        pictures.predictions(shown, path, title="Held-out tasks, last step, one view")
 
 
 if __name__ == "__main__":

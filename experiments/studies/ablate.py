@@ -34,11 +34,14 @@ from lensjax import _settings
 from lensjax._settings import PositiveInt, settings
 from lensjax.evaluation import compare, effects
 from lensjax.models import Params
+from lensjax.plots import style
 from lensjax.plots.effects import forest
 from lensjax.runs import sweep
 from lensjax.runs.config import Config
+from lensjax.runs.data import batches as data
 from lensjax.runs.load import load_start
-from lensjax.runs.store import run_folder
+from lensjax.runs.store import files, identity, lock, paths, run_folder
+from lensjax.runs.store.identity import Identity
 from lensjax.runs.sweep import Sweep
 
 SWEEPS = Path(__file__).parents[1] / "sweeps"
@@ -90,8 +93,26 @@ def ablate(arguments: Arguments) -> list[Row]:
     plan = load_sweep(arguments.sweep)
     arms = _arms(plan, arguments.base_run)
     groups = [_Group(members, _start(members[0].config)) for members in _by_structure(arms)]
-    folder = _open(arguments, plan, arms)
-    swept = list(dict.fromkeys(name for arm in arms for name in arm.setting))
+    first = arms[0].config
+    own = identity.of(first, data=data.digest(first), weights=identity.digest(groups[0].params))
+    folder = _open(arguments, plan, arms, own)
+    with lock.holding(folder):
+        for change in run_folder.add_environment(folder, first):
+            console.out(change, highlight=False)
+        (folder / "arms").mkdir(exist_ok=True)
+        swept = list(dict.fromkeys(name for arm in arms for name in arm.setting))
+        rows = _trained(arguments, groups, swept, folder, console)
+        table = [rows[arm.name] for arm in arms]
+        write_csv(table, folder / "arms.csv")
+        _report(arguments, plan, arms, table, swept)
+    console.out(f"{len(table)} arms are in {folder}/arms.csv, what they say in report.md", highlight=False)
+    return table
+
+
+def _trained(
+    arguments: Arguments, groups: Sequence["_Group"], swept: Sequence[str], folder: Path, console: Console
+) -> dict[str, Row]:
+    """The rows of all arms by name, of which those are trained that are not there."""
     bounds: dict[Hashable, tuple[float, float]] = {}
     rows: dict[str, Row] = {}
     for group in groups:
@@ -102,11 +123,7 @@ def ablate(arguments: Arguments) -> list[Row]:
             if (key := _measured_on(arm.config)) not in bounds:
                 bounds[key] = ablate_arms.bounds(arm.config, group.params)
             rows[arm.name] = _row(arm, bounds[key], swept, folder)
-    table = [rows[arm.name] for arm in arms]
-    write_csv(table, folder / "arms.csv")
-    _report(arguments, plan, arms, table, swept)
-    console.out(f"{len(table)} arms are in {folder}/arms.csv, what they say in report.md", highlight=False)
-    return table
+    return rows
 
 
 def load_sweep(name: str) -> Sweep:
@@ -116,7 +133,7 @@ def load_sweep(name: str) -> Sweep:
       FileNotFoundError: there is no such file.
       ValueError: it defines no `SWEEP`.
     """
-    path = Path(name) if Path(name).suffix == ".py" else SWEEPS / f"{name}.py"
+    path = paths.absolute(name, name="the sweep") if Path(name).suffix == ".py" else SWEEPS / f"{name}.py"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in SWEEPS.glob("*.py")))
         raise FileNotFoundError(f"no sweep {path}; name a Python file, or one of: {known}")
@@ -176,23 +193,27 @@ def _start(config: Config) -> dict[str, Params]:
     return start
 
 
-def _open(arguments: Arguments, plan: Sweep, arms: Sequence[Arm]) -> Path:
-    """Makes the sweep's folder, or checks that it is one of the same sweep."""
-    folder, described = arguments.output_dir, {"plan": asdict(plan), "arms": {arm.name: arm.setting for arm in arms}}
-    file, text = folder / "sweep.json", json.dumps(described, indent=2) + "\n"
+def _open(arguments: Arguments, plan: Sweep, arms: Sequence[Arm], own: Identity) -> Path:
+    """Makes the sweep's folder, or checks that it is one of the same sweep, with the same data and base model."""
+    folder, file = arguments.output_dir, arguments.output_dir / "sweep.json"
+    described = {"plan": asdict(plan), "arms": {arm.name: arm.setting for arm in arms}, "identity": own}
+    command.check_free(folder, resume=arguments.resume)
     if not folder.exists() or not any(folder.iterdir()):
-        (folder / "arms").mkdir(parents=True, exist_ok=True)
-        (folder / "environment.json").write_text(json.dumps(run_folder.environment(arms[0].config), indent=2) + "\n")
-        file.write_text(text)
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_text(file, json.dumps(described, indent=2) + "\n")
         return folder
-    if not arguments.resume:
-        raise FileExistsError(f"{folder} is not empty: choose another --output-dir, or pass --resume to finish it")
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no sweep (sweep.json is missing): name the folder of a sweep")
-    if file.read_text() != text:
+    stored, now = json.loads(file.read_text()), json.loads(json.dumps(described))
+    if any(stored.get(key) != now[key] for key in ("plan", "arms")):
         raise ValueError(
             f"{folder} was begun with another sweep or preset than {arguments.sweep} is now: "
             "choose another --output-dir, or take the change back"
+        )
+    if changes := identity.different(stored["identity"], own):
+        raise ValueError(
+            f"{folder} was begun with another preset, base run or data: {'; '.join(changes)}. Choose another "
+            "--output-dir, or take the change back"
         )
     return folder
 
@@ -220,11 +241,11 @@ def _report(arguments: Arguments, plan: Sweep, arms: Sequence[Arm], table: Seque
     stored = [json.loads(arm.file(folder).read_text()) for arm in arms]
     count, measured = len(plan.seeds), []
     for first in range(0, len(arms), count):
-        rows, files = table[first : first + count], stored[first : first + count]
+        rows, arms_files = table[first : first + count], stored[first : first + count]
         others = {name: np.asarray([math.nan if row[name] is None else row[name] for row in rows]) for name in columns}
         diverged = np.asarray([row["diverged"] for row in rows])
         nothing = [math.nan] * arms[first].config.eval_batches
-        losses = np.asarray([one["nll_by_batch"] or nothing for one in files])
+        losses = np.asarray([one["nll_by_batch"] or nothing for one in arms_files])
         measured.append(effects.Measured(arms[first].setting, losses, others, diverged))
     differences = effects.effects(measured)
     title = f"{plan.preset}: {len(measured)} settings, {count} seeds"
@@ -233,10 +254,11 @@ def _report(arguments: Arguments, plan: Sweep, arms: Sequence[Arm], table: Seque
     )
     default = {name: _value(arms[0].config, name) for name in swept}
     report = effects.markdown(differences, default=default, title=title, columns=columns, command=command)
-    (folder / "report.md").write_text(report)
+    files.write_text(folder / "report.md", report)
     write_csv([_effect_row(one) for one in differences], folder / "effects.csv")
     if len(differences) > 1:
-        forest(differences, folder / "effects.png", default=default, title=title)
+        with style.attempt(folder / "effects.png") as path:
+            forest(differences, path, default=default, title=title)
 
 
 def _effect_row(one: effects.Effect) -> Row:

@@ -19,14 +19,16 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import Progress
 
+from lensjax._numerics import may_be_nan
 from lensjax.evaluation import compare, held_out
 from lensjax.models import Models, Params
 from lensjax.runs import sweep
 from lensjax.runs.config import Config
 from lensjax.runs.data import batches as data
 from lensjax.runs.engine.devices import AXIS, place
+from lensjax.runs.engine.progress import has_bars
 from lensjax.runs.fit import EVALUATION_SEED, LENS_STREAM, stream
-from lensjax.runs.store import config_file
+from lensjax.runs.store import config_file, files
 from lensjax.runs.sweep import Setting, SweepState
 from lensjax.training.hyperparameters import Hyperparameters
 from lensjax.training.metrics import Metrics
@@ -97,7 +99,7 @@ def train(
             "metrics": _strict(held_out.mean_over_batches(own)),
             "nll_by_batch": None if diverged else losses,
         }
-        _write(arm.file(folder), json.dumps(result, indent=2) + "\n")
+        files.write_text(arm.file(folder), json.dumps(result, indent=2) + "\n")
     console.out(f"{len(arms)} arms in {time.perf_counter() - began:.0f} seconds, one program", highlight=False)
 
 
@@ -146,7 +148,7 @@ class _Program:
         static: dict[str, Any] = {"recipe": recipe, "models": models, "at_once": at_once}
         step = sweep.over_devices(functools.partial(sweep.step, **static), mesh)
         evaluate = sweep.over_devices(functools.partial(sweep.evaluate, **static), mesh)
-        return cls(models, mesh, jax.jit(step, donate_argnums=0), jax.jit(evaluate))
+        return cls(models, mesh, may_be_nan(jax.jit(step, donate_argnums=0)), may_be_nan(jax.jit(evaluate)))
 
 
 def _steps(
@@ -163,7 +165,7 @@ def _steps(
         data.make_iterator(config, "train", seed=2 * seed + LENS_STREAM, batch_size=config.batch_size) for seed in seeds
     ]
     finite: list[Array] = []
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(console=console, transient=True, disable=not has_bars(console)) as progress:
         for _ in progress.track(range(config.steps), description=f"{state.draw.size} arms"):
             batch = {"tokens": np.stack([next(one)["tokens"] for one in batches])}
             state, report = program.step(state, place(batch, program.mesh, split=False), frozen)
@@ -183,10 +185,3 @@ def _held_out(config: Config) -> list[data.Batch]:
 def _strict(report: Mapping[str, float]) -> dict[str, float | None]:
     """Undefined values as null."""
     return {name: value if math.isfinite(value) else None for name, value in report.items()}
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)

@@ -28,6 +28,7 @@ from experiments import command
 from experiments.studies.recall import run_once
 from experiments.tables import write_csv
 from lensjax import _settings
+from lensjax._numerics import may_be_nan
 from lensjax._settings import Bound, PositiveInt, settings
 from lensjax.context import allocator, refocus
 from lensjax.context import working as contexts
@@ -39,12 +40,13 @@ from lensjax.evaluation.effects import Measured
 from lensjax.models import HyperLoRAModel, Models, Params, hyperlora
 from lensjax.models.decision import build_tree, policy, split
 from lensjax.models.hyperlora import Deltas
+from lensjax.plots import style
 from lensjax.plots.effects import forest
 from lensjax.runs.config import Config
 from lensjax.runs.data import batches as data
 from lensjax.runs.fit import EVALUATION_SEED
 from lensjax.runs.load import load_params
-from lensjax.runs.store import config_file, run_folder
+from lensjax.runs.store import config_file, files, run_folder
 from lensjax.training import nll
 from lensjax.training.recipe import Recipe
 from lensjax.training.scoring import Batch, ScoredVariants, score_variants
@@ -276,7 +278,7 @@ def _measurer(
     models = config.build_models()
     hypernet = config.build_hypernet(models)
     assert hypernet is not None
-    step = jax.jit(functools.partial(pick, models, hypernet, recipe=config.recipe))
+    step = may_be_nan(jax.jit(functools.partial(pick, models, hypernet, recipe=config.recipe)))
     batches = data.fixed_batches(
         config,
         split,
@@ -321,10 +323,12 @@ def _report(arguments: Arguments, rows: list[dict[str, Any]], losses: dict[int, 
             pick = one.value or default
             table.append({"measured": count, "to": default, "information": rivals.information(pick), **row})
         if (count, default) == (arguments.measured[0], PLAIN):
-            forest(differences, folder / "effects.png", default=settings, title=title)
+            picture = functools.partial(forest, differences, default=settings, title=title)
     write_csv(rows, folder / "picks.csv")
     write_csv(table, folder / "effects.csv")
-    (folder / "report.md").write_text("\n".join([_legend(losses[arguments.measured[0]]), *reports]))
+    files.write_text(folder / "report.md", "\n".join([_legend(losses[arguments.measured[0]]), *reports]))
+    with style.attempt(folder / "effects.png") as path:
+        picture(path)
 
 
 def _legend(names: Iterable[str]) -> str:

@@ -12,9 +12,7 @@ References:
   Flet-Berliac et al., Contrastive Policy Gradient, arXiv:2406.19185 (a bandit for the same question).
 """
 
-import csv
 import functools
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +26,7 @@ from jax import Array
 from rich.console import Console
 
 from experiments import command
+from experiments.tables import write_csv, write_json
 from lensjax import losses
 from lensjax._settings import BatchSize, Bound, Positive, PositiveInt, settings
 from lensjax.evaluation.statistics import estimate
@@ -149,7 +148,7 @@ def bandit(arguments: Arguments) -> dict[str, np.ndarray]:
         raise FileExistsError(f"{folder} is not empty: choose another --output-dir")
     folder.mkdir(parents=True, exist_ok=True)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
-    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    write_json(settings, folder / "config.json")
     keys = jax.random.split(jax.random.key(0), arguments.seeds)
     problems = jax.vmap(functools.partial(draw, arguments=arguments))(keys)
     shares = {}
@@ -158,11 +157,10 @@ def bandit(arguments: Arguments) -> dict[str, np.ndarray]:
         shares[name] = np.asarray(jax.jit(jax.vmap(run))(problems))
         low, high = estimate(shares[name][:, -1]).interval
         console.out(f"  {name:<36}{shares[name][:, -1].mean():8.3f}  {low:.3f} to {high:.3f}", highlight=False)
-    with (folder / "bandit.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["objective", "seed", "share"])
-        writer.writerows([name, seed, share] for name, all_ in shares.items() for seed, share in enumerate(all_[:, -1]))
-    picture(shares, folder / "bandit.png")
+    last = ((name, seed, share) for name, all_ in shares.items() for seed, share in enumerate(all_[:, -1]))
+    write_csv([{"objective": name, "seed": seed, "share": share} for name, seed, share in last], folder / "bandit.csv")
+    with style.attempt(folder / "bandit.png") as path:
+        picture(shares, path)
     console.out(f"share of the way to the optimum, mean and 95 % interval; {folder / 'bandit.png'}", highlight=False)
     return shares
 
@@ -219,6 +217,7 @@ def train(problem: Bandit, *, objective: Objective, arguments: Arguments) -> Arr
     return (jnp.append(path, worth(logits)) - worth(start)) / (best - worth(start))
 
 
+@style.own_look()
 def picture(shares: dict[str, np.ndarray], path: Path) -> None:
     """The way of every objective, its mean and 95 % interval over the seeds."""
     columns = 4

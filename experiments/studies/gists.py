@@ -13,7 +13,6 @@ those of the horizon, on held-out windows; intervals are paired. Writes `gists.c
 
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,7 +26,7 @@ from rich.console import Console
 
 from experiments import command
 from experiments.studies.gists_table import TRAINED, UNTRAINED, Losses, Row, print_table, shorter, table
-from experiments.tables import write_csv
+from experiments.tables import write_csv, write_json
 from experiments.train import load_preset
 from lensjax import _settings
 from lensjax._settings import (
@@ -146,7 +145,7 @@ def run(arguments: Arguments) -> list[Row]:
         "table": rows,
         "losses": {name: values.tolist() for name, values in found.items()},
     }
-    (arguments.output_dir / "gists.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json(report, arguments.output_dir / "gists.json")
     print_table(console, rows)
     return rows
 

@@ -9,7 +9,6 @@ the worth of the block that each teacher puts first; means over held-out windows
 """
 
 import functools
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,6 +19,7 @@ from jax import Array
 from rich.console import Console
 
 from experiments import command
+from experiments.tables import write_json
 from lensjax._settings import Bound, settings
 from lensjax.context import allocator, nodes
 from lensjax.context import working as contexts
@@ -76,7 +76,7 @@ def judge(arguments: Arguments) -> dict[str, dict[str, list[float]]]:
         teacher, what = name.split("/")
         by_teacher.setdefault(teacher, {})[what] = [float(value) for value in values]
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    (arguments.output_dir / "judge.json").write_text(json.dumps(by_teacher, indent=2) + "\n")
+    write_json(by_teacher, arguments.output_dir / "judge.json")
     console = Console()
     console.out(f"{'':<22}{'rank correlation':<28}{'worth of its first block, nats a token'}", highlight=False)
     for teacher, row in by_teacher.items():

@@ -23,16 +23,18 @@ from experiments import command
 from experiments.studies.recall import run_once
 from experiments.tables import write_csv
 from lensjax import _settings
+from lensjax._numerics import may_be_nan
 from lensjax._settings import PositiveInt, Seed, settings
 from lensjax.evaluation import compare as comparison
 from lensjax.evaluation import effects, held_out
 from lensjax.evaluation.effects import Measured
+from lensjax.plots import style
 from lensjax.plots.effects import forest
 from lensjax.runs.config import Config
 from lensjax.runs.data import batches as data
 from lensjax.runs.fit import EVALUATION_SEED
 from lensjax.runs.load import load_params
-from lensjax.runs.store import config_file, run_folder
+from lensjax.runs.store import config_file, files, run_folder
 from lensjax.training.metrics import Metrics
 from lensjax.training.steps import preference
 
@@ -146,7 +148,7 @@ def plan(arguments: Arguments) -> dict[str, list[Config]]:
 def _on_test(config: Config) -> Callable[[Path], list[Metrics]]:
     """What measures a finished run on the test batches of one configuration, a report a batch."""
     models = config.build_models()
-    step = jax.jit(functools.partial(held_out.eval_step, recipe=config.recipe, models=models))
+    step = may_be_nan(jax.jit(functools.partial(held_out.eval_step, recipe=config.recipe, models=models)))
     batches = data.fixed_batches(
         config, "test", batch_size=config.batch_size, count=config.eval_batches, seed=EVALUATION_SEED
     )
@@ -184,11 +186,13 @@ def _report(arguments: Arguments, rows: list[dict[str, Any]], losses: dict[str, 
         settings = {"arm": default}
         reports.append(effects.markdown(differences, default=settings, title=title, columns=COLUMNS, command=command))
         if default == START:
-            forest(differences, folder / "effects.png", default=settings, title=title)
-            rows_of_effects = [{k: v for k, v in asdict(one).items() if k != "others"} for one in differences]
-            write_csv(rows_of_effects, folder / "effects.csv")
+            from_start = differences
+    rows_of_effects = [{k: v for k, v in asdict(one).items() if k != "others"} for one in from_start]
+    write_csv(rows_of_effects, folder / "effects.csv")
     write_csv(rows, folder / "arms.csv")
-    (folder / "report.md").write_text("\n".join(reports))
+    files.write_text(folder / "report.md", "\n".join(reports))
+    with style.attempt(folder / "effects.png") as path:
+        forest(from_start, path, default={"arm": START}, title=f"recall, differences to: {START}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ two tables, of the arms and of all policies, and writes `summary.json`, for each
 `policies.csv`.
 """
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from rich.table import Table
 
 from experiments import command
 from experiments.evaluate import compiled_measure
-from experiments.tables import write_csv
+from experiments.tables import write_csv, write_json
 from experiments.train import load_preset, run
 from lensjax import _settings
 from lensjax._settings import Count, PositiveInt, Seed, settings
@@ -97,7 +96,7 @@ def compare(arguments: Arguments) -> dict[str, Any]:
         "training_seconds": {arm: [run["training_seconds"] for run in runs] for arm, runs in by_arm.items()},
         "seconds": round(time.perf_counter() - started, 1),
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(summary, folder / "summary.json")
     write_csv(policy_rows(policies, arguments.seeds, base), folder / "policies.csv")
     _print_table(console, summary)
     _print_policies(console, policies, base)
@@ -178,12 +177,10 @@ def _configs(arguments: Arguments) -> tuple[Config, dict[tuple[str, int], Config
 def run_once(config: Config, console: Console) -> dict[str, Any]:
     """A run, from its summary if it is finished, and from its last checkpoint if it was interrupted."""
     folder = Path(config.output_dir)
-    finished = folder / "summary.json"
-    if finished.is_file():
+    if summary := run_folder.read_summary(folder):
         run_folder.open_run(folder, config)  # the summary of another configuration would be no answer
-        summary: dict[str, Any] = json.loads(finished.read_text())
         return summary
-    return run(config, resume=folder.exists(), console=console)
+    return run(config, resume=(folder / "config.json").is_file(), console=console)
 
 
 def _print_table(console: Console, summary: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ from experiments import command
 from experiments.tables import write_csv
 from experiments.train import load_preset
 from lensjax import _settings
+from lensjax._numerics import may_be_nan
 from lensjax._settings import BatchSize, Bound, Positive, PositiveInt, Seed, Variants, settings
 from lensjax.evaluation import compare, rivals
 from lensjax.evaluation.statistics import estimate
@@ -171,7 +172,7 @@ def train(config: Config, models: Models, base: dict[str, Params], *, rate: floa
 @functools.cache
 def compiled(step: Callable[..., Any], **static: Any) -> Callable[..., Any]:
     """A training step, compiled once for all seeds, and where the rate is data for all rates."""
-    return jax.jit(functools.partial(step, **static), donate_argnums=0)
+    return may_be_nan(jax.jit(functools.partial(step, **static), donate_argnums=0))
 
 
 def _batches(config: Config) -> Batches:
@@ -189,6 +190,7 @@ def measurer(config: Config, models: Models) -> Callable[..., dict[str, np.ndarr
     """A function of parameters and batches: losses of LensNet's picks and of recency, and hits; [sequences] each."""
     key = jax.random.key(EVALUATION_SEED)
 
+    @may_be_nan
     @jax.jit
     def one_batch(params: dict[str, Params], batch: dict[str, Array]) -> dict[str, Array]:
         def one(tokens: Array, answers: Array | None) -> dict[str, Array]:

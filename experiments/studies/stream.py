@@ -31,14 +31,17 @@ from experiments import command
 from experiments.studies import stream_rivals
 from experiments.studies.stream_rivals import STRETCHES
 from experiments.studies.stream_watch import Watch
+from experiments.tables import write_json
 from lensjax import _settings
 from lensjax._settings import PositiveInt, Seed, settings
 from lensjax.models.base_lm import BaseConfig
 from lensjax.models.lensnet import LensConfig
+from lensjax.plots import style
 from lensjax.plots.maps import stream_map
 from lensjax.runs.config import Config
 from lensjax.runs.data import corpus as data
 from lensjax.runs.data.task import DataConfig
+from lensjax.runs.engine.progress import has_bars
 from lensjax.runs.load import load_params
 from lensjax.runs.store import config_file, run_folder
 from lensjax.session import Session
@@ -89,21 +92,22 @@ def stream(arguments: Arguments) -> dict[str, Any]:
     name = f"{arguments.run or 'fresh models'}: {arguments.tokens:,} tokens read through {config.budget} entries"
     with (
         (folder / "metrics.jsonl").open("w") as file,
-        Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
+        Progress(console=console, transient=True, disable=not has_bars(console)) as progress,
     ):
         for row in progress.track(_read(session, tokens, watch, arguments), total=len(PERCENT)):
             rows.append(row)
             file.write(json.dumps(row) + "\n")
             file.flush()
     summary = _summary(arguments, config, rows)
-    _write_summary(folder, summary)
-    stream_map(watch.map_of_first_steps(f"{name}: the first refocus steps"), folder / "stream_start.png")
+    write_json(summary, folder / "summary.json")
+    with style.attempt(folder / "stream_start.png") as path:
+        stream_map(watch.map_of_first_steps(f"{name}: the first refocus steps"), path)
     _print_summary(console, summary)
     _raise_faults(folder, summary)
     if arguments.run is not None:
         console.out("measuring the others on the same stream", highlight=False)
         summary["quality"] = stream_rivals.compare(config, session, tokens, watch, name, folder)
-        _write_summary(folder, summary)
+        write_json(summary, folder / "summary.json")
         stream_rivals.print_table(console, summary["quality"])
     console.out(f"pictures and metrics are in {folder}", highlight=False)
     return summary
@@ -215,10 +219,6 @@ def _process_bytes() -> int | None:
 
 def _number(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
-
-
-def _write_summary(folder: Path, summary: Row) -> None:
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
 def _summary(arguments: Arguments, config: Config, rows: list[Row]) -> Row:

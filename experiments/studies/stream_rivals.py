@@ -4,7 +4,6 @@ A sliding window of as many tokens in full as the session has entries; sessions 
 whole history in full, which has no budget.
 """
 
-import csv
 import functools
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,10 @@ import numpy as np
 from rich.console import Console
 
 from experiments.studies.stream_watch import Watch
+from experiments.tables import write_csv
 from lensjax.evaluation import rivals, streams
 from lensjax.evaluation.statistics import estimate
+from lensjax.plots import style
 from lensjax.plots.stream import StreamQuality, stream_quality
 from lensjax.runs.config import Config
 from lensjax.session import Session
@@ -64,12 +65,10 @@ def compare(config: Config, session: Session, tokens: np.ndarray, watch: Watch, 
     reads = {name: rivals.reads(name, history=history, horizon=interval, rows=rows_read) for name in each}
     rows = quality_rows(each, is_key, shown, reads)
     losses = {name: values.mean(axis=1) for name, values in each.items()}
-    with (folder / "quality.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(rows, folder / "quality.csv")
     apart = {row["policy"]: tuple(row[f"minus_{SESSION}{end}"] for end in ENDS) for row in rows[1:]}
-    stream_quality(StreamQuality(title, cursors, losses, apart), folder / "quality.png")
+    with style.attempt(folder / "quality.png") as path:
+        stream_quality(StreamQuality(title, cursors, losses, apart), path)
     return rows
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lensjax.plots.style import COLORS, INK, LEGEND, MUTED, Row, dress, finite_or_nan, new_figure, write
+from lensjax.plots.style import COLORS, INK, LEGEND, MUTED, Row, dress, finite_or_nan, new_figure, own_look, write
 
 _FULL, _OWN, _HINDSIGHT = "full", "lensnet", "hindsight"
 _OWN_COLORS = (COLORS[5], COLORS[0])
@@ -37,6 +37,7 @@ _LOW, _HIGH = "nll_ci_low", "nll_ci_high"
 _NUMBERS = (*(panel.column for panel in _QUALITY_PANELS), _LOW, _HIGH)
 
 
+@own_look()
 def quality_at_budget(rows: Sequence[Row], path: str | Path, *, title: str = "") -> Figure:
     """Draws what each policy makes of each budget: loss, share of the gap closed, hit rate.
 

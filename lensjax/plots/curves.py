@@ -20,6 +20,7 @@ from lensjax.plots.style import (
     finite_or_nan,
     new_figure,
     noise_width,
+    own_look,
     running_mean,
     write,
 )
@@ -128,6 +129,7 @@ _PANELS = (
 )
 
 
+@own_look()
 def training_curves(rows: Sequence[Row], path: str | Path) -> Figure:
     """Draws the curves of a run; panels without data are left out.
 

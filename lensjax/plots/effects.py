@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from lensjax.evaluation.effects import DEFAULT, JOINT, Effect
 from lensjax.evaluation.statistics import LEVEL
-from lensjax.plots.style import COLORS, FAINT, INK, LEGEND, MUTED, dress, new_figure, write
+from lensjax.plots.style import COLORS, FAINT, INK, LEGEND, MUTED, dress, new_figure, own_look, write
 
 LOWER, HIGHER, NEITHER = COLORS[0], COLORS[1], "#a0a0a0"
 # Inches: a row, the title of a panel with its gaps, what stands above and below all panels, the width of a column.
@@ -25,6 +25,7 @@ class _Panel(NamedTuple):
     rows: list[Effect]
 
 
+@own_look()
 def forest(effects: Sequence[Effect], path: str | Path, *, default: Mapping[str, Any], title: str = "") -> Figure:
     """Draws what each setting adds to the held-out loss of the default, with its 95 % interval; left of 0 is better.
 

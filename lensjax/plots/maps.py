@@ -24,6 +24,7 @@ from lensjax.plots.style import (
     legible,
     new_figure,
     noise_width,
+    own_look,
     running_mean,
     soften,
     write,
@@ -82,6 +83,7 @@ _REST = {
 }
 
 
+@own_look()
 def lod_maps(maps: Sequence[VariantMap], path: str | Path) -> Figure:
     """Draws for each sequence, one row a variant, what is shown in full and what as gists along the timeline.
 
@@ -252,6 +254,7 @@ _STREAM_EXPLANATION = (
 )
 
 
+@own_look()
 def stream_map(stream: StreamMap, path: str | Path) -> Figure:
     """Draws what a session looked at as it read a stream; under it entries by level, swap rate and loss.
 

@@ -10,7 +10,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lensjax.plots.style import COLORS, FAINT, INK, LEGEND, dress, new_figure, noise_width, running_mean, write
+from lensjax.plots.style import (
+    COLORS,
+    FAINT,
+    INK,
+    LEGEND,
+    dress,
+    new_figure,
+    noise_width,
+    own_look,
+    running_mean,
+    write,
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,7 @@ class StreamQuality:
         return name
 
 
+@own_look()
 def stream_quality(quality: StreamQuality, path: str | Path) -> Figure:
     """Draws nats per token along the stream; under it how far each policy is from the reference, there and on average.
 

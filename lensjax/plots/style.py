@@ -1,13 +1,18 @@
 """The look that all pictures share: figures, colours, axes, and what is done to noisy or undefined numbers.
 
-Figures are objects of their own: matplotlib's global state stays as it was.
+Figures are objects of their own: matplotlib's global state stays as it was, and the user's style does not matter.
 """
 
+import functools
 import math
-from collections.abc import Mapping
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -29,6 +34,18 @@ LEGEND: dict[str, Any] = {
     "borderpad": 0,
 }
 _DPI = 150
+own_look = functools.partial(matplotlib.style.context, "default")
+"""Inside it (or in a function that is decorated by it) matplotlib's settings are those of nobody's `matplotlibrc`."""
+
+
+@contextmanager
+def attempt(path: Path) -> Iterator[Path]:
+    """Inside it, a picture that cannot be drawn is one warning: what it shows is worth more, and written before it."""
+    try:
+        yield path
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        print(f"warning: no picture {path}: {reason or type(error).__name__}", file=sys.stderr)
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -37,13 +54,21 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def write(figure: Figure, path: str | Path) -> None:
-    """Writes a figure; the ending sets the format."""
-    figure.savefig(path, dpi=_DPI)
+    """Writes a figure, whole or not at all; the ending sets the format. What the font cannot draw is a box."""
+    path = Path(path)
+    hidden = path.with_name(f".tmp-{path.name}")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
+            figure.savefig(hidden, format=path.suffix[1:] or "png", dpi=_DPI)
+        hidden.replace(path)
+    finally:
+        hidden.unlink(missing_ok=True)
 
 
 def dress(ax: Axes, title: str, x: str, y: str, *, pad: float = 6) -> None:
     """Names axes, with room for `pad` points under the title, and keeps them in the background."""
-    ax.set_title(title, loc="left", pad=pad, fontsize=10, fontweight="bold", color=INK)
+    ax.set_title(title, loc="left", pad=pad, fontsize=10, fontweight="bold", color=INK, parse_math=False)
     ax.set_xlabel(x, fontsize=8, color=MUTED)
     ax.set_ylabel(y, fontsize=8, color=MUTED)
     ax.grid(axis="y", color=FAINT, linewidth=0.6)

@@ -19,7 +19,15 @@ from lensjax.training.steps.online import OnlineConfig
 from lensjax.training.steps.pretrain import PretrainConfig
 from lensjax.training.teachers import DistillConfig
 
-PHASES = ("pretrain", "gists", "distill", "lens", "online")
+STEPS = {
+    "pretrain": "pretrain.steps",
+    "gists": "gists.steps",
+    "distill": "distill.steps",
+    "lens": "steps",
+    "online": "online.steps",
+}
+"""The setting of the number of steps of each phase."""
+PHASES = tuple(STEPS)
 """What a run does one after the other; each has its checkpoints and its rows in the log."""
 
 

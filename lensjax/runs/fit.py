@@ -13,15 +13,18 @@ from jax import Array
 from jax.sharding import Mesh
 from rich.console import Console
 
+from lensjax._numerics import may_be_nan
 from lensjax.evaluation import held_out
 from lensjax.models import HyperLoRAModel, Models, Params
 from lensjax.plots.maps import VariantMap
 from lensjax.runs import gists, load, pretrained, results, sizes
-from lensjax.runs.config import PHASES, Config
+from lensjax.runs.config import STEPS, Config
 from lensjax.runs.data import batches as data
-from lensjax.runs.engine import devices, loop
-from lensjax.runs.folder import open_run
+from lensjax.runs.engine import devices, loop, numerics
+from lensjax.runs.folder import Claim, open_run, require_unused
+from lensjax.runs.inputs import Inputs
 from lensjax.runs.load import Trained
+from lensjax.runs.store import paths, run_folder
 from lensjax.runs.store.log import RunLogger
 from lensjax.training.steps import adaptation, distill, online, preference, pretrain
 from lensjax.training.steps.gists import init_gists_state
@@ -45,6 +48,7 @@ HEADLINE = (
 """Held-out metrics to show while LensNet is trained."""
 
 
+@numerics.fixed()
 def fit(config: Config, *, resume: bool = False, console: Console | None = None) -> Trained:
     """Trains a run from its first phase to its last, and writes its folder (extras `train` and `plots`).
 
@@ -57,20 +61,32 @@ def fit(config: Config, *, resume: bool = False, console: Console | None = None)
       What it has come to, with the summary of its measurements.
 
     Raises:
-      ValueError: the data or the run that it starts from do not fit, or memory does not hold it. Nothing was written.
+      ValueError: the data or the run that it starts from do not fit, memory does not hold it, or what it is to go on
+        with is another run. Nothing was written then.
       FileExistsError: the folder is not empty, and `resume` is False.
+      BlockingIOError: another process works in that folder.
     """
     started = time.perf_counter()
     console = console or Console(quiet=not devices.is_first())
-    config = pretrained.resolve(config)
+    config = pretrained.resolve(paths.resolved(config))
+    if resume:
+        require_unused(config.output_dir)
     models = config.build_models()
-    job = _Job(config, models, config.build_hypernet(models), _make_mesh(config), console)
-    sizes.require_room(config, models, job.hypernet, devices=job.mesh.size)
-    inputs = _Inputs(config, job.mesh)  # reads all data first: an empty corpus must not leave a folder behind
+    hypernet, mesh = config.build_hypernet(models), _make_mesh(config)
+    sizes.require_room(config, models, hypernet, devices=mesh.size)
+    # Reads all data first: an empty corpus must not leave a folder behind.
+    inputs = Inputs(config, mesh, seeds=_data_seeds(config), held_out_seed=EVALUATION_SEED)
     start = load.load_start(config, models, own=Path(config.output_dir) if resume else None)
-    with open_run(config, PHASES, resume=resume, console=console) as (folder, logger):
+    with open_run(
+        config,
+        STEPS,
+        resume=resume,
+        console=console,
+        data=data.digest(config),
+        weights=lambda: load.digest(config, start),
+    ) as (folder, logger, claim):
+        job = _Job(config, models, hypernet, mesh, console, claim)
         params, seconds, summary = start or {}, 0.0, dict[str, Any]()
-        maps: list[VariantMap] = []
         if start is None:
             report = _pretrain_evaluator(job)
             params, seconds = _pretrain(job, inputs, report, folder, logger)
@@ -78,13 +94,17 @@ def fit(config: Config, *, resume: bool = False, console: Console | None = None)
         if config.trains_lens:
             (state, frozen), more, measured = _train(job, inputs, params, folder, logger)
             seconds, summary, params = seconds + more, summary | measured, {**frozen, **state.params}
-            key = jax.random.key(EVALUATION_SEED)
-            maps = results.variant_maps(state, inputs.test[0], key, frozen, config=config, models=models)
-    if config.stopping.patience is not None:
-        summary |= results.stops(folder)
-    whole = time.perf_counter() - started
-    summary = results.summary(config, summary, training_seconds=seconds, seconds=whole)
-    devices.in_first(lambda: results.write(folder, summary, maps))
+        if config.stopping.patience is not None:
+            summary |= results.stops(folder)
+        whole = time.perf_counter() - started
+        summary = results.summary(config, summary, training_seconds=seconds, seconds=whole)
+        claim.require()
+        devices.in_first(lambda: run_folder.write_summary(folder, summary))
+    maps: list[VariantMap] = []
+    if config.trains_lens:
+        key = jax.random.key(EVALUATION_SEED)
+        maps = results.variant_maps(state, inputs.test[0], key, frozen, config=config, models=models)
+    devices.in_first(lambda: results.draw(folder, maps))
     results.print_summary(console, folder, summary)
     return Trained(config, models, params, summary)
 
@@ -98,12 +118,14 @@ class _Job:
     hypernet: HyperLoRAModel | None
     mesh: Mesh
     console: Console
+    claim: Claim
 
     def run(
         self, phase: loop.Phase, state: Any, frozen: dict[str, Params], rows: Any, folder: Path, logger: RunLogger
     ) -> tuple[Any, float]:
         """One phase: the state after it, and its seconds. What it does not train is in the folder before it starts."""
-        load.keep_frozen(folder, self.config, frozen)
+        self.claim.require()
+        load.keep_frozen(folder, self.config, frozen, identity=self.claim.identity)
         return loop.run_phase(
             phase,
             state,
@@ -114,6 +136,7 @@ class _Job:
             mesh=self.mesh,
             logger=logger,
             console=self.console,
+            claim=self.claim,
         )
 
     def place(self, tree: Tree) -> Tree:
@@ -128,39 +151,15 @@ def _make_mesh(config: Config) -> Mesh:
     return devices.make_mesh(batch_sizes)
 
 
-class _Inputs:
-    """All data of a run, checked and in memory before the run's folder is made."""
-
-    def __init__(self, config: Config, mesh: Mesh) -> None:
-        share = (jax.process_index(), jax.process_count())
-        batches = functools.partial(
-            data.fixed_batches,
-            config,
-            batch_size=config.batch_size,
-            count=config.eval_batches,
-            seed=EVALUATION_SEED,
-            share=share,
-        )
-        self.validation, self.test = (
-            jax.tree.map(lambda rows: devices.share_out(rows, mesh), batches(split)) for split in ("validation", "test")
-        )
-        self.pretrain = data.make_iterator(
-            config,
-            "train",
-            seed=2 * config.seed + PRETRAIN_STREAM,
-            batch_size=config.pretrain.batch_size,
-            pretraining=True,
-            share=share,
-        )
-        self.gists, self.distill, self.lens, self.online = (
-            data.make_iterator(config, "train", seed=seed, batch_size=config.batch_size, share=share)
-            for seed in (
-                GISTS_SEED + config.seed,
-                DISTILL_SEED + config.seed,
-                2 * config.seed + LENS_STREAM,
-                ONLINE_SEED + config.seed,
-            )
-        )
+def _data_seeds(config: Config) -> dict[str, int]:
+    """Of the training data of each phase."""
+    return {
+        "pretrain": 2 * config.seed + PRETRAIN_STREAM,
+        "gists": GISTS_SEED + config.seed,
+        "distill": DISTILL_SEED + config.seed,
+        "lens": 2 * config.seed + LENS_STREAM,
+        "online": ONLINE_SEED + config.seed,
+    }
 
 
 def stream(config: Config, number: int) -> Array:
@@ -170,7 +169,7 @@ def stream(config: Config, number: int) -> Array:
 
 def _pretrain(
     job: _Job,
-    inputs: _Inputs,
+    inputs: Inputs,
     report: Callable[[dict[str, Params], Batches], dict[str, float]],
     folder: Path,
     logger: RunLogger,
@@ -189,12 +188,12 @@ def _pretrain(
     key = stream(config, PRETRAIN_STREAM)
     state: Learner
     state, frozen = job.place(pretrain.init_pretrain_state(key, recipe=recipe, settings=settings, models=models))
-    state, seconds = job.run(phase, state, frozen, inputs.pretrain, folder, logger)
+    state, seconds = job.run(phase, state, frozen, inputs.training["pretrain"], folder, logger)
     return {**frozen, **state.params}, seconds
 
 
 def _train(
-    job: _Job, inputs: _Inputs, params: dict[str, Params], folder: Path, logger: RunLogger
+    job: _Job, inputs: Inputs, params: dict[str, Params], folder: Path, logger: RunLogger
 ) -> tuple[Learning, float, dict[str, float]]:
     """LensNet's phases: the last state, their seconds, and what is measured of it on the test split."""
     config, report, seconds = job.config, evaluator(job.config, job.models, job.hypernet), 0.0
@@ -237,18 +236,18 @@ def _with(learning: Learning, name: str, part: Params) -> Learning:
 
 
 def _by_next_tokens(
-    job: _Job, learning: Learning, inputs: _Inputs, report: Report, folder: Path, logger: RunLogger
+    job: _Job, learning: Learning, inputs: Inputs, report: Report, folder: Path, logger: RunLogger
 ) -> tuple[Learning, float]:
     """Gives a state a GistNet that was trained through the base model."""
     key, known = stream(job.config, GISTS_STREAM), _known(learning)
     start, frozen = init_gists_state(key, recipe=job.config.recipe, params=known)
     phase = gists.phase(job.config, job.models, known["base"], inputs.validation, jax.random.key(EVALUATION_SEED))
-    after, seconds = job.run(phase, start, frozen, inputs.gists, folder, logger)
+    after, seconds = job.run(phase, start, frozen, inputs.training["gists"], folder, logger)
     return _with(learning, "gist", after.params["gist"]), seconds
 
 
 def _by_teacher(
-    job: _Job, learning: Learning, inputs: _Inputs, report: Report, folder: Path, logger: RunLogger
+    job: _Job, learning: Learning, inputs: Inputs, report: Report, folder: Path, logger: RunLogger
 ) -> tuple[Learning, float]:
     """Gives a state a LensNet that has learned from a teacher; it is the anchor's, too."""
     config, models, settings = job.config, job.models, job.config.distill
@@ -270,12 +269,12 @@ def _by_teacher(
     start, frozen = distill.init_distill_state(
         stream(config, DISTILL_STREAM), recipe=config.recipe, params=_known(learning)
     )
-    after, seconds = job.run(phase, start, frozen, inputs.distill, folder, logger)
+    after, seconds = job.run(phase, start, frozen, inputs.training["distill"], folder, logger)
     return with_lens(after), seconds
 
 
 def _by_preferences(
-    job: _Job, learning: Learning, inputs: _Inputs, report: Report, folder: Path, logger: RunLogger
+    job: _Job, learning: Learning, inputs: Inputs, report: Report, folder: Path, logger: RunLogger
 ) -> tuple[Learning, float]:
     config, recipe, models, (state, frozen) = job.config, job.config.recipe, job.models, learning
     step: Callable[..., Any] = functools.partial(preference.train_step, recipe=recipe, models=models)
@@ -290,12 +289,12 @@ def _by_preferences(
         headline=HEADLINE,
         monitor="nll_policy",
     )
-    state, seconds = job.run(phase, state, frozen, inputs.lens, folder, logger)
+    state, seconds = job.run(phase, state, frozen, inputs.training["lens"], folder, logger)
     return (state, frozen), seconds
 
 
 def _by_episodes(
-    job: _Job, learning: Learning, inputs: _Inputs, report: Report, folder: Path, logger: RunLogger
+    job: _Job, learning: Learning, inputs: Inputs, report: Report, folder: Path, logger: RunLogger
 ) -> tuple[Learning, float]:
     """Goes on with the LensNet of a state; what is measured is measured as before."""
     config, models, settings = job.config, job.models, job.config.online
@@ -315,7 +314,7 @@ def _by_episodes(
     start, frozen = online.init_online_state(
         stream(config, ONLINE_STREAM), recipe=config.recipe, settings=settings, models=models, params=_known(learning)
     )
-    after, seconds = job.run(phase, start, frozen, inputs.online, folder, logger)
+    after, seconds = job.run(phase, start, frozen, inputs.training["online"], folder, logger)
     return with_lens(after), seconds
 
 
@@ -326,7 +325,7 @@ def evaluator(config: Config, models: Models, hypernet: HyperLoRAModel | None = 
         measure = functools.partial(
             held_out.adaptation_eval_step, recipe=config.recipe, models=models, hypernet=hypernet
         )
-    step = jax.jit(measure)
+    step = may_be_nan(jax.jit(measure))
     keys = [jax.random.fold_in(jax.random.key(EVALUATION_SEED), i) for i in range(config.eval_batches)]
     return lambda state, frozen, batches: held_out.mean_over_batches(
         step(key, state, batch, frozen) for batch, key in zip(batches, keys, strict=True)

@@ -16,6 +16,9 @@ from lensjax.training.recipe import Part
 PARTS: tuple[Part, ...] = ("base", "gist", "lens")
 """What every run has parameters of."""
 
+Places = dict[str, tuple[Path, int, tuple[str, ...]]]
+"""By part: directory and step of a checkpoint, and the place in its tree."""
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -69,20 +72,23 @@ def load(folder: str | Path) -> Trained:
       >>> import lensjax as lx
       >>> lx.load("runs/nowhere")
       Traceback (most recent call last):
-      FileNotFoundError: runs/nowhere holds no run (config.json is missing): name the folder of a run
+      FileNotFoundError: ...runs/nowhere holds no run (config.json is missing): name the folder of a run
     """
     try:
-        from lensjax.runs.store import config_file, run_folder
+        from lensjax.runs.store import config_file, paths, run_folder
     except ModuleNotFoundError as error:
         raise ImportError(f"lx.load needs {error.name}: pip install 'lensjax[train]'") from error
+    folder = paths.absolute(folder, name="folder")
     config = config_file.load(run_folder.config_path(folder), Config)
     models = config.build_models()
     parts: tuple[Part, ...] = (*PARTS, "hypernet") if "hypernet" in config.trainable else PARTS
-    params = load_params(Path(folder), config, models, parts)
+    params = load_params(folder, config, models, parts)
     return Trained(config, models, params, run_folder.read_summary(folder))
 
 
-def load_params(folder: Path, config: Config, models: Models, parts: Sequence[Part]) -> dict[str, Params]:
+def load_params(
+    folder: Path, config: Config, models: Models, parts: Sequence[Part], *, warn: bool = True
+) -> dict[str, Params]:
     """Parameters that a run has come to: of its newest checkpoint, or with patience of its best.
 
     Each part is where it was trained last; what the run never trained is beside that, in `checkpoints/frozen` or where
@@ -93,19 +99,22 @@ def load_params(folder: Path, config: Config, models: Models, parts: Sequence[Pa
       config: the run's.
       models: of its configuration.
       parts: names of the models.
+      warn: log which checkpoints are damaged; the one before such a one is read.
 
     Returns:
       Parameters by part.
 
     Raises:
       FileNotFoundError: the checkpoint of the base model is not where the run's `checkpoint.path` says.
-      ValueError: there is no checkpoint, LensNet is asked for and was not trained yet, or the weights at
-        `checkpoint.path` are not those that the run was started on.
+      ValueError: there is no checkpoint, or none that is whole; LensNet is asked for and was not trained yet; or the
+        weights at `checkpoint.path` are not those that the run was started on.
     """
     from lensjax.runs import pretrained
     from lensjax.runs.store import checkpoint
 
-    held = _held(folder)
+    held, damages = _held(folder, trainable=config.trainable, warn=warn)
+    if damages and not {*held, *(["base"] if config.checkpoint.path else [])} >= set(parts):
+        raise damages[0]
     for name in parts:  # what is missing is told before anything is read
         what = "LensNet" if name == "lens" else name
         if name == "base":
@@ -127,26 +136,40 @@ def load_params(folder: Path, config: Config, models: Models, parts: Sequence[Pa
     return params
 
 
-def _held(folder: Path) -> dict[str, tuple[Path, int, tuple[str, ...]]]:
-    """By part, which checkpoint in a run's folder holds it: its directory, step, and place in the tree."""
-    from lensjax.runs.engine import loop
+def _held(folder: Path, *, trainable: Sequence[str] = (), warn: bool = False) -> tuple[Places, list[ValueError]]:
+    """By part, which checkpoint in a run's folder holds it: its directory, step, and place in the tree.
+
+    Of a phase whose newest checkpoints are damaged an earlier one counts, unless later phases have been trained on what
+    the damaged ones held. The second value says what is damaged and has none in its place.
+    """
+    from lensjax.runs.engine import recovery
     from lensjax.runs.store import checkpoint, run_folder
 
-    held: dict[str, tuple[Path, int, tuple[str, ...]]] = {}
-    for name in PARTS:
-        directory = run_folder.frozen_dir(folder, name)
-        if checkpoint.latest_step(directory) is not None:
-            held[name] = (directory, 0, ())
-    for phase in PHASES:
-        directory = run_folder.checkpoint_dir(folder, phase)
-        step = loop.kept_step(directory)
-        if step is not None:
-            trained = checkpoint.parts(directory, step, path=("params",))
-            held |= {name: (directory, step, ("params", name)) for name in trained}
-    return held
+    frozen = [(name, run_folder.frozen_dir(folder, name)) for name in PARTS]
+    phases = [(name, run_folder.checkpoint_dir(folder, name)) for name in PHASES]
+    found = [recovery.newest(directory) for _, directory in (*frozen, *phases)]
+    held: Places = {}
+    lost: dict[str, ValueError] = {}
+    for number, ((name, directory), one) in enumerate(zip((*frozen, *phases), found, strict=True)):
+        if warn:
+            one.warn()
+        is_phase = number >= len(frozen)
+        trained = {"pretrain": ("base", "gist"), "gists": ("gist",), "lens": trainable}.get(name, ("lens",))
+        parts = set(trained) if is_phase else {name}
+        if is_phase and one.kept is not None:
+            parts = checkpoint.parts(directory, one.kept, path=("params",))
+        if one.damages and any(later.step is not None for later in found[number + 1 :]):
+            lost |= dict.fromkeys(parts, one.damages[0])
+        elif one.kept is not None:
+            held |= {part: (directory, one.kept, ("params", part) if is_phase else ()) for part in parts}
+            lost = {part: damage for part, damage in lost.items() if part not in parts}
+    damages = [*lost.values(), *(one.damages[0] for one in found if one.damages and one.step is None)]
+    return {part: place for part, place in held.items() if part not in lost}, damages
 
 
-def keep_frozen(folder: Path, config: Config, frozen: Mapping[str, Params]) -> None:
+def keep_frozen(
+    folder: Path, config: Config, frozen: Mapping[str, Params], *, identity: Mapping[str, Any] | None = None
+) -> None:
     """Writes parts that a phase reads and does not train, unless a checkpoint in the run's folder holds them already.
 
     The base model of `checkpoint.path` is not written: the run keeps its digest.
@@ -154,18 +177,26 @@ def keep_frozen(folder: Path, config: Config, frozen: Mapping[str, Params]) -> N
     from lensjax.runs.engine import devices
     from lensjax.runs.store import checkpoint, run_folder
 
-    held = {*_held(folder), *(["base"] if _reads_base_from_file(config) else [])}
+    held = {*_held(folder)[0], *(["base"] if _reads_base_from_file(config) else [])}
     for name, params in frozen.items():
         # All processes write or none: a file that the first has written is no reason for another to leave it out.
         if devices.largest(int(name not in held)):
-            checkpoint.save(run_folder.frozen_dir(folder, name), 0, params)
+            checkpoint.save(run_folder.frozen_dir(folder, name), 0, params, identity=identity)
+
+
+def digest(config: Config, start: Mapping[str, Params] | None) -> str | None:
+    """Of the parameters that a run begins with, but for those that `checkpoint.sha256` is of; None without any."""
+    from lensjax.runs.store import identity
+
+    is_known = _reads_base_from_file(config)
+    return identity.digest({name: part for name, part in (start or {}).items() if name != "base" or not is_known})
 
 
 def _reads_base_from_file(config: Config) -> bool:
     """Whether the base model is that of `checkpoint.path`, and not one that `start_from` made of it."""
     if config.checkpoint.path is None or config.start_from is None:
         return config.checkpoint.path is not None
-    return "base" not in _held(Path(config.start_from))
+    return "base" not in _held(Path(config.start_from))[0]
 
 
 def load_start(config: Config, models: Models, *, own: Path | None = None) -> dict[str, Params] | None:
@@ -189,14 +220,17 @@ def load_start(config: Config, models: Models, *, own: Path | None = None) -> di
     if config.pretrains:
         return None
     parts: tuple[Part, ...] = PARTS if config.start_from is not None else ("base", "gist")
-    if own is not None and _held(own).keys() | ({"base"} if config.checkpoint.path else set()) >= set(parts):
-        return load_params(own, config, models, parts)
+    if own is not None and _held(own)[0].keys() | ({"base"} if config.checkpoint.path else set()) >= set(parts):
+        return load_params(own, config, models, parts, warn=False)  # the run's start will say it
     key = "base_run" if config.start_from is None else "start_from"
     source = getattr(config, key)
     if source is None:
         return {"base": pretrained.load_base(config)}
     folder = Path(source)
-    stored = config_file.load(run_folder.config_path(folder), Config)
+    try:
+        stored = config_file.load(run_folder.config_path(folder), Config)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{key}: {error}") from error
     same: list[tuple[str, object, object]] = [
         ("checkpoint.sha256", stored.checkpoint.sha256, config.checkpoint.sha256),
         ("base", stored.base, config.base),

@@ -1,8 +1,6 @@
 """What a finished run leaves beside its checkpoints: a summary, curves, and maps of what LensNet picks."""
 
 import functools
-import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,16 +10,16 @@ import numpy as np
 from jax import Array
 from rich.console import Console
 
+from lensjax._numerics import may_be_nan
 from lensjax.evaluation import held_out
 from lensjax.models import Models, Params
-from lensjax.plots import curves
+from lensjax.plots import curves, style
 from lensjax.plots.maps import VariantMap, lod_maps
 from lensjax.runs.config import PHASES, Config
 from lensjax.runs.data.tokenizers import read_tokenizer
 from lensjax.runs.engine import devices, loop
 from lensjax.runs.store import checkpoint, run_folder
-from lensjax.runs.store.log import read_rows
-from lensjax.training.metrics import UNDEFINED
+from lensjax.runs.store.log import read_rows, with_undefined
 from lensjax.training.steps.preference import TrainState
 
 MAPPED_SEQUENCES = 4
@@ -45,7 +43,7 @@ def variant_maps(
 ) -> list[VariantMap]:
     """What recency, the rollouts and the policy show of the first sequences of a held-out batch; `key` is consumed."""
     context = config.context
-    compute = jax.jit(functools.partial(held_out.variant_maps, recipe=config.recipe, models=models))
+    compute = may_be_nan(jax.jit(functools.partial(held_out.variant_maps, recipe=config.recipe, models=models)))
     first = {name: value[:MAPPED_SEQUENCES] for name, value in devices.to_host(batch).items()}
     arrays = devices.to_host(compute(state, first["tokens"], key, frozen))
     labels = ["recency", *(f"rollout {i + 1}" for i in range(context.rollouts)), "LensNet's pick"]
@@ -97,8 +95,6 @@ def stops(folder: Path) -> dict[str, int]:
 
 def summary(config: Config, report: Mapping[str, float], *, training_seconds: float, seconds: float) -> dict[str, Any]:
     """Held-out test metrics under short names, and what they came from."""
-    short = {name.removeprefix("mc/"): value for name, value in report.items()}
-    undefined = {name: UNDEFINED for name, value in short.items() if math.isnan(value)}
     return {
         "task": config.data.task,
         "split": "test",
@@ -109,17 +105,17 @@ def summary(config: Config, report: Mapping[str, float], *, training_seconds: fl
         "compression": config.context.history / config.budget,
         "seconds": round(seconds, 1),
         "training_seconds": round(training_seconds, 1),
-        **short,
-        **undefined,
+        **{name.removeprefix("mc/"): value for name, value in with_undefined(report).items()},
     }
 
 
-def write(folder: Path, report: Mapping[str, Any], maps: Sequence[VariantMap]) -> None:
-    """The pictures and the summary of a finished run."""
+def draw(folder: Path, maps: Sequence[VariantMap]) -> None:
+    """The pictures of a finished run."""
     if maps:
-        lod_maps(maps, folder / "maps.png")
-    curves.training_curves(read_rows(folder), folder / "training.png")
-    (folder / run_folder.SUMMARY).write_text(json.dumps(report, indent=2) + "\n")
+        with style.attempt(folder / "maps.png") as path:
+            lod_maps(maps, path)
+    with style.attempt(folder / "training.png") as path:
+        curves.training_curves(read_rows(folder), path)
 
 
 def print_summary(console: Console, folder: Path, report: Mapping[str, Any]) -> None:

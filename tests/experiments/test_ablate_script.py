@@ -14,7 +14,7 @@ from experiments import train as train_script
 from experiments.studies import ablate as script
 from experiments.studies import ablate_arms
 from lensjax import _settings
-from lensjax.runs.store import config_file
+from lensjax.runs.store import config_file, lock
 from lensjax.runs.store.log import read_rows
 from lensjax.runs.sweep import Sweep
 from tests.runs import ROOT, TINY, contents
@@ -260,6 +260,23 @@ def test_a_folder_in_use_and_a_changed_sweep_are_refused(whole, workplace):
     changed.write_text((workplace / "small.py").read_text().replace("2.0", "3.0"))
     with pytest.raises(ValueError, match=r"was begun with another sweep or preset than .*changed.py is now"):
         script.ablate(arguments(workplace, whole, sweep=str(changed), resume=True))
+    assert contents(whole) == before
+
+
+@pytest.mark.slow
+def test_d4_a_sweep_on_another_base_model_or_preset_is_refused(whole, workplace):
+    before, other = contents(whole), workplace / "other"
+    if not other.exists():
+        train_script.run(_settings.replace(TINY, steps=0, seed=1, output_dir=str(other)))
+    with pytest.raises(ValueError, match=r"the weights of the models that the run began with are others \(SHA-256"):
+        script.ablate(arguments(workplace, whole, base_run=other, resume=True))
+    preset, text = workplace / "preset.json", config_file.to_json(TINY)
+    preset.write_text(config_file.to_json(_settings.replace(TINY, batch_size=4)))
+    with pytest.raises(ValueError, match=r"another preset, base run or data: batch_size is 4 now and was 2\. Choose"):
+        script.ablate(arguments(workplace, whole, resume=True))
+    preset.write_text(text)
+    with lock.holding(whole), pytest.raises(BlockingIOError, match="whole is in use by process"):
+        script.ablate(arguments(workplace, whole, resume=True))
     assert contents(whole) == before
 
 

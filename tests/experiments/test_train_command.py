@@ -9,7 +9,7 @@ from experiments import train as script
 from lensjax import _settings
 from lensjax.runs.config import Config
 from lensjax.runs.engine import loop
-from lensjax.runs.store import config_file, run_folder
+from lensjax.runs.store import config_file, identity, run_folder
 from tests.runs import tiny_config, write_corpus
 
 PRESETS = sorted(path.stem for path in script.PRESETS.glob("*.py"))
@@ -69,14 +69,14 @@ def test_help_names_every_field(capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert end.value.code == 0
     assert "--resume runs/notes" in shown
-    flags = {name.replace("_", "-") for name in run_folder._flat(Config())}
+    flags = {name.replace("_", "-") for name in identity.flat(Config())}
     assert flags <= set(re.findall(r"--([a-z0-9.-]+)", shown))
 
 
 # Every row: a command line in which {tmp} is a folder, and what the one message must say.
 BAD_COMMANDS = [
     ("--sede 1", "Unrecognized options: --sede"),
-    ("recall demo", "Unrecognized options: demo"),
+    ("recall demo", "demo is no flag: a preset comes first, and alone"),
     ("--steps ten", "invalid literal for int() with base 10: 'ten'"),
     ("--dtype float16", "invalid choice 'float16' for argument '--dtype'. Expected one of ('float32', 'bfloat16')"),
     (
@@ -159,7 +159,7 @@ BAD_COMMANDS = [
         "recall --output-dir {tmp}/base",
         "{tmp}/base is not empty: choose another --output-dir, or go on .* --resume {tmp}/base",
     ),
-    ("recall --output-dir {tmp}/one.txt", "{tmp}/one.txt is not empty: choose another --output-dir"),
+    ("recall --output-dir {tmp}/one.txt", "{tmp}/one.txt is not a folder: choose another --output-dir"),
     ("recall --output-dir {tmp}/one.txt/run", "Not a directory: '{tmp}/one.txt/run'"),
     ("--resume", "--resume takes a run folder and nothing else, got: --resume"),
     (
@@ -208,3 +208,34 @@ def test_bad_command_lines_are_refused_before_anything_is_written(bad_files, com
         told = " ".join(capsys.readouterr().err.split())
     assert re.search(re.escape(message.replace("{tmp}", str(bad_files))).replace(r"\.\*", ".*"), told), told
     assert files() == before
+
+
+def test_m1_m2_resume_takes_an_equals_sign_and_the_config_file(tmp_path):
+    config = dataclasses.replace(Config(), output_dir=str(tmp_path / "run"))
+    folder = run_folder.create_run(config.output_dir, config)
+    for words in (
+        [f"--resume={folder}"],
+        ["--resume", str(folder / "config.json")],
+        [f"--resume={folder}/config.json"],
+        ["--resume", f"{folder}/"],
+    ):
+        assert script.parse(words) == (config, True)
+
+
+@pytest.mark.parametrize("words", [["--resume="], ["--resume=a", "b"], ["--resume", "--resume"], ["a", "--resume=b"]])
+def test_m1_resume_takes_one_folder(words):
+    with pytest.raises(ValueError, match=r"^--resume (takes a run folder and nothing else|must name a file or folder)"):
+        script.parse(words)
+
+
+def test_m5_a_file_is_no_output_folder(capsys):
+    with pytest.raises(SystemExit, match=r"^error: /dev/null is not a folder: choose another --output-dir$"):
+        script.main(["recall", "--output-dir", "/dev/null"])
+
+
+@pytest.mark.parametrize("words", [["--seed", "1", "recall"], ["--seed=1", "recall", "--steps", "300"]])
+def test_m6_a_preset_that_comes_late_is_told_so(words):
+    with pytest.raises(
+        ValueError, match=r"^recall is no flag: a preset comes first, and alone; all that follow are flags"
+    ):
+        script.parse(words)

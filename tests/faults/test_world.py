@@ -32,7 +32,7 @@ def test_d14_2_a_console_that_cannot_encode_shows_escapes(monkeypatch):
 def test_d14_3_a_folder_whose_name_is_no_text_is_refused_before_it_is_made(tmp_path, name):
     config = tiny_config(tmp_path / name)
     with pytest.raises(ValueError, match=r"output_dir .*\\udc.* UTF-8: choose another folder"):
-        open_run(config, ("lens",), resume=False, console=Console(quiet=True)).__enter__()
+        open_run(config, {"lens": "steps"}, resume=False, console=Console(quiet=True)).__enter__()
     assert not any(tmp_path.iterdir())
 
 
@@ -110,7 +110,7 @@ def test_a_message_for_people_stands_as_it_is(capsys):
 
 
 def test_an_exception_that_is_no_message_says_where_it_comes_from(capsys, monkeypatch):
-    with pytest.raises(Exception) as raised:  # noqa: B017 - whatever it is
+    with pytest.raises(Exception) as raised:
         config_file.to_json(tiny_config(ROOT, seed=0) and object())
     line = describe(raised.value)
     assert line.startswith("TypeError: ") and "(lensjax/runs/store/config_file.py:" in line and "\n" not in line

@@ -26,7 +26,8 @@ USAGE = 2
 """The exit code of a command line that is none; its message is a box of several lines."""
 UNKNOWN = "LENSJAX_TRACEBACK=1 shows"
 """In the line that the programs end with on an exception that is none of their messages."""
-_FORK = multiprocessing.get_context("fork")
+NOTES = (".lock", "environment.json")
+FORK = multiprocessing.get_context("fork")
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class Outcome:
     output: str
     errors: str
     seconds: float
-    is_changed: bool
-    """Whether `case.leaves` is not as it was before."""
+    changed: list[str]
+    """Files and folders of `case.leaves` that are not as they were before."""
 
 
 class Kind(Protocol):
@@ -139,21 +140,24 @@ def verdict(kind: Kind, outcome: Outcome) -> str:
         return f"exit code {outcome.code} without a line of error: {tail}"
     if outcome.code != USAGE and len(lines) > 1 + sum(line.startswith("warning: ") for line in lines):
         return f"more than one line: {tail}"
-    return f"left something behind, or changed it: {outcome.case.leaves}" if outcome.is_changed else ""
+    return f"left or changed {', '.join(outcome.changed[:5])} after {tail}" if outcome.changed else ""
 
 
-def run_alone(case: Case, folder: Path) -> Outcome:
-    """Runs one case in a forked process."""
-    (((_, _), outcome),) = run_each([("", case, folder)], jobs=1)
+def run_alone(case: Case, folder: Path, *, limit: float = LIMIT) -> Outcome:
+    """Runs one case in a forked process, which is killed after some seconds."""
+    (((_, _), outcome),) = run_each([("", case, folder)], jobs=1, limit=limit)
     return outcome
 
 
-def run_each(made: Iterable[tuple[Any, Case, Path]], *, jobs: int) -> Iterator[tuple[tuple[Any, Case], Outcome]]:
+def run_each(
+    made: Iterable[tuple[Any, Case, Path]], *, jobs: int, limit: float = LIMIT
+) -> Iterator[tuple[tuple[Any, Case], Outcome]]:
     """Runs cases in forked processes, a few at a time.
 
     Args:
       made: of every case a label, the case, and its folder.
       jobs: processes at a time.
+      limit: seconds after which one is killed.
 
     Yields:
       Label, case and outcome, in the order in which they end.
@@ -162,7 +166,7 @@ def run_each(made: Iterable[tuple[Any, Case, Path]], *, jobs: int) -> Iterator[t
     waiting = iter(made)
     while True:
         while len(busy) < jobs and (item := next(waiting, None)) is not None:
-            busy.append(_Busy(*item))
+            busy.append(_Busy(*item, limit))
         if not busy:
             return
         soonest = min(one.ends for one in busy)
@@ -175,15 +179,15 @@ def run_each(made: Iterable[tuple[Any, Case, Path]], *, jobs: int) -> Iterator[t
 class _Busy:
     """A case in its process."""
 
-    def __init__(self, label: Any, case: Case, folder: Path) -> None:
+    def __init__(self, label: Any, case: Case, folder: Path, limit: float) -> None:
         self.label, self.case, self._folder = label, case, folder
         self._before = fingerprint(case.leaves)
         self._streams = [folder.with_name(f"{folder.name}.{name}") for name in ("output", "errors")]
-        self.process = _FORK.Process(target=_act, args=(case.act, folder, self._streams))
+        self.process = FORK.Process(target=_act, args=(case.act, folder, self._streams))
         sys.stdout.flush()
         sys.stderr.flush()
         self._began = time.monotonic()
-        self.ends = self._began + LIMIT
+        self.ends = self._began + limit
         self.process.start()
 
     def is_over(self) -> bool:
@@ -195,7 +199,9 @@ class _Busy:
             self.process.kill()
         self.process.join()
         output, errors = (path.read_text(errors="replace") if path.exists() else "" for path in self._streams)
-        changed = fingerprint(self.case.leaves) != self._before
+        after = fingerprint(self.case.leaves)
+        paths = sorted(self._before.keys() | after.keys())
+        changed = [path for path in paths if self._before.get(path) != after.get(path)]
         return Outcome(self.case, self._folder, code, output, errors, time.monotonic() - self._began, changed)
 
 
@@ -212,8 +218,12 @@ def _act(act: Callable[[], object], folder: Path, streams: Sequence[Path]) -> No
 
 
 def fingerprint(path: Path | None) -> dict[str, str]:
-    """Every file and folder at or below a path, with a sum of what it holds; empty where there is nothing."""
+    """Every file and folder at or below a path, with a sum of what it holds; empty where there is nothing.
+
+    Who had a run's folder, and from where, may be noted in it at any time.
+    """
     if path is None or not path.exists():
         return {}
     below = [path, *path.rglob("*")] if path.is_dir() else [path]
-    return {str(one): hashlib.sha256(one.read_bytes()).hexdigest() if one.is_file() else "" for one in below}
+    kept = (one for one in below if one.name not in NOTES)
+    return {str(one): hashlib.sha256(one.read_bytes()).hexdigest() if one.is_file() else "" for one in kept}

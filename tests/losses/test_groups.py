@@ -182,6 +182,13 @@ def test_ties_of_a_ranking_by_hand():
     )
 
 
+@pytest.mark.parametrize("name", ["logistic", "rpo", "hinge", "plackett_luce"])
+def test_d18_4_a_group_of_equal_rewards_teaches_nothing(name):
+    scores, rewards = jnp.asarray([0.1, 0.2, 0.3, -0.2]), jnp.full(4, 0.5)
+    loss = functools.partial(getattr(losses, name), **(HYPER[name] | ({"weight": 0.0} if name == "rpo" else {})))
+    assert jax.grad(loss)(scores, rewards, jnp.ones(4, bool)).tolist() == [0.0] * 4
+
+
 def test_tied_variants_of_one_score_are_treated_alike():
     scores, rewards = np.asarray([0.3, 0.3, 0.3, -1.0, 9, 9], "f"), np.asarray([1.0, 1.0, 1.0, 0.0, 9, 9], "f")
     for name in HYPER:

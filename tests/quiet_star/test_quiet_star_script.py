@@ -89,7 +89,7 @@ def test_a_run_leaves_everything_behind(finished):
 def test_a_phase_ends_early_and_gives_back_its_best_parameters(finished):
     """No evaluation is an improvement after the first: the live parameters go on moving, the best ones do not."""
     folder, summary = finished
-    for phase in train.PHASES:
+    for phase in train.STEPS:
         assert checkpoint.steps(run_folder.checkpoint_dir(folder, phase)) == [2, 4]
         assert loop.kept_step(run_folder.checkpoint_dir(folder, phase)) == 2
     best, last = (saved_arrays(folder, "rl", step) for step in (2, 4))

@@ -26,7 +26,7 @@ def test_create_writes_config_and_environment(tmp_path, monkeypatch, exists):
     folder = run_folder.create_run(tmp_path / "a" / "run", config)
     assert folder == tmp_path / "a" / "run"
     assert load(folder / "config.json", Config) == config
-    environment = json.loads((folder / "environment.json").read_text())
+    (environment,) = json.loads((folder / "environment.json").read_text())
     assert environment["seed"] == 7
     assert environment["command"] == ["experiments/train.py", "--seed", "7"]
     assert environment["python"] == platform.python_version()
@@ -48,7 +48,7 @@ def test_create_refuses_a_folder_in_use(tmp_path):
         run_folder.create_run(tmp_path / "run", Config(seed=1))
     assert (tmp_path / "run" / "config.json").read_bytes() == before
     (tmp_path / "file").write_text("x")
-    with pytest.raises(FileExistsError, match="choose another --output-dir"):
+    with pytest.raises(FileExistsError, match="is not a folder: choose another --output-dir"):
         run_folder.create_run(tmp_path / "file", Config())
 
 
@@ -116,3 +116,58 @@ def test_git_state_is_that_of_the_code_that_runs(tmp_path, monkeypatch):
 def test_git_state_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert run_folder._git_state() is None
+
+
+@pytest.mark.parametrize("left", [["environment.json"], [".lock", ".tmp-config.json"], [".lock", "environment.json"]])
+def test_d9_1_a_folder_whose_run_never_began_is_free(tmp_path, left):
+    for name in left:
+        (tmp_path / name).write_text("{")
+    assert not run_folder.has_begun(tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match=r"holds no run \(config.json is missing\): it never began; start it wit"
+    ):
+        run_folder.config_path(tmp_path)
+    run_folder.create_run(tmp_path, Config())
+    assert run_folder.has_begun(tmp_path)
+    assert len(json.loads((tmp_path / "environment.json").read_text())) == 1
+
+
+def test_d9_1_the_config_is_what_makes_a_folder_a_run(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def environment(config):
+        raise Killed
+
+    monkeypatch.setattr(run_folder, "environment", environment)
+    with pytest.raises(Killed):
+        run_folder.create_run(tmp_path / "run", Config())
+    assert run_folder.open_run(tmp_path / "run", Config()) == tmp_path / "run"
+
+
+def test_d9_1_advice_on_a_folder_without_a_run_is_not_to_resume_it(tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(FileExistsError, match=r"is not empty: choose another --output-dir$"):
+        run_folder.create_run(tmp_path, Config())
+
+
+def test_e7_each_start_has_its_entry_and_says_what_differs(tmp_path, monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    run_folder.create_run(tmp_path, Config())
+    assert run_folder.add_environment(tmp_path, Config()) == []
+    monkeypatch.setattr(sys, "argv", ["another"])
+    monkeypatch.setenv("XLA_FLAGS", "--xla")
+    monkeypatch.setattr(run_folder, "__version__", "9.9")
+    told = run_folder.add_environment(tmp_path, Config())
+    assert told[1] == "variables.XLA_FLAGS is --xla now and was unset"
+    assert len(told) == 2 and told[0].startswith("packages.lensjax is 9.9 now and was 0.")
+    entries = json.loads((tmp_path / "environment.json").read_text())
+    assert [entry["command"][0] for entry in entries][-1] == "another" and len(entries) == 3
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "[1]", "\udcff"])
+def test_e7_a_damaged_list_of_starts_stops_no_run(tmp_path, text):
+    run_folder.create_run(tmp_path, Config())
+    (tmp_path / "environment.json").write_text(text, errors="surrogateescape")
+    assert run_folder.add_environment(tmp_path, Config()) == []
+    assert len(json.loads((tmp_path / "environment.json").read_text())) == 1

@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
@@ -97,3 +98,55 @@ def test_a_run_with_a_fault_goes_on_from_the_good_checkpoint(run, tmp_path, monk
     whole = Run(tmp_path / "whole", monkeypatch)
     whole.start()
     assert run.result() == whole.result()
+
+
+def test_d14_1_what_is_undefined_is_no_fault_where_jax_looks_for_nan(run):
+    faults = {"mc/preference_corr_mean": (1, math.nan)}
+    with jax.debug_nans(True):
+        run.start(step=functools.partial(faulty_step, faults=faults))
+    assert {row["mc/preference_corr_mean"] for row in run.rows() if "loss" in row} == {"n/a"}
+
+
+def test_d14_1_what_is_a_fault_is_named_where_jax_looks_for_nan(run):
+    faults = {"loss": (4, math.nan)}
+    with (
+        jax.debug_nans(True),
+        pytest.raises(FloatingPointError, match=r"^phase lens, step 4: loss = nan; the last good"),
+    ):
+        run.start(step=functools.partial(faulty_step, faults=faults))
+
+
+@pytest.mark.parametrize(
+    ("damage", "there"),
+    [
+        (lambda lines: [], 0),
+        (None, 0),
+        (lambda lines: [*lines[:-1], lines[-1][:-1]], 3),
+        (lambda lines: [lines[0], *lines[2:]], 3),
+        (lambda lines: lines, 4),
+    ],
+    ids=["emptied", "deleted", "cut", "a line taken out", "whole"],
+)
+def test_e3_lost_rows_are_said(run, damage, there):
+    run.config = replace(CONFIG, logging_steps=1)
+    with pytest.raises(InterruptedError):
+        run.start(hook=_fail_at("batch", 4))
+    path = run.folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    assert len(lines) == 4  # three steps and an evaluation
+    path.unlink()
+    if damage is not None:
+        path.write_text("".join(damage(lines)))
+    run.start()
+    said = f"warning: metrics.jsonl holds {there} of the 4 rows of phase lens up to step 3: the others are lost"
+    assert (said in run.output.getvalue()) == (there < 4)
+    run.start()  # what is lost is said once
+    assert run.output.getvalue().count("warning") == (there < 4)
+
+
+def _fail_at(*where):
+    def hook(*at):
+        if at == where:
+            raise InterruptedError
+
+    return hook

@@ -1,11 +1,12 @@
 """Token windows from text files or from a synthetic task, as deterministic grain iterators."""
 
+import hashlib
 from dataclasses import dataclass
 
 import grain
 import numpy as np
 
-from lensjax.runs.data.corpus import corpus_files, token_row
+from lensjax.runs.data.corpus import corpus_files, text_digest, token_row
 from lensjax.runs.data.quotes import Quotes
 from lensjax.runs.data.recall import RecallSource
 from lensjax.runs.data.splits import Split
@@ -13,6 +14,9 @@ from lensjax.runs.data.task import Windows
 from lensjax.runs.data.tracking import TrackingSource
 
 Batch = dict[str, np.ndarray]
+
+_VERSIONS = {"text": 1, "stdlib": 1, "recall": 1, "tracking": 1, "quotes": 1}
+"""To be raised where a task's examples change: they are then other data under the same name."""
 
 _WHO_DECIDES = {
     "file": "Whole files, with all that are like them, go to train, validation and test, 90/5/5 by a hash of names",
@@ -60,12 +64,43 @@ def make_iterator(
     if not config.data.is_text:
         dataset = _examples(config, split, seed=seed, pretraining=pretraining)
     elif split == "train":
+        _require_windows(config, split, found=len(_windows(config, split)), needed=batch_size)
         dataset = _quoting(config, _without_end(config, seed), seed=seed, pretraining=pretraining)
     else:
         dataset = _examples(config, split, seed=seed)
         _require_windows(config, split, found=len(dataset), needed=batch_size)
         dataset = _quoting(config, dataset, seed=seed)
     return iterate(dataset, batch_size=batch_size, share=share)
+
+
+def digest(config: Windows) -> str:
+    """SHA-256 of all that a run's examples are made of, beside its settings.
+
+    Of text these are the names and contents of the files of each split, and the tokenizer; where the corpus lies does
+    not matter. Of a synthetic task it is the version of its rule.
+
+    Args:
+      config: the run; read is `data`.
+
+    Returns:
+      64 hexadecimal digits.
+
+    Raises:
+      ValueError: see `corpus.token_row`.
+
+    Example:
+      >>> import lensjax as lx
+      >>> from lensjax.runs.data import batches
+      >>> from lensjax.runs.data.task import DataConfig
+      >>> recall, tracking = (lx.Config(data=DataConfig(task=task)) for task in ("recall", "tracking"))
+      >>> batches.digest(recall) == batches.digest(tracking)
+      False
+    """
+    data = config.data
+    parts = [f"{data.task} {_VERSIONS[data.task]}"]
+    parts += [f"quotes {_VERSIONS['quotes']}"] if data.quote else []
+    parts += [text_digest(data)] if data.is_text else []
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def iterate(dataset: grain.MapDataset, *, batch_size: int, share: tuple[int, int] = (0, 1)) -> grain.DatasetIterator:
@@ -185,7 +220,8 @@ def _require_windows(config: Windows, split: Split, *, found: int, needed: int) 
     if found < needed:
         raise ValueError(
             f"split {split!r} holds {found} windows of {config.context.window} tokens, and {needed} are "
-            "needed; lower batch_size, eval_batches or context.window, add files, or raise data.max_files"
+            "needed; lower batch_size (in training pretrain.batch_size too, held out eval_batches) or context.window, "
+            "add files, or raise data.max_files"
         )
 
 

@@ -10,7 +10,8 @@ out.
 """
 
 import functools
-import glob
+import hashlib
+import json
 import os
 import sysconfig
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ import numpy as np
 
 from lensjax._settings import require
 from lensjax.runs.data.families import families
+from lensjax.runs.data.files import base_name, each_once, find
+from lensjax.runs.data.resemblance import alike, sketch
 from lensjax.runs.data.splits import SPLITS, Split, digest, split_of
 from lensjax.runs.data.task import DataConfig, Windows
 from lensjax.runs.data.token_files import open_tokens
@@ -75,22 +78,81 @@ def corpus_files(data: DataConfig, split: Split) -> list[Path]:
     Raises:
       ValueError: `split` is unknown, the path does not exist, or there is no file at all.
     """
+    return list(_documents(data, split).values())
+
+
+def text_digest(data: DataConfig) -> str:
+    """SHA-256 of the tokenizer, and of the names and contents of the files of each split in their order."""
+    files = {
+        split: [(name, _sha256(path, _stamp(path))) for name, path in _documents(data, split).items()]
+        for split in SPLITS
+    }
+    return hashlib.sha256(json.dumps([read_tokenizer(data.tokenizer).digest, files]).encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=100_000)
+def _sha256(path: Path, _stamp: object) -> str:
+    """Of a file's content. A run asks more than once: the answer is kept while the file does not change."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _documents(data: DataConfig, split: Split) -> dict[str, Path]:
+    """Files of one split by their names, in their order."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    root, paths = _stdlib_files() if data.task == "stdlib" else _text_files(str(data.path))
-    names = {path.relative_to(root).as_posix(): path for path in paths if path.is_file() and path.stat().st_size}
+    names = each_once(*_stdlib_files()) if data.task == "stdlib" else _text_files(data)
+    files = tuple((name, path, _stamp(path)) for name, path in names.items())
     if data.split_by == "folder":
-        names = {name: path for name, path in names.items() if name.split("/")[0] in SPLITS}
-    if not names:
-        where = f"{root}/{{{','.join(SPLITS)}}}" if data.split_by == "folder" else str(root)
-        raise ValueError(f"no file with text in it under {where} (data.path {data.path!r}); expected at least one")
-    if data.split_by == "folder":
+        _require_apart(files)
         splits = {name: name.split("/")[0] for name in names}
     else:
-        family = _families(tuple((name, path, _stamp(path)) for name, path in names.items()))
-        splits = {name: split_of(family[name]) for name in names}
+        family = _families(files)
+        splits = {name: split_of(base_name(family[name])) for name in names}
     members = sorted((name for name in names if splits[name] == split), key=digest)
-    return [names[name] for name in members[: data.max_files]]
+    return {name: names[name] for name in members[: data.max_files]}
+
+
+def _text_files(data: DataConfig) -> dict[str, Path]:
+    """The user's own files by name, those outside of the three folders left out where folders are the splits."""
+    found = find(str(data.path))
+    names, where = dict[str, Path](), str(found.root)
+    if data.split_by == "folder":
+        where = f"{where}/{{{','.join(SPLITS)}}}"
+        for folder in (found.root / split for split in SPLITS):
+            names |= each_once(found.root, [path for path in found.files if path.is_relative_to(folder)])
+    else:
+        names = each_once(found.root, found.files)
+    if not names:
+        but = f"; links to folders are not followed, such as {str(found.links[0])!r}" if found.links else ""
+        but += f"; folders of runs are no text, such as {str(found.own[0])!r}" if found.own else ""
+        raise ValueError(
+            f"no file with text in it under {where!r} (data.path {data.path!r}); expected at least one{but}"
+        )
+    memory, size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), sum(map(os.path.getsize, names.values()))
+    require(
+        size <= memory or (data.split_by == "folder" and data.tokenizer is not None),
+        f"data.path {data.path!r} holds {size / 2**30:,.1f} GiB of text, which is read whole, and there are "
+        f"{memory / 2**30:,.1f} GiB of memory: name fewer files, or set data.split_by folder and data.tokenizer",
+    )
+    return names
+
+
+@functools.lru_cache(maxsize=1)
+def _require_apart(files: tuple[tuple[str, Path, tuple[int, int]], ...]) -> None:
+    """Folders say what is held out: no document may be in two of them."""
+    sketches, first, pairs = [], dict[str, int](), list[tuple[int, int]]()
+    for i, (_, path, stamp) in enumerate(files):
+        pairs.append((first.setdefault(_sha256(path, stamp), i), i))
+        with path.open("rb") as file:
+            sketches.append(sketch(file))
+    for pair in (*pairs, *alike(sketches)):
+        one, other = (files[i] for i in pair)
+        require(
+            one[0].split("/")[0] == other[0].split("/")[0],
+            f"data.split_by folder: {str(one[1])!r} and {str(other[1])!r} are the same text, or nearly, and one of "
+            "them is held out: delete one, or move it to the other's folder",
+        )
 
 
 @functools.lru_cache(maxsize=1)
@@ -104,30 +166,21 @@ def _stamp(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _stdlib_files() -> tuple[Path, Iterator[Path]]:
+def _stdlib_files() -> tuple[Path, list[Path]]:
     root = Path(sysconfig.get_paths()["stdlib"])
     # _sysconfigdata* is written when an interpreter is built and differs from machine to machine.
-    return root, (
+    return root, [
         path
         for path in _walk(root, skip=_NOT_STDLIB)
-        if path.suffix == ".py" and not path.name.startswith("_sysconfigdata") and os.access(path, os.R_OK)
-    )
+        if path.suffix == ".py"
+        and not path.name.startswith("_sysconfigdata")
+        and os.access(path, os.R_OK)
+        and path.is_file()
+        and path.stat().st_size
+    ]
 
 
-def _text_files(pattern: str) -> tuple[Path, Iterator[Path]]:
-    """Resolves a folder, a file or a glob to the corpus root and its files."""
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        return path, _walk(path)
-    if path.is_file():
-        return path.parent, iter([path])
-    wild = [i for i, part in enumerate(path.parts) if any(char in part for char in "*?[")]
-    if not wild:
-        raise ValueError(f"data.path {pattern!r} does not exist; expected a folder, a file or a glob")
-    return Path(*path.parts[: wild[0]]), map(Path, glob.iglob(str(path), recursive=True))
-
-
-def _walk(root: Path, skip: tuple[str, ...] = ()) -> Iterator[Path]:
+def _walk(root: Path, skip: tuple[str, ...]) -> Iterator[Path]:
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in skip]
         yield from (Path(folder, name) for name in names if not name.startswith("."))

@@ -4,10 +4,11 @@ A line says the more about where a text comes from the fewer files it stands in,
 their number. Two files are joined when the lines they have in common weigh enough of the lighter one:
 
     shared(a, b) = sum over lines of both of  len(line) / files(line)
-    a ~ b        where shared(a, b) >= 0.1 min(shared(a, a), shared(b, b)), or all their bytes are equal
+    a ~ b        where shared(a, b) >= 0.1 min(shared(a, a), shared(b, b)), or all their bytes are equal,
+                 or nearly all of them wherever lines end (see `resemblance`)
 
 and a family is what is joined by a chain of such pairs. Only lines of 20 characters or more count, without the blanks
-around them, each once a file.
+around them, each once a file, and none that stands in more than 100.
 
 Like every rule that looks at content, this one depends on which files there are: a new file can join two families, and
 shifts the weight of the lines in it. Files that share no long line with others stay alone, whatever is added.
@@ -17,9 +18,12 @@ References:
   containment. Lee et al., Deduplicating Training Data Makes Language Models Better, arXiv:2107.06499: why.
 """
 
+import io
 from collections import defaultdict
 from collections.abc import Mapping
 from itertools import combinations
+
+from lensjax.runs.data.resemblance import alike, sketch
 
 SHARE = 0.1
 LONG = 20
@@ -54,6 +58,7 @@ def families(texts: Mapping[str, bytes]) -> dict[str, str]:
 
     first: dict[bytes, int] = {}
     pairs += [(first.setdefault(texts[name], i), i) for i, name in enumerate(names)]
+    pairs += alike([sketch(io.BytesIO(texts[name])) for name in names])
     return {name: names[root] for name, root in zip(names, _roots(len(names), pairs), strict=True)}
 
 

@@ -102,8 +102,11 @@ def _write(file: BinaryIO, paths: Sequence[Path], tokenizer: Tokenizer, dtype: n
     from rich.console import Console
     from rich.progress import Progress
 
+    from lensjax.runs.engine.progress import has_bars
+
+    console = Console(stderr=True)
     count, sizes = 0, [path.stat().st_size for path in paths]
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with Progress(console=console, transient=True, disable=not has_bars(console)) as progress:
         bar = progress.add_task(f"tokens of {len(paths)} files", total=sum(sizes))
         for path, size in zip(paths, sizes, strict=True):
             ids = tokenizer.encode(path.read_bytes().decode("utf-8", "replace"))

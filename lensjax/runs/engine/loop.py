@@ -24,7 +24,9 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lensjax.runs.engine import devices, stopping
+from lensjax._numerics import may_be_nan
+from lensjax.runs.engine import devices, recovery, stopping
+from lensjax.runs.engine.progress import has_bars
 from lensjax.runs.engine.stopping import StoppingConfig
 from lensjax.runs.store import checkpoint
 from lensjax.runs.store import log as run_logging
@@ -37,6 +39,20 @@ State = TypeVar("State")
 
 class Interrupted(SystemExit):
     """The run was asked to stop (SIGTERM, SIGHUP or Ctrl-C), and has saved what it needs to go on."""
+
+
+class Claim(Protocol):
+    """A run's folder in the hands of its process, such as `lensjax.runs.folder.Claim`."""
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Goes into every checkpoint's manifest."""
+        ...
+
+    @property
+    def require(self) -> Callable[[], None]:
+        """Raises where the folder is no longer that of the run."""
+        ...
 
 
 class Settings(Protocol):
@@ -88,6 +104,7 @@ def run_phase(
     mesh: Mesh,
     logger: RunLogger,
     console: Console,
+    claim: Claim | None = None,
 ) -> tuple[State, float]:
     """Trains from the newest checkpoint of the phase, or from `state`, to the end of the phase.
 
@@ -104,6 +121,7 @@ def run_phase(
       mesh: the devices that share each batch; a run may go on with another number of them.
       logger: takes the metrics.
       console: shows the progress.
+      claim: what checkpoints are written with; None where no other process can have the folder.
 
     Returns:
       The state after the last step, or with patience that of the best evaluation; and the seconds that the phase took,
@@ -122,9 +140,13 @@ def run_phase(
         state, saved = checkpoint.restore(folder, newest, state)
         batches.set_state(saved["batches"])
         first, elapsed = newest, saved["seconds"]
+        _say_lost_rows(saved.get("rows", 0), logger, phase.name, first, console)
         best = stopping.Best(**saved["stopping"]) if "stopping" in saved else best
     if first == phase.steps or stopping.is_over(best, patience=config.stopping.patience):
         return _kept(folder, best, state), elapsed
+    if logger.is_written(phase.name, first + 1):
+        again = f"{phase.name} is trained again from step {first}: its later checkpoints are damaged or gone"
+        console.out(f"{again}; the metrics of these steps stay as they are", highlight=False)
     started = time.perf_counter() - elapsed
 
     # Compiled ahead of time: a call with other shapes would be an error, never a second compile.
@@ -134,13 +156,14 @@ def run_phase(
     }
     placed = (jax.tree.map(lambda leaf: leaf.sharding, state), None)
     compiled = jax.jit(phase.step, donate_argnums=0, out_shardings=placed).lower(state, spec, frozen).compile()
+    step = may_be_nan(compiled)
     recorder = _Recorder(phase.name, logger, folder)
     with _stop_requests() as stop, _progress(console, phase, first) as advance:
         for done in range(first + 1, phase.steps + 1):
             rows = next(batches)
             batch = {name: devices.share_out(rows[name], mesh) for name in spec}
             with jax.transfer_guard("disallow"):
-                state, metrics = compiled(state, batch, frozen)
+                state, metrics = step(state, batch, frozen)
             advance()
             recorder.take(done, metrics, tokens=sum(array.size for array in batch.values()))
             is_last = done == phase.steps
@@ -160,8 +183,13 @@ def run_phase(
             if is_last or stop.requested or done == best.step or done % config.save_steps == 0:
                 recorder.check()
                 position = {"batches": batches.get_state(), "seconds": time.perf_counter() - started}
+                logger.sync()
+                position |= {"rows": logger.count(phase.name)}
                 position |= {} if best.step is None else {"stopping": asdict(best)}
-                checkpoint.save(folder, done, state, data_state=position, spare=best.step)
+                if claim is not None:
+                    claim.require()
+                identity = None if claim is None else claim.identity
+                checkpoint.save(folder, done, state, data_state=position, spare=best.step, identity=identity)
             if is_last or stop.requested:
                 break
     # Also after the last step: another phase may follow, which would not know of the request.
@@ -181,16 +209,27 @@ def kept_step(directory: Path) -> int | None:
       directory: the phase's `checkpoint_dir`.
 
     Returns:
-      With patience the step of the best evaluation, once there is one; else that of the newest checkpoint.
+      With patience the step of the best evaluation, once there is one; else that of the newest checkpoint. Those that
+      are damaged are named in a warning, and the one before them is taken.
 
     Raises:
-      ValueError: the newest checkpoint is damaged.
+      DamagedError: there are checkpoints, and all of them are damaged.
     """
-    newest = checkpoint.latest_step(directory)
-    if newest is None:
-        return None
-    saved = checkpoint.data_state(directory, newest) or {}
-    return int(saved["stopping"]["step"]) if "stopping" in saved else newest
+    found = recovery.newest(directory)
+    if found.step is None and found.damages:
+        raise found.damages[0]
+    found.warn()
+    return found.kept
+
+
+def _say_lost_rows(written: int, logger: RunLogger, phase: str, step: int, console: Console) -> None:
+    """A word on rows that were written before a checkpoint and are no longer there."""
+    if (there := logger.count(phase)) < written:
+        console.out(
+            f"warning: metrics.jsonl holds {there} of the {written} rows of phase {phase} up to step {step}: "
+            "the others are lost, and missing in the curves",
+            highlight=False,
+        )
 
 
 def _judged(
@@ -312,6 +351,6 @@ def _stop_requests() -> Iterator[_Stop]:
 def _progress(console: Console, phase: Phase, first: int) -> Iterator[Callable[[], None]]:
     """A bar on a terminal, nothing in a file: there, the evaluation lines show how far it is."""
     columns = (TextColumn(phase.name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not has_bars(console)) as progress:
         task = progress.add_task(phase.name, total=phase.steps, completed=first)
         yield lambda: progress.advance(task)

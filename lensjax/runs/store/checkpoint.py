@@ -3,14 +3,15 @@
 A checkpoint is the folder `<directory>/<step>`:
 
     arrays/          orbax: one array for each leaf, PRNG keys as their raw data
-    manifest.json    step, name, shape and dtype of every leaf, and the state of the data iterator
+    manifest.json    step, name, shape and dtype of every leaf, the state of the data iterator, and of which run it is
     SHA256SUMS       a checksum of every other file, in the format of `sha256sum --check`
 
-It is written under a hidden name and renamed when complete. The checksums make sure that damage is noticed whatever
-the format beneath would make of it. Of several processes the first one writes, whole arrays, and all of them read.
+It is written under a hidden name, read back, and renamed when all of it is on the disk. The checksums make sure that
+damage is noticed whatever the format beneath would make of it; files that they do not list are none of its own. Of
+several processes the first one writes, whole arrays, and all of them read.
 """
 
-import hashlib
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -19,15 +20,26 @@ from typing import Any, NoReturn, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from lensjax.runs.engine import devices
+from lensjax.runs.store import arrays, files, sums
+from lensjax.runs.store.sums import checksums as _checksums
 
 Tree = TypeVar("Tree")
 
-_ARRAYS, _MANIFEST, _SUMS = "arrays", "manifest.json", "SHA256SUMS"
-_HIDDEN = ".tmp-"
+_ARRAYS, _MANIFEST = "arrays", "manifest.json"
+_HIDDEN, _ASIDE = ".tmp-", ".damaged-"
 _LISTED = 5  # differences that an error message spells out
+
+
+class DamagedError(ValueError):
+    """A checkpoint is not as it was written."""
+
+    def __init__(self, folder: Path, what: str) -> None:
+        self.folder, self.what = folder, what
+        earlier = [step for step in steps(folder.parent) if step < int(folder.name)]
+        fix = f"resume from step {earlier[-1]}" if earlier else "start anew where this phase begins"
+        super().__init__(f"checkpoint {folder} is damaged: {what}; delete that folder to {fix}")
 
 
 def save(
@@ -36,6 +48,7 @@ def save(
     tree: Any,
     *,
     data_state: Any = None,
+    identity: Any = None,
     keep: int = 3,
     spare: int | None = None,
 ) -> Path:
@@ -46,6 +59,7 @@ def save(
       step: names the checkpoint; at least 0.
       tree: pytree of arrays, typed PRNG keys among them.
       data_state: position of the data iterator (its `get_state()`); anything that JSON gives back equal.
+      identity: of which run it is; likewise.
       keep: newest checkpoints to keep, this one included.
       spare: a step whose checkpoint stays however old it is.
 
@@ -53,7 +67,9 @@ def save(
       The checkpoint's folder.
 
     Raises:
-      ValueError: the step is there already, a leaf is not an array, or `data_state` is not JSON.
+      ValueError: the step is there already, a leaf is not an array, `data_state` or `identity` is not JSON, or what was
+        written does not read back equal.
+      OSError: it could not be written, such as on a full disk; checkpoints that are there stay.
     """
     directory = Path(directory).absolute()
     final = directory / str(step)
@@ -64,8 +80,11 @@ def save(
         "step": step,
         "arrays": {name: _spec(leaf) for name, leaf in leaves.items()},
         "data_state": data_state,
+        "identity": identity,
     }
-    manifest_text = _to_json(manifest)
+    _require_json("data_state", data_state)
+    _require_json("identity", identity)
+    manifest_text = json.dumps(manifest, indent=1)
     raw = devices.to_host({name: _raw(leaf) for name, leaf in leaves.items()})
     devices.in_first(lambda: _write(final, raw, manifest_text, keep=keep, spare=spare))
     return final
@@ -76,7 +95,7 @@ def steps(directory: str | Path) -> list[int]:
     directory = Path(directory)
     if not directory.is_dir():
         return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
+    return sorted(int(path.name) for path in directory.iterdir() if _is_step(path))
 
 
 def latest_step(directory: str | Path) -> int | None:
@@ -98,22 +117,27 @@ def restore(directory: str | Path, step: int, like: Tree) -> tuple[Tree, Any]:
       is one, takes the sharding of a committed leaf, and else goes to the default device.
 
     Raises:
-      ValueError: the checkpoint is missing or damaged, or is not the one of such a tree.
+      DamagedError: the checkpoint is damaged.
+      ValueError: it is missing, or is that of another step or of another tree.
     """
-    folder = _checked_folder(directory, step)
-    manifest = json.loads((folder / _MANIFEST).read_text())
-    return _fill(like, folder, manifest["arrays"], prefix=""), manifest["data_state"]
+    folder, manifest = _checked(directory, step)
+    return _fill(like, folder, manifest["arrays"], path=()), manifest["data_state"]
 
 
 def data_state(directory: str | Path, step: int) -> Any:
     """The `data_state` of a checkpoint; arguments and errors are those of `restore`."""
-    return json.loads((_checked_folder(directory, step) / _MANIFEST).read_text())["data_state"]
+    return _checked(directory, step)[1]["data_state"]
+
+
+def identity(directory: str | Path, step: int) -> Any:
+    """The `identity` of a checkpoint, None where it was saved without; arguments and errors are those of `restore`."""
+    return _checked(directory, step)[1].get("identity")
 
 
 def parts(directory: str | Path, step: int, *, path: tuple[str, ...]) -> set[str]:
     """Names right below a place in a checkpoint's tree; arguments are those of `restore_subtree`, and so are errors."""
     prefix = "".join(f"{part}/" for part in path)
-    names = json.loads((_checked_folder(directory, step) / _MANIFEST).read_text())["arrays"]
+    names = _checked(directory, step)[1]["arrays"]
     return {name.removeprefix(prefix).partition("/")[0] for name in names if name.startswith(prefix)}
 
 
@@ -132,55 +156,98 @@ def restore_subtree(directory: str | Path, step: int, like: Tree, *, path: tuple
     Raises:
       ValueError: see `restore`.
     """
-    folder = _checked_folder(directory, step)
-    prefix = "".join(f"{part}/" for part in path)
-    specs = json.loads((folder / _MANIFEST).read_text())["arrays"]
-    return _fill(like, folder, {name: spec for name, spec in specs.items() if name.startswith(prefix)}, prefix=prefix)
+    folder, manifest = _checked(directory, step)
+    here = "/".join(path)
+    specs = {
+        name: spec
+        for name, spec in manifest["arrays"].items()
+        if not path or name == here or name.startswith(f"{here}/")
+    }
+    return _fill(like, folder, specs, path=path)
 
 
-def _write(final: Path, raw: dict[str, Any], manifest_text: str, *, keep: int, spare: int | None) -> None:
+def set_aside(directory: str | Path, step: int) -> Path:
+    """Renames a checkpoint that is damaged, so that it counts no more; returns its new name, such as `.damaged-4`."""
+    directory = Path(directory).absolute()
+    names = (f"{_ASIDE}{step}{again}" for again in itertools.chain([""], (f"-{n}" for n in itertools.count(2))))
+    aside = next(path for path in map(directory.joinpath, names) if not path.exists())
+    files.rename(directory / str(step), aside)
+    return aside
+
+
+def _is_step(path: Path) -> bool:
+    return path.name.isdecimal() and path.name == str(int(path.name)) and path.is_dir()
+
+
+def _write(final: Path, raw: dict[str, np.ndarray], manifest_text: str, *, keep: int, spare: int | None) -> None:
     """Writes one checkpoint, and deletes of those in its directory all but the newest ones and the one to spare."""
     if final.exists():
-        raise ValueError(f"checkpoint {final} is there already; restore it, or delete it to write that step anew")
+        what = "checkpoint" if final.is_dir() else "file"
+        fix = "restore it, or delete it to write that step anew" if final.is_dir() else "move it away"
+        raise ValueError(f"{what} {final} is there already; {fix}")
     directory = final.parent
-    directory.mkdir(parents=True, exist_ok=True)
+    files.make_folder(directory)
     for stale in directory.glob(f"{_HIDDEN}*"):
-        shutil.rmtree(stale)
+        _delete(stale)
     hidden = directory / f"{_HIDDEN}{final.name}"
-    with _orbax() as orbax:
-        # orbax has no arrays without elements; the manifest alone describes them.
-        orbax.save(hidden / _ARRAYS, {name: np.asarray(leaf) for name, leaf in raw.items() if leaf.size})
-    (hidden / _MANIFEST).write_text(manifest_text)
-    (hidden / _SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in _checksums(hidden).items()))
-    hidden.rename(final)
+    try:
+        with files.naming(hidden):
+            _write_files(hidden, raw, manifest_text)
+            files.sync_tree(hidden)
+            hidden.rename(final)
+    except Exception:
+        _delete(hidden)  # half a checkpoint is of no use, and the disk may be full
+        raise
+    files.sync(directory)
 
     for old in steps(directory)[:-keep]:
-        if old != spare:
+        if old not in (spare, int(final.name)):
             # Renamed first: a deletion that is cut short leaves no half of a checkpoint under its name.
-            shutil.rmtree((directory / str(old)).rename(directory / f"{_HIDDEN}{old}"))
+            _delete((directory / str(old)).rename(directory / f"{_HIDDEN}{old}"))
 
 
-def _orbax() -> ocp.Checkpointer:
-    """orbax for this process alone: it would otherwise wait for the others at every call."""
-    process = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=process, active_processes={process}, barrier_sync_key_prefix=str(process)
-    )
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
-    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+def _write_files(folder: Path, raw: dict[str, np.ndarray], manifest_text: str) -> None:
+    """Writes all files of a checkpoint once its arrays have been read back equal."""
+    folder.mkdir()
+    arrays.write(folder / _ARRAYS, raw)
+    back = arrays.read(folder / _ARRAYS)
+    for name, array in raw.items():
+        if array.size and (name not in back or back[name].tobytes() != array.tobytes()):
+            raise ValueError(f"{folder / _ARRAYS} was written and does not read back: {name} is not what it was")
+    (folder / _MANIFEST).write_text(manifest_text)
+    (folder / sums.NAME).write_text(sums.to_text(_checksums(folder)))
 
 
-def _fill(like: Tree, folder: Path, specs: dict[str, dict[str, Any]], *, prefix: str) -> Tree:
+def _delete(path: Path) -> None:
+    """Deletes a file or a folder; what the file system keeps for now goes with a later save."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _fill(like: Tree, folder: Path, specs: dict[str, dict[str, Any]], *, path: tuple[str, ...]) -> Tree:
     """Puts the stored arrays whose names and specs are given into the structure of `like`."""
-    expected = {prefix + name: leaf for name, leaf in _named_leaves(like).items()}
+    expected = {"/".join((*path, *([name] if name else []))): leaf for name, leaf in _named_leaves(like).items()}
     _check_same_specs(folder, specs, {name: _spec(leaf) for name, leaf in expected.items()})
-    with _orbax() as orbax:
-        raw = orbax.restore(folder / _ARRAYS)
+    raw = arrays.read(folder / _ARRAYS)
     for name, spec in specs.items():
-        if name not in raw:
+        if name not in raw and 0 in spec["shape"]:
             raw[name] = np.zeros(spec["shape"], spec["dtype"])
+        if name not in raw or not _is_as_told(raw[name], spec):
+            _raise_damaged(folder, f"{name} in {_ARRAYS} is not the array that {_MANIFEST} describes")
     restored = [_place(raw[name], specs[name], leaf) for name, leaf in expected.items()]
     return jax.tree.unflatten(jax.tree.structure(like), restored)
+
+
+def _is_as_told(raw: np.ndarray, spec: dict[str, Any]) -> bool:
+    """Whether an array has the shape and dtype of a manifest's entry."""
+    if "key" not in spec:
+        return {"shape": list(raw.shape), "dtype": str(raw.dtype)} == spec
+    try:
+        return _spec(jax.random.wrap_key_data(jnp.asarray(raw), impl=spec["key"])) == spec
+    except (TypeError, ValueError):
+        return False
 
 
 def _place(raw: np.ndarray, spec: dict[str, Any], like: Any) -> Any:
@@ -217,55 +284,42 @@ def _spec(leaf: Any) -> dict[str, Any]:
     return spec | {"key": str(jax.random.key_impl(leaf))} if _is_key(leaf) and isinstance(leaf, jax.Array) else spec
 
 
-def _to_json(manifest: dict[str, Any]) -> str:
+def _require_json(name: str, value: Any) -> None:
     try:
-        text = json.dumps(manifest, indent=1, allow_nan=False)
-        is_same = json.loads(text) == manifest
+        is_same = json.loads(json.dumps(value, allow_nan=False)) == value
     except (TypeError, ValueError):
         is_same = False
     if not is_same:
-        state = manifest["data_state"]
-        raise ValueError(f"data_state must be JSON (dicts with string keys, lists, finite numbers), got {state!r}")
-    return text
+        raise ValueError(f"{name} must be JSON (dicts with string keys, lists, finite numbers), got {value!r}")
 
 
-def _checksums(folder: Path) -> dict[str, str]:
-    """Maps each file under a folder, except for the list of sums, to its SHA-256."""
-    sums = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and name != _SUMS:
-            with path.open("rb") as file:
-                sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return sums
-
-
-def _checked_folder(directory: str | Path, step: int) -> Path:
-    """Returns a checkpoint's folder once every file in it is as it was written."""
+def _checked(directory: str | Path, step: int) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint's folder and its manifest, once every file in it is as it was written."""
     folder = Path(directory).absolute() / str(step)
     if not folder.is_dir():
         there = ", ".join(map(str, steps(directory))) or "none"
         raise ValueError(f"no checkpoint {folder}; steps in that directory: {there}")
+    fault = sums.fault(folder, required=_MANIFEST)
+    if fault is not None:
+        _raise_damaged(folder, fault)
     try:
-        lines = (folder / _SUMS).read_text(errors="replace").splitlines()
-    except FileNotFoundError:
-        _raise_damaged(folder, f"{_SUMS} is missing")
-    expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    sums = _checksums(folder)
-    for name in sorted(expected.keys() | sums.keys()):
-        if name not in sums:
-            _raise_damaged(folder, f"{name} is missing")
-        if name not in expected:
-            _raise_damaged(folder, f"{_SUMS} does not list {name}")
-        if sums[name] != expected[name]:
-            _raise_damaged(folder, f"{name} is not as it was written")
-    return folder
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        is_whole = {"step", "arrays", "data_state"} <= manifest.keys()
+        is_whole &= all({"shape", "dtype"} <= spec.keys() for spec in manifest["arrays"].values())
+    except (ValueError, TypeError, AttributeError, KeyError):
+        is_whole = False
+    if not is_whole:
+        _raise_damaged(folder, f"{_MANIFEST} does not describe a checkpoint")
+    if manifest["step"] != step:
+        raise ValueError(
+            f"checkpoint {folder} is that of step {manifest['step']}, as its {_MANIFEST} says, and not of step {step}: "
+            "move that folder away, or give it its own name"
+        )
+    return folder, manifest
 
 
 def _raise_damaged(folder: Path, what: str) -> NoReturn:
-    earlier = [step for step in steps(folder.parent) if step < int(folder.name)]
-    fix = f"resume from step {earlier[-1]}" if earlier else "start anew (there is no earlier checkpoint)"
-    raise ValueError(f"checkpoint {folder} is damaged: {what}; delete that folder to {fix}")
+    raise DamagedError(folder, what)
 
 
 def _check_same_specs(folder: Path, stored: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -43,6 +43,20 @@ def rename(source: Path, target: Path) -> None:
     sync(target.parent)
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder, and those above it that are missing, and returns when the disk knows of them."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
+
+
+def sync_tree(folder: Path) -> None:
+    """Waits until a folder and all below it are on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
 def sync(path: Path) -> None:
     """Waits until a file, or the list of a folder's names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

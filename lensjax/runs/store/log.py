@@ -8,6 +8,7 @@ import json
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -20,11 +21,12 @@ from tensorboardX import RecordWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import HistogramProto, Summary
 
+from lensjax.runs.store import files
 from lensjax.training.metrics import HISTOGRAMS, MAY_BE_UNDEFINED, UNDEFINED
 
 Row = dict[str, Any]
 
-_FILE = "metrics.jsonl"
+_FILE, _BOARDS, _EVENTS = "metrics.jsonl", "tensorboard", "events.out.tfevents."
 
 
 class RunLogger:
@@ -42,8 +44,8 @@ class RunLogger:
       phases: the phases that a run of this kind has, in their order.
 
     Raises:
-      ValueError: a new run finds metrics in the folder, the phase is unknown, or the file is damaged before its
-        last line (a torn last line is what a kill leaves: it is dropped).
+      ValueError: a new run finds metrics in the folder, the phase is unknown, or a line before the last one is no row
+        of such a run (a torn last line is what a kill leaves: it is dropped).
     """
 
     def __init__(
@@ -83,14 +85,32 @@ class RunLogger:
         """Fetches and writes all queued rows, in order, and returns them."""
         pending, self._pending = self._pending, []
         fetched = jax.device_get([metrics for _, _, metrics in pending])
-        rows = [
+        rows: list[Row] = [
             {"phase": phase, "step": step}
-            | {name: _to_number(name, value) for name, value in metrics.items() if name not in HISTOGRAMS}
+            | with_undefined({name: metrics[name] for name in metrics if name not in HISTOGRAMS})
             for (phase, step, _), metrics in zip(pending, fetched, strict=True)
         ]
+        new = [place for place, row in enumerate(rows) if not self.is_written(row["phase"], row["step"])]
         if self._files is not None:
-            self._files.write(rows, [{name: m[name] for name in m if name in HISTOGRAMS} for m in fetched])
+            histograms = [{name: m[name] for name in m if name in HISTOGRAMS} for m in fetched]
+            self._files.write([rows[place] for place in new], [histograms[place] for place in new])
         return rows
+
+    def sync(self) -> None:
+        """Returns when all that was written is on the disk, where a checkpoint that follows it may count on it."""
+        if self._files is not None:
+            self._files.sync()
+
+    def count(self, phase: str) -> int:
+        """Rows of a phase in the file, those of earlier starts included; 0 where nothing is written."""
+        return 0 if self._files is None else self._files.counts[phase]
+
+    def is_written(self, phase: str, step: int) -> bool:
+        """Whether the file of a run that goes on holds rows of a step already, which are then not written again.
+
+        A phase is trained again where its own checkpoints are lost, and those of a later phase are not.
+        """
+        return self._files is not None and step <= self._files.last.get(phase, 0)
 
     def close(self) -> None:
         """Writes what is queued and closes the files."""
@@ -115,36 +135,46 @@ class _Files:
     def __init__(self, run_dir: Path, resume: tuple[str, int] | None, phases: tuple[str, ...]) -> None:
         self._run_dir, self._phases = run_dir, phases
         run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / _FILE
+        path = self._path = run_dir / _FILE
+        self.counts = Counter[str]()
         if resume is not None:
             _checked_phase(resume[0], phases)
-            _rewind(path, resume, phases)
+            self.counts.update(row["phase"] for row in _rewind(path, resume, phases))
         elif path.exists() and path.stat().st_size:
             raise ValueError(f"{path} holds the metrics of another run; resume that one, or choose another folder")
         self._resume = resume
+        # By phase, the last step that the file holds at the start.
+        self.last = {} if resume is None else {row["phase"]: row["step"] for _, row in _parsed_lines(path)}
         self._boards: dict[str, RecordWriter] = {}
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, rows: list[Row], histograms: list[dict[str, np.ndarray]]) -> None:
-        self._file.write("".join(json.dumps(_to_json(row), allow_nan=False) + "\n" for row in rows))
-        self._file.flush()
-        for row, counts in zip(rows, histograms, strict=True):
-            self._board(row["phase"]).write(_event(row, counts).SerializeToString())
-        for board in self._boards.values():
-            board.flush()
+        with files.naming(self._path):
+            self._file.write("".join(json.dumps(_to_json(row), allow_nan=False) + "\n" for row in rows))
+            self._file.flush()
+        self.counts.update(row["phase"] for row in rows)
+        with files.naming(self._run_dir / _BOARDS):
+            for row, counts in zip(rows, histograms, strict=True):
+                self._board(row["phase"]).write(_event(row, counts).SerializeToString())
+            for board in self._boards.values():
+                board.flush()
+
+    def sync(self) -> None:
+        with files.naming(self._path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
-        for board in self._boards.values():
-            board.close()
+        with files.naming(self._path):
+            self._file.close()
+        with files.naming(self._run_dir / _BOARDS):
+            for board in self._boards.values():
+                board.close()
 
     def _board(self, phase: str) -> RecordWriter:
         if phase not in self._boards:
-            folder = self._run_dir / "tensorboard" / phase
+            folder = self._run_dir / _BOARDS / phase
             folder.mkdir(parents=True, exist_ok=True)
-            # TensorBoard reads a folder's files in the order of their names; with the usual time stamp, two
-            # starts in one second would share a file.
-            board = RecordWriter(str(folder / f"events.out.tfevents.{len(list(folder.iterdir())):06d}"))
+            board = RecordWriter(str(folder / f"{_EVENTS}{_next_number(folder):06d}"))
             board.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
             if self._resume is not None and phase in self._phases[self._phases.index(self._resume[0]) :]:
                 # Hides what earlier files say about this step and later ones.
@@ -155,11 +185,21 @@ class _Files:
         return self._boards[phase]
 
 
+def _next_number(folder: Path) -> int:
+    """Above those of all event files in a folder.
+
+    TensorBoard reads them in the order of their names; with the usual time stamp, two starts in one second would share
+    a file, and with their count a start after a deletion.
+    """
+    endings = (path.name.removeprefix(_EVENTS) for path in folder.glob(f"{_EVENTS}*"))
+    return max((int(ending) for ending in endings if ending.isdecimal()), default=-1) + 1
+
+
 def read_rows(run_dir: str | Path) -> list[Row]:
     """Reads the rows of a run; a torn last line is left out.
 
     Raises:
-      ValueError: a line before the last one is not JSON.
+      ValueError: a line before the last one is no row.
     """
     return [row for _, row in _parsed_lines(Path(run_dir) / _FILE)]
 
@@ -178,6 +218,11 @@ def check_finite(rows: Iterable[Row], *, advice: str) -> None:
         faults = [f"{name} = {value}" for name, value in row.items() if _is_fault(value)]
         if faults:
             raise FloatingPointError(f"phase {row['phase']}, step {row['step']}: {', '.join(faults)}; {advice}")
+
+
+def with_undefined(report: Mapping[str, Any]) -> Row:
+    """A report whose values that may be undefined, and are, are `"n/a"`."""
+    return {name: _to_number(name, value) for name, value in report.items()}
 
 
 def _checked_phase(phase: str, phases: tuple[str, ...]) -> None:
@@ -227,22 +272,31 @@ def _histogram(edges: np.ndarray, counts: np.ndarray) -> HistogramProto:
 
 def _parsed_lines(path: Path) -> list[tuple[str, Row]]:
     """Pairs each complete line with its row."""
-    parsed = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        if number == len(lines) and not line.endswith("\n"):
-            break
-        try:
-            parsed.append((line, json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is damaged: line {number} is not JSON ({error}); delete that line") from error
-    return parsed
+    text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+    *lines, _ = text.split("\n")  # behind the last line that was ended there is nothing, or a torn one
+    return [(f"{line}\n", _parsed(line, f"{path} is damaged: line {place}")) for place, line in enumerate(lines, 1)]
 
 
-def _rewind(path: Path, last: tuple[str, int], phases: tuple[str, ...]) -> None:
-    """Drops the rows after a phase and step; a kill in the middle leaves the old file or the new one."""
-    end = (phases.index(last[0]), last[1])
-    kept = [line for line, row in _parsed_lines(path) if (phases.index(row["phase"]), row["step"]) <= end]
-    hidden = path.with_name(f".{path.name}.tmp")
-    hidden.write_text("".join(kept), encoding="utf-8")
-    os.replace(hidden, path)
+def _parsed(line: str, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:  # also of numbers without end
+        raise ValueError(f"{where} is not JSON ({error}); delete that line") from error
+    has_place = isinstance(row, dict) and isinstance(row.get("phase"), str) and type(row.get("step")) is int
+    if not has_place or row["step"] < 0:
+        raise ValueError(f"{where} is no row (expected an object with a phase and a step); delete that line")
+    return row
+
+
+def _rewind(path: Path, last: tuple[str, int], phases: tuple[str, ...]) -> list[Row]:
+    """Drops the rows after a phase and step, and returns the others; a kill leaves the old file or the new one."""
+    parsed, end = _parsed_lines(path), (phases.index(last[0]), last[1])
+    for place, (_, row) in enumerate(parsed, 1):
+        if row["phase"] not in phases:
+            raise ValueError(
+                f"{path} is damaged: line {place} is no row (its phase {row['phase']!r} is none of "
+                f"{', '.join(phases)}); delete that line"
+            )
+    kept = [(line, row) for line, row in parsed if (phases.index(row["phase"]), row["step"]) <= end]
+    files.write_text(path, "".join(line for line, _ in kept))
+    return [row for _, row in kept]
