@@ -68,7 +68,7 @@ def describe(error: Exception) -> str:
     if _is_full(error):
         name = getattr(error, "filename", None)
         return "; ".join((f"{_NO_SPACE}: {name}" if name else _NO_SPACE, "free some", *_notes(error)))
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or (type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in text):
         return "; ".join(("out of memory: make batch, context or models smaller", *_notes(error)))
     if _is_ours(error):
         return "; ".join((text, *_notes(error)))
