@@ -87,7 +87,8 @@ def _is_ours(error: Exception) -> bool:
     if isinstance(error, OSError | ImportError | FloatingPointError):
         return True
     frames = traceback.extract_tb(error.__traceback__)
-    return type(error) is ValueError and bool(frames) and _place(frames[-1]) is not None
+    is_named = type(error) is ValueError or type(error).__module__.partition(".")[0] in ("lensjax", "experiments")
+    return is_named and bool(frames) and _place(frames[-1]) is not None
 
 
 def _places(trace: TracebackType | None) -> list[str]:

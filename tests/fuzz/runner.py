@@ -26,6 +26,7 @@ USAGE = 2
 """The exit code of a command line that is none; its message is a box of several lines."""
 UNKNOWN = "LENSJAX_TRACEBACK=1 shows"
 """In the line that the programs end with on an exception that is none of their messages."""
+NOTES = (".lock", "environment.json")
 FORK = multiprocessing.get_context("fork")
 
 
@@ -54,8 +55,8 @@ class Outcome:
     output: str
     errors: str
     seconds: float
-    is_changed: bool
-    """Whether `case.leaves` is not as it was before."""
+    changed: list[str]
+    """Files and folders of `case.leaves` that are not as they were before."""
 
 
 class Kind(Protocol):
@@ -139,7 +140,7 @@ def verdict(kind: Kind, outcome: Outcome) -> str:
         return f"exit code {outcome.code} without a line of error: {tail}"
     if outcome.code != USAGE and len(lines) > 1 + sum(line.startswith("warning: ") for line in lines):
         return f"more than one line: {tail}"
-    return f"left something behind, or changed it: {outcome.case.leaves}" if outcome.is_changed else ""
+    return f"left or changed {', '.join(outcome.changed[:5])} after {tail}" if outcome.changed else ""
 
 
 def run_alone(case: Case, folder: Path, *, limit: float = LIMIT) -> Outcome:
@@ -198,7 +199,9 @@ class _Busy:
             self.process.kill()
         self.process.join()
         output, errors = (path.read_text(errors="replace") if path.exists() else "" for path in self._streams)
-        changed = fingerprint(self.case.leaves) != self._before
+        after = fingerprint(self.case.leaves)
+        paths = sorted(self._before.keys() | after.keys())
+        changed = [path for path in paths if self._before.get(path) != after.get(path)]
         return Outcome(self.case, self._folder, code, output, errors, time.monotonic() - self._began, changed)
 
 
@@ -215,8 +218,12 @@ def _act(act: Callable[[], object], folder: Path, streams: Sequence[Path]) -> No
 
 
 def fingerprint(path: Path | None) -> dict[str, str]:
-    """Every file and folder at or below a path, with a sum of what it holds; empty where there is nothing."""
+    """Every file and folder at or below a path, with a sum of what it holds; empty where there is nothing.
+
+    Who had a run's folder, and from where, may be noted in it at any time.
+    """
     if path is None or not path.exists():
         return {}
     below = [path, *path.rglob("*")] if path.is_dir() else [path]
-    return {str(one): hashlib.sha256(one.read_bytes()).hexdigest() if one.is_file() else "" for one in below}
+    kept = (one for one in below if one.name not in NOTES)
+    return {str(one): hashlib.sha256(one.read_bytes()).hexdigest() if one.is_file() else "" for one in kept}
