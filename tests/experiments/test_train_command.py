@@ -236,6 +236,6 @@ def test_m5_a_file_is_no_output_folder(capsys):
 @pytest.mark.parametrize("words", [["--seed", "1", "recall"], ["--seed=1", "recall", "--steps", "300"]])
 def test_m6_a_preset_that_comes_late_is_told_so(words):
     with pytest.raises(
-        ValueError, match=r"^recall is no flag: a preset comes first, and alone; all that follow are flags"
+        ValueError, match=r"^recall is no flag: a preset comes first, and alone; all that follows are flags"
     ):
         script.parse(words)
