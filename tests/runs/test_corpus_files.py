@@ -139,6 +139,8 @@ def test_d2_2_what_the_program_wrote_is_no_text(notes):
     for name in ("tokens.bin", "manifest.json"):
         (notes / "tokens/0a1b" / name).write_bytes(b"{}" * 100)
     assert len(files(notes)) == len(files(notes / "**/*")) == TEN
+    (notes / "log.txt").symlink_to("runs/a/metrics.jsonl")
+    assert len(files(notes)) == TEN
     # A stranger's config.json is text.
     (notes / "config.json").write_text('{"format": 2, "model_type": "llama"}')
     assert len(files(notes)) == TEN + 1

@@ -30,7 +30,7 @@ class Found:
     links: list[Path] = field(default_factory=list)
     """Links to folders."""
     own: list[Path] = field(default_factory=list)
-    """Folders that the program has written."""
+    """Folders that the program has written, and links into such."""
 
 
 def find(pattern: str) -> Found:
@@ -156,6 +156,9 @@ def _take(found: Found, path: Path, pattern: str) -> None:
     if path.is_symlink() and not path.exists():
         target = os.readlink(path)
         _refuse(pattern, f"cannot be read: {str(path)!r} is a link to {target!r}, where nothing is: delete that link")
+    if path.is_symlink() and any(map(_is_own, path.resolve().parents)):
+        found.own.append(path)
+        return
     status = path.stat()
     if stat.S_ISREG(status.st_mode) and status.st_size:
         if not os.access(path, os.R_OK):
