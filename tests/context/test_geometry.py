@@ -85,7 +85,9 @@ def test_a_target_beyond_the_window_is_the_whole_window():
 def test_sizes_out_of_range_are_refused(name, least):
     sizes = {"history": 64, "block_size": 4, "max_lod": 2, "recent_tokens": 8}
     assert getattr(Geometry(**sizes | {name: least}), name) == least
-    with pytest.raises(ValueError, match=rf"Geometry.{name} must be (at least {least}|in \[{least}, 30\]), got {least - 1}"):
+    with pytest.raises(
+        ValueError, match=rf"Geometry.{name} must be (at least {least}|in \[{least}, 30\]), got {least - 1}"
+    ):
         Geometry(**sizes | {name: least - 1})
 
 
