@@ -63,7 +63,6 @@ def open_run(
       OSError: see `lensjax.runs.store.run_folder`.
     """
     folder, phases = Path(config.output_dir), tuple(steps)
-    _require_text(folder.absolute())
     held: list[Lock] = []
     notes: list[str] = []
 
@@ -81,12 +80,8 @@ def open_run(
     try:
         devices.in_first(take)
         console.out(f"run folder {folder}, {jax.default_backend()}, seed {config.seed}", highlight=False)
-        if resume:
-            repairs: list[str] = []
-            devices.in_first(lambda: repairs.extend(recovery.repair(folder, phases)))
-            for line in repairs:
-                console.out(line, highlight=False)
-        restored = run_folder.restore_point(folder, phases) if resume else None
+        plan = recovery.plan(folder, phases) if resume else None
+        restored = None if plan is None else plan.restored
         stored = None if restored is None else _stored(folder, *restored)
         began_with = weights() if stored is None else stored["weights"]
         own = identity.of(config, data=data, weights=began_with)
@@ -99,6 +94,11 @@ def open_run(
         for note in notes:
             console.out(note, highlight=False)
         with RunLogger(folder if devices.is_first() else None, resume=restored, phases=phases) as logger:
+            if plan is not None:  # all is as it should be: only now the folder is changed
+                repairs: list[str] = []
+                devices.in_first(lambda: repairs.extend(plan.repair()))
+                for line in repairs:
+                    console.out(line, highlight=False)
             yield folder, logger, Claim(own, require)
         require()
     finally:
@@ -143,14 +143,3 @@ def _require_checkpoints(folder: Path, restored: tuple[str, int], save_steps: in
             f"{folder}/checkpoints holds no checkpoint, and metrics.jsonl goes to {later[-1]['phase']} step "
             f"{later[-1]['step']}: put the checkpoints back (is their disk mounted?), or start a new run"
         )
-
-
-def _require_text(folder: Path) -> None:
-    """The format of checkpoints names files in UTF-8."""
-    try:
-        str(folder).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"output_dir {str(folder)!a} cannot be written as UTF-8: choose another folder, or, where it is the "
-            "locale that cannot, set PYTHONUTF8=1"
-        ) from error

@@ -6,6 +6,8 @@ import os
 import re
 import resource
 import shutil
+import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +68,16 @@ def test_d15_a_full_disk_is_one_short_error_and_leaves_what_was_there(tmp_path, 
         checkpoint.save(tmp_path, 2, {"a": noise})
     assert error.value.errno == errno.EFBIG and error.value.filename == str(tmp_path / ".tmp-2" / "arrays")
     assert len(str(error.value)) < 300 and caplog.records == [] and os.listdir(tmp_path) == []
+
+
+def test_d15_writes_that_end_late_are_not_heard_of(monkeypatch):
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", heard.append)
+    arrays._drop_late_answers.__wrapped__()
+    others = SimpleNamespace(exc_value=ValueError("x"))
+    for unraisable in (SimpleNamespace(exc_value=RuntimeError("Event loop is closed")), others):
+        sys.unraisablehook(unraisable)
+    assert heard == [others]
 
 
 def test_d15_orbax_is_quiet_only_while_it_is_asked(tmp_path, caplog):

@@ -22,11 +22,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lensjax._numerics import may_be_nan
 from lensjax.runs.engine import devices, recovery, stopping
-from lensjax.runs.engine.progress import has_bars
+from lensjax.runs.engine.progress import progress_bar
 from lensjax.runs.engine.stopping import StoppingConfig
 from lensjax.runs.store import checkpoint
 from lensjax.runs.store import log as run_logging
@@ -158,7 +157,7 @@ def run_phase(
     compiled = jax.jit(phase.step, donate_argnums=0, out_shardings=placed).lower(state, spec, frozen).compile()
     step = may_be_nan(compiled)
     recorder = _Recorder(phase.name, logger, folder)
-    with _stop_requests() as stop, _progress(console, phase, first) as advance:
+    with _stop_requests() as stop, progress_bar(console, phase.name, phase.steps, done=first) as advance:
         for done in range(first + 1, phase.steps + 1):
             rows = next(batches)
             batch = {name: devices.share_out(rows[name], mesh) for name in spec}
@@ -345,12 +344,3 @@ def _stop_requests() -> Iterator[_Stop]:
         yield stop
     finally:
         restore()
-
-
-@contextmanager
-def _progress(console: Console, phase: Phase, first: int) -> Iterator[Callable[[], None]]:
-    """A bar on a terminal, nothing in a file: there, the evaluation lines show how far it is."""
-    columns = (TextColumn(phase.name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not has_bars(console)) as progress:
-        task = progress.add_task(phase.name, total=phase.steps, completed=first)
-        yield lambda: progress.advance(task)

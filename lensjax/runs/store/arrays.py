@@ -1,8 +1,10 @@
 """Arrays by name in a folder, through orbax."""
 
+import functools
 import logging
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -58,6 +60,7 @@ def _orbax(folder: Path) -> Iterator[tuple[ocp.Checkpointer, Path]]:
             code = re.search(r"os_error_code='(\d+)'", str(error))
             if code is None:
                 raise
+            _drop_late_answers()
             raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from error
 
 
@@ -86,3 +89,15 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(is_shown)
+
+
+@functools.cache
+def _drop_late_answers() -> None:
+    """From now on says nothing of writes that end after orbax gave up on the first that failed."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
