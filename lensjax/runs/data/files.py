@@ -17,6 +17,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NoReturn
 
+from lensjax.runs.store.paths import absolute
+
 EVERYTHING = ("**",)
 _WAYS_OUT = "make it readable, or take it out of there"
 
@@ -93,10 +95,7 @@ def base_name(name: str) -> str:
 
 def _resolved(pattern: str) -> tuple[Path, tuple[str, ...]]:
     """A file, or a folder and the parts of the names below it that are asked for."""
-    try:
-        path = Path(pattern).expanduser()
-    except RuntimeError:
-        _refuse(pattern, "names a user that is not there: write the folder in full")
+    path = absolute(pattern, name="data.path") if pattern.startswith("~") else Path(pattern)
     status, known = _status(path, pattern), 0
     if status is not None:
         known = len(path.parts)

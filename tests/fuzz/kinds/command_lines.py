@@ -13,7 +13,7 @@ from experiments.studies import ablate, stream
 from lensjax._settings import replace
 from lensjax.runs.config import Config
 from lensjax.runs.store import config_file
-from tests.fuzz.kinds.configurations import fields, nearby, numbers
+from tests.fuzz.kinds.configurations import drawn, fields, numbers
 from tests.fuzz.runner import Case, Outcome
 from tests.runs import TINY, cheap_programs
 
@@ -23,7 +23,7 @@ WORDS = (
         "3000000000",
         "9" * 400,
         "0x10",
-        "1_000",
+        "1_0",
         "\u0661",
         "lens",
         "base lens",
@@ -71,7 +71,7 @@ class _CommandLines:
         words = []
         for _ in range(rng.choice((1, 1, 2, 3))):
             flag = rng.choice(TOP if rng.random() < 0.2 else list(flags))
-            value = str(nearby(flags.get(flag), rng)) if rng.random() < 0.5 else rng.choice(WORDS)
+            value = str(drawn(flag, flags.get(flag), rng)) if rng.random() < 0.5 else rng.choice(WORDS)
             words += [f"{flag}={value}"] if rng.random() < 0.3 else [flag] if rng.random() < 0.05 else [flag, value]
         if rng.random() < 0.15:
             program = rng.choice(list(PROGRAMS))

@@ -77,7 +77,7 @@ class _Configurations:
             for section in sections:
                 inner = inner[section]
             changed = f"{last}_" if rng.random() < 0.05 else last
-            inner[changed] = changes[".".join((*sections, changed))] = nearby(inner.get(last), rng)
+            inner[changed] = changes[".".join((*sections, changed))] = drawn(last, inner.get(last), rng)
         text = rng.choice(BROKEN) if rng.random() < 0.05 else json.dumps(raw)
         file = folder / "preset.json"
         file.write_text(text)
@@ -93,8 +93,16 @@ class _Configurations:
         return "" if summary["seed"] == stored.seed else "the summary is of another seed"
 
 
+def drawn(name: str, value: Any, rng: random.Random) -> Any:
+    """A value for a field, but no number of steps that would be a long run, as it was asked for."""
+    while True:
+        other = nearby(value, rng)
+        if not (name.endswith("steps") and type(other) in (int, float) and 31 < other < 2**31):
+            return other
+
+
 def nearby(value: Any, rng: random.Random) -> Any:
-    """Mostly something else altogether; sometimes a number a little away."""
+    """Something else altogether, or a number a little away."""
     if type(value) is bool and rng.random() < 0.6:
         return not value
     if type(value) in (int, float) and rng.random() < 0.6:
