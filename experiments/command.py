@@ -90,7 +90,7 @@ def parse(
     if not strays:
         return config, False
     if not any(stray.startswith("-") for stray in strays):
-        raise ValueError(f"{strays[0]} is no flag: a preset comes first, and alone; all that follows are flags")
+        raise ValueError(f"{strays[0]} is no flag: a preset comes first, and alone; flags follow it")
     return tyro.cli(kind, default=default, args=words, description=description), False
 
 

@@ -68,14 +68,13 @@ def describe(error: Exception) -> str:
     if _is_full(error):
         name = getattr(error, "filename", None)
         return "; ".join((f"{_NO_SPACE}: {name}" if name else _NO_SPACE, "free some", *_notes(error)))
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or (type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in text):
         return "; ".join(("out of memory: make batch, context or models smaller", *_notes(error)))
     if _is_ours(error):
         return "; ".join((text, *_notes(error)))
     text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
-    where = "".join(f"{place}; " for place in _places(error.__traceback__)[-1:])
-    name = type(error).__name__
-    return "; ".join((f"{name}: {text}" if text else name, *_notes(error))) + f" ({where}{TRACEBACK}=1 shows the rest)"
+    name, *where = type(error).__name__, *_where(error.__traceback__), f"{TRACEBACK}=1 shows the rest"
+    return "; ".join((f"{name}: {text}" if text else name, *_notes(error))) + f" ({'; '.join(where)})"
 
 
 def _is_full(error: BaseException) -> bool:
@@ -91,9 +90,13 @@ def _is_ours(error: Exception) -> bool:
     return is_named and bool(frames) and _place(frames[-1]) is not None
 
 
-def _places(trace: TracebackType | None) -> list[str]:
-    """The lines of this code that an exception passed through, the deepest one last."""
-    return [place for frame in traceback.extract_tb(trace) if (place := _place(frame)) is not None]
+def _where(trace: TracebackType | None) -> list[str]:
+    """The last line of this code that an exception passed through, and the path that was in hand there, or above."""
+    frames = [frame for frame, _ in traceback.walk_tb(trace)]
+    lines = list(zip(frames, traceback.extract_tb(trace), strict=True))
+    own = [(frame, place) for frame, line in reversed(lines) if (place := _place(line)) is not None]
+    paths = [value for frame, _ in own for value in reversed(frame.f_locals.values()) if isinstance(value, Path)]
+    return [place for _, place in own[:1]] + [f"at {path}" for path in paths[:1]]
 
 
 def _place(frame: traceback.FrameSummary) -> str | None:

@@ -141,7 +141,12 @@ def test_what_is_pure_does_not_know_the_outside_world():
 
 def test_the_tests_mirror_the_house():
     rooms = {room for room in ORDER if (LIBRARY / "lensjax" / room).is_dir()}
-    parts = {path.name for path in (ROOT / "experiments").iterdir() if path.is_dir()} | {"experiments", "faults"}
+    parts = {path.name for path in (ROOT / "experiments").iterdir() if path.is_dir()} | {
+        "experiments",
+        "faults",
+        "fuzz",
+        "kill",
+    }
     folders = {path.parent.relative_to(ROOT / "tests").parts[0] for path in (ROOT / "tests").glob("*/**/test_*.py")}
     assert rooms <= folders <= rooms | parts
 

@@ -132,11 +132,11 @@ def _require_room(config: QuietStarConfig, model: ThoughtModel, mesh: Mesh) -> N
         steps[RL] = (jax.eval_shape(lambda baked: start(baked=baked), baking.params["lm"]), reinforce.rl_step)
     for name, (state, step) in steps.items():
         memory.require_room(
-            lambda state, batch, _, step=step: step(state, batch, **static),
             state,
             batch,
             {},
             phase=name,
+            activations=functools.partial(memory.largest_product, functools.partial(step, **static), state, batch),
             held_out=2 * config.eval_batches * memory.size(batch),
             devices=mesh.size,
             split=config.shard_parameters,

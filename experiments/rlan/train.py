@@ -122,12 +122,14 @@ def _require_room(config: RlanConfig, models: RlanModels, mesh: Mesh) -> None:
     shapes = {name: (config.batch_size, *shape) for name, shape in config.example_shapes.items()}
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in shapes.items()}
     start = functools.partial(meta.init_state, config=config, models=models)
+    state = jax.eval_shape(start, jax.random.key(0))
+    step = functools.partial(meta.meta_step, config=config, models=models)
     memory.require_room(
-        lambda state, batch, _: meta.meta_step(state, batch, config=config, models=models),
-        jax.eval_shape(start, jax.random.key(0)),
+        state,
         batch,
         {},
         phase=PHASE,
+        activations=functools.partial(memory.largest_product, step, state, batch),
         held_out=2 * config.eval_batches * memory.size(batch) if config.tasks == "rules" else 0,
         devices=mesh.size,
         split=config.shard_parameters,

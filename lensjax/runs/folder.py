@@ -80,12 +80,8 @@ def open_run(
     try:
         devices.in_first(take)
         console.out(f"run folder {folder}, {jax.default_backend()}, seed {config.seed}", highlight=False)
-        if resume:
-            repairs: list[str] = []
-            devices.in_first(lambda: repairs.extend(recovery.repair(folder, phases)))
-            for line in repairs:
-                console.out(line, highlight=False)
-        restored = run_folder.restore_point(folder, phases) if resume else None
+        plan = recovery.plan(folder, phases) if resume else None
+        restored = None if plan is None else plan.restored
         stored = None if restored is None else _stored(folder, *restored)
         began_with = weights() if stored is None else stored["weights"]
         own = identity.of(config, data=data, weights=began_with)
@@ -98,6 +94,11 @@ def open_run(
         for note in notes:
             console.out(note, highlight=False)
         with RunLogger(folder if devices.is_first() else None, resume=restored, phases=phases) as logger:
+            if plan is not None:  # all is as it should be: only now the folder is changed
+                repairs: list[str] = []
+                devices.in_first(lambda: repairs.extend(plan.repair()))
+                for line in repairs:
+                    console.out(line, highlight=False)
             yield folder, logger, Claim(own, require)
         require()
     finally:

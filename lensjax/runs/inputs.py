@@ -42,7 +42,9 @@ class Inputs:
                 config,
                 "train",
                 seed=seed,
-                batch_size=config.pretrain.batch_size if phase == "pretrain" else config.batch_size,
+                batch_size=config.pretrain.batch_size
+                if phase == "pretrain" and config.pretrains
+                else config.batch_size,
                 pretraining=phase == "pretrain",
                 share=share,
             )

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lensjax import _settings
 from lensjax.models import HyperLoRAModel, Models
 from lensjax.runs.config import Config
 from lensjax.runs.engine import memory
@@ -40,13 +41,23 @@ def require_room(config: Config, models: Models, hypernet: HyperLoRAModel | None
 @functools.cache
 def _require_room(config: Config, models: Models, hypernet: HyperLoRAModel | None, devices: int) -> None:
     example = config.context.window * jnp.dtype(jnp.int32).itemsize
-    for name, batch_size, (state, frozen), step in _programs(config, models, hypernet):
+    flat = _settings.replace(
+        config, **{f"{part}.layers": min(getattr(config, part).layers, 2) for part in ("base", "gist", "lens")}
+    )
+    # One layer's products are as large as another's, and each layer takes time to trace.
+    flat_models = models if flat == config else flat.build_models()
+    flat_hypernet = hypernet if flat == config else flat.build_hypernet(flat_models)
+    whole, traced = _programs(config, models, hypernet), _programs(flat, flat_models, flat_hypernet)
+    for (name, batch_size, (state, frozen), _), (_, _, (flat_state, flat_frozen), step) in zip(
+        whole, traced, strict=True
+    ):
+        batch = {"tokens": jax.ShapeDtypeStruct((batch_size, config.context.window), jnp.int32)}
         memory.require_room(
-            step,
             state,
-            {"tokens": jax.ShapeDtypeStruct((batch_size, config.context.window), jnp.int32)},
+            batch,
             frozen,
             phase=name,
+            activations=functools.partial(memory.largest_product, step, flat_state, batch, flat_frozen),
             held_out=HELD_OUT * config.eval_batches * config.batch_size * example,
             devices=devices,
             split=config.shard_parameters,

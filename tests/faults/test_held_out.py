@@ -77,7 +77,7 @@ def test_d3_1_links_change_no_run(tmp_path):
         ({"path": "/dev/zero"}, "neither a file nor a folder"),
         ({"path": "notes/0.txt"}, "holds 0 tokens|does not exist"),
         ({"path": "notes", "max_files": 1}, "split 'test' holds"),
-        ({"path": "~nosuchuser"}, "names a user that is not there"),
+        ({"path": "~nosuchuser"}, "is no user's home"),
     ],
 )
 def test_d2_4_a_corpus_that_is_refused_leaves_no_folder(tmp_path, monkeypatch, data, message):

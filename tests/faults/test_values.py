@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.process import describe
 from experiments.studies import ablate
 from experiments.train import load_preset
 from experiments.train import main as train
@@ -210,11 +211,12 @@ def test_e2_what_memory_cannot_hold_is_one_sentence_before_anything_is_made(tmp_
 
 
 def test_e2_activations_count_and_devices_share_them(monkeypatch):
-    models = TINY.build_models()
+    config = _settings.replace(TINY, steps=0)
+    models = config.build_models()
     monkeypatch.setattr(memory, "there", lambda: 60_000)
     with pytest.raises(ValueError, match=r"phase pretrain takes at least .*\(activations"):
-        sizes.require_room(TINY, models, None, devices=1)
-    sizes.require_room(_settings.replace(TINY, shard_parameters=True), models, None, devices=2)
+        sizes.require_room(config, models, None, devices=1)
+    sizes.require_room(_settings.replace(config, shard_parameters=True), models, None, devices=2)
 
 
 def test_e2_a_session_of_any_length_is_checked_at_once():
@@ -244,3 +246,12 @@ def test_d14_7_without_jit_there_is_no_run(tmp_path):
         fit(tiny_config(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     devices.make_mesh({"batch_size": 2})
+
+
+def test_e2_what_a_device_cannot_allocate_is_one_line():
+    try:
+        jnp.zeros((2**20, 2**26)).block_until_ready()
+    except Exception as error:
+        assert describe(error) == "out of memory: make batch, context or models smaller"
+    else:
+        pytest.skip("there are 256 TiB")

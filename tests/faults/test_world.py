@@ -2,11 +2,13 @@
 
 import errno
 import io
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import pytest
@@ -14,7 +16,7 @@ from rich.console import Console
 
 from experiments.process import advising, describe, errors_end
 from lensjax.runs.engine import devices, loop
-from lensjax.runs.store import config_file
+from lensjax.runs.store import config_file, paths
 from tests.runs import ROOT, run_script, tiny_config
 
 
@@ -28,9 +30,16 @@ def test_d14_2_a_console_that_cannot_encode_shows_escapes(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["l\udce9t", "p\udcc3\udcb6"])
-def test_d14_3_a_folder_whose_name_is_no_text_is_refused_before_it_is_made(tmp_path, name):
-    with pytest.raises(ValueError, match=r"output_dir must be text that UTF-8 can write.*\\udc"):
+def test_d14_3_a_folder_whose_name_is_no_text_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=r"^output_dir must be text that UTF-8 can write.*\\udc"):
         tiny_config(tmp_path / name)
+
+
+def test_d14_3_so_is_one_below_such_a_working_folder(tmp_path, monkeypatch):
+    (tmp_path / "l\udce9t").mkdir()
+    monkeypatch.chdir(tmp_path / "l\udce9t")
+    with pytest.raises(ValueError, match=r"must be text that UTF-8 can write.*\\udce9t/run"):
+        paths.resolved(tiny_config(Path("run")))
 
 
 def test_d14_4_a_reader_that_goes_away_is_no_error(monkeypatch):
@@ -114,6 +123,17 @@ def test_an_exception_that_is_no_message_says_where_it_comes_from(capsys, monkey
     assert ended(KeyError("phase"), capsys) == ("error: KeyError: 'phase' (LENSJAX_TRACEBACK=1 shows the rest)", "")
     monkeypatch.setenv("LENSJAX_TRACEBACK", "1")
     assert "Traceback" in ended(KeyError("phase"), capsys)[1]
+
+
+def test_what_was_being_read_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    path.write_text("{}")
+    monkeypatch.setattr(json, "loads", lambda text, **options: {}["phase"])
+    with pytest.raises(KeyError) as raised:
+        config_file.load(path, object)
+    line = describe(raised.value)
+    assert line.startswith("KeyError: 'phase' (lensjax/runs/store/config_file.py:")
+    assert line.endswith(f"; at {path}; LENSJAX_TRACEBACK=1 shows the rest)")
 
 
 def test_d15_a_full_disk_is_one_line_with_the_way_on(capsys):

@@ -1,8 +1,8 @@
 """Hostile inputs, drawn by a seed: `python -m tests.fuzz --count 1000 --seed 0`.
 
 Each input is used in a process of its own, which is forked from one that has imported everything. Whatever the kind,
-the program must end within `LIMIT` seconds, and either with exit code 0 and what was asked for, or with another code,
-one line of error, and nothing left behind.
+the program must end within `runner.LIMIT` seconds of computing, and either with exit code 0 and what was asked for, or
+with another code, one line of error, and nothing left behind.
 
 A kind is a module of `tests/fuzz/kinds/` with an object `KIND`:
 

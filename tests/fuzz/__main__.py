@@ -1,6 +1,7 @@
 """`python -m tests.fuzz --count 1000 --seed 0`: hostile inputs of all kinds; see `tests.fuzz`."""
 
 import argparse
+import functools
 import os
 import sys
 
@@ -28,9 +29,9 @@ def main() -> None:
     else:
         chosen = [known[name] for name in arguments.kinds]
         numbers = range(-(-arguments.count // len(chosen)))
-    report = runner.fuzz(chosen, numbers, seed=arguments.seed, jobs=arguments.jobs)
-    for fault in report.faults:
-        print(fault, end="\n\n")
+    report = runner.fuzz(
+        chosen, numbers, seed=arguments.seed, jobs=arguments.jobs, tell=functools.partial(print, flush=True)
+    )
     for name, counts in report.counts.items():
         print(f"{name:<16}" + "  ".join(f"{key} {counts[key]:>4}" for key in ("accepted", "refused", "wrong")))
     print(f"{sum(map(sum, (counts.values() for counts in report.counts.values())))} inputs, {len(report.faults)} wrong")

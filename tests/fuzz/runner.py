@@ -7,7 +7,9 @@ import os
 import pkgutil
 import random
 import re
+import resource
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -20,8 +22,10 @@ from typing import Any, Protocol
 
 from tests.fuzz import kinds
 
-LIMIT = 20.0
-"""Seconds that an input may take."""
+LIMIT = 20
+"""Seconds of computing that an input may take: on a machine with other work the clock says nothing."""
+PATIENCE = 120.0
+"""Seconds by the clock: one that waits for something does not compute."""
 USAGE = 2
 """The exit code of a command line that is none; its message is a box of several lines."""
 UNKNOWN = "LENSJAX_TRACEBACK=1 shows"
@@ -92,7 +96,14 @@ class Report:
     """One for each wrong input: how to see it again, and what is wrong."""
 
 
-def fuzz(chosen: Iterable[Kind], numbers: Iterable[int], *, seed: int, jobs: int = 2) -> Report:
+def fuzz(
+    chosen: Iterable[Kind],
+    numbers: Iterable[int],
+    *,
+    seed: int,
+    jobs: int = 2,
+    tell: Callable[[str], object] = lambda line: None,
+) -> Report:
     """Runs the inputs of some numbers of every kind.
 
     Args:
@@ -100,6 +111,7 @@ def fuzz(chosen: Iterable[Kind], numbers: Iterable[int], *, seed: int, jobs: int
       numbers: of the inputs; each is drawn by seed, kind and number alone.
       seed: of all.
       jobs: processes at a time.
+      tell: is told of each fault as it comes.
     """
     chosen, numbers = list(chosen), list(numbers)
     counts: dict[str, Counter[str]] = {kind.name: Counter() for kind in chosen}
@@ -113,11 +125,12 @@ def fuzz(chosen: Iterable[Kind], numbers: Iterable[int], *, seed: int, jobs: int
                     folder.mkdir(parents=True)
                     yield (kind, number), kind.make(random.Random(f"{seed}/{kind.name}/{number}"), folder), folder
 
-        for ((kind, number), case), outcome in run_each(made(), jobs=jobs):
+        for ((kind, number), case), outcome in run_each(made(), jobs=jobs, computing=LIMIT):
             wrong = verdict(kind, outcome)
             counts[kind.name]["wrong" if wrong else "accepted" if outcome.code == 0 else "refused"] += 1
             if wrong:
                 faults.append(f"--seed {seed} --only {kind.name}:{number}  {case.shown}\n    {wrong}")
+                tell(faults[-1])
             shutil.rmtree(outcome.folder, ignore_errors=True)
     return Report(counts, faults)
 
@@ -125,8 +138,8 @@ def fuzz(chosen: Iterable[Kind], numbers: Iterable[int], *, seed: int, jobs: int
 def verdict(kind: Kind, outcome: Outcome) -> str:
     """What is wrong with an outcome; empty where nothing is."""
     tail = outcome.errors[-2000:]
-    if outcome.code is None:
-        return f"still busy after {LIMIT:.0f} s"
+    if outcome.code in (None, -signal.SIGXCPU):
+        return f"still busy after {LIMIT} s of computing, or {PATIENCE:.0f} s of waiting"
     if "Traceback (most recent call last)" in outcome.errors + outcome.output:
         return f"a traceback: {tail}"
     if UNKNOWN in outcome.errors:
@@ -143,21 +156,22 @@ def verdict(kind: Kind, outcome: Outcome) -> str:
     return f"left or changed {', '.join(outcome.changed[:5])} after {tail}" if outcome.changed else ""
 
 
-def run_alone(case: Case, folder: Path, *, limit: float = LIMIT) -> Outcome:
+def run_alone(case: Case, folder: Path, *, limit: float = PATIENCE) -> Outcome:
     """Runs one case in a forked process, which is killed after some seconds."""
     (((_, _), outcome),) = run_each([("", case, folder)], jobs=1, limit=limit)
     return outcome
 
 
 def run_each(
-    made: Iterable[tuple[Any, Case, Path]], *, jobs: int, limit: float = LIMIT
+    made: Iterable[tuple[Any, Case, Path]], *, jobs: int, limit: float = PATIENCE, computing: int | None = None
 ) -> Iterator[tuple[tuple[Any, Case], Outcome]]:
     """Runs cases in forked processes, a few at a time.
 
     Args:
       made: of every case a label, the case, and its folder.
       jobs: processes at a time.
-      limit: seconds after which one is killed.
+      limit: seconds by the clock after which one is killed.
+      computing: seconds of computing after which one is killed.
 
     Yields:
       Label, case and outcome, in the order in which they end.
@@ -166,7 +180,7 @@ def run_each(
     waiting = iter(made)
     while True:
         while len(busy) < jobs and (item := next(waiting, None)) is not None:
-            busy.append(_Busy(*item, limit))
+            busy.append(_Busy(*item, limit, computing))
         if not busy:
             return
         soonest = min(one.ends for one in busy)
@@ -179,11 +193,11 @@ def run_each(
 class _Busy:
     """A case in its process."""
 
-    def __init__(self, label: Any, case: Case, folder: Path, limit: float) -> None:
+    def __init__(self, label: Any, case: Case, folder: Path, limit: float, computing: int | None) -> None:
         self.label, self.case, self._folder = label, case, folder
         self._before = fingerprint(case.leaves)
         self._streams = [folder.with_name(f"{folder.name}.{name}") for name in ("output", "errors")]
-        self.process = FORK.Process(target=_act, args=(case.act, folder, self._streams))
+        self.process = FORK.Process(target=_act, args=(case.act, folder, self._streams, computing))
         sys.stdout.flush()
         sys.stderr.flush()
         self._began = time.monotonic()
@@ -205,7 +219,9 @@ class _Busy:
         return Outcome(self.case, self._folder, code, output, errors, time.monotonic() - self._began, changed)
 
 
-def _act(act: Callable[[], object], folder: Path, streams: Sequence[Path]) -> None:
+def _act(act: Callable[[], object], folder: Path, streams: Sequence[Path], computing: int | None) -> None:
+    if computing is not None:
+        resource.setrlimit(resource.RLIMIT_CPU, (computing, computing + 5))
     for number, path in enumerate(streams, start=1):
         with path.open("wb") as file:
             os.dup2(file.fileno(), number)

@@ -1,6 +1,7 @@
 """`python -m tests.kill --rounds 100`: random interruptions against unbroken runs; see `tests.kill`."""
 
 import argparse
+import functools
 import os
 import sys
 import tempfile
@@ -23,9 +24,8 @@ def main() -> None:
         from tests.kill import rounds
 
         mix = tuple(arguments.trainers or rounds.MIX)
-        report = rounds.rounds(arguments.rounds, seed=arguments.seed, mix=mix)
-    for fault in report.faults:
-        print(fault, end="\n\n")
+        show = functools.partial(print, flush=True)
+        report = rounds.rounds(arguments.rounds, seed=arguments.seed, mix=mix, tell=show)
     for name, count in sorted(report.counts.items()):
         print(f"{name:<24}{count:>5}")
     print(f"{arguments.rounds} rounds, {len(report.faults)} came out otherwise")

@@ -16,7 +16,7 @@ from tests.kill.runs import TRAINERS, Trainer, essence
 
 LIMIT = 300.0
 """Seconds of a process; one that is busy for longer hangs."""
-MIX = ("train", "rlan", "train", "quiet_star", "train-whole")
+MIX = ("train", "rlan", "train", "quiet_star", "train", "train", "train-whole", "train", "train", "train")
 """The trainers of rounds, in turns."""
 
 
@@ -37,8 +37,17 @@ class Report:
     faults: list[str]
 
 
-def rounds(count: int, *, seed: int, mix: tuple[str, ...] = MIX) -> Report:
-    """Interrupts `count` runs, each drawn by seed and number alone but for the moments that a clock decides."""
+def rounds(
+    count: int, *, seed: int, mix: tuple[str, ...] = MIX, tell: Callable[[str], object] = lambda line: None
+) -> Report:
+    """Interrupts `count` runs, each drawn by seed and number alone but for the moments that a clock decides.
+
+    Args:
+      count: rounds.
+      seed: of all.
+      mix: the trainers, in turns.
+      tell: is told of each round as it ends.
+    """
     counts: Counter[str] = Counter()
     faults = []
     with tempfile.TemporaryDirectory(prefix="kill-") as temporary:
@@ -48,8 +57,10 @@ def rounds(count: int, *, seed: int, mix: tuple[str, ...] = MIX) -> Report:
             if trainer.name not in unbroken:
                 unbroken[trainer.name] = _unbroken(trainer, Path(temporary, trainer.name))
             one = _Round(trainer, unbroken[trainer.name], folder, random.Random(f"{seed}/{number}"), counts)
-            if wrong := one.play():
-                faults.append(f"round {number} of seed {seed}, {trainer.name}: {'; '.join(one.story)}\n    {wrong}")
+            wrong = one.play()
+            line = f"round {number} of seed {seed}, {trainer.name}: {'; '.join(one.story)}"
+            faults += [f"{line}\n    {wrong}"] if wrong else []
+            tell(f"{line}: {wrong or 'the same'}")
             counts["rounds of " + trainer.name] += 1
             shutil.rmtree(folder)
     return Report(counts, faults)

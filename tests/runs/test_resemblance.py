@@ -3,6 +3,7 @@
 import hashlib
 import io
 import random
+import unicodedata
 from itertools import combinations
 
 import numpy as np
@@ -58,6 +59,13 @@ NEARLY = {
 def test_d3_4_nearly_the_same_document_is_in_the_same_family(name):
     assert NEARLY[name] != TEXT and joined(TEXT, NEARLY[name])
     assert not joined(TEXT, prose(1)) and not joined(TEXT, prose(2) + "\n" + prose(3))
+
+
+def test_d3_4_accents_may_be_written_in_either_normal_form():
+    text = TEXT.replace("e", "é").replace("u", "ü")
+    forms = [unicodedata.normalize(form, text) for form in ("NFC", "NFD")]
+    assert joined(*forms) and joined(forms[0].upper(), forms[1])
+    assert (known(bytes(range(256)) * 3)[0] < 2**32 - 1).any()  # any bytes are text
 
 
 def test_d3_5_more_near_copies_than_a_line_may_stand_in_are_one_family():

@@ -92,12 +92,20 @@ def damage_bin(folder):
     path.write_bytes(content)
 
 
+def rewrite(folder, **changes):
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 DAMAGE = {
     "one bit": (damage_bin, r"tokens\.bin \(data\.cache\) has SHA-256 .* was written: delete .* made again"),
     "short": (lambda folder: os.truncate(folder / "tokens.bin", 100), "has SHA-256"),
     "gone": (lambda folder: (folder / "tokens.bin").unlink(), r"\(data\.cache\) is damaged .*delete"),
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "is damaged"),
     "half a manifest": (lambda folder: os.truncate(folder / "manifest.json", 30), "is damaged"),
+    "other count": (lambda folder: rewrite(folder, tokens=5), "is damaged .tokens.bin is not of 5 uint16"),
+    "count of text": (lambda folder: rewrite(folder, tokens="5"), "is damaged"),
+    "other type": (lambda folder: rewrite(folder, dtype="float64"), "is damaged"),
     "other manifest": (lambda folder: (folder / "manifest.json").write_text('{"tokens": 3}'), "is damaged .'dtype'"),
 }
 
@@ -110,6 +118,13 @@ def test_damage_is_said_and_never_mended_in_silence(config, model, harm, message
     with pytest.raises(ValueError, match=message):
         token_files.open_tokens(corpus.corpus_files(config.data, "train"), read_tokenizer(model), config.data.cache)
     assert {path: path.read_bytes() for path in folder.iterdir()} == left
+
+
+def test_e8_a_cache_that_is_no_folder_is_named(config, tmp_path):
+    (tmp_path / "file").write_text("text")
+    for cache in ("file", "file/below"):
+        with pytest.raises(ValueError, match=r"data\.cache '.*file.*' is no folder to write to .*: name another one"):
+            token_files.open_tokens(corpus.corpus_files(config.data, "train"), Bytes(), tmp_path / cache)
 
 
 def test_what_fails_half_way_leaves_nothing(config, tmp_path):

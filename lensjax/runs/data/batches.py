@@ -218,10 +218,10 @@ def _windows(config: Windows, split: Split) -> np.ndarray:
 
 def _require_windows(config: Windows, split: Split, *, found: int, needed: int) -> None:
     if found < needed:
+        other = "pretrain.batch_size" if split == "train" else "eval_batches"
         raise ValueError(
             f"split {split!r} holds {found} windows of {config.context.window} tokens, and {needed} are "
-            "needed; lower batch_size (in training pretrain.batch_size too, held out eval_batches) or context.window, "
-            "add files, or raise data.max_files"
+            f"needed; lower batch_size, {other} or context.window, add files, or raise data.max_files"
         )
 
 

@@ -126,9 +126,7 @@ def _text_files(data: DataConfig) -> dict[str, Path]:
     if not names:
         but = f"; links to folders are not followed, such as {str(found.links[0])!r}" if found.links else ""
         but += f"; folders of runs are no text, such as {str(found.own[0])!r}" if found.own else ""
-        raise ValueError(
-            f"no file with text in it under {where!r} (data.path {data.path!r}); expected at least one{but}"
-        )
+        raise ValueError(f"no file with text in it under {where} (data.path {data.path!r}); expected at least one{but}")
     memory, size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), sum(map(os.path.getsize, names.values()))
     require(
         size <= memory or (data.split_by == "folder" and data.tokenizer is not None),

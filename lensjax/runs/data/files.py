@@ -17,6 +17,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NoReturn
 
+from lensjax.runs.store.paths import absolute
+
 EVERYTHING = ("**",)
 _WAYS_OUT = "make it readable, or take it out of there"
 
@@ -30,7 +32,7 @@ class Found:
     links: list[Path] = field(default_factory=list)
     """Links to folders."""
     own: list[Path] = field(default_factory=list)
-    """Folders that the program has written."""
+    """Folders that the program has written, and links into such."""
 
 
 def find(pattern: str) -> Found:
@@ -93,10 +95,7 @@ def base_name(name: str) -> str:
 
 def _resolved(pattern: str) -> tuple[Path, tuple[str, ...]]:
     """A file, or a folder and the parts of the names below it that are asked for."""
-    try:
-        path = Path(pattern).expanduser()
-    except RuntimeError:
-        _refuse(pattern, "names a user that is not there: write the folder in full")
+    path = absolute(pattern, name="data.path") if pattern.startswith("~") else Path(pattern)
     status, known = _status(path, pattern), 0
     if status is not None:
         known = len(path.parts)
@@ -156,6 +155,9 @@ def _take(found: Found, path: Path, pattern: str) -> None:
     if path.is_symlink() and not path.exists():
         target = os.readlink(path)
         _refuse(pattern, f"cannot be read: {str(path)!r} is a link to {target!r}, where nothing is: delete that link")
+    if path.is_symlink() and any(map(_is_own, path.resolve().parents)):
+        found.own.append(path)
+        return
     status = path.stat()
     if stat.S_ISREG(status.st_mode) and status.st_size:
         if not os.access(path, os.R_OK):
@@ -185,7 +187,7 @@ def _after(wanted: list[str], at: set[int], name: str) -> Iterator[int]:
 
 def _is_own(folder: Path) -> bool:
     """Whether a run or a sweep has written a folder, or it is one of token files."""
-    if (folder / "tokens.bin").is_file() and (folder / "manifest.json").is_file():
+    if all(os.path.isfile(folder / name) for name in ("tokens.bin", "manifest.json")):
         return True
     config, environment = (_content(folder / name) for name in ("config.json", "environment.json"))
     return all(key in config for key in (b'"format"', b'"output_dir"', b'"seed"')) or (
@@ -196,7 +198,7 @@ def _is_own(folder: Path) -> bool:
 def _content(path: Path) -> bytes:
     """What is in a small file; nothing where there is none, or where it cannot be read."""
     try:
-        return path.read_bytes() if path.is_file() and path.stat().st_size < 2**20 else b""
+        return path.read_bytes() if os.path.isfile(path) and path.stat().st_size < 2**20 else b""
     except OSError:
         return b""
 

@@ -1,7 +1,7 @@
 """Documents that are nearly the same, found without comparing each with each: MinHash over their shingles.
 
-The shingles of a document are all runs of 8 bytes in it, once small and capital letters are one and white space is one
-blank. With A and B those of two documents,
+The shingles of a document are all runs of 8 bytes in it, once small and capital letters are one, characters are in
+normal form C, and white space is one blank. With A and B those of two documents,
 
     resemblance(A, B) = |A and B| / |A or B|
 
@@ -18,6 +18,7 @@ References:
 """
 
 import functools
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO
@@ -43,7 +44,7 @@ def sketch(document: BinaryIO) -> np.ndarray:
     """
     smallest = np.full(_BINS, _EMPTY)
     for block in iter(functools.partial(document.read, _BLOCK), b""):
-        text = b" ".join(block.lower().split())
+        text = b" ".join(_plain(block).lower().split())
         if len(text) >= SHINGLE:
             hashes = _mixed(np.ndarray(len(text) - SHINGLE + 1, "<u8", text, strides=(1,)).astype(np.uint64))
             np.minimum.at(smallest, (hashes >> np.uint64(56)).astype(np.intp), hashes.astype(np.uint32))
@@ -75,6 +76,14 @@ def alike(sketches: Sequence[np.ndarray]) -> Iterator[tuple[int, int]]:
             same = _resemblance(rows[0], rows[1:]) >= ALIKE
             yield from ((int(left[0]), int(i)) for i in left[1:][same])
             left, rows = left[1:][~same], rows[1:][~same]
+
+
+def _plain(block: bytes) -> bytes:
+    """Letters with accents as one character each, and small, as `lower` makes those of ASCII."""
+    if block.isascii():
+        return block
+    text = unicodedata.normalize("NFC", block.decode("utf-8", "surrogateescape")).lower()
+    return text.encode("utf-8", "surrogateescape")
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:

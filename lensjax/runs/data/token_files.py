@@ -72,8 +72,13 @@ def _sha256(file: BinaryIO) -> Any:
 
 
 def _make(folder: Path, paths: Sequence[Path], tokenizer: Tokenizer) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    hidden = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        hidden = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+    except OSError as error:
+        raise ValueError(
+            f"data.cache {str(folder.parent)!r} is no folder to write to ({error.strerror}): name another one"
+        ) from error
     try:
         dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
         with (hidden / _TOKENS).open("w+b") as file:
@@ -127,4 +132,6 @@ def _map(folder: Path) -> np.ndarray:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} (data.cache) is damaged ({error}): {again}") from error
     require(found == expected, f"{path} (data.cache) has SHA-256 {found}, and {expected} was written: {again}")
+    whole = path.stat().st_size == count * dtype.itemsize and dtype.kind == "u"
+    require(whole, f"{folder} (data.cache) is damaged ({_TOKENS} is not of {count} {dtype.name}): {again}")
     return np.asarray(np.memmap(path, dtype, "r", shape=(count,))) if count else np.empty(0, dtype)

@@ -56,12 +56,12 @@ def there() -> int:
 
 
 def require_room(
-    step: Callable[..., Any],
     state: Any,
     batch: Any,
     frozen: Any,
     *,
     phase: str,
+    activations: Callable[[], int],
     held_out: int = 0,
     devices: int = 1,
     split: bool = False,
@@ -72,11 +72,11 @@ def require_room(
     What is counted is the least that it can take.
 
     Args:
-      step: `(state, batch, frozen)`, of `lensjax.runs.engine.loop.Phase`.
       state: shapes of the state.
       batch: shapes of a batch.
       frozen: shapes of what the step reads beside them.
       phase: its name.
+      activations: gives the bytes of those of a step, such as its `largest_product`; asked last.
       held_out: bytes of the batches that are held while it lasts.
       devices: how many share a batch.
       split: whether they share state and parameters too.
@@ -89,7 +89,7 @@ def require_room(
     needs = {"parameters and optimizer state": arrays, "held-out batches": held_out // devices}
     needs["a batch"] = size(batch) // devices
     _require(needs, phase, advice)
-    needs["activations"] = largest_product(step, state, batch, frozen) // devices
+    needs["activations"] = activations() // devices
     _require(needs, phase, advice)
 
 

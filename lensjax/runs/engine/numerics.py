@@ -26,6 +26,8 @@ def fixed() -> Iterator[None]:
       ValueError: `jax_random_seed_offset` is set, which cannot be set back.
 
     Example:
+      >>> import jax
+      >>> from lensjax.runs.engine.numerics import fixed
       >>> with jax.enable_x64(True), fixed():
       ...     jax.numpy.zeros(2).dtype
       dtype('float32')

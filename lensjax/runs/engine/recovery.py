@@ -41,34 +41,54 @@ def newest(directory: Path) -> Found:
     return Found(None, None, tuple(damages))
 
 
-def repair(run_dir: Path, phases: tuple[str, ...]) -> list[str]:
-    """Renames damaged checkpoints that a run would go on from, so that it goes on from those before them.
+@dataclass(frozen=True)
+class Plan:
+    """How a run goes on."""
+
+    restored: tuple[str, int]
+    """Phase and step of the newest checkpoint that is whole, of the last phase that has one; step 0 of the first phase
+    where none has."""
+    found: dict[str, Found]
+    """By the name of a phase or of a frozen part."""
+
+    def repair(self) -> list[str]:
+        """Renames the damaged checkpoints, so that they count no more, in a run that no other process works on.
+
+        Returns:
+          What was damaged, where it is now, and what happens instead: a line for each.
+        """
+        lines = []
+        for name, one in self.found.items():
+            then = "is made anew" if one.step is None else f"goes on from step {one.step}"
+            for damage in one.damages:
+                aside = checkpoint.set_aside(damage.folder.parent, int(damage.folder.name))
+                what = f"checkpoint {damage.folder} is damaged: {damage.what}"
+                lines.append(f"warning: {what}; it was moved to {aside.name}, and {name} {then}")
+        return lines
+
+
+def plan(run_dir: Path, phases: tuple[str, ...]) -> Plan:
+    """Looks for what a run can go on from; nothing is written.
 
     Args:
-      run_dir: the folder of the run, which no other process works on.
-      phases: all that a run of this kind has.
+      run_dir: the folder of the run.
+      phases: all that a run of this kind has, in their order.
 
     Returns:
-      What was damaged, where it is now, and what happens instead: a line for each.
+      `Plan`.
 
     Raises:
-      DamagedError: no phase has a checkpoint that is whole. Nothing was renamed.
+      DamagedError: there are checkpoints, and no phase has one that is whole.
       ValueError: see `newest`.
     """
     found = {phase: newest(run_folder.checkpoint_dir(run_dir, phase)) for phase in phases}
-    damages = [damage for phase in phases for damage in found[phase].damages]
-    if damages and all(one.step is None for one in found.values()):
+    restored = [(phase, one.step) for phase, one in found.items() if one.step is not None]
+    damages = [damage for one in found.values() for damage in one.damages]
+    if damages and not restored:
         raise damages[0]
     frozen = run_folder.frozen_dir(run_dir, "*").parent
     found |= {f"the frozen {path.name}": newest(path) for path in sorted(frozen.glob("*"))}
-    lines = []
-    for name, one in found.items():
-        then = "is made anew" if one.step is None else f"goes on from step {one.step}"
-        for damage in one.damages:
-            aside = checkpoint.set_aside(damage.folder.parent, int(damage.folder.name))
-            what = f"checkpoint {damage.folder} is damaged: {damage.what}"
-            lines.append(f"warning: {what}; it was moved to {aside.name}, and {name} {then}")
-    return lines
+    return Plan(restored[-1] if restored else (phases[0], 0), found)
 
 
 def _kept(directory: Path, step: int) -> int:

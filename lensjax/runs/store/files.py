@@ -18,6 +18,8 @@ def write_text(path: str | Path, text: str) -> None:
       OSError: nothing could be written, such as on a full disk; names the file. What was there is as it was.
 
     >>> import tempfile
+    >>> from pathlib import Path
+    >>> from lensjax.runs.store.files import write_text
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     write_text(f"{folder}/a.json", "{}")
     ...     Path(folder, "a.json").read_text()

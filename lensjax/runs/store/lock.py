@@ -60,6 +60,8 @@ def take(folder: Path) -> Lock:
 
     Example:
       >>> import tempfile
+      >>> from pathlib import Path
+      >>> from lensjax.runs.store.lock import take
       >>> with tempfile.TemporaryDirectory() as name:
       ...     lock = take(Path(name))
       ...     lock.require()

@@ -28,6 +28,8 @@ def absolute(path: str | Path, *, name: str = "path") -> Path:
       ValueError: there is no such user, or the path is empty.
 
     Example:
+      >>> from pathlib import Path
+      >>> from lensjax.runs.store.paths import absolute
       >>> absolute("/runs/a")
       PosixPath('/runs/a')
       >>> absolute("~/runs") == Path.home() / "runs"

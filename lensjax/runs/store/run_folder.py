@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import jax
 
 from lensjax._version import __version__
-from lensjax.runs.store import checkpoint, config_file, files, identity, lock, paths
+from lensjax.runs.store import config_file, files, identity, lock, paths
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _CONFIG, _ENVIRONMENT, SUMMARY = "config.json", "environment.json", "summary.json"
@@ -141,15 +141,6 @@ def read_summary(run_dir: str | Path) -> dict[str, Any]:
     except (FileNotFoundError, ValueError):
         return {}
     return summary if isinstance(summary, dict) else {}
-
-
-def restore_point(folder: Path, phases: tuple[str, ...]) -> tuple[str, int]:
-    """The newest checkpoint of the last phase that has one; a run without any starts from its first step."""
-    for phase in reversed(phases):
-        step = checkpoint.latest_step(checkpoint_dir(folder, phase))
-        if step is not None:
-            return phase, step
-    return phases[0], 0
 
 
 def add_environment(run_dir: str | Path, config: RunConfig) -> list[str]:

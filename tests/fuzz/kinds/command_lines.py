@@ -13,7 +13,7 @@ from experiments.studies import ablate, stream
 from lensjax._settings import replace
 from lensjax.runs.config import Config
 from lensjax.runs.store import config_file
-from tests.fuzz.kinds.configurations import fields, nearby
+from tests.fuzz.kinds.configurations import drawn, fields, numbers
 from tests.fuzz.runner import Case, Outcome
 from tests.runs import TINY, cheap_programs
 
@@ -23,7 +23,7 @@ WORDS = (
         "3000000000",
         "9" * 400,
         "0x10",
-        "1_000",
+        "1_0",
         "\u0661",
         "lens",
         "base lens",
@@ -71,7 +71,7 @@ class _CommandLines:
         words = []
         for _ in range(rng.choice((1, 1, 2, 3))):
             flag = rng.choice(TOP if rng.random() < 0.2 else list(flags))
-            value = str(nearby(flags.get(flag), rng)) if rng.random() < 0.5 else rng.choice(WORDS)
+            value = str(drawn(flag, flags.get(flag), rng)) if rng.random() < 0.5 else rng.choice(WORDS)
             words += [f"{flag}={value}"] if rng.random() < 0.3 else [flag] if rng.random() < 0.05 else [flag, value]
         if rng.random() < 0.15:
             program = rng.choice(list(PROGRAMS))
@@ -80,7 +80,8 @@ class _CommandLines:
             act = PROGRAMS[program]
         else:
             program, act = "train", train.main
-            words = ["preset.json", *words] if rng.random() < 0.9 else [*words, "preset.json"]
+            preset = str(folder / "preset.json")
+            words = [preset, *words] if rng.random() < 0.9 else [*words, preset]
         return Case(f"{program} {words!r}"[:400], lambda: _run(act, words), leaves=folder, expects=(program, words))
 
     def check(self, outcome: Outcome) -> str:
@@ -92,7 +93,9 @@ class _CommandLines:
             return ""  # somewhere else
         if len(configs) != 1:
             return f"{len(configs)} run folders"
-        config_file.load(configs[0], Config)
+        stored = config_file.load(configs[0], Config)
+        if "--resume" not in words and numbers(stored) != numbers(train.parse(words)[0]):
+            return "config.json is not what was asked for"
         summary = configs[0].with_name("summary.json")
         return "" if json.loads(summary.read_text()) else "no summary"
 

@@ -257,15 +257,8 @@ def _draw_path(rng: random.Random, folder: Path, root: Path) -> tuple[str, list[
     path = rng.choice(
         (*FORMS_OF_ALL, *FORMS_OF_ALL, rng.choice(patterns), str(some.relative_to(folder)), rng.choice(bad))
     )
-    reasons = [
-        "does not exist",
-        "neither a file nor",
-        "a user that is not there",
-        "null byte",
-        "name too long",
-        "behind a pattern",
-    ]
-    return path, reasons if path in bad else []
+    reasons = ["does not exist", "neither a file nor", "no user's home", "UTF-8", "name too long", "behind a pattern"]
+    return path, reasons if path in bad else ([] if path.isascii() else ["UTF-8"])
 
 
 def _real(path: Path) -> tuple[int, int]:

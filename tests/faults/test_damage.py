@@ -97,6 +97,15 @@ def test_e1_a_damaged_newest_checkpoint_is_named_and_moved_and_the_one_before_is
     assert outcome(run) == whole
 
 
+def test_e1_a_run_that_is_refused_is_left_as_it_is(run):
+    spoil(phase_dir(run, "lens") / "4")
+    (run / "metrics.jsonl").write_text("{\n" + (run / "metrics.jsonl").read_text())
+    before = contents(run / "checkpoints")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged"):
+        go_on(run)
+    assert contents(run / "checkpoints") == before
+
+
 def test_e1_the_first_checkpoint_of_a_later_phase(whole, run):
     shutil.rmtree(phase_dir(run, "lens") / "4")
     spoil(phase_dir(run, "lens") / "2")
@@ -110,6 +119,21 @@ def test_e1_damage_in_a_phase_whose_successor_is_whole(whole, run, steps):
         spoil(phase_dir(run, "pretrain") / str(step))
     said, first = told(run), 2 if steps == (4,) else 0
     assert said.count("is damaged") == len(steps) and f"pretrain is trained again from step {first}: its later" in said
+    assert outcome(run) == whole
+
+
+def test_e1_a_phase_that_is_trained_again_may_be_interrupted(whole, run):
+    spoil(phase_dir(run, "pretrain") / "4")
+
+    def hook(*at):
+        if at == ("step", "pretrain", 3):
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        hook_run(patch.setattr, hook)
+        with pytest.raises(Killed):
+            go_on(run)
+    assert "pretrain is trained again from step 2" in told(run)
     assert outcome(run) == whole
 
 
