@@ -216,8 +216,7 @@ def foreign_program():
 
 def shown_by(row):
     """The first sequence as the focus on another one of the batch would have it."""
-    tokens = batch()["tokens"][0]
-    answers = jnp.asarray(ANSWERS)
+    tokens, answers = batch()["tokens"][0], jnp.asarray(ANSWERS)
     return jax.device_get(foreign_program()(RUN.params(), tokens, answers, compared(), compared(row=row).focus))
 
 
