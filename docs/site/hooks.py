@@ -1,4 +1,4 @@
-"""What the site has beside the pages of `docs/`: the changelog, and the API, made of the tables of names and modules."""
+"""What the site has beside the pages of `docs/`: the changelog, and the API, from the tables of names and modules."""
 
 import re
 from pathlib import Path
