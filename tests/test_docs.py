@@ -1,11 +1,13 @@
 """What the documents say is so: their tables, links, examples, commands and names."""
 
 import csv
+import importlib
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import tyro
 
 import experiments.train
 import lensjax
@@ -105,6 +107,14 @@ COMMANDS = sorted(set(commands()))
 def test_every_program_that_is_named_exists():
     missing = {name for name, _ in COMMANDS if not (ROOT / name.replace(".", "/")).with_suffix(".py").is_file()}
     assert COMMANDS and not missing
+
+
+OTHERS = [pair for pair in COMMANDS if pair[0] not in PARSERS and pair[1].strip()]
+
+
+@pytest.mark.parametrize(("program", "words"), OTHERS)
+def test_every_command_of_another_program_is_understood(program, words):
+    tyro.cli(importlib.import_module(program).Arguments, args=shlex.split(words))
 
 
 @pytest.mark.parametrize(("program", "words"), [pair for pair in COMMANDS if pair[0] in PARSERS])
