@@ -2,17 +2,21 @@
 
 import csv
 import importlib
+import inspect
+import pkgutil
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 import tyro
+from matplotlib.figure import Figure
 
 import experiments.train
 import lensjax
 from experiments.quiet_star import train as quiet_star_train
 from experiments.rlan import train as rlan_train
+from lensjax import plots
 from lensjax.evaluation import rivals
 
 ROOT = Path(__file__).parents[1]
@@ -76,6 +80,19 @@ def test_every_page_and_picture_is_linked():
     files = {path for path in DOCS.glob("**/*") if path.is_file() and path != DOCS / "index.md"}
     makers = {path for path in files if DOCS / "site" in path.parents}  # of the site
     assert not sorted(files - linked - makers)
+
+
+def test_every_kind_of_picture_has_a_page():
+    drawn = {
+        f"{module.__name__}.{name}"
+        for info in pkgutil.iter_modules(plots.__path__, "lensjax.plots.")
+        for module in [importlib.import_module(info.name)]
+        for name, function in vars(module).items()
+        if getattr(function, "__module__", "") == module.__name__ and not name.startswith("_")
+        if inspect.isfunction(function) and function.__annotations__["return"] is Figure and name != "new_figure"
+    }
+    pages = "".join(text for page, text in TEXT.items() if page.startswith("docs/pictures/"))
+    assert drawn and not {name for name in drawn if name not in pages}
 
 
 # Examples and commands

@@ -53,3 +53,9 @@ def test_nothing_is_fetched_and_no_link_is_broken(pages):
 def test_every_public_name_is_described(pages):
     described = {name for text in pages.values() for name in re.findall(r'id="?lensjax\.(\w+)[">\s]', text)}
     assert set(lensjax.__all__) <= described
+
+
+@pytest.mark.slow
+def test_the_sections_of_docstrings_are_understood(pages):
+    sections = "Args|Attributes|Examples?|Raises|Returns"
+    assert not [path.name for path, text in pages.items() if re.search(f"<p>({sections}):", text)]

@@ -34,7 +34,7 @@ def list_fields(scope: Module | Class) -> None:
     if fields:
         own = "" if scope.docstring is None else scope.docstring.value
         section = "Attributes:\n" + indent("\n".join(fields), "  ")
-        scope.docstring = Docstring(f"{own.rstrip()}\n\n{section}\n", parent=scope)
+        scope.docstring = Docstring(f"{own.rstrip()}\n\n{section}\n", parent=scope, parser="google")
 
 
 def describe(field: Attribute) -> str:
