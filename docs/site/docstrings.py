@@ -4,7 +4,7 @@ import re
 from textwrap import indent
 from typing import Any
 
-from griffe import Attribute, Class, Docstring, Extension, Module, Object
+from griffe import Attribute, Class, DataclassesExtension, Docstring, Extension, Module, Object
 
 
 class Docstrings(Extension):
@@ -17,6 +17,7 @@ class Docstrings(Extension):
 
     def on_package(self, *, pkg: Module, **_: Any) -> None:
         """Moves what is said of fields and properties into the docstring of their class."""
+        DataclassesExtension().on_package(pkg=pkg)  # makes signatures of the fields, while they are there
         list_fields(pkg)
 
 
