@@ -18,7 +18,7 @@ EPS = 1e-8
 class EmaMoments:
     """Debiased exponential moving mean and variance of x, and the product of decays, which is what debiases them.
 
-    The variance is kept as it is, and not as E[x**2] - E[x]**2, whose terms cancel in float32 where the mean is large.
+    The variance is kept as it is, not as `E[x**2] - E[x]**2`, whose terms cancel in float32 where the mean is large.
     """
 
     decay_product: Array
