@@ -36,7 +36,7 @@ def write(run_dir, phase, steps, **resume):
         ('{"phase": "lens", "step": ' + "9" * 5_000 + "}", "not JSON"),
     ],
 )
-def test_d10_a_line_that_is_no_row_is_named(tmp_path, line, fault):
+def test_d10_1_d10_2_d10_3_a_line_that_is_no_row_is_named(tmp_path, line, fault):
     write(tmp_path, "lens", range(1, 4))
     path = tmp_path / "metrics.jsonl"
     first, *others = path.read_text().splitlines(keepends=True)

@@ -127,7 +127,7 @@ def test_d14_1_what_is_a_fault_is_named_where_jax_looks_for_nan(run):
     ],
     ids=["emptied", "deleted", "cut", "a line taken out", "whole"],
 )
-def test_e3_lost_rows_are_said(run, damage, there):
+def test_e3_d9_5_lost_rows_are_said(run, damage, there):
     run.config = replace(CONFIG, logging_steps=1)
     with pytest.raises(InterruptedError):
         run.start(hook=_fail_at("batch", 4))
