@@ -113,7 +113,7 @@ def fit(config: Config, **options: Any) -> Trained:
       >>> import lensjax as lx
       >>> lx.fit(lx.Config(base_run="runs/nowhere"))
       Traceback (most recent call last):
-      FileNotFoundError: runs/nowhere holds no run (config.json is missing): name the folder of a run
+      FileNotFoundError: base_run: .../runs/nowhere holds no run (config.json is missing): name the folder of a run
     """
     try:
         from lensjax.runs.fit import fit as run

@@ -198,7 +198,7 @@ def test_cold_draws_swap_the_pair_of_largest_difference_while_it_is_above_0(geom
 
 def test_where_no_gist_is_inside_a_block_cold_draws_are_those_of_the_allocator():
     cases, _, scores, (state, _) = cold_draws(FLAT, 6)
-    settings = FocusConfig(max_edits=3, cooldown=1, expand_threshold=-math.inf, collapse_threshold=math.inf)
+    settings = FocusConfig(max_edits=3, cooldown=1, expand_threshold=-1e9, collapse_threshold=1e9)
     greedy = jit(jax.vmap(lambda state, scores: allocator.swap(state, scores, FLAT, settings=settings)[0]))
     chex_equal(state, greedy(cases.state, scores))
 

@@ -107,7 +107,7 @@ BAD_COMMANDS = [
     ("--base-run a --start-from b", "base_run 'a' and start_from 'b' both give a base model: name one of them"),
     ("--data.task text", "data.path must name a folder or a glob where data.task is text, got None"),
     ("--data.path {tmp}", "data.path is read only where data.task is text: set data.task text, got 'stdlib'"),
-    ("--data.task text --data.path {tmp}/empty", "no file with text in it under '{tmp}/empty'"),
+    ("--data.task text --data.path {tmp}/empty", "no file with text in it under {tmp}/empty"),
     ("--data.task text --data.path {tmp}/none", "'{tmp}/none' does not exist; expected a folder, a file or a glob"),
     ("--data.task text --data.path {tmp}/one.txt", "holds 0 tokens in 0 files, and one window takes 256. .* add files"),
     (

@@ -114,5 +114,5 @@ def test_an_evaluation_without_the_metric_to_monitor_is_refused(run, monkeypatch
 
 def test_without_patience_nothing_is_monitored(run):
     run.start(evaluate=lambda state: {"loss": 1.0})
-    assert checkpoint.data_state(run.checkpoints, 7).keys() == {"batches", "seconds"}
+    assert checkpoint.data_state(run.checkpoints, 7).keys() == {"batches", "rows", "seconds"}
     assert loop.kept_step(run.checkpoints) == 7 and loop.kept_step(run.folder) is None

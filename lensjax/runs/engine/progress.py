@@ -12,6 +12,8 @@ def has_bars(console: Console) -> bool:
 
     Example:
       >>> import io
+      >>> from rich.console import Console
+      >>> from lensjax.runs.engine.progress import has_bars
       >>> has_bars(Console(file=io.StringIO(), force_terminal=True))
       False
     """
