@@ -219,7 +219,7 @@ def test_deltas_depend_on_the_context_and_stay_below_the_limit():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rank": 0}, "hyperlora.rank must be in [1, 1048576], got 0"),
+        ({"rank": 0}, r"hyperlora.rank must be in \[1, 1048576\], got 0"),
         ({"init": "none"}, "hyperlora.init must be one of norm, std, got 'none'"),
         ({"init_scale": 0.0}, "hyperlora.init_scale must be above 0, got 0.0"),
         ({"max_norm": math.inf}, "hyperlora.max_norm must be finite and above 0, got inf"),
