@@ -100,7 +100,9 @@ def essence(folder: Path) -> str:
     summary = json.loads((folder / run_folder.SUMMARY).read_text())
     rows = [{name: row[name] for name in row if not name.startswith("perf/")} for row in read_rows(folder)]
     saved = {}
-    for phase in sorted(path.name for path in (folder / "checkpoints").iterdir() if path.name != "frozen"):
+    for phase in sorted(path.name for path in (folder / "checkpoints").iterdir() if path.is_dir()):
+        if phase == "frozen":
+            continue
         step = checkpoint.latest_step(run_folder.checkpoint_dir(folder, phase))
         assert step is not None, phase
         saved[phase] = step, {name: str(value) for name, value in _arrays(folder, phase, step).items()}

@@ -139,7 +139,7 @@ def run_phase(
         state, saved = checkpoint.restore(folder, newest, state)
         batches.set_state(saved["batches"])
         first, elapsed = newest, saved["seconds"]
-        _say_lost_rows(saved.get("rows", 0), logger, phase.name, first, console)
+        _say_other_rows(saved.get("rows", 0), logger, phase.name, first, console)
         best = stopping.Best(**saved["stopping"]) if "stopping" in saved else best
     if first == phase.steps or stopping.is_over(best, patience=config.stopping.patience):
         return _kept(folder, best, state), elapsed
@@ -221,12 +221,13 @@ def kept_step(directory: Path) -> int | None:
     return found.kept
 
 
-def _say_lost_rows(written: int, logger: RunLogger, phase: str, step: int, console: Console) -> None:
-    """A word on rows that were written before a checkpoint and are no longer there."""
-    if (there := logger.count(phase)) < written:
+def _say_other_rows(written: int, logger: RunLogger, phase: str, step: int, console: Console) -> None:
+    """A word on rows that were written before a checkpoint and are no longer there, or are there twice."""
+    there = logger.count(phase)
+    if there != written:
+        what = "the others are lost, and missing in the curves" if there < written else "others were added by hand"
         console.out(
-            f"warning: metrics.jsonl holds {there} of the {written} rows of phase {phase} up to step {step}: "
-            "the others are lost, and missing in the curves",
+            f"warning: metrics.jsonl holds {there} of the {written} rows of phase {phase} up to step {step}: {what}",
             highlight=False,
         )
 
