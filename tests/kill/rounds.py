@@ -1,5 +1,6 @@
 """Rounds of interruptions, and whether the run came out as if there had been none."""
 
+import os
 import random
 import shutil
 import tempfile
@@ -112,6 +113,9 @@ class _Round:
             wrong = wrong or (self._damaged() if self._rng.random() < 0.35 else "")
             if wrong:
                 return wrong
+        wrong = self._two_at_once() if self._rng.random() < 0.25 else ""
+        if wrong:
+            return wrong
         outcome = _alone(self._go_on, self._folder)
         if outcome.code != 0:
             return f"exit code {outcome.code} at the end: {outcome.errors[-1500:]}"
@@ -179,6 +183,28 @@ class _Round:
         lines = outcome.errors.splitlines()
         said = len(lines) == 1 and f"in use by process {holder.pid}" in lines[0]
         return "" if outcome.code == 1 and said else f"did not say who has it: {outcome.code} {outcome.errors[-1500:]}"
+
+    def _two_at_once(self) -> str:
+        """Two processes go on with the run, one a moment after the other."""
+        self._note("two at once", "two at once")
+        errors = [self._folder / name for name in ("one.err", "other.err")]
+
+        def act(path: Path) -> None:
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+            self._trainer.program(self._go_on)
+
+        both = [FORK.Process(target=act, args=(path,)) for path in errors]
+        for process in both:
+            process.start()
+            time.sleep(self._rng.uniform(0, 0.5))
+        for process in both:
+            process.join(LIMIT)
+            process.kill()
+        said = ["in use by process" in path.read_text() for path in errors]
+        codes = [process.exitcode for process in both]
+        # The second may come when the first has ended: it finds a finished run, and changes nothing.
+        is_right = codes == [0, 0] or sorted(zip(codes, said, strict=True)) == [(0, False), (1, True)]
+        return "" if is_right else f"two at once ended with {codes}: {errors[0].read_text()} {errors[1].read_text()}"
 
     def _damaged(self) -> str:
         """The newest checkpoint of the last phase, where there is one before it."""
