@@ -138,7 +138,7 @@ test: $(STAMP) ## Run the gate: the library, its doctests and the short paths of
 	$(RUN) -m pytest $(PYTEST_FLAGS) -m 'not slow'
 
 test-slow: smollm2 ## Run the rest: processes, kills, whole scripts
-	$(RUN) -m pytest $(PYTEST_FLAGS) -m slow
+	$(RUN) -m pytest $(PYTEST_FLAGS) -m 'slow and not long'
 
 test-all: smollm2 ## Run all tests
 	$(RUN) -m pytest $(PYTEST_FLAGS)

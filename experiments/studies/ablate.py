@@ -205,15 +205,15 @@ def _open(arguments: Arguments, plan: Sweep, arms: Sequence[Arm], own: Identity)
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no sweep (sweep.json is missing): name the folder of a sweep")
     stored, now = json.loads(file.read_text()), json.loads(json.dumps(described))
+    if "identity" in stored and (changes := identity.different(stored["identity"], own)):
+        raise ValueError(
+            f"{folder} was begun with another preset, base run or data: {'; '.join(changes)}. Choose another "
+            "--output-dir, or take the change back"
+        )
     if any(stored.get(key) != now[key] for key in ("plan", "arms")):
         raise ValueError(
             f"{folder} was begun with another sweep or preset than {arguments.sweep} is now: "
             "choose another --output-dir, or take the change back"
-        )
-    if changes := identity.different(stored["identity"], own):
-        raise ValueError(
-            f"{folder} was begun with another preset, base run or data: {'; '.join(changes)}. Choose another "
-            "--output-dir, or take the change back"
         )
     return folder
 

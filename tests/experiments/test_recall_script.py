@@ -11,7 +11,7 @@ from experiments.studies import recall
 from lensjax import _settings
 from lensjax.evaluation import rivals
 from lensjax.runs.config import Config
-from lensjax.runs.store import config_file
+from lensjax.runs.store import config_file, paths
 from tests.runs import TINY, Killed, cheap_programs, contents, hook_run, outcome, request_stop
 
 PRESET = """
@@ -53,7 +53,7 @@ def test_the_comparison_runs_each_arm_for_each_seed_on_one_base_model(whole):
     runs = ("base", "both-0", "both-1", "worse_only-0", "worse_only-1")
     assert {path.name for path in whole.iterdir()} == {*runs, "summary.json", "policies.csv"}
     stored = {name: config_file.load(whole / name / "config.json", Config) for name in runs}
-    expected = _settings.replace(TINY, steps=4)
+    expected = paths.resolved(_settings.replace(TINY, steps=4))
     assert stored["base"] == _settings.replace(expected, steps=0, output_dir=str(whole / "base"))
     for arm in ARMS:
         for seed in (0, 1):

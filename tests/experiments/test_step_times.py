@@ -34,7 +34,6 @@ def test_steps_are_those_of_training(changes, names):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--repetitions", "0"], "repetitions must be at least 1, got 0"),
         (["--csv", "{tmp}/there"], "there exists: name"),
     ],
 )
@@ -43,3 +42,9 @@ def test_bad_arguments_are_refused(tmp_path, words, message):
     with pytest.raises(SystemExit, match=message):
         script.main([word.replace("{tmp}", str(tmp_path)) for word in words])
     assert (tmp_path / "there").read_text() == "mine"
+
+
+def test_no_repetition_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        script.main(["--repetitions", "0"])
+    assert "repetitions must be at least 1, got 0" in capsys.readouterr().err

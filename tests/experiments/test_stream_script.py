@@ -232,6 +232,11 @@ def test_a_sliding_window_has_the_entries_of_the_context_that_was_decided_at_its
     np.testing.assert_array_equal(entries * INTERVAL, cursors)
 
 
+def _shown(value):
+    """As a table shows it."""
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
 @pytest.mark.slow
 def test_the_table_of_the_comparison(done, arguments):
     _, _, summary = done
@@ -243,7 +248,7 @@ def test_the_table_of_the_comparison(done, arguments):
             assert mean == pytest.approx(rows[name]["nats"] - rows[other]["nats"], abs=1e-9) and low < mean < high
     with (arguments.output_dir / "quality.csv").open(newline="") as file:
         written = list(csv.DictReader(file))
-    told = [{name: "" if value is None else str(value) for name, value in row.items()} for row in summary["quality"]]
+    told = [{name: _shown(value) for name, value in row.items()} for row in summary["quality"]]
     assert written == told and list(written[0]) == [
         *("policy", "information", "reads", "entries", "nats"),
         *("minus_session", "minus_session_low", "minus_session_high"),

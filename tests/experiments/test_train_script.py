@@ -11,7 +11,7 @@ import pytest
 
 import lensjax as lx
 from lensjax.runs.config import Config
-from lensjax.runs.store import checkpoint, config_file
+from lensjax.runs.store import checkpoint, config_file, paths
 from lensjax.runs.store.log import read_rows
 from tests.runs import TINY, all_saved_are_finite, bits, outcome, run_script, saved_arrays, tiny_config, write_corpus
 
@@ -58,7 +58,9 @@ def test_the_folder_of_a_run(real):
     }
     for name in ("training.png", "maps.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG") and (folder / name).stat().st_size > 10_000
-    assert config_file.load(folder / "config.json", Config) == config_file.load(folder.parent / "config.json", Config)
+    assert config_file.load(folder / "config.json", Config) == paths.resolved(
+        config_file.load(folder.parent / "config.json", Config)
+    )
     assert {path.name for path in (folder / "tensorboard").iterdir()} == {"pretrain", *TRAINED}
     assert checkpoint.steps(folder / "checkpoints" / "pretrain") == [2, 4]
     for phase in TRAINED:

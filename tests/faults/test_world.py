@@ -179,9 +179,17 @@ def test_d14_4_a_run_goes_on_when_its_reader_has_seen_enough(tiny, tmp_path):
     assert (folder / "summary.json").is_file()
 
 
+@pytest.fixture
+def terminal():
+    """Programs start as on a terminal: in the background of a shell Ctrl-C is ignored, and stays so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["imports", "compiling"])
-def test_d14_6_ctrl_c_anywhere_is_one_line(tiny, tmp_path, moment):
+def test_d14_6_ctrl_c_anywhere_is_one_line(tiny, tmp_path, moment, terminal):
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "experiments.train", str(tiny[0]), "--output-dir", str(folder)]
     with subprocess.Popen(

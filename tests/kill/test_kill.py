@@ -1,4 +1,4 @@
-"""Twenty rounds of random interruptions; `python -m tests.kill --rounds 100` plays more."""
+"""Rounds of random interruptions; `python -m tests.kill --rounds 100` plays more."""
 
 import subprocess
 import sys
@@ -9,8 +9,9 @@ from tests.runs import ROOT
 
 
 @pytest.mark.slow
-def test_20_interrupted_runs_come_out_as_if_nothing_had_happened():
+@pytest.mark.parametrize("rounds", [2, pytest.param(20, marks=pytest.mark.long)])
+def test_interrupted_runs_come_out_as_if_nothing_had_happened(rounds):
     """In a process of its own: this one has started JAX, and cannot be forked any more."""
-    command = [sys.executable, "-m", "tests.kill", "--rounds", "20", "--seed", "0"]
+    command = [sys.executable, "-m", "tests.kill", "--rounds", str(rounds), "--seed", "0"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -67,16 +67,16 @@ def test_e3_rows_are_counted_and_on_the_disk_when_they_are_synced(tmp_path, monk
     write(tmp_path, "pretrain", range(1, 4))
     synced, fsync = [], os.fsync
     with RunLogger(tmp_path, resume=("pretrain", 2)) as logger:
-        assert (logger.count("pretrain"), logger.count("lens")) == (2, 0)
+        assert (logger.written("pretrain")[0], logger.written("lens")) == (2, [0, 0])
         logger.log("lens", 1, {"loss": 1.0})
         logger.flush()
         monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.fstat(number).st_ino) or fsync(number))
         logger.sync()
-        assert synced == [(tmp_path / "metrics.jsonl").stat().st_ino] and logger.count("lens") == 1
+        assert synced == [(tmp_path / "metrics.jsonl").stat().st_ino] and logger.written("lens")[0] == 1
     with RunLogger(None) as logger:
         logger.log("lens", 1, {"loss": 1.0})
         logger.sync()
-        assert logger.count("lens") == 0
+        assert logger.written("lens") == [0, 0]
 
 
 def test_e8_a_full_disk_is_an_error_that_names_the_file(tmp_path, monkeypatch):

@@ -190,9 +190,11 @@ def _is_own(folder: Path) -> bool:
     if all(os.path.isfile(folder / name) for name in ("tokens.bin", "manifest.json")):
         return True
     config, environment = (_content(folder / name) for name in ("config.json", "environment.json"))
-    return all(key in config for key in (b'"format"', b'"output_dir"', b'"seed"')) or (
-        b'"lensjax"' in environment and b'"packages"' in environment
-    )
+    if b'"lensjax"' in environment and b'"packages"' in environment:
+        return True
+    # A configuration alone may be somebody's preset.
+    has_begun = any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints", ".lock"))
+    return has_begun and all(key in config for key in (b'"format"', b'"output_dir"', b'"seed"'))
 
 
 def _content(path: Path) -> bytes:

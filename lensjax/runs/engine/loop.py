@@ -139,7 +139,7 @@ def run_phase(
         state, saved = checkpoint.restore(folder, newest, state)
         batches.set_state(saved["batches"])
         first, elapsed = newest, saved["seconds"]
-        _say_other_rows(saved.get("rows", 0), logger, phase.name, first, console)
+        _say_other_rows(saved.get("rows"), logger, phase.name, first, console)
         best = stopping.Best(**saved["stopping"]) if "stopping" in saved else best
     if first == phase.steps or stopping.is_over(best, patience=config.stopping.patience):
         return _kept(folder, best, state), elapsed
@@ -183,7 +183,7 @@ def run_phase(
                 recorder.check()
                 position = {"batches": batches.get_state(), "seconds": time.perf_counter() - started}
                 logger.sync()
-                position |= {"rows": logger.count(phase.name)}
+                position |= {"rows": logger.written(phase.name)}
                 position |= {} if best.step is None else {"stopping": asdict(best)}
                 if claim is not None:
                     claim.require()
@@ -221,15 +221,17 @@ def kept_step(directory: Path) -> int | None:
     return found.kept
 
 
-def _say_other_rows(written: int, logger: RunLogger, phase: str, step: int, console: Console) -> None:
-    """A word on rows that were written before a checkpoint and are no longer there, or are there twice."""
-    there = logger.count(phase)
-    if there != written:
-        what = "the others are lost, and missing in the curves" if there < written else "others were added by hand"
-        console.out(
-            f"warning: metrics.jsonl holds {there} of the {written} rows of phase {phase} up to step {step}: {what}",
-            highlight=False,
-        )
+def _say_other_rows(written: list[int] | None, logger: RunLogger, phase: str, step: int, console: Console) -> None:
+    """A word on rows that are no longer as they were written before a checkpoint."""
+    there = logger.written(phase)
+    if written is None or there == written:
+        return
+    what = "the others are lost, and missing in the curves" if there[0] < written[0] else "others were added by hand"
+    what = "not all of them are as they were written" if there[0] == written[0] else what
+    console.out(
+        f"warning: metrics.jsonl holds {there[0]} of the {written[0]} rows of phase {phase} up to step {step}: {what}",
+        highlight=False,
+    )
 
 
 def _judged(

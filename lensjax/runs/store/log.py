@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections import Counter
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -101,9 +101,9 @@ class RunLogger:
         if self._files is not None:
             self._files.sync()
 
-    def count(self, phase: str) -> int:
-        """Rows of a phase in the file, those of earlier starts included; 0 where nothing is written."""
-        return 0 if self._files is None else self._files.counts[phase]
+    def written(self, phase: str) -> list[int]:
+        """How many rows of a phase the file holds, those of earlier starts included, and their checksum (CRC-32)."""
+        return [0, 0] if self._files is None else list(self._files.written.get(phase, (0, 0)))
 
     def is_written(self, phase: str, step: int) -> bool:
         """Whether the file of a run that goes on holds rows of a step already, which are then not written again.
@@ -136,10 +136,12 @@ class _Files:
         self._run_dir, self._phases = run_dir, phases
         run_dir.mkdir(parents=True, exist_ok=True)
         path = self._path = run_dir / _FILE
-        self.counts = Counter[str]()
+        # By phase, the number of rows and their checksum.
+        self.written: dict[str, tuple[int, int]] = {}
         if resume is not None:
             _checked_phase(resume[0], phases)
-            self.counts.update(row["phase"] for row in _rewind(path, resume, phases))
+            for line, row in _rewind(path, resume, phases):
+                self._count(row["phase"], line)
         elif path.exists() and path.stat().st_size:
             raise ValueError(f"{path} holds the metrics of another run; resume that one, or choose another folder")
         self._resume = resume
@@ -149,10 +151,12 @@ class _Files:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, rows: list[Row], histograms: list[dict[str, np.ndarray]]) -> None:
+        lines = [json.dumps(_to_json(row), allow_nan=False) + "\n" for row in rows]
         with files.naming(self._path):
-            self._file.write("".join(json.dumps(_to_json(row), allow_nan=False) + "\n" for row in rows))
+            self._file.write("".join(lines))
             self._file.flush()
-        self.counts.update(row["phase"] for row in rows)
+        for row, line in zip(rows, lines, strict=True):
+            self._count(row["phase"], line)
         with files.naming(self._run_dir / _BOARDS):
             for row, counts in zip(rows, histograms, strict=True):
                 self._board(row["phase"]).write(_event(row, counts).SerializeToString())
@@ -169,6 +173,10 @@ class _Files:
         with files.naming(self._run_dir / _BOARDS):
             for board in self._boards.values():
                 board.close()
+
+    def _count(self, phase: str, line: str) -> None:
+        count, checksum = self.written.get(phase, (0, 0))
+        self.written[phase] = count + 1, zlib.crc32(line.encode(), checksum)
 
     def _board(self, phase: str) -> RecordWriter:
         if phase not in self._boards:
@@ -288,8 +296,11 @@ def _parsed(line: str, where: str) -> Row:
     return row
 
 
-def _rewind(path: Path, last: tuple[str, int], phases: tuple[str, ...]) -> list[Row]:
-    """Drops the rows after a phase and step, and returns the others; a kill leaves the old file or the new one."""
+def _rewind(path: Path, last: tuple[str, int], phases: tuple[str, ...]) -> list[tuple[str, Row]]:
+    """Drops the rows after a phase and step, and returns the others, each behind its line.
+
+    A kill leaves the old file or the new one.
+    """
     parsed, end = _parsed_lines(path), (phases.index(last[0]), last[1])
     for place, (_, row) in enumerate(parsed, 1):
         if row["phase"] not in phases:
@@ -299,4 +310,4 @@ def _rewind(path: Path, last: tuple[str, int], phases: tuple[str, ...]) -> list[
             )
     kept = [(line, row) for line, row in parsed if (phases.index(row["phase"]), row["step"]) <= end]
     files.write_text(path, "".join(line for line, _ in kept))
-    return [row for _, row in kept]
+    return kept
