@@ -171,3 +171,13 @@ def test_e7_a_damaged_list_of_starts_stops_no_run(tmp_path, text):
     (tmp_path / "environment.json").write_text(text, errors="surrogateescape")
     assert run_folder.add_environment(tmp_path, Config()) == []
     assert len(json.loads((tmp_path / "environment.json").read_text())) == 1
+
+
+@pytest.mark.parametrize("text", ["", "5", "[5]", "[" * 100_000])
+def test_damaged_files_of_notes_stop_no_run(tmp_path, text):
+    config = Config(output_dir=str(tmp_path / "run"))
+    folder = run_folder.create_run(tmp_path / "run", config)
+    (folder / "environment.json").write_text(text)
+    (folder / "summary.json").write_text(text)
+    assert run_folder.add_environment(folder, config) == [] and run_folder.read_summary(folder) == {}
+    assert len(json.loads((folder / "environment.json").read_text())) == 1

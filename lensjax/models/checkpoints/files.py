@@ -76,7 +76,7 @@ def read_json(path: Path) -> dict[str, Any]:
     require(path.is_file(), f"{path} does not exist: the folder is none of Hugging Face, or not whole")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     require(isinstance(raw, dict), f"{path} must hold an object, got {type(raw).__name__}")
     return raw

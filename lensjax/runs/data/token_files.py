@@ -129,7 +129,7 @@ def _map(folder: Path) -> np.ndarray:
         count, dtype, expected = manifest["tokens"], np.dtype(manifest["dtype"]).newbyteorder("<"), manifest["sha256"]
         with path.open("rb") as file:
             found = _sha256(file).hexdigest()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} (data.cache) is damaged ({error}): {again}") from error
     require(found == expected, f"{path} (data.cache) has SHA-256 {found}, and {expected} was written: {again}")
     whole = path.stat().st_size == count * dtype.itemsize and dtype.kind == "u"

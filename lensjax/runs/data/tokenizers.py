@@ -151,7 +151,10 @@ def _from_json(file: Path) -> Tokenizer:
     inner = tokenizers.Tokenizer.from_file(str(file))
     beside, declared = file.with_name("tokenizer_config.json"), None
     if beside.is_file():
-        declared = json.loads(beside.read_text("utf-8")).get("eos_token")
+        try:
+            declared = json.loads(beside.read_text("utf-8")).get("eos_token")
+        except (ValueError, RecursionError, AttributeError) as error:
+            raise ValueError(f"{beside} is not the JSON object of a tokenizer's settings: {error}") from error
         declared = declared.get("content") if isinstance(declared, dict) else declared
     return Subwords(inner, end_of_text=_separator(inner, declared))
 

@@ -306,7 +306,7 @@ def _checked(directory: str | Path, step: int) -> tuple[Path, dict[str, Any]]:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         is_whole = {"step", "arrays", "data_state"} <= manifest.keys()
         is_whole &= all({"shape", "dtype"} <= spec.keys() for spec in manifest["arrays"].values())
-    except (ValueError, TypeError, AttributeError, KeyError):
+    except (ValueError, RecursionError, TypeError, AttributeError, KeyError):
         is_whole = False
     if not is_whole:
         _raise_damaged(folder, f"{_MANIFEST} does not describe a checkpoint")

@@ -138,7 +138,7 @@ def read_summary(run_dir: str | Path) -> dict[str, Any]:
     """What `summary.json` holds; empty while the run is not finished, and where the file is torn."""
     try:
         summary = json.loads((Path(run_dir) / SUMMARY).read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return summary if isinstance(summary, dict) else {}
 
@@ -166,7 +166,7 @@ def _entries(path: Path) -> list[dict[str, Any]]:
     """Of `environment.json`; none where it is missing or damaged, which stops no run."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return []
     is_whole = isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)
     return entries if is_whole else []
