@@ -49,7 +49,8 @@ smol: smollm2 ## Train and measure on a real language model, SmolLM2-135M, and p
 
 evaluate-smol: smollm2 ## All policies on 128 windows at 2x, 4x and 8x, in some hours without a GPU
 	[ -d runs/smol ] || $(MAKE) smol
-	$(RUN) -m experiments.evaluate runs/smol --budgets 2 4 8 --sequences 128 $(SMOL_FLAGS) --name evaluation-128
+	$(RUN) -m experiments.evaluate runs/smol --budgets 4 8 2 --sequences 128 --draws 4 --oracle-rounds 0 \
+	    --name evaluation-128
 
 recall: $(STAMP) ## Prove on a task with known answers that LensNet learns, into runs/recall
 	$(RUN) -m experiments.studies.recall
