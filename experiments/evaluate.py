@@ -215,7 +215,7 @@ def _evaluate_run(job: _Job, arguments: Arguments, output: _Output, console: Con
         "rows": details,
         "anti_theater": checks,
     }
-    output.write(rows, report, title=str(job.folder))
+    output.write(rows, report, title=f"{job.config.data.task}, seed {job.config.seed}")
     console.out(f"table, intervals and picture are in {job.folder}/{arguments.name}.*", highlight=False)
     return rows
 

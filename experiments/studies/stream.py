@@ -89,7 +89,8 @@ def stream(arguments: Arguments) -> dict[str, Any]:
     folder, console = run_folder.create_run(arguments.output_dir, config), Console()
     console.out(f"run folder {folder}, {jax.default_backend()}, seed {arguments.seed}", highlight=False)
     watch, rows = Watch(session), []
-    name = f"{arguments.run or 'fresh models'}: {arguments.tokens:,} tokens read through {config.budget} entries"
+    models_of = "fresh models" if arguments.run is None else f"{config.data.task}, seed {config.seed}"
+    name = f"{models_of}: {arguments.tokens:,} tokens read through {config.budget} entries"
     with (
         (folder / "metrics.jsonl").open("w") as file,
         Progress(console=console, transient=True, disable=not has_bars(console)) as progress,
