@@ -79,7 +79,8 @@ def open_run(
 
     try:
         devices.in_first(take)
-        console.out(f"run folder {folder}, {jax.default_backend()}, seed {config.seed}", highlight=False)
+        device = f"{jax.default_backend()}, {config.choose_attention()}"
+        console.out(f"run folder {folder}, {device}, seed {config.seed}", highlight=False)
         plan = recovery.plan(folder, phases) if resume else None
         restored = None if plan is None else plan.restored
         stored = None if restored is None else _stored(folder, *restored)
