@@ -218,6 +218,8 @@ class LensModel(Functional[LensNet]):
     """Numbers that are read of the base model for each block [F]."""
     kernel: Kernel = "xla"
     """What computes attention."""
+    tile: int = 1
+    """Entries are padded to a multiple of this for the layers: see `build.tile`."""
 
     def _build(self, rngs: nnx.Rngs) -> LensNet:
         return LensNet(
@@ -274,4 +276,11 @@ class LensModel(Functional[LensNet]):
             checked("entries.states", entries.states, embeddings.shape[0], self.state_dim * (1 + BLOCKS_BEFORE))
         for name in ("lods", "spans", "distances", "valid"):
             checked(f"entries.{name}", getattr(entries, name), embeddings.shape[0])
-        return self._bind(params)(entries)
+        count = embeddings.shape[0]
+        scores, features = self._bind(params)(_padded(entries, -count % self.tile))
+        return scores[:count], features[:count]
+
+
+def _padded(entries: Entries, more: int) -> Entries:
+    """Entries and so many behind them that are not valid."""
+    return jax.tree.map(lambda each: jnp.pad(each, [(0, more)] + [(0, 0)] * (each.ndim - 1)), entries) if more else entries
