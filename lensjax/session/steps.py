@@ -18,7 +18,8 @@ from lensjax.context import tree as trees
 from lensjax.context import working as contexts
 from lensjax.context.edge import Edge
 from lensjax.context.working import BLOCKS_BEFORE, WorkingContext
-from lensjax.models import BaseReader, Models, Params, StreamingLanguageModel, decision
+from lensjax.models import Models, Params, StreamingLanguageModel, decision
+from lensjax.models.interfaces import BaseReader
 from lensjax.session.history import Found
 from lensjax.session.state import Policy, Refocus, SessionConfig, View
 
