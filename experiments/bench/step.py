@@ -25,59 +25,17 @@ from experiments import command
 from experiments.bench import programs
 from experiments.bench.cost import step_cost
 from experiments.bench.programs import Compiles, Program, Step, turns
+from experiments.bench.shapes import SHAPES, Shape
 from experiments.tables import write_json
 from lensjax._settings import PositiveInt, settings
-from lensjax.models.base_lm import BaseConfig
 from lensjax.runs.config import Config
-from lensjax.training.hyperparameters import Hyperparameters
-from lensjax.training.optim.optimizer import OptimizerConfig
-from lensjax.training.scoring import ContextConfig
-
-
-def _shape(
-    base: BaseConfig, context: ContextConfig, *, batch_size: int, share: float, dtype: Literal["float32", "bfloat16"]
-) -> Config:
-    """Frozen base model, live LensNet loss, KL on."""
-    return Config(
-        batch_size=batch_size,
-        dtype=dtype,
-        base=base,
-        context=context,
-        hyper=Hyperparameters(context_start=share, context_end=share, kl_weight=0.1),
-        optimizer=OptimizerConfig(warmup_steps=0),
-    )
-
-
-SHAPES = {
-    "small": _shape(
-        BaseConfig(dim=128, layers=4, heads=4, kv_heads=2, mlp_dim=384),
-        ContextConfig(window=512, block_size=8, horizon=32, recent_tokens=8, rollouts=8),
-        batch_size=4,
-        share=0.5,
-        dtype="float32",
-    ),
-    "medium": _shape(
-        BaseConfig(dim=256, layers=6, heads=8, kv_heads=4, mlp_dim=768),
-        ContextConfig(window=1024, block_size=32, horizon=32, recent_tokens=8, rollouts=4),
-        batch_size=2,
-        share=0.75,
-        dtype="float32",
-    ),
-    "large": _shape(
-        BaseConfig(vocab_size=32_768, dim=768, layers=12, heads=12, kv_heads=12, mlp_dim=2048),
-        ContextConfig(window=2048, block_size=32, horizon=64, recent_tokens=8, rollouts=4),
-        batch_size=8,
-        share=0.5,
-        dtype="bfloat16",
-    ),
-}
 
 
 @settings()
 class Arguments:
     """What to measure."""
 
-    shapes: tuple[Literal["small", "medium", "large"], ...] = ("small", "medium")
+    shapes: tuple[Shape, ...] = ("small", "medium")
     repetitions: PositiveInt = 20
     """Turns that every program takes after one to warm up."""
     json: Path | None = None
