@@ -12,13 +12,18 @@ TAG := $(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])'
 # Interpreters without a file of their own share the versions of Python 3.12.
 CONSTRAINTS := $(firstword $(wildcard constraints/$(TAG).txt) constraints/py312.txt)
 STAMP := $(VENV)/$(TAG).stamp
+# The compilers for devices that are not here, in an environment of their own.
+AOT_VENV ?= .venv-aot
+AOT_STAMP := $(AOT_VENV)/$(TAG).stamp
+AOT_CONSTRAINTS := $(firstword $(wildcard constraints/aot-$(TAG).txt) constraints/aot-py312.txt)
+AOT_FLAGS ?= --shapes small large --csv runs/aot-$(TAG).csv
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
 SMOL_FLAGS := --draws 2 --batch-size 2 --oracle-rounds 0
 
 .PHONY: help venv corpus demo recall query signals evaluate-recall evaluate-tracking evaluate-stdlib stream ablate rlan arc adapt quiet-star \
-    smol evaluate-smol smollm2 test test-slow test-all test-matrix docs site lint format release constraints clean
+    smol evaluate-smol smollm2 test test-slow test-all test-matrix docs site lint format release constraints aot clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' Makefile
@@ -185,6 +190,17 @@ constraints: ## Write the exact versions for PYTHON anew, from the newest releas
 	{ echo "# Written by 'make constraints PYTHON=$(notdir $(PYTHON))'."; \
 	    build/constraints/bin/python -m pip freeze --exclude-editable; } > constraints/$(TAG).txt
 
+aot: $(AOT_STAMP) ## Compile the steps for an H100 and a TPU v5e, which need not be here (needs Linux and 1.5 GB of wheels)
+	$(AOT_VENV)/bin/python -m experiments.bench.aot $(AOT_FLAGS)
+
+$(AOT_STAMP): pyproject.toml $(CONSTRAINTS) $(AOT_CONSTRAINTS)
+	@echo "Installing into $(AOT_VENV) the versions of $(CONSTRAINTS) and $(AOT_CONSTRAINTS)"
+	@$(PYTHON) -m venv --clear $(AOT_VENV)
+	@$(AOT_VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) hatchling
+	@$(AOT_VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[scripts,train]'
+	@$(AOT_VENV)/bin/python -m pip install --quiet --no-deps --requirement $(AOT_CONSTRAINTS)
+	@touch $@
+
 clean: ## Remove environments, builds and caches; runs/ stays
-	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-aot build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -11,6 +11,7 @@ and operations as it counts them in the program it made, and not a time. Calls o
 others.
 """
 
+import importlib
 import os
 import re
 import time
@@ -31,12 +32,12 @@ from rich.console import Console
 from experiments import command
 from experiments.bench.shapes import SHAPES, Shape
 from experiments.tables import write_csv
+from lensjax import _settings
 from lensjax._settings import settings
 from lensjax.models import Models
 from lensjax.models.build import tile
 from lensjax.models.nn.attend import Kernel
 from lensjax.runs.config import Config
-from lensjax.session import SessionConfig
 from lensjax.session.history import Found
 from lensjax.session.steps import Steps
 from lensjax.training.steps import online, preference, pretrain
@@ -63,6 +64,8 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 """A `GpuTargetConfigProto` of XLA, with the figures of its own description of this device (its `gpu_specs`)."""
 PLATFORMS = {"h100": "cuda", "v5e": "tpu"}
+STEPS = 1_000
+"""Length of a run that has none of its own; what a step compiles to does not depend on it."""
 FUSED: dict[str, Kernel] = {"h100": "cudnn", "v5e": "splash"}
 
 
@@ -153,9 +156,12 @@ def steps(program: Program, config: Config, models: Models) -> dict[str, Compile
     train_state, frozen = jax.eval_shape(partial(preference.init_train_state, **static), key)
     if program == "train":
         return {"train_step": (partial(preference.train_step, **static), (train_state, batch, frozen), True)}
-    static["settings"] = config.online
-    start = partial(online.init_online_state, **static)
-    state, frozen = jax.eval_shape(lambda key, params: start(key, params=params), key, {**frozen, **train_state.params})
+    static["settings"] = _settings.replace(config.online, steps=config.online.steps or STEPS)
+    state, frozen = jax.eval_shape(
+        lambda key, params: online.init_online_state(key, params=params, **static),
+        key,
+        {**frozen, **train_state.params},
+    )
     return {"online_step": (partial(online.online_step, **static), (state, batch, frozen), True)}
 
 
@@ -193,7 +199,8 @@ def _try(compiled: Compiled, device: jax.Device, folder: Path | None, name: str)
     return figures
 
 
-FIGURES = ("operations", "bytes", "arguments", "results", "temporaries", "peak", "largest", "kernels", "seconds", "error")
+COUNTED = ("operations", "bytes", "arguments", "results", "temporaries", "peak")
+FIGURES = (*COUNTED, "largest", "kernels", "seconds", "error")
 
 
 def compile_for(
@@ -238,10 +245,10 @@ def _counts(compiled: Any) -> dict[str, float]:
     counts = compiled.cost_analysis()
     if counts is not None:
         return counts
-    from jax._src.lib import xla_client  # no public way leads to it
-
     (module,) = compiled.runtime_executable().hlo_modules()
-    return xla_client._xla.hlo_module_cost_analysis(jax.devices("cpu")[0].client, module)
+    # No public way leads to it.
+    count = importlib.import_module("jaxlib.xla_client")._xla.hlo_module_cost_analysis
+    return count(jax.devices("cpu")[0].client, module)
 
 
 @contextmanager

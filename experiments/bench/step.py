@@ -14,7 +14,7 @@ arithmetic and memory traffic allow, by that product and by one large array read
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np

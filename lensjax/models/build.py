@@ -49,10 +49,11 @@ def build_models(
     if base.dim % gist.heads:
         raise ValueError(f"base.dim must be a multiple of gist.heads {gist.heads}, got {base.dim}")
     kernel = choose_attention(base, lens, dtype=dtype, attention=attention).kernel
+    rows = tile(kernel, jax.default_backend())
     return Models(
         base=BaseModel(base, dtype, kernel),
         gist=GistModel(gist, base.dim, block_size, dtype),
-        lens=LensModel(lens, base.dim, max_lod, dtype, _state_dim(base, lens), kernel, tile(kernel, jax.default_backend())),
+        lens=LensModel(lens, base.dim, max_lod, dtype, _state_dim(base, lens), kernel, rows),
     )
 
 

@@ -283,4 +283,6 @@ class LensModel(Functional[LensNet]):
 
 def _padded(entries: Entries, more: int) -> Entries:
     """Entries and so many behind them that are not valid."""
-    return jax.tree.map(lambda each: jnp.pad(each, [(0, more)] + [(0, 0)] * (each.ndim - 1)), entries) if more else entries
+    if more == 0:
+        return entries
+    return jax.tree.map(lambda each: jnp.pad(each, [(0, more)] + [(0, 0)] * (each.ndim - 1)), entries)
