@@ -193,9 +193,7 @@ class Config(Recipe):
     def build_models(self) -> Models:
         """The models of the run; call it once, outside `jax.jit`."""
         shape = {"block_size": self.context.block_size, "max_lod": self.context.max_lod}
-        return build_models(
-            self.base, self.gist, self.lens, **shape, dtype=self.dtype, attention=self.attention
-        )
+        return build_models(self.base, self.gist, self.lens, **shape, dtype=self.dtype, attention=self.attention)
 
     def choose_attention(self) -> Choice:
         """What computes attention in the models, and why."""

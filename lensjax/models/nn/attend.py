@@ -24,8 +24,8 @@ Kernel = Literal["xla", "cudnn", "splash"]
 Setting = Literal["auto", "xla", "cudnn", "splash"]
 
 TILE = 128
-"""Entries that a fused kernel is padded to a multiple of. cuDNN refuses odd lengths in its backward pass, and with lengths
-of which 64 are left over its gradients have been NaN."""
+"""Entries come to a fused kernel in multiples of it. cuDNN refuses odd lengths in its backward pass, and its gradients
+have been NaN where 64 entries were left over."""
 _BLOCKS = (512, 384, 256, TILE)
 """Sizes of the blocks of splash attention, the best first."""
 # Smaller blocks of queries would keep a GPU waiting, more of them the compiler.
@@ -185,7 +185,7 @@ def _cudnn(query: Array, key: Array, value: Array, *, causal: bool, valid: Array
     they stand does not matter to attention.
     """
     count = query.shape[0]
-    lengths: dict[str, Array] = {}
+    lengths: dict[str, Any] = {}
     if not causal and (valid is not None or count % TILE):
         seen = jnp.asarray(count, jnp.int32)
         if valid is not None:
@@ -195,8 +195,8 @@ def _cudnn(query: Array, key: Array, value: Array, *, causal: bool, valid: Array
         seen = seen + (query[0, 0, 0] > jnp.inf).astype(jnp.int32)
         whole = seen * 0 + _padded_length(count)
         lengths = {"query_seq_lengths": whole[None], "key_value_seq_lengths": seen[None]}
-    padded = (_pad(heads) for heads in (query, key, value))
-    mixed = jax.nn.dot_product_attention(*padded, is_causal=causal, **lengths, implementation="cudnn")
+    query, key, value = (_pad(heads) for heads in (query, key, value))
+    mixed = jax.nn.dot_product_attention(query, key, value, is_causal=causal, **lengths, implementation="cudnn")
     return mixed[:count]
 
 
@@ -220,10 +220,16 @@ def _splash(query: Array, key: Array, value: Array, *, causal: bool, valid: Arra
         segments = splash.SegmentIds(q=jnp.ones(length, jnp.int32), kv=_pad(seen.astype(jnp.int32)))
     kind = masks.CausalMask if causal else masks.FullMask
     block = next(size for size in _BLOCKS if length % size == 0)
-    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([kind((length, length))] * heads),
-        block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in names}),
+        block_sizes=splash.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
         head_shards=1,
         q_seq_shards=1,
     )

@@ -181,9 +181,7 @@ class Attention(nnx.Module):
         weights = jax.nn.softmax(jnp.where(up_to(rows, x.shape[0]), logits, -jnp.inf))
         return weights, jnp.linalg.norm(unturned.astype(jnp.float32), axis=-1).T
 
-    def _mix(
-        self, query: Array, key: Array, value: Array, *, rows: Array | None, valid: Array | None = None
-    ) -> Array:
+    def _mix(self, query: Array, key: Array, value: Array, *, rows: Array | None, valid: Array | None = None) -> Array:
         config = self.config
         mixed = attend(
             query, self._shift(key), value, causal=config.causal, rows=rows, valid=valid, kernel=config.kernel
