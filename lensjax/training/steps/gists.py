@@ -58,7 +58,7 @@ class GistTrainingConfig:
 
 def gist_geometry(recipe: Recipe) -> Geometry:
     """The history of a recipe with gists in the place of what it omits."""
-    return replace(recipe.geometry, omit=False)
+    return replace(recipe.geometry, omit=False, sink_blocks=0)
 
 
 def gist_capacity(recipe: Recipe) -> int:
