@@ -12,6 +12,7 @@ from lensjax._settings import Bound, Count, Layers, Positive, Width, above, requ
 from lensjax.context.working import Entries
 from lensjax.models.functional import Functional, checked
 from lensjax.models.interfaces import Params
+from lensjax.models.nn.attend import Kernel
 from lensjax.models.nn.cache import KVCache
 from lensjax.models.nn.conv import ShortConv
 from lensjax.models.nn.rope import NO_SCALING, RopeScaling, rotary
@@ -90,7 +91,7 @@ class BaseLM(nnx.Module):
       Touvron et al., LLaMA, arXiv:2302.13971, section 2.2.
     """
 
-    def __init__(self, config: BaseConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: BaseConfig, *, dtype: DTypeLike, kernel: Kernel = "xla", rngs: nnx.Rngs) -> None:
         self.config = config
         self.dtype = dtype
         init = nnx.initializers.normal(EMBEDDING_STD)
@@ -110,6 +111,7 @@ class BaseLM(nnx.Module):
             qk_norm=config.qk_norm,
             norm_eps=config.norm_eps,
             dtype=dtype,
+            kernel=kernel,
         )
         self.transformer = Transformer(stack, rngs=rngs)
         self.norm = rms_norm(config.dim, rngs, config.norm_eps)
@@ -176,9 +178,11 @@ class BaseModel(Functional[BaseLM]):
     config: BaseConfig
     dtype: str = "float32"
     """Type of the matrix products."""
+    kernel: Kernel = "xla"
+    """What computes attention."""
 
     def _build(self, rngs: nnx.Rngs) -> BaseLM:
-        return BaseLM(self.config, dtype=jnp.dtype(self.dtype), rngs=rngs)
+        return BaseLM(self.config, dtype=jnp.dtype(self.dtype), kernel=self.kernel, rngs=rngs)
 
     @property
     def vocab_size(self) -> int:

@@ -13,6 +13,7 @@ from lensjax._settings import Layers, Width, require, settings
 from lensjax.context.working import BLOCKS_BEFORE, Entries
 from lensjax.models.functional import Functional, checked
 from lensjax.models.interfaces import Params
+from lensjax.models.nn.attend import Kernel
 from lensjax.models.nn.transformer import SwiGLU, Transformer, TransformerConfig, linear, rms_norm
 
 
@@ -116,6 +117,7 @@ class LensNet(nnx.Module):
         *,
         state_dim: int = 0,
         dtype: DTypeLike,
+        kernel: Kernel = "xla",
         rngs: nnx.Rngs,
     ) -> None:
         init = nnx.initializers.normal(FEATURE_STD)
@@ -133,6 +135,7 @@ class LensNet(nnx.Module):
             causal=False,
             dtype=dtype,
             equal_query_key=True,
+            kernel=kernel,
         )
         self.transformer = Transformer(stack, rngs=rngs)
         self.norm = rms_norm(config.dim, rngs)
@@ -213,6 +216,8 @@ class LensModel(Functional[LensNet]):
     dtype: str = "float32"
     state_dim: int = 0
     """Numbers that are read of the base model for each block [F]."""
+    kernel: Kernel = "xla"
+    """What computes attention."""
 
     def _build(self, rngs: nnx.Rngs) -> LensNet:
         return LensNet(
@@ -221,6 +226,7 @@ class LensModel(Functional[LensNet]):
             self.max_lod,
             state_dim=self.state_dim,
             dtype=jnp.dtype(self.dtype),
+            kernel=self.kernel,
             rngs=rngs,
         )
 

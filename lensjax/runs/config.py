@@ -7,8 +7,10 @@ from typing import Annotated, Literal
 from lensjax._settings import BatchCount, BatchSize, Bound, PositiveInt, require, settings
 from lensjax.models import HyperLoRAModel, LensModel, Models, build_models
 from lensjax.models.base_lm import BaseConfig
+from lensjax.models.build import choose_attention
 from lensjax.models.gistnet import GistConfig
 from lensjax.models.lensnet import LensConfig
+from lensjax.models.nn.attend import Choice, Setting
 from lensjax.runs.data.task import DataConfig
 from lensjax.runs.engine.stopping import StoppingConfig
 from lensjax.session import SessionConfig
@@ -78,6 +80,9 @@ class Config(Recipe):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type of the models; parameters, softmax and losses stay in float32."""
+    attention: Setting = "auto"
+    """What computes attention: XLA, or a fused kernel in bfloat16, cuDNN's on NVIDIA and splash on a TPU. `auto` takes
+    the one that the device has, where it serves; a run says which at its start."""
     shard_parameters: bool = False
     """Split parameters and optimizer state over the devices as well as the batch (FSDP): less memory, more traffic."""
     logging_steps: PositiveInt = 10
@@ -188,7 +193,11 @@ class Config(Recipe):
     def build_models(self) -> Models:
         """The models of the run; call it once, outside `jax.jit`."""
         shape = {"block_size": self.context.block_size, "max_lod": self.context.max_lod}
-        return build_models(self.base, self.gist, self.lens, **shape, dtype=self.dtype)
+        return build_models(self.base, self.gist, self.lens, **shape, dtype=self.dtype, attention=self.attention)
+
+    def choose_attention(self) -> Choice:
+        """What computes attention in the models, and why."""
+        return choose_attention(self.base, self.lens, dtype=self.dtype, attention=self.attention)
 
     def build_hypernet(self, models: Models) -> HyperLoRAModel | None:
         """What adapts LensNet to a document, where it is trained."""

@@ -84,6 +84,7 @@ def fit(config: Config, *, resume: bool = False, console: Console | None = None)
         console=console,
         data=data.digest(config),
         weights=lambda: load.digest(config, start),
+        attention=config.choose_attention(),
     ) as (folder, logger, claim):
         job = _Job(config, models, hypernet, mesh, console, claim)
         params, seconds, summary = start or {}, 0.0, dict[str, Any]()

@@ -9,6 +9,7 @@ from typing import Protocol
 import jax
 from rich.console import Console
 
+from lensjax.models.nn.attend import Choice
 from lensjax.runs.engine import devices, numerics, recovery
 from lensjax.runs.store import checkpoint, identity, lock, run_folder
 from lensjax.runs.store.identity import Identity
@@ -43,6 +44,7 @@ def open_run(
     console: Console,
     data: str | None = None,
     weights: Callable[[], str | None] = lambda: None,
+    attention: Choice | None = None,
 ) -> Iterator[tuple[Path, RunLogger, Claim]]:
     """Makes or opens the folder of a run, in the first process, and the log in it; no other run can while it is open.
 
@@ -53,6 +55,7 @@ def open_run(
       console: is told the folder, and what changed since the start before.
       data: digest of what the run reads; None where its config says it all.
       weights: the digest of what it begins with; asked where no checkpoint says so.
+      attention: what computes it, to be told with the device.
 
     Yields:
       The folder, the log, and what checkpoints are written with.
@@ -79,7 +82,8 @@ def open_run(
 
     try:
         devices.in_first(take)
-        console.out(f"run folder {folder}, {jax.default_backend()}, seed {config.seed}", highlight=False)
+        device = ", ".join([jax.default_backend(), *([str(attention)] if attention else [])])
+        console.out(f"run folder {folder}, {device}, seed {config.seed}", highlight=False)
         plan = recovery.plan(folder, phases) if resume else None
         restored = None if plan is None else plan.restored
         stored = None if restored is None else _stored(folder, *restored)

@@ -66,7 +66,7 @@ def test_the_folder_of_a_run(real):
     for phase in TRAINED:
         assert checkpoint.steps(folder / "checkpoints" / phase) == [2, 4, 5]
     assert all_saved_are_finite(folder)
-    assert done.stdout.splitlines()[0] == f"run folder {folder}, {jax.default_backend()}, seed 0"
+    assert done.stdout.splitlines()[0] == f"run folder {folder}, {jax.default_backend()}, attention xla, seed 0"
     assert done.stdout.splitlines()[-1] == f"pictures, metrics and checkpoints are in {folder}"
 
 

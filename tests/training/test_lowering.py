@@ -4,6 +4,7 @@ Lowering is not compiling: that a program fits a device, and what it takes there
 """
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from lensjax.training.steps.gists import GistTrainingConfig
 from lensjax.training.steps.online import OnlineConfig
 from lensjax.training.steps.pretrain import PretrainConfig
 from lensjax.training.teachers import DistillConfig
+from tests import lowered
 from tests.small import FULL, HALF_PRECISION, OMITTING, Run, batch
 
 pytestmark = pytest.mark.slow
@@ -75,6 +77,28 @@ def test_a_step_lowers_for_accelerators(make, run):
     assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(after)] == [
         (leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(shapes[0])
     ]
+
+
+@pytest.mark.parametrize("make", [by_preferences, by_next_tokens])
+@pytest.mark.parametrize(("kernel", "platform"), [("cudnn", "cuda"), ("splash", "tpu")])
+def test_a_step_calls_the_fused_kernel(make, kernel, platform):
+    def fused(config):
+        models = config.build_models()
+        base, lens = (replace(model, kernel=kernel) for model in (models.base, models.lens))
+        return replace(models, base=base, lens=lens)
+
+    run = Run(fused, dtype="bfloat16", trainable=("base", "gist", "lens"), **{"base.layers": 2})
+    with lowered.as_if_there_were_cudnn(), jax.numpy_dtype_promotion("standard"):
+        step, (state, frozen) = make(run)
+        shapes = jax.eval_shape(lambda *leaves: leaves, state, batch(), frozen)
+        calls = lowered.custom_calls(step, *shapes, platform=platform)
+    # By preferences the base model's last layer is asked for a few rows alone, and LensNet's only one for all; next
+    # tokens are read from whole windows and from rollouts.
+    layers = {by_preferences: 2, by_next_tokens: 4}[make]
+    if kernel == "cudnn":
+        assert calls == dict.fromkeys(lowered.CUDNN, layers)
+    else:  # one kernel forward and two for the gradient; layers of one shape share them
+        assert calls["tpu_custom_call"] == 3 * 2
 
 
 @pytest.mark.parametrize("run", [FULL, OMITTING])

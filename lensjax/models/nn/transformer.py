@@ -13,10 +13,9 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from lensjax.models.nn.attend import Kernel, attend, up_to
 from lensjax.models.nn.rope import apply_rotary
 
-# Smaller blocks would keep a GPU waiting, more of them the compiler.
-_MIN_BLOCK, _MAX_BLOCKS = 128, 8
 # Small: the mean of 64 fresh embeddings has mean square 6e-6, and must come out at unit scale like any other entry.
 NORM_EPS = 1e-8
 
@@ -58,6 +57,8 @@ class TransformerConfig:
     """Whether queries and keys pass an RMSNorm of their own, one for all heads, before they are turned."""
     norm_eps: float = NORM_EPS
     """Epsilon of every RMSNorm."""
+    kernel: Kernel = "xla"
+    """What computes attention."""
 
     def __post_init__(self) -> None:
         """Refuses widths that do not fit each other."""
@@ -155,24 +156,20 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Array, *, rotary: Rotary | None, key_mask: Array | None, rows: Array | None) -> Array:
         """Attends from `rows` (all entries if None) of x [S, D] to every entry; returns [R, D] or [S, D]."""
+        if rows is not None and self.config.kernel != "xla" and 2 * rows.shape[0] > x.shape[0]:
+            # A fused kernel reads whole sequences; most of this one is asked for anyway.
+            return self(x, rotary=rotary, key_mask=key_mask, rows=None)[rows]
         source, own_rotary = (x, rotary) if rows is None else _take((x, rotary), rows)
         # Query, key, value: in this order their gradients are added up, and another one gives other last bits.
         query, key = self._searched("query", source, own_rotary), self._searched("key", x, rotary)
-        value = self._heads(self.value(x))
-        mask = None if key_mask is None else key_mask[None, None, :]
-        if not self.config.causal:
-            return self._attend(query, key, value, mask)
-        if rows is None:
-            return self._attend_to_earlier(query, key, value, mask)
-        earlier = _up_to(rows, x.shape[0])
-        return self._attend(query, key, value, earlier if mask is None else earlier & mask)
+        return self._mix(query, key, self._heads(self.value(x)), rows=rows, valid=key_mask)
 
     def extend(self, x: Array, memory: Memory, *, rotary: Rotary | None, slots: Array) -> tuple[Array, Memory]:
         """Writes x [R, D] to `slots` int32[R] of the memory and attends to all slots up to each: [R, D], memory."""
         query = self._searched("query", x, rotary)
         key = memory[0].at[slots].set(self._searched("key", x, rotary), mode="drop")
         value = memory[1].at[slots].set(self._heads(self.value(x)), mode="drop")
-        return self._attend(query, key, value, _up_to(slots, key.shape[0])), (key, value)
+        return self._mix(query, key, value, rows=slots), (key, value)
 
     def weights(self, x: Array, *, rotary: Rotary | None, rows: Array) -> tuple[Array, Array]:
         """What `rows` of x [S, D] attend to, causally, and the norms of unturned keys: [heads, R, S], [kv_heads, S]."""
@@ -181,25 +178,15 @@ class Attention(nnx.Module):
         query, unturned = self._searched("query", source, own_rotary), self._searched("key", x)
         key = jnp.repeat(self._shift(_turned(unturned, rotary)), config.heads // config.kv_heads, axis=1)
         logits = jnp.einsum("rhd,shd->hrs", query, key, preferred_element_type=jnp.float32) * config.head_width**-0.5
-        weights = jax.nn.softmax(jnp.where(_up_to(rows, x.shape[0]), logits, -jnp.inf))
+        weights = jax.nn.softmax(jnp.where(up_to(rows, x.shape[0]), logits, -jnp.inf))
         return weights, jnp.linalg.norm(unturned.astype(jnp.float32), axis=-1).T
 
-    def _attend(self, query: Array, key: Array, value: Array, mask: Array | None) -> Array:
-        return self.out(_mixed(query, self._shift(key), value, mask))
-
-    def _attend_to_earlier(self, query: Array, key: Array, value: Array, mask: Array | None) -> Array:
-        """Causal attention of every entry, a block of queries at a time: no later key is multiplied, only to be masked.
-
-        That is half of the products, and a block's logits stay in a processor's cache.
-        """
-        key, length, parts = self._shift(key), query.shape[0], []
-        size = max(_MIN_BLOCK, -(-length // _MAX_BLOCKS))
-        for start in range(0, length, size):
-            end = min(start + size, length)
-            earlier = _up_to(jnp.arange(start, end), end)
-            seen = earlier if mask is None else earlier & mask[..., :end]
-            parts.append(_mixed(query[start:end], key[:end], value[:end], seen))
-        return self.out(jnp.concatenate(parts))
+    def _mix(self, query: Array, key: Array, value: Array, *, rows: Array | None, valid: Array | None = None) -> Array:
+        config = self.config
+        mixed = attend(
+            query, self._shift(key), value, causal=config.causal, rows=rows, valid=valid, kernel=config.kernel
+        )
+        return self.out(mixed)
 
     def _shift(self, key: Array) -> Array:
         """Gives each entry, in the copy heads, the key of the one before it; the first has a key of zeros."""
@@ -225,20 +212,8 @@ def _turned(heads: Array, rotary: Rotary | None) -> Array:
     return heads if rotary is None else apply_rotary(heads, *rotary)
 
 
-def _mixed(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
-    """Values [S, ...] mixed by attention, heads side by side: [R, heads * head_dim]."""
-    # JAX's implementation mixes bfloat16 with float32 (its softmax), which strict promotion refuses.
-    with jax.numpy_dtype_promotion("standard"):
-        return jax.nn.dot_product_attention(query, key, value, mask=mask).reshape(query.shape[0], -1)
-
-
 def _take(entries: tuple[Array, Rotary | None], rows: Array) -> tuple[Array, Rotary | None]:
     return jax.tree.map(lambda of_entry: of_entry[rows], entries)
-
-
-def _up_to(rows: Array, length: int) -> Array:
-    """bool[1, R, S]: whether each of `rows` may see each of S entries in causal order."""
-    return jnp.arange(length)[None, None, :] <= rows[None, :, None]
 
 
 class Block(nnx.Module):
@@ -296,7 +271,7 @@ class Transformer(nnx.Module):
         Args:
           x: [S, D].
           rotary: cos and sin for queries and keys, each [S, head_dim / 2]; None for no positions.
-          key_mask: bool[S], entries that may be attended to; None for all.
+          key_mask: bool[S], entries that may be attended to, of a stack that is not causal; None for all.
           rows: int32[R] in [0, S), the outputs wanted; None for all. The last block computes queries and MLP
             for these alone.
 
