@@ -18,7 +18,8 @@ from jax.typing import ArrayLike
 
 from lensjax._settings import Layers, Width, require, settings
 from lensjax.models import Functional, Params
-from lensjax.models.nn.transformer import Memory, Transformer, TransformerConfig, linear, rms_norm
+from lensjax.models.nn.layers import linear, rms_norm
+from lensjax.models.nn.transformer import Memory, Transformer, TransformerConfig
 
 _POSITION_STD = 1.0
 """Of fresh embeddings of tokens and places alike: which place a token names is half of the task."""

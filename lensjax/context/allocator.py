@@ -167,7 +167,8 @@ def start(length: ArrayLike, geometry: Geometry, *, settings: FocusConfig) -> Fo
     if not geometry.omit:
         raise ValueError("focus.start recency needs context.omit: without it every context covers the whole history")
     shown = length_for_collapses(collapses_for_length(length, geometry), geometry)
-    return from_cut(jnp.where(jnp.arange(geometry.history) < geometry.history - shown, 1, 0), geometry)
+    tokens = jnp.arange(geometry.history) - geometry.head
+    return from_cut(jnp.where((tokens >= 0) & (tokens < geometry.history - shown), 1, 0), geometry)
 
 
 def fit(
@@ -335,7 +336,7 @@ def edit(
 
 
 def drop_oldest(state: FocusState, tokens: int, geometry: Geometry) -> FocusState:
-    """The state of a history that has lost its first tokens, a multiple of K**L: all nodes move to the front.
+    """The state of a history that has lost its first tokens, a multiple of K**L: all move up, sinks are the new first.
 
     Example:
       >>> import lensjax as lx
@@ -344,4 +345,5 @@ def drop_oldest(state: FocusState, tokens: int, geometry: Geometry) -> FocusStat
       >>> lx.allocator.drop_oldest(state, 2, geometry).collapsed.tolist()
       [True, False, False]
     """
-    return jax.tree.map(lambda values: nodes.drop_oldest(values, tokens, geometry), state)
+    collapsed, cooling = (nodes.drop_oldest(values, tokens, geometry) for values in (state.collapsed, state.cooling))
+    return FocusState(collapsed & (nodes.table(geometry).start >= geometry.head), cooling)

@@ -1,4 +1,4 @@
-"""Which lengths a working context can have: integer arithmetic on the shape of the tree, no arrays.
+"""Which lengths a working context can have: integer arithmetic on the shape of the tree.
 
 Every cut of a history arises from the uncompressed one by *collapses*; one collapse replaces K siblings by their
 parent and so saves K - 1 entries, at every level. A history of C tokens therefore reaches the lengths
@@ -6,11 +6,13 @@ C - u (K - 1), where u runs from 0 to the number of blocks that lie wholly befor
 
 With **omission** the base model reads nothing of a collapsed block: a collapse saves K entries, the lengths are
 C - u K, and the last W tokens of a history are one of its cuts. The gists of what is omitted are the policy's *map*: it
-alone sees them.
+alone sees them. The first blocks can be kept as **attention sinks**: every cut shows them in full, as it does the tail.
 """
 
 import math
 from typing import Annotated
+
+from jax import Array
 
 from lensjax._settings import Bound, Count, PositiveInt, at_least, require, settings
 
@@ -43,21 +45,42 @@ class Geometry:
     """Last tokens, which stay in full: the query."""
     omit: bool = False
     """Whether the base model reads nothing of what is collapsed, rather than its gist; `max_lod` is 1 then."""
+    sink_blocks: Count = 0
+    """With omission, first blocks, which stay in full: models that others have trained attend to what stands first."""
 
     def _check(self) -> None:
         require(
             not self.omit or self.max_lod == 1,
             f"Geometry.max_lod must be 1 with omission (a block is read or not), got {self.max_lod}",
         )
+        require(
+            self.omit or self.sink_blocks == 0,
+            f"Geometry.sink_blocks must be 0 without omission (a context shows the whole history), got "
+            f"{self.sink_blocks}",
+        )
+
+    @property
+    def head(self) -> int:
+        """First token behind the sinks."""
+        return self.sink_blocks * self.block_size
 
     @property
     def tail(self) -> int:
         """First token of the protected tail."""
         return self.history - self.recent_tokens
 
+    def is_free(self, start: Array) -> Array:
+        """bool[...]: whether an entry that starts at token int32[...] lies between the sinks and the protected tail."""
+        return (start >= self.head) & (start < self.tail)
+
     def blocks(self, lod: int) -> int:
-        """Number of blocks of one level that may be collapsed: complete, and wholly before the protected tail."""
+        """Number of blocks of one level that are complete and lie wholly before the protected tail."""
         return self.tail // self.block_size**lod
+
+    @property
+    def nodes(self) -> int:
+        """Number of blocks of all levels [N], the sinks included."""
+        return sum(self.blocks(lod) for lod in range(1, self.max_lod + 1))
 
     @property
     def saving(self) -> int:
@@ -66,7 +89,7 @@ class Geometry:
 
     def rows(self, capacity: int) -> int:
         """Rows of a working context that has room for `capacity` entries: those, and a map of what is omitted."""
-        return capacity + self.blocks(1) if self.omit else capacity
+        return capacity + self.max_collapses if self.omit else capacity
 
     def seen(self, length: int) -> int:
         """Rows that a policy sees of a context of `length` entries: with omission a map of the rest beside them."""
@@ -74,12 +97,12 @@ class Geometry:
 
     def capacity(self, rows: int) -> int:
         """Entries that a working context of so many rows has room for: the inverse of `rows`."""
-        return rows - self.blocks(1) if self.omit else rows
+        return rows - self.max_collapses if self.omit else rows
 
     @property
     def max_collapses(self) -> int:
-        """Collapses that take every eligible block of every level: u at the shortest length."""
-        return sum(self.blocks(lod) for lod in range(1, self.max_lod + 1))
+        """Collapses that take every block of every level but the sinks: u at the shortest length."""
+        return max(self.nodes - self.sink_blocks, 0)
 
     @property
     def shortest(self) -> int:

@@ -105,9 +105,11 @@ def by_level(values: Array, geometry: Geometry) -> list[Array]:
 
 
 def eligible(geometry: Geometry, tokens: ArrayLike | None) -> Array:
-    """bool[N]: nodes wholly before the protected tail of the tokens held so far."""
+    """bool[N]: nodes behind the sinks and wholly before the protected tail of the tokens held so far."""
     held = geometry.history if tokens is None else tokens
-    return jnp.asarray(table(geometry).end) <= jnp.asarray(held) - geometry.recent_tokens
+    nodes = table(geometry)
+    before_tail = jnp.asarray(nodes.end) <= jnp.asarray(held) - geometry.recent_tokens
+    return before_tail & jnp.asarray(nodes.start >= geometry.head)
 
 
 def shown(collapsed: Array, geometry: Geometry) -> Array:

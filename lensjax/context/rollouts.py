@@ -84,7 +84,7 @@ def cut_from_priorities(counts: list[Array], priorities: list[Array], geometry: 
     """
     size, history = geometry.block_size, geometry.history
     cut = jnp.zeros(history, jnp.int32)
-    covered = jnp.zeros(geometry.blocks(geometry.max_lod), bool)
+    covered = jnp.arange(geometry.blocks(geometry.max_lod)) < geometry.sink_blocks
     for lod in range(geometry.max_lod, 0, -1):
         blocks = geometry.blocks(lod)
         priority = jnp.where(covered, -jnp.inf, priorities[lod - 1])
@@ -189,7 +189,7 @@ def sample_of_any_length(key: Array, high_lod_share: ArrayLike, *, geometry: Geo
 
 def _noise(key: Array, geometry: Geometry, *batch: int) -> Array:
     """All randomness of a cut in one draw: float32[*batch, 2, blocks of all levels], for counts and for priorities."""
-    return jax.random.uniform(key, (*batch, 2, geometry.max_collapses))
+    return jax.random.uniform(key, (*batch, 2, geometry.nodes))
 
 
 def _by_level(row: Array, geometry: Geometry) -> list[Array]:

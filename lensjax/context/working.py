@@ -93,7 +93,7 @@ def recency(length: ArrayLike, geometry: Geometry, *, capacity: int) -> WorkingC
 
     Returns:
       A `WorkingContext` that covers [C - length, C), with omission of `geometry.rows(capacity)` rows: first a map of
-      the whole blocks before these.
+      the whole blocks before these. Sinks count: with them the last tokens are fewer.
 
     Example:
       >>> import lensjax as lx
@@ -103,9 +103,10 @@ def recency(length: ArrayLike, geometry: Geometry, *, capacity: int) -> WorkingC
     """
     length = jnp.asarray(length, jnp.int32)
     if geometry.omit:
-        first, tokens = geometry.history - length, jnp.arange(geometry.history, dtype=jnp.int32)
+        sinks, tokens = jnp.minimum(geometry.head, length), jnp.arange(geometry.history, dtype=jnp.int32)
+        first = geometry.history - (length - sinks)
         is_mapped = tokens < first // geometry.block_size * geometry.block_size
-        cut = jnp.where(tokens >= first, 0, jnp.where(is_mapped, 1, MISSING))
+        cut = jnp.where((tokens < sinks) | (tokens >= first), 0, jnp.where(is_mapped, 1, MISSING))
         return from_cut(cut, geometry, capacity=capacity)
     index = jnp.arange(capacity, dtype=jnp.int32)
     valid = index < length
@@ -319,7 +320,7 @@ def invariants(
     Returns:
       bool[] by name: `alignment` (every start is a multiple of its span), `contiguity` (each entry starts where the
       one before it ends, from `first_token` up to C), `budget` (exactly `length` entries, padding last),
-      `tail` (the last `recent_tokens` tokens are at LOD 0).
+      `tail` (the sinks and the last `recent_tokens` tokens are at LOD 0).
     """
     valid, start = context.valid, context.start
     held = geometry.history if tokens is None else tokens
@@ -329,10 +330,10 @@ def invariants(
     count = context.length
     expected_start = jnp.concatenate([jnp.asarray(first_token, start.dtype)[None], end[:-1]])
     last_end = jnp.take(end, count - 1, mode="clip")
-    in_tail = valid & (end > held - geometry.recent_tokens)
+    is_kept = valid & ((start < geometry.head) | (end > held - geometry.recent_tokens))
     return {
         "alignment": jnp.all(~valid | (start % jnp.maximum(width, 1) == 0)),
         "contiguity": jnp.all(~valid | (start == expected_start)) & (last_end == held),
         "budget": (entry_count(context, geometry) == length) & jnp.all(valid == (index < count)),
-        "tail": jnp.all(~in_tail | (context.lod == 0)),
+        "tail": jnp.all(~is_kept | (context.lod == 0)),
     }

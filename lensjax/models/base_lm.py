@@ -8,15 +8,16 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from lensjax._settings import Bound, Count, Layers, Positive, Width, above, require, settings
+from lensjax._settings import Bound, Count, Layers, Positive, PositiveInt, Width, above, require, settings
 from lensjax.context.working import Entries
 from lensjax.models.functional import Functional, checked
 from lensjax.models.interfaces import Params
 from lensjax.models.nn.attend import Kernel
 from lensjax.models.nn.cache import KVCache
 from lensjax.models.nn.conv import ShortConv
-from lensjax.models.nn.rope import NO_SCALING, RopeScaling, rotary
-from lensjax.models.nn.transformer import NORM_EPS, Rotary, Transformer, TransformerConfig, rms_norm
+from lensjax.models.nn.layers import NORM_EPS, Activation, rms_norm
+from lensjax.models.nn.rope import NO_SCALING, RopeScaling, Rotary, rotary
+from lensjax.models.nn.transformer import Transformer, TransformerConfig
 
 
 @settings("base")
@@ -44,6 +45,12 @@ class BaseConfig:
     """Whether queries and keys are normalised before they are turned, as in Qwen3."""
     norm_eps: Positive = NORM_EPS
     """Epsilon of every RMSNorm."""
+    post_norms: bool = False
+    """Whether what attention and MLP add is normalised first, as in Gemma 3."""
+    activation: Activation = "silu"
+    """Of the MLPs' gates."""
+    scale_embedding: bool = False
+    """Whether embeddings are multiplied by the square root of their width, as in Gemma 3."""
     copy_heads: Count = 0
     """Key-value heads in each layer that find an entry by the one before it, and so learn at once to copy."""
     conv_width: Annotated[int, Bound(0, 1024)] = 3
@@ -52,6 +59,12 @@ class BaseConfig:
     """Whether the output head is the transposed embedding."""
     rope_theta: Annotated[float, above(1)] = 10_000.0
     rope_scaling: RopeScaling = NO_SCALING
+    window: PositiveInt | None = None
+    """Tokens that a local layer sees, its own and those before it; None where no layer is local."""
+    global_every: PositiveInt = 6
+    """With a window, every so many-th layer sees all that came before, and the others are local."""
+    local_rope_theta: Annotated[float, above(1)] = 10_000.0
+    """As `rope_theta`, without scaling, of local layers."""
     gaussian_rope: bool = False
     """Damp rotary frequencies by exp(-(theta sigma)^2 / 2), sigma = span width."""
 
@@ -82,6 +95,10 @@ class BaseConfig:
 # Small enough that a fresh model is near uniform over the vocabulary, far enough from 0 that no two contexts
 # get the same loss: equal losses would leave the policy without a single preference.
 EMBEDDING_STD = 0.02
+_OF_THE_STACK = (
+    *("dim", "heads", "kv_heads", "head_dim", "mlp_dim", "layers", "copy_heads", "qkv_bias", "qk_norm"),
+    *("norm_eps", "post_norms", "activation"),
+)
 
 
 class BaseLM(nnx.Module):
@@ -98,21 +115,8 @@ class BaseLM(nnx.Module):
         self.embedding = nnx.Embed(config.vocab_size, config.dim, dtype=jnp.float32, embedding_init=init, rngs=rngs)
         if config.conv_width:
             self.conv = ShortConv(config.dim, config.conv_width)
-        stack = TransformerConfig(
-            dim=config.dim,
-            heads=config.heads,
-            kv_heads=config.kv_heads,
-            mlp_dim=config.mlp_dim,
-            layers=config.layers,
-            causal=True,
-            copy_heads=config.copy_heads,
-            head_dim=config.head_dim,
-            qkv_bias=config.qkv_bias,
-            qk_norm=config.qk_norm,
-            norm_eps=config.norm_eps,
-            dtype=dtype,
-            kernel=kernel,
-        )
+        shared = {name: getattr(config, name) for name in _OF_THE_STACK}
+        stack = TransformerConfig(**shared, causal=True, dtype=dtype, kernel=kernel)
         self.transformer = Transformer(stack, rngs=rngs)
         self.norm = rms_norm(config.dim, rngs, config.norm_eps)
         if not config.tied:
@@ -122,7 +126,10 @@ class BaseLM(nnx.Module):
 
     def embed(self, tokens: Array) -> Array:
         """Embeddings float32[S, D] of tokens int32[S]."""
-        return jnp.take(self.embedding.embedding[...], tokens, axis=0).astype(jnp.float32)
+        rows = jnp.take(self.embedding.embedding[...], tokens, axis=0)
+        if self.config.scale_embedding:
+            rows = rows * jnp.asarray(self.config.dim**0.5, rows.dtype)
+        return rows.astype(jnp.float32)
 
     def __call__(self, embeddings: Array, positions: Array, spans: Array, rows: Array) -> Array:
         """Next-token logits at `rows`: float32[R, vocab]. See `BaseModel.logits`."""
@@ -137,10 +144,11 @@ class BaseLM(nnx.Module):
         before = cache.last_inputs(max(self.config.conv_width - 1, 0))
         x = self._mix(jnp.concatenate([before, embeddings]))[before.shape[0] :]
         memory = (cache.keys, cache.values)
-        x, (keys, values) = self.transformer.extend(x, memory, rotary=self._angles(positions, spans), slots=slots)
+        held = cache.positions.at[slots].set(positions.astype(jnp.float32), mode="drop")
+        x, (keys, values) = self.transformer.extend(x, memory, rotary=self._angles(positions, spans, held), slots=slots)
         inputs = cache.inputs.at[slots].set(embeddings, mode="drop")
         length = jnp.minimum(cache.length + count, cache.capacity)
-        return self._logits(x), KVCache(keys, values, inputs, length)
+        return self._logits(x), KVCache(keys, values, inputs, held, length)
 
     def states(self, embeddings: Array, positions: Array, spans: Array) -> Array:
         """What half of the layers make of the entries. See `BaseModel.states`."""
@@ -150,10 +158,17 @@ class BaseLM(nnx.Module):
         """Attention weights and norms of keys. See `BaseModel.attention`."""
         return self.transformer.attention(self._mix(embeddings), rotary=self._angles(positions, spans), rows=rows)
 
-    def _angles(self, positions: Array, spans: Array) -> Rotary:
+    def _angles(self, positions: Array, spans: Array, held: Array | None = None) -> Rotary | list[Rotary]:
+        """Where entries stand, for all layers or for each; `held` are positions that they may see, None for theirs."""
         config = self.config
         sigma = spans if config.gaussian_rope else None
-        return rotary(positions, config.head_width, config.rope_theta, sigma, scaling=config.rope_scaling)
+        whole = Rotary(*rotary(positions, config.head_width, config.rope_theta, sigma, scaling=config.rope_scaling))
+        if config.window is None:
+            return whole
+        seen = positions if held is None else held
+        near = positions[:, None] - seen[None, :] < config.window
+        local = Rotary(*rotary(positions, config.head_width, config.local_rope_theta, sigma), near)
+        return [whole if layer % config.global_every == 0 else local for layer in range(1, config.layers + 1)]
 
     def _mix(self, embeddings: Array) -> Array:
         """What the first layer reads of the entries [S, D]."""
@@ -250,6 +265,7 @@ class BaseModel(Functional[BaseLM]):
             keys=jnp.zeros(shape, dtype),
             values=jnp.zeros(shape, dtype),
             inputs=jnp.zeros((capacity, config.dim), jnp.float32),
+            positions=jnp.zeros(capacity, jnp.float32),
             length=jnp.zeros((), jnp.int32),
         )
 

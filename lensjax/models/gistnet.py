@@ -13,7 +13,8 @@ from jax.typing import ArrayLike, DTypeLike
 from lensjax._settings import Bound, Width, require, settings
 from lensjax.models.functional import Functional, checked
 from lensjax.models.interfaces import Params
-from lensjax.models.nn.transformer import SwiGLU, Transformer, TransformerConfig, linear, rms_norm
+from lensjax.models.nn.layers import SwiGLU, linear, rms_norm
+from lensjax.models.nn.transformer import Transformer, TransformerConfig
 
 
 @settings("gist")

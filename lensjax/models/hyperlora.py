@@ -91,7 +91,7 @@ def adapt(params: Mapping[str, Any], deltas: Mapping[str, Delta]) -> dict[str, A
         W + delta W
 
     Args:
-      params: nested dict; the leaf that a target names is float32[in, out].
+      params: nested dict; the leaf that a target names is float[in, out], and stays of its type.
       deltas: by path, such as "head/kernel".
 
     Returns:
@@ -107,7 +107,7 @@ def adapt(params: Mapping[str, Any], deltas: Mapping[str, Delta]) -> dict[str, A
         if rest and isinstance(child, Mapping):
             adapted[head] = adapt(child, {rest: delta})
         elif not rest and isinstance(child, Array) and child.shape == shape:
-            adapted[head] = child + delta.a @ delta.b
+            adapted[head] = child + (delta.a @ delta.b).astype(child.dtype)
         else:
             raise ValueError(f"target {path} must lead to a matrix {list(shape)}; there are: {', '.join(adapted)}")
     return adapted

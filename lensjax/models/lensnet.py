@@ -14,7 +14,8 @@ from lensjax.context.working import BLOCKS_BEFORE, Entries
 from lensjax.models.functional import Functional, checked
 from lensjax.models.interfaces import Params
 from lensjax.models.nn.attend import Kernel
-from lensjax.models.nn.transformer import SwiGLU, Transformer, TransformerConfig, linear, rms_norm
+from lensjax.models.nn.layers import SwiGLU, linear, rms_norm
+from lensjax.models.nn.transformer import Transformer, TransformerConfig
 
 
 @settings("lens")

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from lensjax._numerics import may_be_nan
 from lensjax.evaluation import held_out
-from lensjax.models import HyperLoRAModel, Models, Params
+from lensjax.models import HyperLoRAModel, Models, Params, hyperlora
 from lensjax.plots.maps import VariantMap
 from lensjax.runs import gists, load, pretrained, results, sizes
 from lensjax.runs.config import STEPS, Config
@@ -239,11 +239,13 @@ def _with(learning: Learning, name: str, part: Params) -> Learning:
 def _by_next_tokens(
     job: _Job, learning: Learning, inputs: Inputs, report: Report, folder: Path, logger: RunLogger
 ) -> tuple[Learning, float]:
-    """Gives a state a GistNet that was trained through the base model."""
-    key, known = stream(job.config, GISTS_STREAM), _known(learning)
-    start, frozen = init_gists_state(key, recipe=job.config.recipe, params=known)
+    """Gives a state a GistNet that was trained through the base model, and a base model that was adapted to it."""
+    key, known, rank = stream(job.config, GISTS_STREAM), _known(learning), job.config.gists.lora_rank
+    start, frozen = init_gists_state(key, recipe=job.config.recipe, params=known, lora_rank=rank)
     phase = gists.phase(job.config, job.models, known["base"], inputs.validation, jax.random.key(EVALUATION_SEED))
     after, seconds = job.run(phase, start, frozen, inputs.training["gists"], folder, logger)
+    if rank:
+        learning = _with(learning, "base", jax.jit(hyperlora.adapt)(known["base"], after.params["lora"]))
     return _with(learning, "gist", after.params["gist"]), seconds
 
 

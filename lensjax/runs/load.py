@@ -1,5 +1,6 @@
 """What a run has come to: its configuration, its models and their parameters."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import jax
 
 from lensjax._settings import require
-from lensjax.models import Models, Params
+from lensjax.models import Models, Params, hyperlora, lora
 from lensjax.runs.config import PHASES, Config
 from lensjax.session import Session
 from lensjax.training.recipe import Part
@@ -87,7 +88,7 @@ def load(folder: str | Path) -> Trained:
 
 
 def load_params(
-    folder: Path, config: Config, models: Models, parts: Sequence[Part], *, warn: bool = True
+    folder: Path, config: Config, models: Models, parts: Sequence[Part], *, warn: bool = True, adapted: bool = True
 ) -> dict[str, Params]:
     """Parameters that a run has come to: of its newest checkpoint, or with patience of its best.
 
@@ -100,6 +101,7 @@ def load_params(
       models: of its configuration.
       parts: names of the models.
       warn: log which checkpoints are damaged; the one before such a one is read.
+      adapted: change the base model by what was learned of it beside GistNet (`gists.lora_rank`).
 
     Returns:
       Parameters by part.
@@ -133,6 +135,11 @@ def load_params(
             params[name] = checkpoint.restore_subtree(directory, step, like, path=path)
         else:
             params[name] = pretrained.load_base(config)
+    if adapted and "base" in params and "lora" in held:
+        directory, step, path = held["lora"]
+        fresh = functools.partial(lora.init, jax.random.key(0), rank=config.gists.lora_rank)
+        deltas = checkpoint.restore_subtree(directory, step, jax.eval_shape(fresh, params["base"]), path=path)
+        params["base"] = hyperlora.adapt(params["base"], deltas)
     return params
 
 
@@ -161,6 +168,8 @@ def _held(folder: Path, *, trainable: Sequence[str] = (), warn: bool = False) ->
         if one.damages and any(later.step is not None for later in found[number + 1 :]):
             lost |= dict.fromkeys(parts, one.damages[0])
         elif one.kept is not None:
+            if is_phase and "base" in parts:
+                held.pop("lora", None)  # the base model was trained on with it
             held |= {part: (directory, one.kept, ("params", part) if is_phase else ()) for part in parts}
             lost = {part: damage for part, damage in lost.items() if part not in parts}
     damages = [*lost.values(), *(one.damages[0] for one in found if one.damages and one.step is None)]
@@ -196,7 +205,7 @@ def _reads_base_from_file(config: Config) -> bool:
     """Whether the base model is that of `checkpoint.path`, and not one that `start_from` made of it."""
     if config.checkpoint.path is None or config.start_from is None:
         return config.checkpoint.path is not None
-    return "base" not in _held(Path(config.start_from))[0]
+    return not {"base", "lora"} & _held(Path(config.start_from))[0].keys()
 
 
 def load_start(config: Config, models: Models, *, own: Path | None = None) -> dict[str, Params] | None:
@@ -221,7 +230,8 @@ def load_start(config: Config, models: Models, *, own: Path | None = None) -> di
         return None
     parts: tuple[Part, ...] = PARTS if config.start_from is not None else ("base", "gist")
     if own is not None and _held(own)[0].keys() | ({"base"} if config.checkpoint.path else set()) >= set(parts):
-        return load_params(own, config, models, parts, warn=False)  # the run's start will say it
+        # The run's start will say what is damaged, and its first phase begins with the base model as it was.
+        return load_params(own, config, models, parts, warn=False, adapted=False)
     key = "base_run" if config.start_from is None else "start_from"
     source = getattr(config, key)
     if source is None:

@@ -88,7 +88,12 @@ def _programs(config: Config, models: Models, hypernet: HyperLoRAModel | None) -
 
     if config.gists.steps:
         of = static | {"settings": config.gists}
-        yield "gists", size, from_parts(gists.init_gists_state), functools.partial(gists.gists_step, **of)
+        yield (
+            "gists",
+            size,
+            from_parts(gists.init_gists_state, lora_rank=config.gists.lora_rank),
+            functools.partial(gists.gists_step, **of),
+        )
     if config.distill.steps:
         of = static | {"settings": config.distill}
         yield "distill", size, from_parts(distill.init_distill_state), functools.partial(distill.distill_step, **of)

@@ -102,7 +102,7 @@ def lens_objective(
     scored = jax.lax.stop_gradient(scored)
     geometry = recipe.geometry
     variants, distinct = scored.contexts, scored.distinct
-    is_free = variants.valid & (variants.start < geometry.tail) & distinct[..., None]
+    is_free = variants.valid & geometry.is_free(variants.start) & distinct[..., None]
     inputs = term_inputs(key, scored, scores, anchor_scores, statistics, hyper, recipe=recipe)
     chosen = terms.TERMS[recipe.objective.name] if term is None else term
     parts = {"preference": chosen(inputs), "rank": terms.rank_term(inputs)}

@@ -176,7 +176,7 @@ def span_targets(
     start, valid = variants.start[members], variants.valid[members]
     at_start = jax.vmap(lambda row, index: jnp.take(row, index, mode="clip"))
     target = at_start(sign, start)
-    where = valid & at_start(covered, start) & (start < geometry.tail) & (target != 0)
+    where = valid & at_start(covered, start) & geometry.is_free(start) & (target != 0)
     where &= pairs.valid[:, None, None]
     if worse_only:
         where &= jnp.asarray([False, True])[None, :, None]
@@ -226,7 +226,7 @@ def span_advantages(
     against &= valid[None, :, None]
     count = jnp.sum(against, axis=1, dtype=jnp.float32)
     baseline = jnp.sum(jnp.where(against, losses[None, :, None], 0.0), axis=1) / jnp.maximum(count, 1)
-    where = (count > 0) & variants.valid & (variants.start < geometry.tail) & valid[:, None]
+    where = (count > 0) & variants.valid & geometry.is_free(variants.start) & valid[:, None]
     level = jnp.sum(jnp.where(against, levels, 0), axis=1).astype(jnp.float32) / jnp.maximum(count, 1)
     finer = jnp.where(where, jnp.sign(level - variants.lod.astype(jnp.float32)), 0.0)
     return jnp.where(where, baseline - losses[:, None], 0.0), finer, where
@@ -303,8 +303,8 @@ def variant_values(scores: ArrayLike, variants: WorkingContext, geometry: Geomet
 
         h(v) = sum_i a_i s_i(v) d(lod_i) / sum_i a_i,    d = 1 - 2 lod / L,    a_i = tokens covered
 
-    with a_i = 0 on the protected tail. A policy that only repeats the level gives all variants of one coverage nearly
-    the same value.
+    with a_i = 0 on the sinks and the protected tail. A policy that only repeats the level gives all variants of one
+    coverage nearly the same value.
 
     Args:
       scores: float[V, W].
@@ -312,10 +312,10 @@ def variant_values(scores: ArrayLike, variants: WorkingContext, geometry: Geomet
       geometry: their history.
 
     Returns:
-      float32[V]; 0 for a variant that shows nothing but the tail.
+      float32[V]; 0 for a variant that shows nothing but these.
     """
     weight = contexts.spans(variants, block_size=geometry.block_size).astype(jnp.float32)
-    weight = jnp.where(variants.start < geometry.tail, weight, 0.0)
+    weight = jnp.where(geometry.is_free(variants.start), weight, 0.0)
     detail = 1.0 - 2.0 * variants.lod.astype(jnp.float32) / geometry.max_lod
     total = jnp.sum(weight * jnp.asarray(scores) * detail, axis=-1)
     return total / jnp.maximum(jnp.sum(weight, axis=-1), 1.0)

@@ -92,7 +92,7 @@ class Recipe:
             "objective.pair_weights must be none for the hypernetwork, which learns from pairs of equal weight, got "
             f"{self.objective.pair_weights}",
         )
-        shortest = context.block_size + context.recent_tokens + 2 * context.horizon
+        shortest = context.block_size * (context.sink_blocks + 1) + context.recent_tokens + 2 * context.horizon
         require(
             context.window >= shortest,
             "context.window must hold a block, context.recent_tokens and two horizons for the hypernetwork, which "

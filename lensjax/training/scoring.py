@@ -42,6 +42,8 @@ class ContextConfig:
     """Tokens behind the cursor, on which every variant is scored and which no policy sees [H]."""
     omit: bool = False
     """Whether the base model reads nothing of what is collapsed, rather than its gist; `max_lod` is 1 then."""
+    sink_blocks: Count = 0
+    """With omission, first blocks of the history, which stay in full in every variant: attention sinks."""
     recent_tokens: PositiveInt = 8
     """Last tokens of the history, which stay at LOD 0 in every variant: the query."""
     rollouts: Variants = 4
@@ -65,10 +67,16 @@ class ContextConfig:
             not self.omit or self.max_lod == 1,
             f"context.max_lod must be 1 with context.omit (a block is read or not), got {self.max_lod}",
         )
-        shortest = self.block_size + self.recent_tokens + self.horizon
+        require(
+            self.omit or self.sink_blocks == 0,
+            f"context.sink_blocks must be 0 without context.omit (a context shows the whole history), got "
+            f"{self.sink_blocks}",
+        )
+        shortest = self.block_size * (self.sink_blocks + 1) + self.recent_tokens + self.horizon
+        block = "a block behind context.sink_blocks" if self.sink_blocks else "a block"
         require(
             self.window >= shortest,
-            f"context.window must hold a block, context.recent_tokens and context.horizon, at least {shortest}, got "
+            f"context.window must hold {block}, context.recent_tokens and context.horizon, at least {shortest}, got "
             f"{self.window}",
         )
 
@@ -80,7 +88,7 @@ class ContextConfig:
     @property
     def geometry(self) -> Geometry:
         """The history, and the cuts that it allows."""
-        return Geometry(self.history, self.block_size, self.max_lod, self.recent_tokens, self.omit)
+        return Geometry(self.history, self.block_size, self.max_lod, self.recent_tokens, self.omit, self.sink_blocks)
 
 
 Batch = dict[str, Array]

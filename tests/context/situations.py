@@ -20,8 +20,8 @@ WIDE = Geometry(history=23, block_size=3, max_lod=2, recent_tokens=4)
 # 4 blocks in 2 parents before the tail, and 6 blocks without any.
 HAND = Geometry(history=10, block_size=2, max_lod=2, recent_tokens=2)
 FLAT = Geometry(history=15, block_size=2, max_lod=1, recent_tokens=3)
-# Six blocks that the base model may read or not.
-OMITTING = Geometry(history=23, block_size=3, max_lod=1, recent_tokens=4, omit=True)
+# Six blocks that the base model may read or not, behind one that it always reads.
+OMITTING = Geometry(history=26, block_size=3, max_lod=1, recent_tokens=4, omit=True, sink_blocks=1)
 both = pytest.mark.parametrize("geometry", [DEEP, WIDE], ids=str)
 each = pytest.mark.parametrize("geometry", [DEEP, WIDE, OMITTING], ids=str)
 

@@ -1,6 +1,7 @@
 import dataclasses
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +20,9 @@ TINY = [
     Geometry(history=22, block_size=4, max_lod=1, recent_tokens=5, omit=True),
     Geometry(history=15, block_size=2, max_lod=1, recent_tokens=3, omit=True),
     Geometry(history=11, block_size=6, max_lod=1, recent_tokens=6, omit=True),
+    Geometry(history=23, block_size=4, max_lod=1, recent_tokens=5, omit=True, sink_blocks=2),
+    Geometry(history=15, block_size=2, max_lod=1, recent_tokens=3, omit=True, sink_blocks=6),
+    Geometry(history=7, block_size=2, max_lod=1, recent_tokens=3, omit=True, sink_blocks=5),
 ]
 
 
@@ -42,6 +46,16 @@ def test_omission_worked_by_hand():
     gists = dataclasses.replace(geometry, omit=False)
     assert (gists.saving, gists.shortest) == (3, 31)
     assert gists.rows(30) == gists.capacity(30) == 30
+
+
+def test_sinks_worked_by_hand():
+    # As above, but the first 2 of the 11 blocks stay: 9 may be omitted, and only these have a row in the map.
+    geometry = Geometry(history=64, block_size=4, max_lod=1, recent_tokens=17, omit=True, sink_blocks=2)
+    assert (geometry.nodes, geometry.max_collapses, geometry.shortest, geometry.head) == (11, 9, 28, 8)
+    assert (geometry.rows(30), geometry.capacity(39)) == (39, 30)
+    assert geometry.is_free(np.asarray([0, 7, 8, 46, 47])).tolist() == [False, False, True, True, False]
+    with pytest.raises(ValueError, match=r"Geometry.sink_blocks must be 0 without omission .*, got 2"):
+        dataclasses.replace(geometry, omit=False)
 
 
 def test_with_omission_there_is_one_level():

@@ -196,23 +196,23 @@ def test_swap_rate_by_hand():
 
 
 def test_with_omission_the_swap_rate_is_of_what_the_base_model_reads():
-    before = [(0, 1), (3, 1), *((token, 0) for token in range(6, 23))]
-    after = [(token, 0) for token in range(3)] + [(3, 1), (6, 1), *((token, 0) for token in range(9, 23))]
-    one, other = (reference.context_of(cut, window=23, capacity=23) for cut in (before, after))
+    before = [*((token, 0) for token in range(3)), (3, 1), (6, 1), *((token, 0) for token in range(9, 26))]
+    after = [*((token, 0) for token in range(6)), (6, 1), (9, 1), *((token, 0) for token in range(12, 26))]
+    one, other = (reference.context_of(cut, window=26, capacity=26) for cut in (before, after))
     rate = jit(functools.partial(refocus.swap_rate, geometry=OMITTING))
-    assert float(rate(one, other)) == np.float32(3 / 17)
+    assert float(rate(one, other)) == np.float32(3 / 20)
 
 
 def test_a_cold_start_may_begin_at_recency():
     settings = FocusConfig(start="recency", steps=2, max_edits=1, cooldown=0)
     shape = {"capacity": OMITTING.history, "settings": settings}
     # A policy that likes what is old.
-    walk = jit(lambda length: refocus.cold_start(lambda one: -one.start / 23, length, OMITTING, **shape))
+    walk = jit(lambda length: refocus.cold_start(lambda one: -one.start / 26, length, OMITTING, **shape))
     first, *later = reference.unstack(walk(np.int32(14)))
-    assert reference.read(first, OMITTING) == [(token, 0) for token in range(9, 23)]
+    assert reference.read(first, OMITTING) == [(token, 0) for token in [*range(3), *range(15, 26)]]
     for step, entries in enumerate(later, start=1):
         kept = [token for token, _ in reference.read(entries, OMITTING)]
-        assert kept == [*range(3 * step), *range(9, 18 - 3 * step), *range(18, 23)]
+        assert kept == [*range(3 + 3 * step), *range(15, 21 - 3 * step), *range(21, 26)]
 
 
 def test_swap_rate_is_the_share_of_new_entries():

@@ -18,13 +18,14 @@ BUCKETS = [
     Geometry(history=24, block_size=2, max_lod=4, recent_tokens=5),
     Geometry(history=37, block_size=3, max_lod=3, recent_tokens=6),
     Geometry(history=41, block_size=5, max_lod=1, recent_tokens=8),
-    Geometry(history=38, block_size=4, max_lod=1, recent_tokens=5, omit=True),
+    Geometry(history=38, block_size=4, max_lod=1, recent_tokens=5, omit=True, sink_blocks=2),
 ]
 TINY = [
     Geometry(history=10, block_size=2, max_lod=2, recent_tokens=2),
     Geometry(history=15, block_size=2, max_lod=3, recent_tokens=3),
     Geometry(history=20, block_size=3, max_lod=2, recent_tokens=4),
     Geometry(history=16, block_size=2, max_lod=1, recent_tokens=3, omit=True),
+    Geometry(history=16, block_size=2, max_lod=1, recent_tokens=3, omit=True, sink_blocks=2),
 ]
 CUTS = 128
 

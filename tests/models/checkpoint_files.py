@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "checkpoints"
-FOLDERS = ("llama", "llama31", "mistral", "qwen2", "qwen3")
+FOLDERS = ("llama", "llama31", "mistral", "qwen2", "qwen3", "gemma3")
 WEIGHTS = "model.safetensors"
 Change = Callable[[Path], Any]
 

@@ -34,6 +34,12 @@ FAMILIES = dataclasses.replace(
     norm_eps=1e-2,
     rope_theta=100.0,
     rope_scaling=RopeScaling("llama3", factor=4.0, low=0.5, high=2.0, original_length=16),
+    post_norms=True,
+    activation="gelu_tanh",
+    scale_embedding=True,
+    window=6,
+    global_every=2,
+    local_rope_theta=30.0,
 )
 BASES = {
     "default": BASE,
@@ -169,6 +175,26 @@ def example(kind: str) -> tuple[Any, tuple[Any, ...]]:
         "gist": (gist_model(GISTS["query, mlp, 1 layers"]), (CHILDREN,)),
         "lens": (lens_model(), (lens_inputs(),)),
     }[kind]
+
+
+def is_local(layer: int, config: BaseConfig) -> bool:
+    """Whether a layer, counted from 0, sees the window alone."""
+    return config.window is not None and (layer + 1) % config.global_every != 0
+
+
+def activated(gate: np.ndarray, config: BaseConfig) -> np.ndarray:
+    """The gate of an MLP, behind its activation."""
+    if config.activation == "silu":
+        return gate / (1 + np.exp(-gate))
+    return gate / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
+
+
+def frequency_of(pair: int, layer: int, config: BaseConfig) -> float:
+    """Radians per token of a rotary pair in a layer."""
+    width = config.head_dim or config.dim // config.heads
+    if is_local(layer, config):
+        return config.local_rope_theta ** (-2 * pair / width)
+    return scaled(config.rope_theta ** (-2 * pair / width), config)
 
 
 def scaled(frequency: float, config: BaseConfig) -> float:

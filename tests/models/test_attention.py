@@ -10,7 +10,7 @@ import pytest
 
 from lensjax.models import BaseModel, Params
 from lensjax.models.base_lm import BaseConfig
-from tests.models.example_models import BASE, FAMILIES, S, base_inputs, scaled, trained
+from tests.models.example_models import BASE, FAMILIES, S, activated, base_inputs, frequency_of, is_local, trained
 from tests.small import jit
 
 BASES = {
@@ -29,13 +29,13 @@ def reference_attention(params: Params, config: BaseConfig) -> tuple[np.ndarray,
     entries = base_inputs()
     x, positions, spans = (np.asarray(x, np.float64) for x in (entries.embeddings, entries.positions, entries.spans))
     width, group = config.head_dim or config.dim // config.heads, config.heads // config.kv_heads
-    frequency = np.asarray([scaled(config.rope_theta ** (-2 * i / width), config) for i in range(width // 2)])
-    turn = np.exp(1j * np.outer(positions, frequency))
-    if config.gaussian_rope:
-        turn = turn * np.exp(-(np.outer(spans, frequency) ** 2) / 2)
+    distance = positions[:, None] - positions[None, :]
 
     def norm(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
         return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + config.norm_eps) * scale
+
+    def after(name: str, block: Params, rows: np.ndarray) -> np.ndarray:
+        return norm(rows, block[f"{name}_post_norm"]["scale"]) if config.post_norms else rows
 
     def as_complex(x: np.ndarray) -> np.ndarray:
         return x[:, : width // 2] + 1j * x[:, width // 2 :]
@@ -46,6 +46,11 @@ def reference_attention(params: Params, config: BaseConfig) -> tuple[np.ndarray,
     norms = np.zeros((config.layers, config.kv_heads, S))
     for layer in range(config.layers):
         block = params["transformer"][f"block_{layer}"]
+        frequency = np.asarray([frequency_of(i, layer, config) for i in range(width // 2)])
+        turn = np.exp(1j * np.outer(positions, frequency))
+        if config.gaussian_rope:
+            turn = turn * np.exp(-(np.outer(spans, frequency) ** 2) / 2)
+        near = distance < (config.window if is_local(layer, config) else np.inf)
         normed = norm(x, block["attention_norm"]["scale"])
         attention = block["attention"]
         projected = {name: normed @ attention[name]["kernel"] for name in ("query", "key", "value")}
@@ -60,14 +65,14 @@ def reference_attention(params: Params, config: BaseConfig) -> tuple[np.ndarray,
             own = slice(head * width, (head + 1) * width)
             shared = slice(head // group * width, (head // group + 1) * width)
             query, key = as_complex(projected["query"][:, own]) * turn, as_complex(projected["key"][:, shared]) * turn
-            exponentials = np.tril(np.exp((query @ key.conj().T).real / np.sqrt(width)))
+            exponentials = np.tril(near * np.exp((query @ key.conj().T).real / np.sqrt(width)))
             weights[layer, head] = exponentials / exponentials.sum(axis=1, keepdims=True)
             norms[layer, head // group] = np.sqrt((projected["key"][:, shared] ** 2).sum(axis=1))
             mixed.append(weights[layer, head] @ projected["value"][:, shared])
-        x = x + np.concatenate(mixed, axis=1) @ block["attention"]["out"]["kernel"]
+        x = x + after("attention", block, np.concatenate(mixed, axis=1) @ block["attention"]["out"]["kernel"])
         normed = norm(x, block["mlp_norm"]["scale"])
         gate, up = np.split(normed @ block["mlp"]["gate_up"]["kernel"], 2, axis=-1)
-        x = x + (gate / (1 + np.exp(-gate)) * up) @ block["mlp"]["down"]["kernel"]
+        x = x + after("mlp", block, activated(gate, config) * up @ block["mlp"]["down"]["kernel"])
     return weights, norms, norm(x, params["norm"]["scale"]) @ params["embedding"]["embedding"].T
 
 

@@ -21,16 +21,18 @@ from tests.models.example_models import (
     ROWS,
     D,
     S,
+    activated,
     assert_close,
     assert_finite,
     base_inputs,
     bases,
     compiled_gradients,
     floats,
+    frequency_of,
     fresh,
     gradients,
+    is_local,
     run,
-    scaled,
     trained,
 )
 
@@ -46,14 +48,18 @@ def reference_logits(params: Params, config: BaseConfig, entries: Entries, layer
     def norm(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
         return x / np.sqrt(np.mean(x**2) + config.norm_eps) * scale
 
-    def turn(x: np.ndarray, s: int) -> np.ndarray:
+    def turn(x: np.ndarray, s: int, layer: int) -> np.ndarray:
         out = np.zeros(width)
         for i in range(width // 2):
-            frequency = scaled(config.rope_theta ** (-2 * i / width), config)
+            frequency = frequency_of(i, layer, config)
             damping = np.exp(-((frequency * spans[s]) ** 2) / 2) if config.gaussian_rope else 1.0
             z = complex(x[i], x[i + width // 2]) * np.exp(1j * frequency * positions[s]) * damping
             out[i], out[i + width // 2] = z.real, z.imag
         return out
+
+    def after(name: str, block: Params, rows: np.ndarray) -> np.ndarray:
+        scale = block[f"{name}_post_norm"]["scale"] if config.post_norms else None
+        return rows if scale is None else np.stack([norm(row, scale) for row in rows])
 
     if config.conv_width:
         kernel = params["conv"]["kernel"]
@@ -62,7 +68,7 @@ def reference_logits(params: Params, config: BaseConfig, entries: Entries, layer
         )
     for layer in range(config.layers if layers is None else layers):
         block = params["transformer"][f"block_{layer}"]
-        layers_of = block["attention"]
+        layers_of, near = block["attention"], config.window if is_local(layer, config) else np.inf
 
         def project(name: str, x: np.ndarray, own: slice, layers_of: Params = layers_of) -> np.ndarray:
             out = x @ layers_of[name]["kernel"][:, own]
@@ -75,16 +81,17 @@ def reference_logits(params: Params, config: BaseConfig, entries: Entries, layer
             own = slice(head * width, (head + 1) * width)
             group = head // (config.heads // config.kv_heads)
             shared = slice(group * width, (group + 1) * width)
-            query = [turn(project("query", normed[s], own), s) for s in range(count)]
-            key = [turn(project("key", normed[s], shared), s) for s in range(count)]
+            query = [turn(project("query", normed[s], own), s, layer) for s in range(count)]
+            key = [turn(project("key", normed[s], shared), s, layer) for s in range(count)]
             for s in range(count):
-                attention = np.exp([query[s] @ key[r] / np.sqrt(width) for r in range(s + 1)])
-                values = project("value", normed[: s + 1], shared)
+                seen = [r for r in range(s + 1) if positions[s] - positions[r] < near]
+                attention = np.exp([query[s] @ key[r] / np.sqrt(width) for r in seen])
+                values = project("value", normed[seen], shared)
                 mixed[s, own] = attention / attention.sum() @ values
-        x = x + mixed @ layers_of["out"]["kernel"]
+        x = x + after("attention", block, mixed @ layers_of["out"]["kernel"])
         normed = np.stack([norm(row, block["mlp_norm"]["scale"]) for row in x])
         gate, up = np.split(normed @ block["mlp"]["gate_up"]["kernel"], 2, axis=-1)
-        x = x + (gate / (1 + np.exp(-gate)) * up) @ block["mlp"]["down"]["kernel"]
+        x = x + after("mlp", block, activated(gate, config) * up @ block["mlp"]["down"]["kernel"])
     x = np.stack([norm(row, params["norm"]["scale"]) for row in x])
     return x @ (params["embedding"]["embedding"].T if config.tied else params["head"]["kernel"])
 
@@ -265,6 +272,17 @@ def test_fresh_model_is_near_uniform_but_tells_contexts_apart(name: str) -> None
     np.testing.assert_allclose(losses, math.log(29), atol=0.1)
     # One tail, four contexts: losses that advantages can be made of, well apart from rounding (3e-7).
     assert np.diff(np.sort(losses)).min() > 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_embeddings_may_be_scaled_in_the_type_in_which_they_are_stored(dtype: str) -> None:
+    model = BaseModel(dataclasses.replace(BASE, dim=12, heads=2, scale_embedding=True))
+    table = jnp.asarray(np.random.default_rng(0).normal(size=(29, 12)), dtype)
+    params = {**fresh(model), "embedding": {"embedding": table}}
+    # The root of 12 is 3.4641016, and in bfloat16 3.46875.
+    expected = np.asarray(table[4] * jnp.asarray(12**0.5, dtype), np.float32)
+    np.testing.assert_array_equal(model.embed(params, [4])[0], expected)
+    assert model.embed(params, [4]).dtype == jnp.float32
 
 
 def test_embed_looks_tokens_up_and_gives_nan_outside_the_vocabulary() -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from lensjax.context.working import Entries
 from lensjax.models import BaseModel, KVCache, Params
 from lensjax.models.base_lm import BaseConfig
+from lensjax.models.nn.rope import Rotary
 from lensjax.models.nn.transformer import Transformer, TransformerConfig
 from tests.models.example_models import FAMILIES, base_entries
 from tests.small import jit
@@ -174,7 +175,7 @@ def test_new_entries_alone_are_computed() -> None:
 def test_a_stack_without_layers_has_nothing_to_remember() -> None:
     config = TransformerConfig(dim=D, heads=2, kv_heads=1, mlp_dim=8, layers=0, causal=True, dtype=jnp.float32)
     x, memory = jnp.ones((R, D)), (jnp.zeros((0, S, 1, 8)), jnp.zeros((0, S, 1, 8)))
-    angles = (jnp.ones((R, 4)), jnp.zeros((R, 4)))
+    angles = Rotary(jnp.ones((R, 4)), jnp.zeros((R, 4)))
     out, longer = Transformer(config, rngs=None).extend(x, memory, rotary=angles, slots=jnp.arange(R))
     np.testing.assert_array_equal(out, x)
     assert jax.tree.map(jnp.shape, longer) == jax.tree.map(jnp.shape, memory)
@@ -182,7 +183,7 @@ def test_a_stack_without_layers_has_nothing_to_remember() -> None:
 
 def test_an_empty_cache_owns_its_buffers() -> None:
     cache = BaseModel(BASE).init_cache(S)
-    assert len({leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(cache)}) == 4
+    assert len({leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(cache)}) == 5
     assert int(cache.length) == 0 and cache.length.dtype == jnp.int32
 
 

@@ -49,6 +49,13 @@ def test_logits_are_those_of_the_reference(name: str) -> None:
         ("llama31", {"rope_scaling": RopeScaling("llama3", original_length=8192)}),
         ("qwen2", {"norm_eps": 1e-4}),
         ("qwen3", {"norm_eps": 1e-4}),
+        ("gemma3", {"window": 8}),
+        ("gemma3", {"window": None}),
+        ("gemma3", {"global_every": 3}),
+        ("gemma3", {"local_rope_theta": 600.0}),
+        ("gemma3", {"rope_theta": 60_000.0}),
+        ("gemma3", {"activation": "silu"}),
+        ("gemma3", {"scale_embedding": False}),
     ],
 )
 def test_a_setting_that_is_wrong_would_be_seen(name: str, changes: dict) -> None:
@@ -59,7 +66,7 @@ def test_a_setting_that_is_wrong_would_be_seen(name: str, changes: dict) -> None
 
 
 def test_settings_are_those_of_the_files() -> None:
-    llama, scaled, mistral, qwen2, qwen3, file = (read_config(FIXTURES / name) for name in ALL)
+    llama, scaled, mistral, qwen2, qwen3, gemma3, file = (read_config(FIXTURES / name) for name in ALL)
     assert dataclasses.replace(file, norm_eps=llama.norm_eps) == llama and file.norm_eps == np.float32(llama.norm_eps)
     assert (llama.dim, llama.layers, llama.heads, llama.kv_heads, llama.mlp_dim) == (32, 2, 4, 2, 40)
     assert (llama.vocab_size, llama.tied, llama.head_dim, llama.norm_eps) == (48, False, None, 1e-5)
@@ -67,10 +74,14 @@ def test_settings_are_those_of_the_files() -> None:
     assert scaled.tied and scaled.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 128)
     assert mistral.head_dim == 12 and mistral.norm_eps == 1e-6
     assert qwen2.qkv_bias and not qwen2.qk_norm and qwen3.qk_norm and not qwen3.qkv_bias and qwen3.head_dim == 16
+    assert gemma3.tied and gemma3.qk_norm and gemma3.post_norms and gemma3.scale_embedding
+    assert (gemma3.window, gemma3.global_every, gemma3.rope_theta, gemma3.local_rope_theta) == (9, 2, 50_000.0, 500.0)
 
 
 def test_the_stored_types_are_several() -> None:
-    assert [files.dtypes(FIXTURES / name) for name in FOLDERS] == [{"F32"}, {"BF16"}, {"BF16"}, {"BF16"}, {"F16"}]
+    assert [files.dtypes(FIXTURES / name) for name in FOLDERS] == [
+        *({"F32"}, {"BF16"}, {"BF16"}, {"BF16"}, {"F16"}, {"BF16"})
+    ]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -103,6 +114,14 @@ def test_older_settings_mean_the_same(tmp_path: Path) -> None:
         scaling = files.keys(path)["rope_parameters"]
         files.older(**{key: value for key, value in scaling.items() if key != "rope_theta"})(path)
         assert read_config(path) == expected
+    # Every so many-th layer is global, and the bases of both kinds have names of their own.
+    path, expected = files.copy("gemma3", tmp_path), read_config(FIXTURES / "gemma3")
+    older = {"rope_theta": 50_000.0, "rope_local_base_freq": 500.0, "rope_scaling": None, "sliding_window_pattern": 2}
+    files.settings(rope_parameters=..., layer_types=..., tie_word_embeddings=..., **older)(path)
+    assert read_config(path) == expected
+    files.settings(rope_theta=..., rope_local_base_freq=..., sliding_window_pattern=...)(path)
+    unsaid = {"rope_theta": 1_000_000.0, "local_rope_theta": 10_000.0, "global_every": 6}
+    assert read_config(path) == dataclasses.replace(expected, **unsaid)
     files.older()(files.copy("qwen2", tmp_path))
     assert read_config(tmp_path / "qwen2") == read_config(FIXTURES / "qwen2")
 

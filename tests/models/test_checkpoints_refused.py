@@ -14,6 +14,8 @@ from tests.models.checkpoint_files import FIXTURES, WEIGHTS, Change, older, rewr
 
 LAYER_0, LAYER_1 = "model__layers__0__", "model__layers__1__"
 SLIDING = ["full_attention", "sliding_attention"]
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3["original_max_position_embeddings"] = 128
 
 
 def text(name: str, content: Any) -> Change:
@@ -45,7 +47,7 @@ HOSTILE: list[tuple[str, str, Change, str]] = [
     ("a pickle", "llama", pickles, r"pickles \(pytorch_model\.bin\).*convert them to safetensors"),
     # What the model is.
     ("no model_type", "llama", settings(model_type=...), r"model_type must be one of llama, .*got None"),
-    ("another model_type", "llama", settings(model_type="gemma3_text"), r"model_type must be .*got 'gemma3_text'"),
+    ("another model_type", "llama", settings(model_type="gemma2"), r"model_type must be .*got 'gemma2'"),
     ("a model_type that is a list", "llama", settings(model_type=["llama"]), r"model_type must be one of"),
     ("a classifier", "llama", settings(architectures=["LlamaForSequenceClassification"]), r"architectures must be"),
     ("an unknown key", "llama", settings(logit_scale=0.1), r"logit_scale: not known for model_type llama"),
@@ -61,6 +63,58 @@ HOSTILE: list[tuple[str, str, Change, str]] = [
     ("windows in layers", "qwen2", settings(layer_types=SLIDING), r"layer_types must be full_attention in each of 2"),
     ("kv heads by default", "qwen2", settings(num_key_value_heads=...), r"num_key_value_heads is missing"),
     ("head width by default", "qwen3", settings(head_dim=...), r"head_dim is missing, and model_type qwen3"),
+    # Gemma 3.
+    ("no scale of queries", "gemma3", settings(query_pre_attn_scalar=...), r"query_pre_attn_scalar is missing"),
+    ("a scale of 0", "gemma3", settings(query_pre_attn_scalar=0), r"query_pre_attn_scalar must be a number above 0"),
+    (
+        "capped logits",
+        "gemma3",
+        settings(final_logit_softcapping=30.0),
+        r"final_logit_softcapping must be null, got 30",
+    ),
+    ("capped attention", "gemma3", settings(attn_logit_softcapping=50.0), r"attn_logit_softcapping must be null"),
+    ("both directions", "gemma3", settings(use_bidirectional_attention=True), r"use_bidirectional_attention must be"),
+    ("SiLU in Gemma", "gemma3", settings(hidden_activation="silu"), r"hidden_activation must be gelu_pytorch_tanh"),
+    ("Llama's activation", "gemma3", settings(hidden_act="silu"), r"hidden_act: not known for model_type gemma3_text"),
+    ("no window", "gemma3", settings(sliding_window=None), r"sliding_window must be a whole number above 0, got None"),
+    (
+        "global layers anywhere",
+        "gemma3",
+        settings(layer_types=["sliding_attention", "full_attention", "full_attention"]),
+        r"layer_types must be full_attention in every so many-th of 3 layers",
+    ),
+    (
+        "a pattern of 0",
+        "gemma3",
+        settings(layer_types=..., sliding_window_pattern=0),
+        r"sliding_window_pattern must be",
+    ),
+    (
+        "one base for both",
+        "gemma3",
+        settings(rope_parameters={"rope_theta": 1e4}),
+        r"rope_parameters must hold full_att",
+    ),
+    ("a local base besides", "gemma3", settings(rope_local_base_freq=1e4), r"rope_local_base_freq beside rope_para"),
+    ("a windowed Llama", "llama", settings(sliding_window_pattern=6), r"sliding_window_pattern: not known for model_t"),
+    (
+        "a linear scaling of global layers",
+        "gemma3",
+        rope(full_attention={"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}),
+        r"rope_parameters\.full_attention\.rope_type must be one of .*got 'linear'",
+    ),
+    (
+        "a scaling of local layers",
+        "gemma3",
+        rope(sliding_attention=LLAMA3),
+        r"rope_parameters\.sliding_attention\.rope_type must be default",
+    ),
+    (
+        "no norm behind the MLP",
+        "gemma3",
+        tensors(**{f"{LAYER_1}post_feedforward_layernorm__weight": ...}),
+        r"lacks model\.layers\.1\.post_feedforward_layernorm\.weight",
+    ),
     # Numbers.
     ("a size that is NaN", "llama", settings(hidden_size=float("nan")), r"hidden_size must be a whole.*got nan"),
     ("a size that is text", "llama", settings(intermediate_size="40"), r"intermediate_size must be .* got '40'"),

@@ -9,7 +9,7 @@ from tests.reference.cuts import Entry, covered, read
 
 
 def nodes(geometry: Geometry) -> list[Entry]:
-    """Every block that may be collapsed, level 1 first, each level in time order."""
+    """Every block before the protected tail, level 1 first, each level in time order."""
     size = geometry.block_size
     spans = [(lod, size**lod) for lod in range(1, geometry.max_lod + 1)]
     return [
@@ -55,9 +55,11 @@ class Allocator:
         return [node for node in nodes(self.geometry) if node in self.entries]
 
     def blocks(self, held: int) -> list[Entry]:
-        """What can be collapsed: shown as its K children, wholly before the protected tail."""
+        """What can be collapsed: shown as its K children, behind the sinks and wholly before the protected tail."""
         edge, size = held - self.geometry.recent_tokens, self.geometry.block_size
-        shown = [node for node in nodes(self.geometry) if children(node, size) <= self.entries]
+        shown = [
+            node for node in nodes(self.geometry)[self.geometry.sink_blocks :] if children(node, size) <= self.entries
+        ]
         return [node for node in shown if covered(node, size)[-1] < edge]
 
     def expand(self, gist: Entry) -> None:

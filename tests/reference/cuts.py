@@ -29,7 +29,8 @@ def level(leaves: np.ndarray, gist: Gist, lod: int, block_size: int) -> list[np.
 
 
 def legal_cuts(geometry: Geometry) -> list[tuple[Entry, ...]]:
-    """Every cut of a window: whole aligned blocks before the protected tail, tokens anywhere."""
+    """Every cut of a window: whole aligned blocks between the sinks and the protected tail, tokens anywhere."""
+    sinks = geometry.sink_blocks * geometry.block_size
 
     def tilings(start: int) -> Iterator[tuple[Entry, ...]]:
         if start == geometry.history:
@@ -37,7 +38,7 @@ def legal_cuts(geometry: Geometry) -> list[tuple[Entry, ...]]:
         for lod in range(geometry.max_lod + 1):
             span = geometry.block_size**lod
             limit = geometry.history - (geometry.recent_tokens if lod else 0)
-            if start % span == 0 and start + span <= limit:
+            if start % span == 0 and start + span <= limit and (lod == 0 or start >= sinks):
                 for rest in tilings(start + span):
                     yield ((start, lod), *rest)
 

@@ -44,8 +44,9 @@ CASES = {
         },
     ),
     "sampled": _settings.replace(SMALL, **{"focus.temperature": 0.5}),
-    # The base model reads nothing of what is collapsed: 12 tokens of 32, and a map of ten blocks of two.
-    "omission": _settings.replace(SMALL, **OMISSION),
+    # The base model reads nothing of what is collapsed: 12 tokens of 32, the oldest two of them among these, and a map
+    # of ten blocks of two.
+    "omission": _settings.replace(SMALL, **OMISSION, **{"context.sink_blocks": 1}),
     # Two layers, so that states are not the embeddings.
     "states": _settings.replace(SMALL, **OMISSION, **{"lens.reads": "states", "base.layers": 2, "base.copy_heads": 1}),
     "attention": _settings.replace(SMALL, **OMISSION, **{"lens.reads": "attention", "base.layers": 2}),

@@ -10,7 +10,7 @@ import pytest
 
 from lensjax.context import rollouts
 from lensjax.context import working as contexts
-from lensjax.models import Models
+from lensjax.models import Models, hyperlora, lora
 from lensjax.models.decision import build_tree, split
 from lensjax.training import nll
 from lensjax.training.steps import gists
@@ -84,6 +84,44 @@ def test_gistnet_moves_whole_and_nothing_else_has_a_gradient(run):
     for part, leaves in grads.items():
         sizes = [float(np.abs(leaf).max()) for leaf in jax.tree.leaves(leaves)]
         assert all(sizes) if part == "gist" else not any(sizes), part
+
+
+def test_a_low_rank_change_of_the_base_model_is_trained_beside_it():
+    start, frozen = gists.init_gists_state(jax.random.key(0), recipe=RUN.recipe, params=RUN.params(), lora_rank=2)
+    (plain, _) = fresh()
+    jax.tree.map(np.testing.assert_array_equal, {"gist": start.params["gist"]}, plain.params)
+    assert set(start.params) == {"gist", "lora"} and frozen["base"] is RUN.params()["base"]
+    # Random factors, whose gradients are all there; at the start one of each pair is 0.
+    random = np.random.default_rng(0)
+    deltas = jax.tree.map(lambda leaf: 0.3 * random.normal(size=leaf.shape).astype("f"), start.params["lora"])
+    (_, report), grads = measured()({**RUN.params(), "lora": deltas}, batch()["tokens"], keys())
+    for part, leaves in grads.items():
+        sizes = [float(np.abs(leaf).max()) for leaf in jax.tree.leaves(leaves)]
+        assert all(sizes) if part in ("gist", "lora") else not any(sizes), part
+    (_, same), _ = measured()({**RUN.params(), "lora": start.params["lora"]}, batch()["tokens"], keys())
+    (_, without), _ = measured()(RUN.params(), batch()["tokens"], keys())
+    for name, value in without.items():
+        np.testing.assert_allclose(same[name], value, rtol=1e-6, atol=1e-9)
+        assert np.abs(np.asarray(report[name]) - value).min() > 1e-5
+    state, before = start, jax.tree.map(np.asarray, start.params["lora"])
+    for _ in range(2):
+        state, _ = compiled()(state, batch(), frozen)
+    moved = jax.tree.map(lambda a, b: bool((np.asarray(a) != b).any()), state.params["lora"], before)
+    assert all(jax.tree.leaves(moved))
+
+
+def test_the_teacher_is_the_base_model_without_its_change():
+    models, params, geometry = RUN.models, RUN.params(), RUN.recipe.geometry
+    deltas = lora.init(jax.random.key(0), params["base"], rank=2)
+    deltas = jax.tree.map(lambda leaf: leaf + 0.5, deltas)
+    changed = {**params, "base": hyperlora.adapt(params["base"], deltas)}
+    context = contexts.recency(32, geometry, capacity=32)
+    loss = functools.partial(gists.context_loss, context=context, geometry=geometry, kl_weight=1.0, models=models)
+    found = jit(loss)({**params, "lora": deltas}, batch()["tokens"][0])
+    alone = jit(loss)(changed, batch()["tokens"][0])
+    # Of the whole window in full, too: another model reads it.
+    assert float(found["gists/divergence"]) > 1e-3 > 1e-6 > float(alone["gists/divergence"])
+    assert float(found["gists/nll"]) == pytest.approx(float(alone["gists/nll"]), rel=1e-6)
 
 
 def test_the_loss_beside_a_slow_one():

@@ -100,4 +100,8 @@ def test_settings_that_need_omission_are_refused_without_it():
         _settings.replace(SMALL, **{"focus.start": "recency"})
     with pytest.raises(ValueError, match=r"context\.max_lod must be 1 with context\.omit .*, got 2"):
         _settings.replace(SMALL, **{"context.omit": True})
+    with pytest.raises(ValueError, match=r"context\.sink_blocks must be 0 without context\.omit .*, got 1"):
+        _settings.replace(SMALL, **{"context.sink_blocks": 1})
+    with pytest.raises(ValueError, match=r"must hold a block behind context\.sink_blocks, .*, at least 54, got 36"):
+        _settings.replace(CONFIG, **{"context.sink_blocks": 20})
     assert isinstance(RECIPE, Recipe) and RECIPE.geometry.omit

@@ -1,7 +1,7 @@
 """Hugging Face folders: `config.json`, and safetensors (extra `hf`)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,18 @@ class Family:
     """What one `model_type` computes beyond the sizes in its `config.json`."""
 
     architecture: str
-    qkv_bias: bool = False
-    qk_norm: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Of its `BaseConfig`, the same for all of the family."""
+    tied: bool = False
+    """Whether the head is tied where nothing is said of it."""
+    activation: tuple[str, str] = ("hidden_act", "silu")
+    """Key and value of the activation."""
+    theta: float | None = None
+    """Base of the rotary frequencies where nothing is said of it, as files of before version 5 may."""
+    norm_offset: float = 0.0
+    """What is added to the weights of norms."""
+    local: bool = False
+    """Whether some layers see a window alone."""
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Keys of its own, with the values that leave its function as it is here."""
     required: tuple[str, ...] = ()
@@ -46,11 +56,12 @@ class Family:
     """Keys of its own that change nothing while those in `fixed` hold."""
 
 
-_COMMON = {"hidden_act": ("silu",), "quantization_config": (None,), "is_decoder": (True, False)}
+_COMMON = {"quantization_config": (None,), "is_decoder": (True, False)}
 _GROUPED = ("num_key_value_heads",)
 FAMILIES = {
     "llama": Family(
         "LlamaForCausalLM",
+        theta=10_000.0,
         fixed={
             "attention_bias": (False,),
             "mlp_bias": (False,),
@@ -61,19 +72,40 @@ FAMILIES = {
     "mistral": Family("MistralForCausalLM", fixed={"sliding_window": (None,)}, required=("sliding_window", *_GROUPED)),
     "qwen2": Family(
         "Qwen2ForCausalLM",
-        qkv_bias=True,
+        settings={"qkv_bias": True},
         fixed={"use_sliding_window": (False,), "use_mrope": (False,)},
         required=_GROUPED,
         unused=("sliding_window", "max_window_layers"),
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
-        qk_norm=True,
+        settings={"qk_norm": True},
         fixed={"use_sliding_window": (False,), "attention_bias": (False,)},
         required=(*_GROUPED, "head_dim"),
         unused=("sliding_window", "max_window_layers"),
     ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        settings={"qk_norm": True, "post_norms": True, "scale_embedding": True, "activation": "gelu_tanh"},
+        tied=True,
+        activation=("hidden_activation", "gelu_pytorch_tanh"),
+        theta=1_000_000.0,
+        norm_offset=1.0,
+        local=True,
+        fixed={
+            "attention_bias": (False,),
+            "attn_logit_softcapping": (None,),
+            "final_logit_softcapping": (None,),
+            "use_bidirectional_attention": (False, None),
+        },
+        required=(*_GROUPED, "head_dim", "hidden_activation", "query_pre_attn_scalar", "sliding_window"),
+        unused=("cache_implementation", "_sliding_window_pattern"),
+    ),
 }
+LOCAL = {"query_pre_attn_scalar", "rope_local_base_freq", "sliding_window", "sliding_window_pattern"}
+"""Keys of a family with local layers, which are read below."""
+LOCAL_THETA, GLOBAL_EVERY = 10_000.0, 6
+"""What such a family has where nothing is said of it."""
 
 
 def read_config(path: Path) -> BaseConfig:
@@ -82,26 +114,12 @@ def read_config(path: Path) -> BaseConfig:
     Raises:
       ValueError: a key is unknown, missing, or has a value that means another function.
     """
-    source = path / "config.json"
-    raw = read_json(source)
-    kind = raw.get("model_type")
-    require(
-        isinstance(kind, str) and kind in FAMILIES,
-        f"{source}: model_type must be one of {', '.join(FAMILIES)}, got {kind!r}",
-    )
-    family = FAMILIES[str(kind)]
-    _check_keys(source, raw, str(kind), family)
+    source, raw, family = _known(path)
     dim, heads = _whole(source, raw, "hidden_size"), _whole(source, raw, "num_attention_heads")
     head_dim = None if raw.get("head_dim") is None else _whole(source, raw, "head_dim")
     layers = _whole(source, raw, "num_hidden_layers")
-    kinds = raw.get("layer_types")
-    require(
-        kinds is None or (isinstance(kinds, list) and len(kinds) == layers and set(kinds) == {"full_attention"}),
-        f"{source}: layer_types must be full_attention in each of {layers} layers, got {kinds!r}",
-    )
     grouped = raw.get("num_key_value_heads") is not None
     try:
-        theta, scaling = _rope(source, raw)
         return BaseConfig(
             vocab_size=_whole(source, raw, "vocab_size"),
             dim=dim,
@@ -110,13 +128,11 @@ def read_config(path: Path) -> BaseConfig:
             kv_heads=_whole(source, raw, "num_key_value_heads") if grouped else heads,
             head_dim=None if head_dim is None or head_dim * heads == dim else head_dim,
             mlp_dim=_whole(source, raw, "intermediate_size"),
-            qkv_bias=family.qkv_bias,
-            qk_norm=family.qk_norm,
             norm_eps=_number(source, raw, "rms_norm_eps"),
             conv_width=0,
-            tied=_flag(source, raw, "tie_word_embeddings"),
-            rope_theta=theta,
-            rope_scaling=scaling,
+            tied=_flag(source, raw, "tie_word_embeddings", family.tied),
+            **_positions(source, raw, family, layers),
+            **family.settings,
         )
     except ValueError as error:
         raise ValueError(f"{source}: {error}" if str(source) not in str(error) else str(error)) from error
@@ -131,6 +147,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
       ImportError: the extra `hf` is not installed.
     """
     config = read_config(path)
+    change = _norms(path, config)
     _check_tokens(path, config)
     files = weight_files(path)
     try:
@@ -158,15 +175,46 @@ def open_checkpoint(path: Path) -> Checkpoint:
         require(not absent, f"{path / INDEX} names {', '.join(absent[:4])}, which its files do not hold")
 
     def read(name: str) -> np.ndarray:
-        tensor: np.ndarray = where[name].get_tensor(name)
-        return tensor
+        return change(name, where[name].get_tensor(name))
 
     return Checkpoint(str(path), config, shapes, read)
 
 
+def _known(path: Path) -> tuple[Path, Mapping[str, Any], Family]:
+    """The settings of a folder: their file, what it holds, and of which family they are."""
+    source = path / "config.json"
+    raw = read_json(source)
+    kind = raw.get("model_type")
+    require(
+        isinstance(kind, str) and kind in FAMILIES,
+        f"{source}: model_type must be one of {', '.join(FAMILIES)}, got {kind!r}",
+    )
+    _check_keys(source, raw, str(kind), FAMILIES[str(kind)])
+    return source, raw, FAMILIES[str(kind)]
+
+
+def _norms(path: Path, config: BaseConfig) -> Callable[[str, np.ndarray], np.ndarray]:
+    """What a tensor of a name becomes: a norm's weight the whole factor, which for queries holds their scale, too."""
+    source, raw, family = _known(path)
+    scale = 1.0
+    if "query_pre_attn_scalar" in raw:
+        scale = math.sqrt(config.head_width / _number(source, raw, "query_pre_attn_scalar"))
+
+    def change(name: str, tensor: np.ndarray) -> np.ndarray:
+        if not name.endswith("norm.weight"):
+            return tensor
+        # Rotations and products with keys are linear in what the norm of queries gives.
+        whole = np.asarray(tensor, np.float32) + np.float32(family.norm_offset)
+        return whole * np.float32(scale) if name.endswith("q_norm.weight") else whole
+
+    return change
+
+
 def _check_keys(source: Path, raw: Mapping[str, Any], kind: str, family: Family) -> None:
-    fixed = {**_COMMON, **family.fixed}
-    unknown = sorted(set(raw) - READ - NEUTRAL - set(fixed) - set(family.unused))
+    activation, value = family.activation
+    fixed = {**_COMMON, activation: (value,), **family.fixed}
+    known = READ | NEUTRAL | set(fixed) | set(family.unused) | (LOCAL if family.local else set())
+    unknown = sorted(set(raw) - known)
     require(
         not unknown,
         f"{source}: {', '.join(unknown)}: not known for model_type {kind}, and may change what the model computes",
@@ -186,14 +234,57 @@ def _check_keys(source: Path, raw: Mapping[str, Any], kind: str, family: Family)
     )
 
 
-def _rope(source: Path, raw: Mapping[str, Any]) -> tuple[float, RopeScaling]:
-    """Base of the rotary frequencies, and how they are scaled."""
+def _positions(source: Path, raw: Mapping[str, Any], family: Family, layers: int) -> dict[str, Any]:
+    """Rotary positions, and which layers are local."""
     newer = raw.get("rope_parameters")
-    if newer is not None:
-        clash = [key for key in ("rope_theta", "rope_scaling") if raw.get(key) is not None]
-        require(not clash, f"{source}: {', '.join(clash)} beside rope_parameters; keep one of them")
-        where, settings, owner = "rope_parameters.", newer, newer
+    older = ("rope_theta", "rope_scaling", *(["rope_local_base_freq"] if family.local else []))
+    clash = [key for key in older if newer is not None and raw.get(key) is not None]
+    require(not clash, f"{source}: {', '.join(clash)} beside rope_parameters; keep one of them")
+    every = _global_every(source, raw, family, layers)
+    if not family.local:
+        theta, scaling = _rope(source, raw, family, "rope_parameters", newer)
+        return {"rope_theta": theta, "rope_scaling": scaling}
+    whole, part = "rope_parameters.full_attention", "rope_parameters.sliding_attention"
+    local = LOCAL_THETA
+    if newer is None:
+        theta, scaling = _rope(source, raw, family, whole, None)
+        local = _number(source, raw, "rope_local_base_freq", default=LOCAL_THETA)
     else:
+        kinds = {"full_attention", "sliding_attention"}
+        require(
+            isinstance(newer, dict) and set(newer) == kinds,
+            f"{source}: rope_parameters must hold {' and '.join(sorted(kinds))}, got {newer!r}",
+        )
+        theta, scaling = _rope(source, raw, family, whole, newer["full_attention"])
+        local, unscaled = _rope(source, raw, family, part, newer["sliding_attention"])
+        require(unscaled == NO_SCALING, f"{source}: {part}.rope_type must be default: local layers are not scaled")
+    found = {"rope_theta": theta, "rope_scaling": scaling, "local_rope_theta": local, "global_every": every}
+    return found | {"window": None if every == 1 else _whole(source, raw, "sliding_window")}
+
+
+def _global_every(source: Path, raw: Mapping[str, Any], family: Family, layers: int) -> int:
+    """Which layers see all that came before: every so many-th one."""
+    kinds = raw.get("layer_types")
+    every = 1
+    if family.local and kinds is None:
+        every = _whole(source, {"sliding_window_pattern": GLOBAL_EVERY, **raw}, "sliding_window_pattern")
+    elif family.local and isinstance(kinds, list):
+        every = kinds.index("full_attention") + 1 if "full_attention" in kinds else layers + 1
+    if kinds is not None:
+        fits = isinstance(kinds, list) and len(kinds) == layers and kinds == _kinds(layers, every)
+        rule = "full_attention in every so many-th" if family.local else "full_attention in each"
+        require(fits, f"{source}: layer_types must be {rule} of {layers} layers, got {kinds!r}")
+    return every
+
+
+def _kinds(layers: int, every: int) -> list[str]:
+    return ["sliding_attention" if layer % every else "full_attention" for layer in range(1, layers + 1)]
+
+
+def _rope(source: Path, raw: Mapping[str, Any], family: Family, name: str, newer: Any) -> tuple[float, RopeScaling]:
+    """Base of the rotary frequencies, and how they are scaled: as `newer` says, which has a name, or else as before."""
+    where, settings, owner = (f"{name}.", newer, newer)
+    if newer is None:
         where, settings, owner = "rope_scaling.", raw.get("rope_scaling") or {}, raw
     require(isinstance(settings, dict), f"{source}: {where[:-1]} must be an object, got {settings!r}")
     kind = settings.get("rope_type", settings.get("type", "default"))
@@ -201,7 +292,7 @@ def _rope(source: Path, raw: Mapping[str, Any]) -> tuple[float, RopeScaling]:
         isinstance(kind, str) and kind in ROPE_KINDS,
         f"{source}: {where}rope_type must be one of {', '.join(ROPE_KINDS)}, got {kind!r}",
     )
-    default = 10_000.0 if raw["model_type"] == "llama" and newer is None else None
+    default = family.theta if newer is None else None
     theta = _number(source, owner, "rope_theta", where if newer is not None else "", default)
     unknown = sorted(set(settings) - {"rope_type", "type", "rope_theta", *ROPE_KINDS[kind]})
     require(not unknown, f"{source}: {where}{unknown[0] if unknown else ''} is not known for rope_type {kind}")
@@ -250,7 +341,7 @@ def _number(source: Path, raw: Mapping[str, Any], key: str, where: str = "", def
     return float(value or 0)
 
 
-def _flag(source: Path, raw: Mapping[str, Any], key: str) -> bool:
-    value = raw.get(key, False)
+def _flag(source: Path, raw: Mapping[str, Any], key: str, default: bool) -> bool:
+    value = raw.get(key, default)
     require(isinstance(value, bool), f"{source}: {key} must be true or false, got {value!r}")
     return bool(value)

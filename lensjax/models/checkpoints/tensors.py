@@ -65,7 +65,11 @@ def _leaves(config: BaseConfig) -> Iterator[tuple[Path, tuple[str, ...]]]:
                 yield (*own, "bias"), (f"{name}.bias",)
             if config.qk_norm and ours in ("query", "key"):
                 yield (*block, "attention", f"{ours}_norm", "scale"), (f"{prefix}self_attn.{theirs}_norm.weight",)
-        yield (*block, "mlp_norm", "scale"), (f"{prefix}post_attention_layernorm.weight",)
+        before_mlp = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
+        yield (*block, "mlp_norm", "scale"), (f"{prefix}{before_mlp}.weight",)
+        if config.post_norms:
+            yield (*block, "attention_post_norm", "scale"), (f"{prefix}post_attention_layernorm.weight",)
+            yield (*block, "mlp_post_norm", "scale"), (f"{prefix}post_feedforward_layernorm.weight",)
         yield (*block, "mlp", "gate_up", "kernel"), (f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight")
         yield (*block, "mlp", "down", "kernel"), (f"{prefix}mlp.down_proj.weight",)
     yield ("norm", "scale"), ("model.norm.weight",)

@@ -121,6 +121,7 @@ def attend(
     causal: bool,
     rows: Array | None = None,
     valid: Array | None = None,
+    near: Array | None = None,
     kernel: Kernel = "xla",
 ) -> Array:
     """Mixes values by how queries and keys agree.
@@ -135,31 +136,41 @@ def attend(
       rows: int32[R], which entries ask; None where all do, R = S.
       valid: bool[S], the entries that are seen where attention is not causal; None for all. Where none is valid the
         result is finite and means nothing.
-      kernel: what computes it. With `rows` it is XLA.
+      near: bool[R, S], where attention is causal, which of the earlier entries each query sees; None for all.
+      kernel: what computes it. With `rows` or `near` it is XLA.
 
     Returns:
       [R, heads * d].
     """
     # JAX's implementation mixes bfloat16 with float32 (its softmax), which strict promotion refuses.
     with jax.numpy_dtype_promotion("standard"):
-        if kernel == "xla" or rows is not None:
-            mixed = _xla(query, key, value, causal=causal, rows=rows, valid=valid)
+        if kernel == "xla" or rows is not None or near is not None:
+            mixed = _xla(query, key, value, causal=causal, rows=rows, valid=valid, near=near)
         else:
             fused = _cudnn if kernel == "cudnn" else _splash
             mixed = fused(query, key, value, causal=causal, valid=valid)
     return mixed.reshape(query.shape[0], -1)
 
 
-def _xla(query: Array, key: Array, value: Array, *, causal: bool, rows: Array | None, valid: Array | None) -> Array:
+def _xla(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    causal: bool,
+    rows: Array | None,
+    valid: Array | None,
+    near: Array | None,
+) -> Array:
     if causal and rows is None:
-        return _xla_to_earlier(query, key, value)
+        return _xla_to_earlier(query, key, value, near)
     mask = None if valid is None else valid[None, None, :]
     if causal and rows is not None:
-        mask = up_to(rows, key.shape[0])
+        mask = up_to(rows, key.shape[0], near)
     return jax.nn.dot_product_attention(query, key, value, mask=mask)
 
 
-def _xla_to_earlier(query: Array, key: Array, value: Array) -> Array:
+def _xla_to_earlier(query: Array, key: Array, value: Array, near: Array | None) -> Array:
     """Causal attention of every entry, a block of queries at a time: no later key is multiplied, only to be masked.
 
     That is half of the products, and a block's logits stay in a processor's cache.
@@ -168,14 +179,15 @@ def _xla_to_earlier(query: Array, key: Array, value: Array) -> Array:
     size = max(_MIN_BLOCK, -(-length // _MAX_BLOCKS))
     for start in range(0, length, size):
         end = min(start + size, length)
-        earlier = up_to(jnp.arange(start, end), end)
+        earlier = up_to(jnp.arange(start, end), end, None if near is None else near[start:end, :end])
         parts.append(jax.nn.dot_product_attention(query[start:end], key[:end], value[:end], mask=earlier))
     return jnp.concatenate(parts)
 
 
-def up_to(rows: Array, length: int) -> Array:
-    """bool[1, R, S]: whether each of `rows` may see each of S entries in causal order."""
-    return jnp.arange(length)[None, None, :] <= rows[None, :, None]
+def up_to(rows: Array, length: int, near: Array | None = None) -> Array:
+    """bool[1, R, S]: whether each of `rows` may see each of S entries in causal order, or of those that are near."""
+    earlier = jnp.arange(length)[None, None, :] <= rows[None, :, None]
+    return earlier if near is None else earlier & near[None]
 
 
 def _cudnn(query: Array, key: Array, value: Array, *, causal: bool, valid: Array | None) -> Array:

@@ -22,6 +22,8 @@ class KVCache:
     """float[layers, S, kv_heads, head_dim]."""
     inputs: Array
     """float32[S, D]: embeddings before the short convolution, whose next outputs depend on the last of them."""
+    positions: Array
+    """float32[S]: where the entries stand, for those that see near ones alone."""
     length: Array
     """int32[]: entries held."""
 

@@ -4,7 +4,7 @@ Pairs are the two halves of a head, `(x[i], x[i + head_dim / 2])`, as in Llama.
 """
 
 import math
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +14,17 @@ from jax.typing import ArrayLike
 from lensjax._settings import Positive, PositiveInt, at_least, require, settings
 
 Numbers = TypeVar("Numbers", Array, np.ndarray)
+
+
+class Rotary(NamedTuple):
+    """Where the entries of a block stand."""
+
+    cos: Array
+    """float32[S, head_dim / 2]."""
+    sin: Array
+    """float32[S, head_dim / 2]."""
+    near: Array | None = None
+    """bool[S, S], or with a memory bool[R, S]: which entries each is near enough to see; None for all."""
 
 
 @settings("base.rope_scaling")

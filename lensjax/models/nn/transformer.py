@@ -14,13 +14,9 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from lensjax.models.nn.attend import Kernel, attend, up_to
-from lensjax.models.nn.rope import apply_rotary
+from lensjax.models.nn.layers import NORM_EPS, Activation, SwiGLU, linear, rms_norm
+from lensjax.models.nn.rope import Rotary, apply_rotary
 
-# Small: the mean of 64 fresh embeddings has mean square 6e-6, and must come out at unit scale like any other entry.
-NORM_EPS = 1e-8
-
-Rotary = tuple[Array, Array]
-"""cos and sin, each float32[S, head_dim / 2]."""
 Memory = tuple[Array, Array]
 """Keys, turned already, and values: [S, kv_heads, head_dim] each in one layer, [layers, ...] in a stack."""
 
@@ -57,6 +53,10 @@ class TransformerConfig:
     """Whether queries and keys pass an RMSNorm of their own, one for all heads, before they are turned."""
     norm_eps: float = NORM_EPS
     """Epsilon of every RMSNorm."""
+    post_norms: bool = False
+    """Whether what attention and MLP add to the residual stream passes an RMSNorm of its own first."""
+    activation: Activation = "silu"
+    """Of the MLPs' gates."""
     kernel: Kernel = "xla"
     """What computes attention."""
 
@@ -80,39 +80,6 @@ class TransformerConfig:
     def branch_gain(self) -> float:
         """Scale of one branch: with two a block, the sum does not grow with depth."""
         return self.gain * (2 * self.layers) ** -0.5
-
-
-def rms_norm(dim: int, rngs: nnx.Rngs, epsilon: float = NORM_EPS) -> nnx.RMSNorm:
-    """RMSNorm in float32. Its epsilon keeps all-zero rows (padding) and their gradients finite."""
-    return nnx.RMSNorm(dim, epsilon=epsilon, dtype=jnp.float32, rngs=rngs)
-
-
-def linear(
-    inputs: int, outputs: int, *, dtype: DTypeLike, rngs: nnx.Rngs, gain: float = 1.0, bias: bool = False
-) -> nnx.Linear:
-    """Linear layer with weights ~ Normal(0, gain^2 / inputs)."""
-    kernel_init = nnx.initializers.variance_scaling(gain**2, "fan_in", "normal")
-    return nnx.Linear(inputs, outputs, use_bias=bias, dtype=dtype, kernel_init=kernel_init, rngs=rngs)
-
-
-class SwiGLU(nnx.Module):
-    """Gated MLP: down(silu(gate(x)) * up(x)).
-
-    References:
-      Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202, Eq. 6.
-    """
-
-    def __init__(
-        self, inputs: int, hidden: int, outputs: int, *, dtype: DTypeLike, rngs: nnx.Rngs, gain: float = 1.0
-    ) -> None:
-        # One product for both halves: on a CPU its gradient takes less than half the time of two.
-        self.gate_up = linear(inputs, 2 * hidden, dtype=dtype, rngs=rngs)
-        self.down = linear(hidden, outputs, dtype=dtype, rngs=rngs, gain=gain)
-
-    def __call__(self, x: Array) -> Array:
-        """Maps [..., inputs] to [..., outputs]."""
-        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-        return self.down(jax.nn.silu(gate) * up)
 
 
 class Attention(nnx.Module):
@@ -162,14 +129,15 @@ class Attention(nnx.Module):
         source, own_rotary = (x, rotary) if rows is None else _take((x, rotary), rows)
         # Query, key, value: in this order their gradients are added up, and another one gives other last bits.
         query, key = self._searched("query", source, own_rotary), self._searched("key", x, rotary)
-        return self._mix(query, key, self._heads(self.value(x)), rows=rows, valid=key_mask)
+        near = None if own_rotary is None else own_rotary.near
+        return self._mix(query, key, self._heads(self.value(x)), rows=rows, valid=key_mask, near=near)
 
     def extend(self, x: Array, memory: Memory, *, rotary: Rotary | None, slots: Array) -> tuple[Array, Memory]:
         """Writes x [R, D] to `slots` int32[R] of the memory and attends to all slots up to each: [R, D], memory."""
         query = self._searched("query", x, rotary)
         key = memory[0].at[slots].set(self._searched("key", x, rotary), mode="drop")
         value = memory[1].at[slots].set(self._heads(self.value(x)), mode="drop")
-        return self._mix(query, key, value, rows=slots), (key, value)
+        return self._mix(query, key, value, rows=slots, near=None if rotary is None else rotary.near), (key, value)
 
     def weights(self, x: Array, *, rotary: Rotary | None, rows: Array) -> tuple[Array, Array]:
         """What `rows` of x [S, D] attend to, causally, and the norms of unturned keys: [heads, R, S], [kv_heads, S]."""
@@ -178,15 +146,13 @@ class Attention(nnx.Module):
         query, unturned = self._searched("query", source, own_rotary), self._searched("key", x)
         key = jnp.repeat(self._shift(_turned(unturned, rotary)), config.heads // config.kv_heads, axis=1)
         logits = jnp.einsum("rhd,shd->hrs", query, key, preferred_element_type=jnp.float32) * config.head_width**-0.5
-        weights = jax.nn.softmax(jnp.where(up_to(rows, x.shape[0]), logits, -jnp.inf))
+        near = None if own_rotary is None else own_rotary.near
+        weights = jax.nn.softmax(jnp.where(up_to(rows, x.shape[0], near), logits, -jnp.inf))
         return weights, jnp.linalg.norm(unturned.astype(jnp.float32), axis=-1).T
 
-    def _mix(self, query: Array, key: Array, value: Array, *, rows: Array | None, valid: Array | None = None) -> Array:
+    def _mix(self, query: Array, key: Array, value: Array, **seen: Array | None) -> Array:
         config = self.config
-        mixed = attend(
-            query, self._shift(key), value, causal=config.causal, rows=rows, valid=valid, kernel=config.kernel
-        )
-        return self.out(mixed)
+        return self.out(attend(query, self._shift(key), value, causal=config.causal, kernel=config.kernel, **seen))
 
     def _shift(self, key: Array) -> Array:
         """Gives each entry, in the copy heads, the key of the one before it; the first has a key of zeros."""
@@ -209,7 +175,7 @@ class Attention(nnx.Module):
 
 
 def _turned(heads: Array, rotary: Rotary | None) -> Array:
-    return heads if rotary is None else apply_rotary(heads, *rotary)
+    return heads if rotary is None else apply_rotary(heads, rotary.cos, rotary.sin)
 
 
 def _take(entries: tuple[Array, Rotary | None], rows: Array) -> tuple[Array, Rotary | None]:
@@ -220,12 +186,22 @@ class Block(nnx.Module):
     """Pre-norm residual block: x += attention(norm(x)); x += mlp(norm(x))."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
         self.attention_norm = rms_norm(config.dim, rngs, config.norm_eps)
         self.attention = Attention(config, rngs=rngs)
         self.mlp_norm = rms_norm(config.dim, rngs, config.norm_eps)
         self.mlp = SwiGLU(
-            config.dim, config.mlp_dim, config.dim, dtype=config.dtype, rngs=rngs, gain=config.branch_gain
+            config.dim,
+            config.mlp_dim,
+            config.dim,
+            dtype=config.dtype,
+            rngs=rngs,
+            gain=config.branch_gain,
+            activation=config.activation,
         )
+        if config.post_norms:
+            self.attention_post_norm = rms_norm(config.dim, rngs, config.norm_eps)
+            self.mlp_post_norm = rms_norm(config.dim, rngs, config.norm_eps)
 
     def __call__(
         self,
@@ -245,8 +221,11 @@ class Block(nnx.Module):
         return self._add(x, mixed), memory
 
     def _add(self, x: Array, mixed: Array) -> Array:
-        x = x + mixed.astype(x.dtype)
-        return x + self.mlp(self.mlp_norm(x)).astype(x.dtype)
+        if not self.config.post_norms:
+            x = x + mixed.astype(x.dtype)
+            return x + self.mlp(self.mlp_norm(x)).astype(x.dtype)
+        x = x + self.attention_post_norm(mixed).astype(x.dtype)
+        return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x))).astype(x.dtype)
 
 
 class Transformer(nnx.Module):
@@ -262,7 +241,7 @@ class Transformer(nnx.Module):
         self,
         x: Array,
         *,
-        rotary: Rotary | None = None,
+        rotary: Rotary | list[Rotary] | None = None,
         key_mask: Array | None = None,
         rows: Array | None = None,
     ) -> Array:
@@ -270,7 +249,7 @@ class Transformer(nnx.Module):
 
         Args:
           x: [S, D].
-          rotary: cos and sin for queries and keys, each [S, head_dim / 2]; None for no positions.
+          rotary: where the entries stand, for all blocks or for each; None for no positions.
           key_mask: bool[S], entries that may be attended to, of a stack that is not causal; None for all.
           rows: int32[R] in [0, S), the outputs wanted; None for all. The last block computes queries and MLP
             for these alone.
@@ -278,26 +257,29 @@ class Transformer(nnx.Module):
         Returns:
           [S, D], or [R, D] when `rows` are given.
         """
-        blocks = self._blocks()
+        blocks = self._blocks(rotary)
         if not blocks:
             return x if rows is None else x[rows]
-        for block in blocks[:-1]:
-            x = block(x, rotary=rotary, key_mask=key_mask)
-        return blocks[-1](x, rotary=rotary, key_mask=key_mask, rows=rows)
+        for block, own in blocks[:-1]:
+            x = block(x, rotary=own, key_mask=key_mask)
+        last, own = blocks[-1]
+        return last(x, rotary=own, key_mask=key_mask, rows=rows)
 
-    def half(self, x: Array, *, rotary: Rotary | None = None) -> Array:
+    def half(self, x: Array, *, rotary: Rotary | list[Rotary] | None = None) -> Array:
         """What the first half of the blocks, rounded down, makes of x: [S, D]."""
-        for block in self._blocks()[: self.config.layers // 2]:
-            x = block(x, rotary=rotary)
+        for block, own in self._blocks(rotary)[: self.config.layers // 2]:
+            x = block(x, rotary=own)
         return x
 
-    def extend(self, x: Array, memory: Memory, *, rotary: Rotary | None, slots: Array) -> tuple[Array, Memory]:
+    def extend(
+        self, x: Array, memory: Memory, *, rotary: Rotary | list[Rotary] | None, slots: Array
+    ) -> tuple[Array, Memory]:
         """Runs the blocks of a causal stack on new entries after those that it remembers.
 
         Args:
           x: [R, D].
           memory: keys and values of all layers, each [layers, S, kv_heads, head_dim].
-          rotary: cos and sin of the new entries, each [R, head_dim / 2]; None for no positions.
+          rotary: where the new entries stand, for all blocks or for each; None for no positions.
           slots: int32[R], rising, where the new entries go; S for padding, which is not written. An entry attends to
             all slots up to its own.
 
@@ -305,21 +287,23 @@ class Transformer(nnx.Module):
           [R, D] and the memory with the new entries.
         """
         keys, values = memory
-        for layer, block in enumerate(self._blocks()):
-            x, (key, value) = block.extend(x, (keys[layer], values[layer]), rotary=rotary, slots=slots)
+        for layer, (block, own) in enumerate(self._blocks(rotary)):
+            x, (key, value) = block.extend(x, (keys[layer], values[layer]), rotary=own, slots=slots)
             keys, values = keys.at[layer].set(key), values.at[layer].set(value)
         return x, (keys, values)
 
-    def attention(self, x: Array, *, rotary: Rotary | None, rows: Array) -> tuple[Array, Array]:
+    def attention(self, x: Array, *, rotary: Rotary | list[Rotary] | None, rows: Array) -> tuple[Array, Array]:
         """Attention weights of `rows` [layers, heads, R, S] and norms of the keys [layers, kv_heads, S]."""
         weights, key_norms = [], []
-        for block in self._blocks():
-            of_rows, of_keys = block.attention.weights(block.attention_norm(x), rotary=rotary, rows=rows)
+        for block, own in self._blocks(rotary):
+            of_rows, of_keys = block.attention.weights(block.attention_norm(x), rotary=own, rows=rows)
             weights.append(of_rows)
             key_norms.append(of_keys)
             # Nothing reads the last block's output; jit leaves it out.
-            x = block(x, rotary=rotary)
+            x = block(x, rotary=own)
         return jnp.stack(weights), jnp.stack(key_norms)
 
-    def _blocks(self) -> list[Block]:
-        return [getattr(self, f"block_{layer}") for layer in range(self.config.layers)]
+    def _blocks(self, rotary: Rotary | list[Rotary] | None) -> list[tuple[Block, Rotary | None]]:
+        """The blocks, each with where its entries stand."""
+        own = rotary if isinstance(rotary, list) else [rotary] * self.config.layers
+        return [(getattr(self, f"block_{layer}"), own[layer]) for layer in range(self.config.layers)]

@@ -270,7 +270,7 @@ def document_edits(models: Models, lens_params: Params, support: ScoredVariants,
         _, features = lens.apply_with_features(lens_params, part)
         return edit_features(features, part, max_lod=geometry.max_lod, free=free)
 
-    free = entries.valid & (support.contexts.start < geometry.tail)
+    free = entries.valid & geometry.is_free(support.contexts.start)
     return jax.lax.stop_gradient(jax.vmap(one)(entries, free))
 
 

@@ -131,7 +131,7 @@ def _one(
     targets = jax.lax.stop_gradient(nodes.pool_tokens(worth, geometry))
     targets = jnp.maximum(targets, 0.0) ** settings.sharpness
     tree = build_tree(models, known, window.history, geometry)
-    where = jnp.asarray(nodes.table(geometry).lod) == 1
+    where = nodes.eligible(geometry, None) & jnp.asarray(nodes.table(geometry).lod == 1)
 
     score_fn = policy(models.lens, jax.lax.stop_gradient(params["lens"]), tree)
     seen = _contexts(key, score_fn, recipe, looks=settings.looks)
@@ -143,7 +143,7 @@ def _one(
     loss = jax.vmap(lambda row: losses.listwise_distillation(row, targets, where, temperature=settings.temperature))(
         pooled
     )
-    shown = max((recipe.budget - geometry.recent_tokens) // geometry.block_size, 1)
+    shown = max((recipe.budget - geometry.head - geometry.recent_tokens) // geometry.block_size, 1)
     both = (_among_top(pooled[0], where, shown) & _among_top(targets, where, shown)).sum(dtype=jnp.float32)
     return jnp.mean(loss), jnp.sum(jnp.where(where, targets, 0.0)), jax.lax.stop_gradient(both / shown)
 

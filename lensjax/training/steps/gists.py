@@ -1,11 +1,12 @@
-"""GistNet alone, trained through a base model that stays as it is.
+"""GistNet, trained through a base model that stays as it is.
 
     L = mean over tokens in full, in the context or behind it, of -log p(next token | context with gists)
         + kl_weight * mean over the horizon of KL(p(. | whole window in full) || p(. | context with gists))
 
 of one random cut of each history, of any length. The base model was trained on tokens: a gist has to become something
 that it can read. The first term says so at every token of the context, the second at the horizon says what of the full
-context the gists should have kept. Nothing but GistNet has a gradient.
+context the gists should have kept. Nothing but GistNet has a gradient. Where it is asked for, a low-rank change of the
+base model's queries and values has one, too (`lensjax.models.lora`): gists are read with it, the whole window is not.
 """
 
 from collections.abc import Callable
@@ -16,13 +17,13 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from lensjax._settings import Count, NonNegative, Positive, PositiveInt, settings
+from lensjax._settings import Count, NonNegative, Positive, PositiveInt, require, settings
 from lensjax.context import rollouts
 from lensjax.context import tree as trees
 from lensjax.context import working as contexts
 from lensjax.context.geometry import Geometry
 from lensjax.context.working import WorkingContext
-from lensjax.models import Models, Params
+from lensjax.models import Models, Params, hyperlora, lora
 from lensjax.models.decision import split
 from lensjax.training import nll
 from lensjax.training.metrics import Metrics
@@ -33,11 +34,13 @@ from lensjax.training.scoring import Batch
 from lensjax.training.steps.update import Learner, gradient_step, init_learner, split_parts
 
 TRAINED = ("gist",)
+LORA_STREAM = 2**31
+"""What the key of fresh deltas is folded with: no step's number."""
 
 
 @settings("gists")
 class GistTrainingConfig:
-    """Training of GistNet alone.
+    """Training of GistNet.
 
     Example:
       >>> from lensjax.training.steps.gists import GistTrainingConfig
@@ -54,11 +57,20 @@ class GistTrainingConfig:
     at_once: PositiveInt | None = None
     """Sequences whose activations are held at a time, None for the whole batch. Fewer take less memory, and the base
     model reads each context once more on the way back."""
+    lora_rank: Count = 0
+    """Above 0, of a change of the base model's queries and values that is trained with GistNet, and stays from then on;
+    in bfloat16 what is smaller than a weight's last bit is lost."""
+
+    def _check(self) -> None:
+        require(
+            self.steps > 0 or self.lora_rank == 0,
+            f"gists.lora_rank is {self.lora_rank} and gists.steps 0, so that nothing trains it: raise gists.steps",
+        )
 
 
 def gist_geometry(recipe: Recipe) -> Geometry:
     """The history of a recipe with gists in the place of what it omits."""
-    return replace(recipe.geometry, omit=False)
+    return replace(recipe.geometry, omit=False, sink_blocks=0)
 
 
 def gist_capacity(recipe: Recipe) -> int:
@@ -71,18 +83,26 @@ def gist_capacity(recipe: Recipe) -> int:
     return gist_geometry(recipe).length_of_fraction(fraction, name="hyper.context_start")
 
 
-def init_gists_state(key: Array, *, recipe: Recipe, params: dict[str, Params]) -> tuple[Learner, dict[str, Params]]:
+def init_gists_state(
+    key: Array, *, recipe: Recipe, params: dict[str, Params], lora_rank: int = 0
+) -> tuple[Learner, dict[str, Params]]:
     """A state before the first step.
 
     Args:
       key: PRNG key, consumed.
       recipe: read is the optimizer.
       params: parameters of `base` and `gist`; that of `gist` is copied.
+      lora_rank: of the change of the base model that is trained beside it; 0 for none.
 
     Returns:
-      `Learner` of `gist`, and the base model's, as they are.
+      `Learner` of `gist`, and of `lora` where it has a rank; and the base model's, as they are.
+
+    Raises:
+      ValueError: the base model has no matrices that could be changed.
     """
     trained, frozen = split_parts({name: params[name] for name in ("base", "gist")}, TRAINED)
+    if lora_rank:
+        trained["lora"] = lora.init(jax.random.fold_in(key, LORA_STREAM), params["base"], rank=lora_rank)
     return init_learner(key, trained, tx=make_optimizer(recipe.optimizer)), frozen
 
 
@@ -161,7 +181,7 @@ def gists_eval_step(
 
     Args:
       key: PRNG key of the cuts, consumed; fixed per batch, so that steps are compared on the same cuts.
-      params: parameters of `base` and `gist`.
+      params: parameters of `base` and `gist`, and `lora` where there is one.
       batch: `tokens` int32[B, T].
       recipe: static.
       settings: static.
@@ -188,7 +208,7 @@ def gists_loss(
 
     Args:
       key: PRNG key of the cut, consumed.
-      params: parameters of `base` and `gist`; no gradient reaches the first.
+      params: as for `context_loss`.
       tokens: int32[T].
       recipe: static.
       settings: static.
@@ -212,7 +232,7 @@ def context_loss(
     """What a base model loses by reading gists.
 
     Args:
-      params: parameters of `base` and `gist`; no gradient reaches the first.
+      params: parameters of `base` and `gist`, and `lora` where there is one; no gradient reaches the first.
       tokens: int32[T], the window.
       context: of its history.
       geometry: the history.
@@ -231,7 +251,8 @@ def context_loss(
         max_lod=geometry.max_lod,
     )
     read = nll.reading(base, own, contexts.materialise(tree, context), window.horizon)
-    logits = base.logits(own, read.entries, jnp.arange(read.entries.spans.shape[0], dtype=jnp.int32))
+    reader = hyperlora.adapt(own, params.get("lora", {}))
+    logits = base.logits(reader, read.entries, jnp.arange(read.entries.spans.shape[0], dtype=jnp.int32))
     behind = jnp.take(logits, read.rows, axis=0)
     report = {
         "gists/token_loss": nll.in_full_nll(logits, read.entries, tokens),
