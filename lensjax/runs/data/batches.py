@@ -1,4 +1,4 @@
-"""Token windows from text files or from a synthetic task, as deterministic grain iterators."""
+"""Token windows from text or from a synthetic task, as deterministic grain iterators."""
 
 import hashlib
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import grain
 import numpy as np
 
-from lensjax.runs.data.corpus import corpus_files, text_digest, token_row
+from lensjax.runs.data.corpus import described, text_digest, token_row
 from lensjax.runs.data.quotes import Quotes
 from lensjax.runs.data.recall import RecallSource
 from lensjax.runs.data.splits import Split
@@ -19,7 +19,7 @@ _VERSIONS = {"text": 1, "stdlib": 1, "recall": 1, "tracking": 1, "quotes": 1}
 """To be raised where a task's examples change: they are then other data under the same name."""
 
 _WHO_DECIDES = {
-    "file": "Whole files, with all that are like them, go to train, validation and test, 90/5/5 by a hash of names",
+    "file": "Whole documents, with all that are like them, go to train, validation and test, 90/5/5 by a hash of names",
     "folder": "The folders train, validation and test say what is in which split",
 }
 
@@ -208,7 +208,7 @@ def _windows(config: Windows, split: Split) -> np.ndarray:
     row, length = token_row(config, split), config.context.window
     if len(row) < length:
         raise ValueError(
-            f"split {split!r} holds {len(row)} tokens in {len(corpus_files(config.data, split))} files, and one window "
+            f"split {split!r} holds {len(row)} tokens in {described(config.data, split)}, and one window "
             f"takes {length}. {_WHO_DECIDES[config.data.split_by]}: add files, cut long ones into several, raise "
             "data.max_files, or lower context.window"
         )
