@@ -64,8 +64,9 @@ def make_iterator(
     if not config.data.is_text:
         dataset = _examples(config, split, seed=seed, pretraining=pretraining)
     elif split == "train":
-        _require_windows(config, split, found=len(_windows(config, split)), needed=batch_size)
-        dataset = _quoting(config, _without_end(config, seed), seed=seed, pretraining=pretraining)
+        windows = _windows(config, split)
+        _require_windows(config, split, found=len(windows), needed=batch_size)
+        dataset = _quoting(config, _without_end(config, windows, seed), seed=seed, pretraining=pretraining)
     else:
         dataset = _examples(config, split, seed=seed)
         _require_windows(config, split, found=len(dataset), needed=batch_size)
@@ -180,9 +181,8 @@ def _as_tokens(window: np.ndarray) -> dict[str, np.ndarray]:
     return {"tokens": window.astype(np.int32)}
 
 
-def _without_end(config: Windows, seed: int) -> grain.MapDataset:
+def _without_end(config: Windows, windows: np.ndarray, seed: int) -> grain.MapDataset:
     """Windows of the text to train on, in another order each epoch; of a tokenizer's, at another place too."""
-    windows = _windows(config, "train")
     if config.data.tokenizer is None:
         return grain.MapDataset.source(windows).map(_as_tokens).shuffle(seed=_mixed(seed)).repeat()
     anywhere = _Anywhere(token_row(config, "train"), config.context.window)

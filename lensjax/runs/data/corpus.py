@@ -34,6 +34,8 @@ from lensjax.runs.data.task import DataConfig, Windows
 from lensjax.runs.data.token_files import open_tokens
 from lensjax.runs.data.tokenizers import Tokenizer, read_tokenizer
 
+Stamp = tuple[int, int]
+"""Size and time of a file, while which it does not change."""
 SEPARATOR = b"\0"
 """Stands between two files of a split that is read as bytes."""
 
@@ -58,24 +60,40 @@ def token_row(config: Windows, split: Split) -> np.ndarray:
       ValueError: the tokenizer cannot be read or has more tokens than the base model, or its file is damaged; see
         `corpus_files`.
     """
-    data, rows = config.data, _rows(config.data)
-    if data.tokenizer is None and not rows:
-        return np.frombuffer(SEPARATOR.join(path.read_bytes() for path in corpus_files(data, split)), np.uint8)
-    tokenizer = read_tokenizer(data.tokenizer)
-    require(
-        config.base.vocab_size >= tokenizer.vocab_size,
-        f"base.vocab_size must be at least {tokenizer.vocab_size}, the vocabulary of data.tokenizer "
-        f"{data.tokenizer!r}, got {config.base.vocab_size}",
-    )
+    data, names = config.data, _names(config.data)
+    rows = _rows(data, names)
+    tokenizer = None if data.tokenizer is None else read_tokenizer(data.tokenizer)
+    if tokenizer is not None:
+        require(
+            config.base.vocab_size >= tokenizer.vocab_size,
+            f"base.vocab_size must be at least {tokenizer.vocab_size}, the vocabulary of data.tokenizer "
+            f"{data.tokenizer!r}, got {config.base.vocab_size}",
+        )
     if rows:
         return _mapped_rows(rows, _rows_key(rows, data), data)[split]
-    paths = corpus_files(data, split)
-    return _mapped(tuple(paths), tuple(map(_stamp, paths)), tokenizer, data.cache)
+    files = _members(data, names, split)
+    paths, stamps = tuple(path for _, path, _ in files), tuple(stamp for *_, stamp in files)
+    return _packed(paths, stamps) if tokenizer is None else _mapped(paths, stamps, tokenizer, data.cache)
+
+
+# A run asks for the same tokens in each of its phases: they are read, or checked, the first time.
+
+
+@functools.lru_cache(maxsize=len(SPLITS))
+def _packed(paths: tuple[Path, ...], _stamps: object) -> np.ndarray:
+    """The bytes of texts in memory."""
+    return np.frombuffer(SEPARATOR.join(path.read_bytes() for path in paths), np.uint8)
+
+
+@functools.lru_cache(maxsize=len(SPLITS))
+def _mapped(paths: tuple[Path, ...], _stamps: object, tokenizer: Tokenizer, cache: str) -> np.ndarray:
+    """The token file of texts."""
+    return open_tokens(paths, tokenizer, cache)
 
 
 @functools.lru_cache(maxsize=1)
 def _mapped_rows(files: Files, key: str, data: DataConfig) -> dict[Split, np.ndarray]:
-    """The tokens of all splits. A run asks for each: they are checked the first time."""
+    """The tokens of all splits."""
     folder = Path(data.cache).expanduser() / key
     return documents.open_splits(folder, files, data, read_tokenizer(data.tokenizer))
 
@@ -85,23 +103,16 @@ def _rows_key(files: Files, data: DataConfig) -> str:
     return documents.key(sums, data, read_tokenizer(data.tokenizer))
 
 
-def _rows(data: DataConfig) -> Files:
+def _rows(data: DataConfig, names: dict[str, Path]) -> Files:
     """Files that are read as `documents` says: all of a corpus, where one of them is packed or holds rows."""
-    if data.task != "text":
+    if data.task != "text" or all(map(is_plain, names)):
         return ()
-    names = _text_files(data)
-    return () if all(map(is_plain, names)) else tuple(sorted((base_name(name), path) for name, path in names.items()))
-
-
-@functools.lru_cache(maxsize=len(SPLITS))
-def _mapped(paths: tuple[Path, ...], _stamps: object, tokenizer: Tokenizer, cache: str) -> np.ndarray:
-    """The token file of texts. A run asks for it more than once: it is checked the first time."""
-    return open_tokens(paths, tokenizer, cache)
+    return tuple(sorted((base_name(name), path) for name, path in names.items()))
 
 
 def described(data: DataConfig, split: Split) -> str:
     """What a split is made of, for messages."""
-    rows = _rows(data)
+    rows = _rows(data, _names(data))
     return f"the rows of {len(rows)} files" if rows else f"{len(corpus_files(data, split))} files"
 
 
@@ -114,16 +125,16 @@ def corpus_files(data: DataConfig, split: Split) -> list[Path]:
     Raises:
       ValueError: `split` is unknown, the path does not exist, or there is no file at all.
     """
-    return list(_documents(data, split).values())
+    return [path for _, path, _ in _members(data, _names(data), split)]
 
 
 def text_digest(data: DataConfig) -> str:
     """Hash of the tokenizer, and of the names and contents of the files of each split in their order."""
-    if rows := _rows(data):
+    names = _names(data)
+    if rows := _rows(data, names):
         return _rows_key(rows, data)
     files = {
-        split: [(name, _sha256(path, _stamp(path))) for name, path in _documents(data, split).items()]
-        for split in SPLITS
+        split: [(name, _sha256(path, stamp)) for name, path, stamp in _members(data, names, split)] for split in SPLITS
     }
     return hashlib.sha256(json.dumps([read_tokenizer(data.tokenizer).digest, files]).encode()).hexdigest()
 
@@ -135,22 +146,26 @@ def _sha256(path: Path, _stamp: object) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _documents(data: DataConfig, split: Split) -> dict[str, Path]:
+def _names(data: DataConfig) -> dict[str, Path]:
+    """All files by their names."""
+    return each_once(*_stdlib_files()) if data.task == "stdlib" else _text_files(data)
+
+
+def _members(data: DataConfig, names: dict[str, Path], split: Split) -> list[tuple[str, Path, Stamp]]:
     """Files of one split by their names, in their order."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    names = each_once(*_stdlib_files()) if data.task == "stdlib" else _text_files(data)
+    files = {name: (name, path, _stamp(path)) for name, path in names.items()}
     if data.task == "text":
-        _require_memory(data, names)
-    files = tuple((name, path, _stamp(path)) for name, path in names.items())
+        _require_memory(data, sum(size for *_, (size, _) in files.values()))
     if data.split_by == "folder":
-        _require_apart(files)
+        _require_apart(tuple(files.values()))
         splits = {name: name.split("/")[0] for name in names}
     else:
-        family = _families(files)
+        family = _families(tuple(files.values()))
         splits = {name: split_of(base_name(family[name])) for name in names}
-    members = sorted((name for name in names if splits[name] == split), key=digest)
-    return {name: names[name] for name in members[: data.max_files]}
+    inside = sorted((name for name in names if splits[name] == split), key=digest)
+    return [files[name] for name in inside[: data.max_files]]
 
 
 def _text_files(data: DataConfig) -> dict[str, Path]:
@@ -171,8 +186,8 @@ def _text_files(data: DataConfig) -> dict[str, Path]:
     return names
 
 
-def _require_memory(data: DataConfig, names: dict[str, Path]) -> None:
-    memory, size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), sum(map(os.path.getsize, names.values()))
+def _require_memory(data: DataConfig, size: int) -> None:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     require(
         size <= memory or (data.split_by == "folder" and data.tokenizer is not None),
         f"data.path {data.path!r} holds {size / 2**30:,.1f} GiB of text, which is read whole, and there are "
@@ -182,7 +197,7 @@ def _require_memory(data: DataConfig, names: dict[str, Path]) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _require_apart(files: tuple[tuple[str, Path, tuple[int, int]], ...]) -> None:
+def _require_apart(files: tuple[tuple[str, Path, Stamp], ...]) -> None:
     """Folders say what is held out: no document may be in two of them."""
     sketches, first, pairs = [], dict[str, int](), list[tuple[int, int]]()
     for i, (_, path, stamp) in enumerate(files):
@@ -199,12 +214,12 @@ def _require_apart(files: tuple[tuple[str, Path, tuple[int, int]], ...]) -> None
 
 
 @functools.lru_cache(maxsize=1)
-def _families(files: tuple[tuple[str, Path, tuple[int, int]], ...]) -> dict[str, str]:
+def _families(files: tuple[tuple[str, Path, Stamp], ...]) -> dict[str, str]:
     """Families of files by name. A run asks for each split in turn: the answer is kept while no file changes."""
     return families({name: path.read_bytes() for name, path, _ in files})
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def _stamp(path: Path) -> Stamp:
     status = path.stat()
     return status.st_size, status.st_mtime_ns
 
