@@ -15,6 +15,7 @@ import gzip
 import io
 import json
 import os
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -145,7 +146,7 @@ def _reading(path: Path) -> Iterator[_Progress]:
         raise ImportError(f"data.path: {str(path)!r} needs {error.name}: pip install 'lensjax[data]'") from error
     except _Fault as fault:
         _refuse(path, progress.row + 1, str(fault))
-    except (EOFError, OSError, zlib.error, *_arrow_errors()) as error:
+    except _damage() as error:
         problem = " ".join(str(error).split()) or type(error).__name__
         where = f" after row {progress.row}" if progress.row else ""
         raise ValueError(
@@ -153,12 +154,10 @@ def _reading(path: Path) -> Iterator[_Progress]:
         ) from error
 
 
-def _arrow_errors() -> tuple[type[Exception], ...]:
-    """Those of pyarrow, where it has been loaded."""
-    import sys
-
+def _damage() -> tuple[type[Exception], ...]:
+    """What is raised of files that are not whole; by pyarrow, where it has been loaded."""
     arrow = sys.modules.get("pyarrow")
-    return () if arrow is None else (arrow.ArrowException,)
+    return (EOFError, OSError, zlib.error, *([] if arrow is None else [arrow.ArrowException]))
 
 
 @contextmanager
