@@ -28,6 +28,7 @@ from lensjax.models.base_lm import BaseConfig
 from lensjax.models.gistnet import GistConfig
 from lensjax.models.lensnet import LensConfig
 from lensjax.runs.config import Config
+from lensjax.runs.export import export
 from lensjax.runs.load import Trained, load
 from lensjax.session import Session, SessionConfig
 from lensjax.training.hyperparameters import Hyperparameters
@@ -73,6 +74,7 @@ __all__ = [
     "build_models",
     "cold_start",
     "eval_step",
+    "export",
     "fit",
     "from_cut",
     "init_train_state",
