@@ -28,6 +28,7 @@ from lensjax.models.base_lm import BaseConfig
 from lensjax.models.gistnet import GistConfig
 from lensjax.models.lensnet import LensConfig
 from lensjax.runs.config import Config
+from lensjax.runs.export import export
 from lensjax.runs.load import Trained, load
 from lensjax.runs.sessions import load as load_session
 from lensjax.runs.sessions import save as save_session
@@ -75,6 +76,7 @@ __all__ = [
     "build_models",
     "cold_start",
     "eval_step",
+    "export",
     "fit",
     "from_cut",
     "init_train_state",

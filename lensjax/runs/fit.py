@@ -107,7 +107,7 @@ def fit(config: Config, *, resume: bool = False, console: Console | None = None)
         maps = results.variant_maps(state, inputs.test[0], key, frozen, config=config, models=models)
     devices.in_first(lambda: results.draw(folder, maps))
     results.print_summary(console, folder, summary)
-    return Trained(config, models, params, summary)
+    return Trained(config, models, params, summary, folder)
 
 
 @dataclass(frozen=True)

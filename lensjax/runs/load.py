@@ -39,6 +39,8 @@ class Trained:
     """Parameters of `base`, `gist` and `lens`, and of `hypernet` where it was trained."""
     summary: dict[str, Any]
     """What `summary.json` holds: the test metrics; empty while the run is not finished."""
+    folder: Path | None = None
+    """Where it is on disk."""
 
     def session(self, **changes: Any) -> Session:
         """A stream reader whose decisions are those of training.
@@ -56,10 +58,10 @@ class Trained:
 
 
 def load(folder: str | Path) -> Trained:
-    """Loads the models of a run (extra `train`).
+    """Loads the models of a run (extra `train`), or of an export (extra `hf`).
 
     Args:
-      folder: a run's folder, of `fit` or of `python -m experiments.train`.
+      folder: a run's folder, of `fit` or of `python -m experiments.train`, or one of `export`.
 
     Returns:
       `Trained`: of its newest checkpoint, or with patience of its best.
@@ -84,7 +86,7 @@ def load(folder: str | Path) -> Trained:
     models = config.build_models()
     parts: tuple[Part, ...] = (*PARTS, "hypernet") if "hypernet" in config.trainable else PARTS
     params = load_params(folder, config, models, parts)
-    return Trained(config, models, params, run_folder.read_summary(folder))
+    return Trained(config, models, params, run_folder.read_summary(folder), folder)
 
 
 def load_params(
@@ -111,6 +113,10 @@ def load_params(
       ValueError: there is no checkpoint, or none that is whole; LensNet is asked for and was not trained yet; or the
         weights at `checkpoint.path` are not those that the run was started on.
     """
+    from lensjax.runs.store import tensors
+
+    if tensors.file_of(folder, "lens").is_file():
+        return _exported(folder, config, models, parts)
     from lensjax.runs import pretrained
     from lensjax.runs.store import checkpoint
 
@@ -128,11 +134,9 @@ def load_params(
             require(name in held, f"{folder} has no checkpoint of {what}: let it train first (steps above 0)")
     params: dict[str, Params] = {}
     for name in parts:
-        model: Any = config.build_hypernet(models) if name == "hypernet" else getattr(models, name)
-        like = jax.eval_shape(model.init, jax.random.key(0))
         if name in held:
             directory, step, path = held[name]
-            params[name] = checkpoint.restore_subtree(directory, step, like, path=path)
+            params[name] = checkpoint.restore_subtree(directory, step, _shapes(config, models, name), path=path)
         else:
             params[name] = pretrained.load_base(config)
     if adapted and "base" in params and "lora" in held:
@@ -140,6 +144,29 @@ def load_params(
         fresh = functools.partial(lora.init, jax.random.key(0), rank=config.gists.lora_rank)
         deltas = checkpoint.restore_subtree(directory, step, jax.eval_shape(fresh, params["base"]), path=path)
         params["base"] = hyperlora.adapt(params["base"], deltas)
+    return params
+
+
+def _shapes(config: Config, models: Models, name: str) -> Params:
+    """Parameters of a part as shapes."""
+    model: Any = config.build_hypernet(models) if name == "hypernet" else getattr(models, name)
+    params: Params = jax.eval_shape(model.init, jax.random.key(0))
+    return params
+
+
+def _exported(folder: Path, config: Config, models: Models, parts: Sequence[Part]) -> dict[str, Params]:
+    """Parameters of an export, which holds all that is not at `checkpoint.path`."""
+    from lensjax.runs import pretrained
+    from lensjax.runs.store import tensors
+
+    params: dict[str, Params] = {}
+    for name in parts:
+        path = tensors.file_of(folder, name)
+        if name == "base" and config.checkpoint.path is not None and not path.is_file():
+            params[name] = pretrained.load_base(config)
+            continue
+        require(path.is_file(), f"{path} is missing: export the run again, or fetch all of its files")
+        params[name] = tensors.read(path, _shapes(config, models, name))
     return params
 
 

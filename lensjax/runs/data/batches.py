@@ -1,4 +1,4 @@
-"""Token windows from text files or from a synthetic task, as deterministic grain iterators."""
+"""Token windows from text or from a synthetic task, as deterministic grain iterators."""
 
 import hashlib
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import grain
 import numpy as np
 
-from lensjax.runs.data.corpus import corpus_files, text_digest, token_row
+from lensjax.runs.data.corpus import described, text_digest, token_row
 from lensjax.runs.data.quotes import Quotes
 from lensjax.runs.data.recall import RecallSource
 from lensjax.runs.data.splits import Split
@@ -19,7 +19,7 @@ _VERSIONS = {"text": 1, "stdlib": 1, "recall": 1, "tracking": 1, "quotes": 1}
 """To be raised where a task's examples change: they are then other data under the same name."""
 
 _WHO_DECIDES = {
-    "file": "Whole files, with all that are like them, go to train, validation and test, 90/5/5 by a hash of names",
+    "file": "Whole documents, with all that are like them, go to train, validation and test, 90/5/5 by a hash of names",
     "folder": "The folders train, validation and test say what is in which split",
 }
 
@@ -64,8 +64,9 @@ def make_iterator(
     if not config.data.is_text:
         dataset = _examples(config, split, seed=seed, pretraining=pretraining)
     elif split == "train":
-        _require_windows(config, split, found=len(_windows(config, split)), needed=batch_size)
-        dataset = _quoting(config, _without_end(config, seed), seed=seed, pretraining=pretraining)
+        windows = _windows(config, split)
+        _require_windows(config, split, found=len(windows), needed=batch_size)
+        dataset = _quoting(config, _without_end(config, windows, seed), seed=seed, pretraining=pretraining)
     else:
         dataset = _examples(config, split, seed=seed)
         _require_windows(config, split, found=len(dataset), needed=batch_size)
@@ -180,9 +181,8 @@ def _as_tokens(window: np.ndarray) -> dict[str, np.ndarray]:
     return {"tokens": window.astype(np.int32)}
 
 
-def _without_end(config: Windows, seed: int) -> grain.MapDataset:
+def _without_end(config: Windows, windows: np.ndarray, seed: int) -> grain.MapDataset:
     """Windows of the text to train on, in another order each epoch; of a tokenizer's, at another place too."""
-    windows = _windows(config, "train")
     if config.data.tokenizer is None:
         return grain.MapDataset.source(windows).map(_as_tokens).shuffle(seed=_mixed(seed)).repeat()
     anywhere = _Anywhere(token_row(config, "train"), config.context.window)
@@ -208,7 +208,7 @@ def _windows(config: Windows, split: Split) -> np.ndarray:
     row, length = token_row(config, split), config.context.window
     if len(row) < length:
         raise ValueError(
-            f"split {split!r} holds {len(row)} tokens in {len(corpus_files(config.data, split))} files, and one window "
+            f"split {split!r} holds {len(row)} tokens in {described(config.data, split)}, and one window "
             f"takes {length}. {_WHO_DECIDES[config.data.split_by]}: add files, cut long ones into several, raise "
             "data.max_files, or lower context.window"
         )

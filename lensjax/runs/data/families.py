@@ -20,7 +20,7 @@ References:
 
 import io
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import combinations
 
 from lensjax.runs.data.resemblance import alike, sketch
@@ -59,14 +59,14 @@ def families(texts: Mapping[str, bytes]) -> dict[str, str]:
     first: dict[bytes, int] = {}
     pairs += [(first.setdefault(texts[name], i), i) for i, name in enumerate(names)]
     pairs += alike([sketch(io.BytesIO(texts[name])) for name in names])
-    return {name: names[root] for name, root in zip(names, _roots(len(names), pairs), strict=True)}
+    return {name: names[root] for name, root in zip(names, joined(len(names), pairs), strict=True)}
 
 
 def _long_lines(text: bytes) -> list[bytes]:
     return [line for line in map(bytes.strip, text.splitlines()) if len(line) >= LONG]
 
 
-def _roots(count: int, pairs: list[tuple[int, int]]) -> list[int]:
+def joined(count: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
     """Smallest index that each of `count` is connected to (union-find with path halving)."""
     parent = list(range(count))
 

@@ -19,7 +19,6 @@ References:
 
 import functools
 import unicodedata
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
@@ -29,7 +28,8 @@ ALIKE = 0.8
 SHINGLE = 8
 FEWEST = 16
 """Bins that a sketch must have."""
-_BINS, _ROWS, _BLOCK = 256, 8, 2**18
+BINS = 256
+_ROWS, _BLOCK, _CHUNK = 8, 2**18, 1024
 _EMPTY = np.uint32(2**32 - 1)
 
 
@@ -42,7 +42,7 @@ def sketch(document: BinaryIO) -> np.ndarray:
     Returns:
       uint32[256]; 2**32 - 1 where a bin has none.
     """
-    smallest = np.full(_BINS, _EMPTY)
+    smallest = np.full(BINS, _EMPTY)
     for block in iter(functools.partial(document.read, _BLOCK), b""):
         text = b" ".join(_plain(block).lower().split())
         if len(text) >= SHINGLE:
@@ -51,11 +51,11 @@ def sketch(document: BinaryIO) -> np.ndarray:
     return smallest
 
 
-def alike(sketches: Sequence[np.ndarray]) -> Iterator[tuple[int, int]]:
+def alike(sketches: Sequence[np.ndarray] | np.ndarray) -> Iterator[tuple[int, int]]:
     """Pairs of documents that are alike, by their indices: enough of them to join all that are.
 
     Args:
-      sketches: of all documents.
+      sketches: of all documents, uint32[n, 256]; they may be mapped from a file. 256 bytes of each are in memory.
 
     Example:
       >>> import io
@@ -65,17 +65,40 @@ def alike(sketches: Sequence[np.ndarray]) -> Iterator[tuple[int, int]]:
       >>> list(alike([sketch(io.BytesIO(one)) for one in texts]))
       [(0, 2)]
     """
-    buckets: dict[tuple[int, bytes], list[int]] = defaultdict(list)
-    for index, one in enumerate(sketches):
-        if np.count_nonzero(one != _EMPTY) >= FEWEST:
-            for band, rows in enumerate(_filled(one).reshape(-1, _ROWS)):
-                buckets[band, rows.tobytes()].append(index)
-    for bucket in {tuple(bucket): None for bucket in buckets.values() if len(bucket) > 1}:
-        left, rows = np.array(bucket), np.stack([sketches[i] for i in bucket])
-        while len(left) > 1:
-            same = _resemblance(rows[0], rows[1:]) >= ALIKE
-            yield from ((int(left[0]), int(i)) for i in left[1:][same])
-            left, rows = left[1:][~same], rows[1:][~same]
+    sketches = np.asarray(sketches, np.uint32).reshape(-1, BINS)
+    compared: set[bytes] = set()
+    kept, bands = _bands(sketches)
+    for band in bands:
+        order = np.argsort(band, kind="stable")
+        begins = np.flatnonzero(np.diff(band[order], prepend=~band[order][:1]))
+        sizes = np.diff(begins, append=len(order))
+        for begin, size in zip(begins[sizes > 1], sizes[sizes > 1], strict=True):
+            bucket = kept[order[begin : begin + size]]
+            if bucket.tobytes() in compared:
+                continue
+            compared.add(bucket.tobytes())
+            rows = sketches[bucket]
+            while len(bucket) > 1:
+                same = _resemblance(rows[0], rows[1:]) >= ALIKE
+                yield from ((int(bucket[0]), int(i)) for i in bucket[1:][same])
+                bucket, rows = bucket[1:][~same], rows[1:][~same]
+
+
+def _bands(sketches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which documents have enough bins [k], and a hash of 8 bins in a row of theirs: uint64[bands, k]."""
+    kept, bands = [], []
+    for first in range(0, len(sketches), _CHUNK):
+        chunk = sketches[first : first + _CHUNK]
+        (enough,) = np.nonzero(np.count_nonzero(chunk != _EMPTY, axis=1) >= FEWEST)
+        rows = _filled(chunk[enough]).reshape(len(enough), BINS // _ROWS, _ROWS).astype(np.uint64)
+        total = np.zeros(rows.shape[:2], np.uint64)
+        for place in range(_ROWS):
+            total = _mixed(total + rows[..., place] + np.uint64(1))
+        kept.append(first + enough)
+        bands.append(total.T)
+    if not kept:
+        return np.empty(0, np.intp), np.empty((0, 0), np.uint64)
+    return np.concatenate(kept), np.concatenate(bands, axis=1)
 
 
 def _plain(block: bytes) -> bytes:
@@ -101,8 +124,9 @@ def _resemblance(one: np.ndarray, others: np.ndarray) -> np.ndarray:
     return np.sum(either & (one == others), axis=1) / np.sum(either, axis=1)
 
 
-def _filled(one: np.ndarray) -> np.ndarray:
-    """A sketch with the next bin's value in those that have none: few shingles then stand in all bands."""
-    filled = np.flatnonzero(one != _EMPTY)
-    after = np.searchsorted(filled, np.arange(_BINS))
-    return one[filled[after % len(filled)]]
+def _filled(sketches: np.ndarray) -> np.ndarray:
+    """Sketches [n, 256] with the next bin's value in those that have none: few shingles then stand in all bands."""
+    places = np.where(sketches != _EMPTY, np.arange(BINS), 2 * BINS)
+    twice = np.concatenate([places, places + BINS], axis=1)
+    after = np.minimum.accumulate(twice[:, ::-1], axis=1)[:, ::-1][:, :BINS]
+    return np.take_along_axis(sketches, after % BINS, axis=1)

@@ -14,16 +14,20 @@ class DataConfig:
     task: Literal["stdlib", "text", "recall", "tracking"] = "stdlib"
     """The running Python's standard library, the user's own text files, single-span recall, or variable tracking."""
     path: str | None = None
-    """Folder or glob of text files; for task text."""
+    """Folder or glob of text, JSON lines, Parquet or Hugging Face data sets, packed or not; for task text."""
+    text_column: str = "text"
+    """Where the text of a row stands, of files that have rows; `a.b` is b in the object a."""
+    id_column: str | None = None
+    """Where the id of a row stands, which says its split; None takes the file's name and the row's number."""
     tokenizer: str | None = None
     """A tokenizer.json, a Hugging Face folder that holds one, or a GGUF file; None reads text as bytes."""
     cache: str = "runs/.tokens"
     """Folder of token files, each made once of a tokenizer and its texts."""
     split_by: Literal["file", "folder"] = "file"
-    """Files, by a hash of their names and with all that are like them, or the folders train, validation and test of
-    `path`."""
+    """Files or rows, by a hash of their names and with all that are like them, or the folders train, validation and
+    test of `path`."""
     max_files: PositiveInt | None = None
-    """Read at most this many files a split, in hash order; None reads all."""
+    """Read at most this many files or rows a split, in hash order; None reads all."""
     quote: Count = 0
     """Tokens of text before the cursor that begin an earlier passage again, which the horizon goes on with; 0 leaves
     text as it is."""
@@ -46,6 +50,13 @@ class DataConfig:
         require(
             self.tokenizer is None or self.is_text,
             f"data.tokenizer is of text: set data.task to text or stdlib, got {self.task!r}",
+        )
+        require(bool(self.text_column), "data.text_column must name a column, got an empty string")
+        require(self.id_column != "", "data.id_column must name a column or be None, got an empty string")
+        require(
+            self.task == "text" or (self.text_column, self.id_column) == ("text", None),
+            f"data.text_column and data.id_column are read only where data.task is text: set data.task text, got "
+            f"{self.task!r}",
         )
         require(bool(self.cache), "data.cache must name a folder, got an empty string")
         require(

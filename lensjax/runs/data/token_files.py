@@ -12,14 +12,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from types import TracebackType
 
 import numpy as np
 
 from lensjax._settings import require
 from lensjax.runs.data.tokenizers import Tokenizer
+from lensjax.runs.engine.progress import work_bar
 
 FORMAT = 1
 _TOKENS, _MANIFEST = "tokens.bin", "manifest.json"
@@ -37,7 +39,7 @@ def open_tokens(paths: Sequence[Path], tokenizer: Tokenizer, cache: str | Path) 
       cache: folder of such files.
 
     Returns:
-      Ids uint16[n] or, of vocabularies above 65,536, uint32[n]; read-only.
+      Ids of as few bytes as the vocabulary takes: uint8[n], uint16[n] or uint32[n]; read-only.
 
     Raises:
       ValueError: the file was changed after it had been made.
@@ -55,23 +57,38 @@ def open_tokens(paths: Sequence[Path], tokenizer: Tokenizer, cache: str | Path) 
     """
     folder = Path(cache).expanduser() / _key(paths, tokenizer)
     if not folder.exists():
-        _make(folder, paths, tokenizer)
-    return _map(folder)
+        sizes = [path.stat().st_size for path in paths]
+        with (
+            making(folder) as hidden,
+            work_bar(f"tokens of {len(paths)} files", sum(sizes)) as count,
+            Writer(hidden, tokenizer) as writer,
+        ):
+            for path, size in zip(paths, sizes, strict=True):
+                writer.add(path.read_bytes().decode("utf-8", "replace"))
+                count(size)
+    return read(folder)
 
 
 def _key(paths: Sequence[Path], tokenizer: Tokenizer) -> str:
     whole = hashlib.sha256(f"{FORMAT} {tokenizer.digest} {tokenizer.end_of_text}".encode())
     for path in paths:
-        with path.open("rb") as file:
-            whole.update(_sha256(file).digest())
+        whole.update(bytes.fromhex(sha256_of(path)))
     return whole.hexdigest()[:32]
 
 
-def _sha256(file: BinaryIO) -> Any:
-    return hashlib.file_digest(cast(Any, file), "sha256")
+def sha256_of(path: Path) -> str:
+    """Of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _make(folder: Path, paths: Sequence[Path], tokenizer: Tokenizer) -> None:
+@contextmanager
+def making(folder: Path) -> Iterator[Path]:
+    """A folder to write to that takes its name when all is in it; what is left of a failure is removed.
+
+    Raises:
+      ValueError: it cannot be made there.
+    """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         hidden = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
@@ -80,19 +97,7 @@ def _make(folder: Path, paths: Sequence[Path], tokenizer: Tokenizer) -> None:
             f"data.cache {str(folder.parent)!r} is no folder to write to ({error.strerror}): name another one"
         ) from error
     try:
-        dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-        with (hidden / _TOKENS).open("w+b") as file:
-            count = _write(file, paths, tokenizer, dtype)
-            file.flush()
-            os.fsync(file.fileno())
-            file.seek(0)
-            checksum = _sha256(file).hexdigest()
-        manifest = {"format": FORMAT, "tokens": count, "documents": len(paths), "dtype": dtype.name}
-        manifest |= {"end_of_text": tokenizer.end_of_text, "tokenizer": tokenizer.digest, "sha256": checksum}
-        with (hidden / _MANIFEST).open("w") as file:
-            file.write(json.dumps(manifest, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        yield hidden
         try:
             hidden.rename(folder)
         except OSError:
@@ -102,33 +107,62 @@ def _make(folder: Path, paths: Sequence[Path], tokenizer: Tokenizer) -> None:
         shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _write(file: BinaryIO, paths: Sequence[Path], tokenizer: Tokenizer, dtype: np.dtype) -> int:
-    """Writes the ids of all documents; returns how many."""
-    from rich.console import Console
-    from rich.progress import Progress
+class Writer:
+    """Writes the ids of documents, one after the other, and at the end the manifest; use it in a `with` statement.
 
-    from lensjax.runs.engine.progress import has_bars
+    Args:
+      folder: where to; made where it is not there.
+      tokenizer: what makes ids of text.
+    """
 
-    console = Console(stderr=True)
-    count, sizes = 0, [path.stat().st_size for path in paths]
-    with Progress(console=console, transient=True, disable=not has_bars(console)) as progress:
-        bar = progress.add_task(f"tokens of {len(paths)} files", total=sum(sizes))
-        for path, size in zip(paths, sizes, strict=True):
-            ids = tokenizer.encode(path.read_bytes().decode("utf-8", "replace"))
-            file.write(np.append(ids, tokenizer.end_of_text).astype(dtype).tobytes())
-            count += len(ids) + 1
-            progress.advance(bar, size)
-    return count
+    def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
+        folder.mkdir(exist_ok=True)
+        self._folder, self._tokenizer = folder, tokenizer
+        self._dtype = np.dtype(
+            "<u1" if tokenizer.vocab_size <= 2**8 else "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
+        )
+        self._file = (folder / _TOKENS).open("wb")
+        self._checksum = hashlib.sha256()
+        self._tokens = self._documents = 0
+
+    def add(self, text: str) -> None:
+        """Writes a document, with the end-of-text token behind it."""
+        ids = np.append(self._tokenizer.encode(text), self._tokenizer.end_of_text).astype(self._dtype)
+        self._file.write(ids.data)
+        self._checksum.update(ids.data)
+        self._tokens, self._documents = self._tokens + len(ids), self._documents + 1
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        if error is not None:
+            return
+        manifest = {"format": FORMAT, "tokens": self._tokens, "documents": self._documents, "dtype": self._dtype.name}
+        manifest |= {"end_of_text": self._tokenizer.end_of_text, "tokenizer": self._tokenizer.digest}
+        manifest |= {"sha256": self._checksum.hexdigest()}
+        with (self._folder / _MANIFEST).open("w") as file:
+            file.write(json.dumps(manifest, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def _map(folder: Path) -> np.ndarray:
-    """The ids in a folder that was made before; reads all of it once, to compare the checksum."""
+def read(folder: Path) -> np.ndarray:
+    """Maps the ids in a folder that was made before; reads all of it once, to compare the checksum.
+
+    Raises:
+      ValueError: it is not as it was made.
+    """
     path, again = folder / _TOKENS, f"delete {folder} to have it made again"
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
         count, dtype, expected = manifest["tokens"], np.dtype(manifest["dtype"]).newbyteorder("<"), manifest["sha256"]
-        with path.open("rb") as file:
-            found = _sha256(file).hexdigest()
+        found = sha256_of(path)
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} (data.cache) is damaged ({error}): {again}") from error
     require(found == expected, f"{path} (data.cache) has SHA-256 {found}, and {expected} was written: {again}")

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from lensjax._numerics import may_be_nan
 from lensjax.runs.engine import devices, recovery, stopping
-from lensjax.runs.engine.progress import progress_bar
+from lensjax.runs.engine.progress import StepBar
 from lensjax.runs.engine.stopping import StoppingConfig
 from lensjax.runs.store import checkpoint
 from lensjax.runs.store import log as run_logging
@@ -157,13 +157,13 @@ def run_phase(
     compiled = jax.jit(phase.step, donate_argnums=0, out_shardings=placed).lower(state, spec, frozen).compile()
     step = may_be_nan(compiled)
     recorder = _Recorder(phase.name, logger, folder)
-    with _stop_requests() as stop, progress_bar(console, phase.name, phase.steps, done=first) as advance:
+    with _stop_requests() as stop, StepBar(console, phase.name, phase.steps, done=first) as bar:
         for done in range(first + 1, phase.steps + 1):
             rows = next(batches)
             batch = {name: devices.share_out(rows[name], mesh) for name in spec}
             with jax.transfer_guard("disallow"):
                 state, metrics = step(state, batch, frozen)
-            advance()
+            bar.advance()
             recorder.take(done, metrics, tokens=sum(array.size for array in batch.values()))
             is_last = done == phase.steps
             is_logged = is_last or done % config.logging_steps == 0
@@ -173,7 +173,9 @@ def run_phase(
                 recorder.check()
                 report = phase.evaluate(state)
                 recorder.log_evaluation(done, report)
-                shown = "  ".join(f"{name} {report[name]:.3f}" for name in phase.headline if name in report)
+                headline = {name: report[name] for name in phase.headline if name in report}
+                bar.show(headline)
+                shown = "  ".join(f"{name} {value:.3f}" for name, value in headline.items())
                 console.out(f"{phase.name} {done:>6}  {shown}", highlight=False)
                 best = _judged(best, phase, done, report, config.stopping)
                 is_last = is_last or stopping.is_over(best, patience=config.stopping.patience)

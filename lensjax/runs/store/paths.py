@@ -1,7 +1,7 @@
 """Paths of a configuration, which mean the same everywhere: `~` is a home, and all are stored absolute."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,6 +55,12 @@ def resolved(config: Kind) -> Kind:
     paths = {name: _value(config, name) for name in NAMES}
     changes = {name: str(absolute(path, name=name)) for name, path in paths.items() if path is not None}
     return _settings.replace(config, **changes)
+
+
+def last_names(config: Any, names: Sequence[str] = NAMES) -> dict[str, str]:
+    """What is last in each path of a config that has one, by field: where it lies on this machine is left out."""
+    values = {name: _value(config, name) for name in names}
+    return {name: Path(value).name for name, value in values.items() if value is not None}
 
 
 def from_home(arguments: Kind) -> Kind:
