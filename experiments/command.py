@@ -13,7 +13,7 @@ from typing import TypeVar
 import tyro
 
 from experiments.process import advising, errors_end
-from lensjax.runs.engine import devices
+from lensjax.runs.engine import devices, programs
 from lensjax.runs.store import config_file, paths, run_folder
 from lensjax.runs.store.run_folder import RunConfig
 
@@ -34,7 +34,7 @@ def program(
     """
     with errors_end():
         arguments = paths.from_home(tyro.cli(kind, args=words, description=description))
-        devices.find()
+        _begin()
         act(arguments)
 
 
@@ -52,9 +52,16 @@ def execute(
         config, resume = parse(sys.argv[1:] if arguments is None else list(arguments))
         config = paths.resolved(config)
         devices.join()
-        devices.find()
+        _begin()
         with advising(lambda: _way_on(config.output_dir)):
             run(config, resume=resume)
+
+
+def _begin() -> None:
+    """Looks for devices, and for programs that are compiled already."""
+    devices.find()
+    if (trouble := programs.keep()) is not None and devices.is_first():
+        print(trouble, file=sys.stderr)
 
 
 def _way_on(output_dir: str) -> str:
