@@ -48,7 +48,7 @@ def join() -> None:
 
 
 def find() -> None:
-    """Looks for devices, once.
+    """Looks for devices, once; several processes wait for each other.
 
     Raises:
       ValueError: JAX has none of the kind that it was asked for.
@@ -61,6 +61,7 @@ def find() -> None:
             f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')} asks for a kind of device that is not there "
             f"({reason}): unset it, or set it to cpu"
         ) from error
+    meet()
 
 
 def is_first() -> bool:
@@ -93,6 +94,11 @@ def largest(number: int) -> int:
     if jax.process_count() == 1:
         return number
     return int(np.max(multihost_utils.process_allgather(np.asarray(number, np.int32))))
+
+
+def meet() -> None:
+    """Waits until all processes have come here."""
+    largest(0)
 
 
 def make_mesh(batch_sizes: Mapping[str, int]) -> Mesh:
