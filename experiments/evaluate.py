@@ -4,7 +4,8 @@
     python -m experiments.evaluate runs/a runs/b runs/c --merged runs/three-seeds
 
 Leaves `evaluation.csv`, `evaluation.json` and `evaluation.png` in each run's folder: one row a policy and budget. With
-several runs, `--merged` also writes all of their rows into one table and one picture.
+several runs, `--merged` also writes all of their rows into one table and one picture. All devices share the
+batches, those of several processes too.
 
 The row of LensNet's last step also says whether its focus is faithful (`lensjax.evaluation.faithfulness`): how far its
 entries are from those of recency, what is lost without it or with another sequence's, whether its scores tell good
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax import Array
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import Progress
 
@@ -41,6 +43,7 @@ from lensjax.models import Models, Params
 from lensjax.plots import style
 from lensjax.runs.config import Config
 from lensjax.runs.data import batches as data
+from lensjax.runs.engine import devices
 from lensjax.runs.engine.progress import has_bars
 from lensjax.runs.fit import EVALUATION_SEED
 from lensjax.runs.load import load_params
@@ -83,7 +86,7 @@ class Arguments:
 
 def main(words: list[str] | None = None) -> None:
     """Command line."""
-    command.program(evaluate, Arguments, words, description=__doc__)
+    command.program(evaluate, Arguments, words, description=__doc__, several=True)
 
 
 def evaluate(arguments: Arguments) -> list[Row]:
@@ -104,12 +107,11 @@ def evaluate(arguments: Arguments) -> list[Row]:
     for one in [*outputs, *([] if merged is None else [merged])]:
         one.check_free()
     jobs = [_prepare(run, arguments) for run in arguments.runs]
-    console, rows = Console(), []
+    console, rows = Console(quiet=not devices.is_first()), []
     for job, output in zip(jobs, outputs, strict=True):
         rows += _evaluate_run(job, arguments, output, console)
     if merged is not None:
-        merged.folder.mkdir(parents=True, exist_ok=True)
-        merged.write(rows)
+        devices.in_first(functools.partial(merged.write, rows))
     return rows
 
 
@@ -144,6 +146,7 @@ class _Output:
 
     def write(self, rows: list[Row], report: Row | None = None, *, title: str = "") -> None:
         """The table, the report and, last, the picture."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._unfinished.touch()
         write_csv(rows, self.path(".csv"))
         if report is not None:
@@ -215,26 +218,43 @@ def _evaluate_run(job: _Job, arguments: Arguments, output: _Output, console: Con
         "rows": details,
         "anti_theater": checks,
     }
-    output.write(rows, report, title=f"{job.config.data.task}, seed {job.config.seed}")
+    title = f"{job.config.data.task}, seed {job.config.seed}"
+    devices.in_first(lambda: output.write(rows, report, title=title))
     console.out(f"table, intervals and picture are in {job.folder}/{arguments.name}.*", highlight=False)
     return rows
 
 
 def _measure(job: _Job, arguments: Arguments, length: int, console: Console) -> tuple[Comparison, Measured, np.ndarray]:
-    """All policies at one length, and LensNet's focus beside another sequence's; arrays [sequences]."""
-    recipe, models = job.config.recipe, job.models
-    measure = compiled_measure(recipe, models, length, arguments.draws, arguments.oracle_rounds)
-    measure_foreign = _compiled_foreign(recipe, models, length)
+    """All policies at one length, and LensNet's focus beside another sequence's; arrays [sequences].
+
+    Each device, of whatever process, measures whole batches by itself; all processes get all that was measured.
+    """
+    recipe, models, mesh = job.config.recipe, job.models, devices.make_mesh({})
+    measure = _on_each(compiled_measure(recipe, models, length, arguments.draws, arguments.oracle_rounds), mesh)
+    measure_foreign = _on_each(_compiled_foreign(recipe, models, length), mesh)
     key = jax.random.fold_in(jax.random.key(EVALUATION_SEED), length)
-    batches = []
+    params = devices.place(job.params, mesh, split=False)
+    measured: list[tuple[Comparison, Measured, np.ndarray]] = []
     with Progress(console=console, transient=True, disable=not has_bars(console)) as progress:
-        for index, batch in enumerate(progress.track(job.batches, description=f"{length} entries")):
-            tokens, answers = batch["tokens"], batch.get("answers")
-            keys = jax.random.split(jax.random.fold_in(key, index), len(tokens))
-            found = measure(job.params, tokens, answers, keys)
-            batches.append(jax.device_get((found, *measure_foreign(job.params, tokens, answers, found))))
-    together: tuple[Comparison, Measured, np.ndarray] = jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
+        groups = range(0, len(job.batches), mesh.size)
+        for first in progress.track(groups, description=f"{length} entries"):
+            own = range(first, min(first + mesh.size, len(job.batches)))
+            places = [*own, *[own[-1]] * (mesh.size - len(own))]  # one program: the last ones measure what another does
+            batches = [job.batches[place] for place in places]
+            keys = [jax.random.split(jax.random.fold_in(key, place), arguments.batch_size) for place in places]
+            rows = [(batch["tokens"], batch.get("answers")) for batch in batches]
+            sequences, streams = devices.deal(rows, mesh), devices.deal(keys, mesh)
+            found = measure((*sequences, streams), params)
+            whole = devices.to_host((found, *measure_foreign((*sequences, found), params)))
+            measured += [jax.tree.map(lambda leaf, place=place: leaf[place], whole) for place in range(len(own))]
+    together: tuple[Comparison, Measured, np.ndarray] = jax.tree.map(lambda *leaves: np.concatenate(leaves), *measured)
     return together
+
+
+@functools.cache
+def _on_each(program: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """A program of parameters and rows, on rows that each device has of its own; compiled once for equal arguments."""
+    return may_be_nan(jax.jit(devices.on_each(lambda rows, params: program(params, *rows), mesh)))
 
 
 @functools.cache

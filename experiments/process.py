@@ -14,12 +14,13 @@ from typing import Any, TextIO
 
 import experiments
 import lensjax
+from lensjax.runs.engine import peers
 
 TRACEBACK = "LENSJAX_TRACEBACK"
 """Environment variable: 1 shows the traceback of what went wrong."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_SPACE = "no space left on device"
-_LONGEST = 1000  # characters of a message
+_LONGEST, _SHORT = 1000, 240  # characters of a message
 _ROOTS = (Path(lensjax.__file__).parent, Path(__file__).parent)
 
 
@@ -34,23 +35,27 @@ def errors_end() -> Iterator[None]:
             yield
         except KeyboardInterrupt as error:
             print("; ".join(("interrupted", *_notes(error))), file=sys.stderr)
+            peers.leave(experiments.INTERRUPTED)
             sys.exit(experiments.INTERRUPTED)
         except Exception as error:
             if os.environ.get(TRACEBACK) == "1":
                 traceback.print_exception(error)
-            sys.exit(f"error: {describe(error)}")
+            line = f"error: {describe(error)}"
+            peers.leave(1, line)
+            sys.exit(line)
 
 
 @contextmanager
 def advising(advice: Callable[[], str]) -> Iterator[None]:
-    """Inside it, the line after Ctrl-C or on a full disk ends with advice, where there is any."""
+    """Inside it, the line ends with advice, where there is any, after Ctrl-C, on a full disk, or without the others."""
     before = signal.getsignal(signal.SIGINT)
     if before is experiments.end:
         signal.signal(signal.SIGINT, lambda *_: experiments.end(advice=advice()))
     try:
         yield
     except (KeyboardInterrupt, Exception) as error:
-        if (isinstance(error, KeyboardInterrupt) or _is_full(error)) and (line := advice()):
+        is_to_go_on = isinstance(error, KeyboardInterrupt) or _is_full(error) or _is_left_alone(error)
+        if is_to_go_on and (line := advice()):
             error.add_note(line)
         raise
     finally:
@@ -70,6 +75,11 @@ def describe(error: Exception) -> str:
         return "; ".join((f"{_NO_SPACE}: {name}" if name else _NO_SPACE, "free some", *_notes(error)))
     if isinstance(error, MemoryError) or (type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in text):
         return "; ".join(("out of memory: make batch, context or models smaller", *_notes(error)))
+    if _is_left_alone(error):
+        told = text if len(text) <= _SHORT else f"{text[:_SHORT]} ..."
+        return "; ".join(
+            (f"another process of this run is gone or cannot be reached: see its line ({told})", *_notes(error))
+        )
     if _is_ours(error):
         return "; ".join((text, *_notes(error)))
     text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
@@ -79,6 +89,11 @@ def describe(error: Exception) -> str:
 
 def _is_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) in _FULL or _NO_SPACE in str(error).lower()
+
+
+def _is_left_alone(error: BaseException) -> bool:
+    """Whether devices of several processes could not speak to each other: Gloo does so on CPUs, NCCL on GPUs."""
+    return type(error).__name__ == "JaxRuntimeError" and any(name in str(error) for name in ("Gloo", "NCCL"))
 
 
 def _is_ours(error: Exception) -> bool:

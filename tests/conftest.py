@@ -15,6 +15,8 @@ os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
 # The tests compile many small programs that run once: compiling them well would take most of the time.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Nothing is kept in the cache folder of whoever runs the tests.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
 
 import hypothesis
 import jax

@@ -6,10 +6,11 @@
 The first argument names a file of `experiments/sweeps/` (or is the path of such a file) that defines `SWEEP`. Settings
 that differ in hyperparameters only are arms of one compiled program; each other difference makes one more program. All
 arms of a seed see the same data in the same order. Arms are trained in chunks, spread over all devices (on a CPU its
-cores): what is interrupted loses the chunk in flight, and `--resume` trains only what is missing. Leaves `arms.csv`,
-one row an arm, and what each setting changes: `report.md`, `effects.csv` and `effects.png`.
+cores) of all processes: what is interrupted loses the chunk in flight, and `--resume` trains only what is missing.
+Leaves `arms.csv`, one row an arm, and what each setting changes: `report.md`, `effects.csv` and `effects.png`.
 """
 
+import contextlib
 import functools
 import itertools
 import json
@@ -39,6 +40,7 @@ from lensjax.plots.effects import forest
 from lensjax.runs import sweep
 from lensjax.runs.config import Config
 from lensjax.runs.data import batches as data
+from lensjax.runs.engine import devices
 from lensjax.runs.load import load_start
 from lensjax.runs.store import files, identity, lock, paths, run_folder
 from lensjax.runs.store.identity import Identity
@@ -84,46 +86,55 @@ class Arguments:
 
 def main(words: list[str] | None = None) -> None:
     """Command line; bad values end it with one message, before anything is written."""
-    command.program(ablate, Arguments, words, description=__doc__)
+    command.program(ablate, Arguments, words, description=__doc__, several=True)
 
 
 def ablate(arguments: Arguments) -> list[Row]:
-    """Runs the sweep and returns the rows of `arms.csv`; all arms are checked before the first one is trained."""
-    console = Console()
+    """Runs the sweep and returns the rows of `arms.csv`; all arms are checked before the first one is trained.
+
+    Of several processes each trains arms on its devices; the first one has the folder, and the rows.
+    """
+    console = Console(quiet=not devices.is_first())
     plan = load_sweep(arguments.sweep)
     arms = _arms(plan, arguments.base_run)
     groups = [_Group(members, _start(members[0].config)) for members in _by_structure(arms)]
-    first = arms[0].config
+    first, folder = arms[0].config, arguments.output_dir
     own = identity.of(first, data=data.digest(first), weights=identity.digest(groups[0].params))
-    folder = _open(arguments, plan, arms, own)
-    with lock.holding(folder):
-        for change in run_folder.add_environment(folder, first):
-            console.out(change, highlight=False)
-        (folder / "arms").mkdir(exist_ok=True)
-        swept = list(dict.fromkeys(name for arm in arms for name in arm.setting))
-        rows = _trained(arguments, groups, swept, folder, console)
-        table = [rows[arm.name] for arm in arms]
-        write_csv(table, folder / "arms.csv")
-        _report(arguments, plan, arms, table, swept)
-    console.out(f"{len(table)} arms are in {folder}/arms.csv, what they say in report.md", highlight=False)
+    swept = list(dict.fromkeys(name for arm in arms for name in arm.setting))
+    table: list[Row] = []
+    with contextlib.ExitStack() as held:
+
+        def open_() -> None:
+            _open(arguments, plan, arms, own)
+            held.enter_context(lock.holding(folder))
+            for change in run_folder.add_environment(folder, first):
+                console.out(change, highlight=False)
+            (folder / "arms").mkdir(exist_ok=True)
+
+        def close() -> None:
+            table.extend(_row(arm, bounds[_measured_on(arm.config)], swept, folder) for arm in arms)
+            write_csv(table, folder / "arms.csv")
+            _report(arguments, plan, arms, table, swept)
+
+        devices.in_first(open_)
+        bounds = _trained(arguments, groups, console)
+        devices.in_first(close)
+    console.out(f"{len(arms)} arms are in {folder}/arms.csv, what they say in report.md", highlight=False)
     return table
 
 
-def _trained(
-    arguments: Arguments, groups: Sequence["_Group"], swept: Sequence[str], folder: Path, console: Console
-) -> dict[str, Row]:
-    """The rows of all arms by name, of which those are trained that are not there."""
+def _trained(arguments: Arguments, groups: Sequence["_Group"], console: Console) -> dict[Hashable, tuple[float, float]]:
+    """Trains all arms that are not there, and measures what bounds the loss of each."""
     bounds: dict[Hashable, tuple[float, float]] = {}
-    rows: dict[str, Row] = {}
     for group in groups:
         for chunk in group.chunks(arguments.chunk):
-            if not all(arm.file(folder).is_file() for arm in chunk):
-                ablate_arms.train(chunk, group.params, folder, at_once=arguments.at_once, console=console)
+            # All processes train a chunk or none: a file that the first has written may be news to another.
+            if devices.largest(int(not all(arm.file(arguments.output_dir).is_file() for arm in chunk))):
+                ablate_arms.train(chunk, group.params, arguments.output_dir, at_once=arguments.at_once, console=console)
         for arm in group.arms:
             if (key := _measured_on(arm.config)) not in bounds:
                 bounds[key] = ablate_arms.bounds(arm.config, group.params)
-            rows[arm.name] = _row(arm, bounds[key], swept, folder)
-    return rows
+    return bounds
 
 
 def load_sweep(name: str) -> Sweep:
@@ -193,7 +204,7 @@ def _start(config: Config) -> dict[str, Params]:
     return start
 
 
-def _open(arguments: Arguments, plan: Sweep, arms: Sequence[Arm], own: Identity) -> Path:
+def _open(arguments: Arguments, plan: Sweep, arms: Sequence[Arm], own: Identity) -> None:
     """Makes the sweep's folder, or checks that it is one of the same sweep, with the same data and base model."""
     folder, file = arguments.output_dir, arguments.output_dir / "sweep.json"
     described = {"plan": asdict(plan), "arms": {arm.name: arm.setting for arm in arms}, "identity": own}
@@ -201,7 +212,7 @@ def _open(arguments: Arguments, plan: Sweep, arms: Sequence[Arm], own: Identity)
     if not folder.exists() or not any(folder.iterdir()):
         folder.mkdir(parents=True, exist_ok=True)
         files.write_text(file, json.dumps(described, indent=2) + "\n")
-        return folder
+        return
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no sweep (sweep.json is missing): name the folder of a sweep")
     stored, now = json.loads(file.read_text()), json.loads(json.dumps(described))
@@ -215,7 +226,6 @@ def _open(arguments: Arguments, plan: Sweep, arms: Sequence[Arm], own: Identity)
             f"{folder} was begun with another sweep or preset than {arguments.sweep} is now: "
             "choose another --output-dir, or take the change back"
         )
-    return folder
 
 
 def _row(arm: Arm, bounds: tuple[float, float], swept: Sequence[str], folder: Path) -> Row:

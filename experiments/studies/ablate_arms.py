@@ -25,7 +25,7 @@ from lensjax.models import Models, Params
 from lensjax.runs import sweep
 from lensjax.runs.config import Config
 from lensjax.runs.data import batches as data
-from lensjax.runs.engine.devices import AXIS, place
+from lensjax.runs.engine import devices
 from lensjax.runs.engine.progress import has_bars
 from lensjax.runs.fit import EVALUATION_SEED, LENS_STREAM, stream
 from lensjax.runs.store import config_file, files
@@ -70,7 +70,9 @@ def train(
     began = time.perf_counter()
     configs = [arm.config for arm in arms]
     shared, recipe = sweep.structure(configs[0]), sweep.program(configs)
-    program = _Program.of(shared, recipe, devices=min(len(arms), jax.device_count()), at_once=at_once)
+    # With too few arms the last one is trained more than once: no process may be without any.
+    count = jax.device_count() if jax.process_count() > 1 else min(len(arms), jax.device_count())
+    program = _Program.of(shared, recipe, count=count, at_once=at_once)
     seeds = list(dict.fromkeys(config.seed for config in configs))
     keys = {seed: stream(replace(shared, seed=seed), LENS_STREAM) for seed in seeds}
     parts = sweep.split(configs, program.mesh.size)
@@ -78,15 +80,16 @@ def train(
         sweep.init([configs[i] for i in part], keys, recipe=recipe, models=program.models, params=params)[0]
         for part in parts
     ]
-    frozen = place({name: params[name] for name in ("base", "gist")}, program.mesh, split=False)
+    frozen = devices.place({name: params[name] for name in ("base", "gist")}, program.mesh, split=False)
     start = sweep.stack(states, program.mesh)
     state, finite = _steps(program, start, frozen, seeds, config=shared, console=console)
     evaluation = jax.random.key(EVALUATION_SEED)
     reports = [
-        jax.device_get(program.evaluate(state, batch, jax.random.fold_in(evaluation, index), frozen))
+        devices.to_host(program.evaluate(state, batch, jax.random.fold_in(evaluation, index), frozen))
         for index, batch in enumerate(_held_out(shared))
     ]
     slots = list(itertools.chain(*parts))
+    results: dict[Path, str] = {}
     for index, arm in enumerate(arms):
         slot = slots.index(index)
         own = [{name: values.reshape(-1)[slot] for name, values in report.items()} for report in reports]
@@ -99,8 +102,14 @@ def train(
             "metrics": _strict(held_out.mean_over_batches(own)),
             "nll_by_batch": None if diverged else losses,
         }
-        files.write_text(arm.file(folder), json.dumps(result, indent=2) + "\n")
+        results[arm.file(folder)] = json.dumps(result, indent=2) + "\n"
+    devices.in_first(lambda: _write(results))
     console.out(f"{len(arms)} arms in {time.perf_counter() - began:.0f} seconds, one program", highlight=False)
+
+
+def _write(texts: Mapping[Path, str]) -> None:
+    for file, text in texts.items():
+        files.write_text(file, text)
 
 
 def bounds(config: Config, params: dict[str, Params]) -> tuple[float, float]:
@@ -143,11 +152,11 @@ class _Program:
 
     @classmethod
     @functools.cache
-    def of(cls, config: Config, recipe: Recipe, *, devices: int, at_once: int | None) -> "_Program":
-        models, mesh = config.build_models(), Mesh(jax.devices()[:devices], (AXIS,))
+    def of(cls, config: Config, recipe: Recipe, *, count: int, at_once: int | None) -> "_Program":
+        models, mesh = config.build_models(), Mesh(jax.devices()[:count], (devices.AXIS,))
         static: dict[str, Any] = {"recipe": recipe, "models": models, "at_once": at_once}
-        step = sweep.over_devices(functools.partial(sweep.step, **static), mesh)
-        evaluate = sweep.over_devices(functools.partial(sweep.evaluate, **static), mesh)
+        step = devices.on_each(functools.partial(sweep.step, **static), mesh)
+        evaluate = devices.on_each(functools.partial(sweep.evaluate, **static), mesh)
         return cls(models, mesh, may_be_nan(jax.jit(step, donate_argnums=0)), may_be_nan(jax.jit(evaluate)))
 
 
@@ -168,11 +177,11 @@ def _steps(
     with Progress(console=console, transient=True, disable=not has_bars(console)) as progress:
         for _ in progress.track(range(config.steps), description=f"{state.draw.size} arms"):
             batch = {"tokens": np.stack([next(one)["tokens"] for one in batches])}
-            state, report = program.step(state, place(batch, program.mesh, split=False), frozen)
+            state, report = program.step(state, devices.place(batch, program.mesh, split=False), frozen)
             if finite:
                 finite[-1].block_until_ready()  # one step in flight: the bar tells the truth, no device waits
             finite.append(jnp.isfinite(report["loss"] + report["grad_norm"]))
-    return state, np.all(jax.device_get(finite), axis=0)
+    return state, np.all(devices.to_host(finite), axis=0)
 
 
 def _held_out(config: Config) -> list[data.Batch]:

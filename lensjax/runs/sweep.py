@@ -7,7 +7,7 @@ devices each takes some of the arms, and nothing passes between them.
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from lensjax._settings import require, shown
 from lensjax.evaluation import held_out
 from lensjax.models import Models, Params
 from lensjax.runs.config import Config
-from lensjax.runs.engine.devices import AXIS
+from lensjax.runs.engine import devices
 from lensjax.training.hyperparameters import Hyperparameters
 from lensjax.training.metrics import Metrics
 from lensjax.training.recipe import Recipe
@@ -229,7 +229,7 @@ def split(configs: Sequence[Config], parts: int) -> list[list[int]]:
 
 
 def stack(states: Sequence[SweepState], mesh: Mesh) -> SweepState:
-    """The states of as many devices as one, for functions of `over_devices`; leading axis: the device."""
+    """The states of as many devices as one, for functions of `devices.on_each`; leading axis: the device."""
     most = max(len(state.row) for state in states)
 
     def padded(state: SweepState) -> SweepState:
@@ -239,24 +239,7 @@ def stack(states: Sequence[SweepState], mesh: Mesh) -> SweepState:
             state, reader=jnp.pad(state.reader, missing, mode="edge"), row=jnp.pad(state.row, missing, mode="edge")
         )
 
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(padded, states))
-    return jax.device_put(stacked, NamedSharding(mesh, PartitionSpec(AXIS)))
-
-
-def over_devices(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """`step` or `evaluate` on every device: the state, and what is returned, have a leading axis for the device."""
-
-    def local(state: SweepState, rest: tuple[Any, ...]) -> Any:
-        returned = function(jax.tree.map(lambda leaf: leaf[0], state), *rest)
-        return jax.tree.map(lambda leaf: leaf[None], returned)
-
-    specs = (PartitionSpec(AXIS), PartitionSpec())
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(AXIS), check_vma=False)
-
-    def on_devices(state: SweepState, *rest: Any) -> Any:
-        return mapped(state, rest)
-
-    return on_devices
+    return devices.deal([padded(state) for state in states], mesh)
 
 
 def step(

@@ -5,14 +5,17 @@ import json
 import math
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from experiments import evaluate, train
 from lensjax.context.working import WorkingContext
 from lensjax.evaluation import compare, rivals
 from lensjax.evaluation.compare import Comparison, Measured
+from lensjax.runs.engine import devices
 from tests.runs import cheap_programs, contents, tiny_config, write_corpus
 
 pytestmark = pytest.mark.slow
@@ -187,6 +190,16 @@ def test_text_has_no_hits_and_runs_are_merged(runs, known, tmp_path):
     assert {row["seed"] for row in merged} == {"0", "1"} and (tmp_path / "new" / "both.png").is_file()
     evaluate.main([str(runs / "text"), "--budgets", "2", "--sequences", "2", "--batch-size", "2"])
     assert {row["hit_rate"] for row in rows_of(runs / "text" / "evaluation.csv")} == {""}
+
+
+def test_any_number_of_devices_gives_the_same_table(runs, known, monkeypatch):
+    words = [str(runs / "recall-1"), "--budgets", "2", "--sequences", "6", "--batch-size", "2", "--name"]
+    evaluate.main([*words, "on-two"])  # three batches: one device measures the last one in vain
+    assert devices.make_mesh({}).size == 2
+    monkeypatch.setattr(devices, "make_mesh", lambda batch_sizes: Mesh(jax.devices()[:1], (devices.AXIS,)))
+    evaluate.main([*words, "on-one"])
+    one, two = (json.loads((runs / "recall-1" / f"on-{name}.json").read_text()) for name in ("one", "two"))
+    assert one["rows"] == two["rows"] and one["anti_theater"] == two["anti_theater"]
 
 
 def test_a_longer_window_than_in_training(runs, known):

@@ -8,7 +8,7 @@ reads its own rows of every batch; the first one alone writes files, in a folder
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -23,6 +23,11 @@ Tree = TypeVar("Tree")
 AXIS = "devices"
 
 
+def is_asked_to_join() -> bool:
+    """Whether this process was started as one of several."""
+    return "JAX_COORDINATOR_ADDRESS" in os.environ
+
+
 def join() -> None:
     """Makes this process one of several that train together, where the environment asks for it.
 
@@ -33,7 +38,7 @@ def join() -> None:
     Raises:
       ValueError: the variables are not numbers, or do not fit each other.
     """
-    if "JAX_COORDINATOR_ADDRESS" not in os.environ:
+    if not is_asked_to_join():
         return
     given = [os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
     if any(value is not None and not value.isdecimal() for value in given):
@@ -43,7 +48,7 @@ def join() -> None:
 
 
 def find() -> None:
-    """Looks for devices, once.
+    """Looks for devices, once; several processes wait for each other.
 
     Raises:
       ValueError: JAX has none of the kind that it was asked for.
@@ -56,6 +61,7 @@ def find() -> None:
             f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')} asks for a kind of device that is not there "
             f"({reason}): unset it, or set it to cpu"
         ) from error
+    meet()
 
 
 def is_first() -> bool:
@@ -88,6 +94,11 @@ def largest(number: int) -> int:
     if jax.process_count() == 1:
         return number
     return int(np.max(multihost_utils.process_allgather(np.asarray(number, np.int32))))
+
+
+def meet() -> None:
+    """Waits until all processes have come here."""
+    largest(0)
 
 
 def make_mesh(batch_sizes: Mapping[str, int]) -> Mesh:
@@ -141,6 +152,44 @@ def put(leaf: Array, sharding: Sharding) -> Array:
         return jax.random.wrap_key_data(put(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
     values = np.asarray(leaf)
     return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+
+
+def deal(parts: Sequence[Tree], mesh: Mesh) -> Tree:
+    """One tree for each device, on that device; before, every process has all of them.
+
+    Args:
+      parts: as many as devices, of equal shapes.
+      mesh: the devices.
+
+    Returns:
+      The trees as one; the leading axis of every leaf is the device.
+    """
+    stacked: Tree = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+    return jax.tree.map(lambda leaf: put(leaf, NamedSharding(mesh, PartitionSpec(AXIS))), stacked)
+
+
+def on_each(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """A function on every device by itself: of its tree of those that `deal` gave out, and of all else as a whole.
+
+    Args:
+      function: of a tree and of whatever follows it.
+      mesh: the devices.
+
+    Returns:
+      The function of what `deal` returns and of the rest; what it returns has a leading axis for the device too.
+    """
+
+    def local(own: Any, rest: tuple[Any, ...]) -> Any:
+        returned = function(jax.tree.map(lambda leaf: leaf[0], own), *rest)
+        return jax.tree.map(lambda leaf: leaf[None], returned)
+
+    specs = (PartitionSpec(AXIS), PartitionSpec())
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(AXIS), check_vma=False)
+
+    def on_devices(own: Any, *rest: Any) -> Any:
+        return mapped(own, rest)
+
+    return on_devices
 
 
 def batch_spec(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:

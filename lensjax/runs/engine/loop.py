@@ -155,6 +155,7 @@ def run_phase(
     }
     placed = (jax.tree.map(lambda leaf: leaf.sharding, state), None)
     compiled = jax.jit(phase.step, donate_argnums=0, out_shardings=placed).lower(state, spec, frozen).compile()
+    devices.meet()  # the first step connects all devices, and waits for late ones for 30 seconds alone
     step = may_be_nan(compiled)
     recorder = _Recorder(phase.name, logger, folder)
     with _stop_requests() as stop, StepBar(console, phase.name, phase.steps, done=first) as bar:
