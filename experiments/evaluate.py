@@ -2,9 +2,11 @@
 
     python -m experiments.evaluate runs/recall-long
     python -m experiments.evaluate runs/a runs/b runs/c --merged runs/three-seeds
+    python -m experiments.evaluate runs/smol --suite
 
 Leaves `evaluation.csv`, `evaluation.json` and `evaluation.png` in each run's folder: one row a policy and budget. With
-several runs, `--merged` also writes all of their rows into one table and one picture.
+several runs, `--merged` also writes all of their rows into one table and one picture. With `--suite` the tasks of
+`experiments.suite` take the place of held-out data, and the files are `evaluation-suite.*`.
 
 The row of LensNet's last step also says whether its focus is faithful (`lensjax.evaluation.faithfulness`): how far its
 entries are from those of recency, what is lost without it or with another sequence's, whether its scores tell good
@@ -28,7 +30,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from experiments import command, quality
+from experiments import suite as suites
 from experiments.quality import Row
+from experiments.suite import Suite
 from experiments.tables import write_csv, write_json
 from lensjax import _settings
 from lensjax._numerics import may_be_nan
@@ -61,6 +65,8 @@ class Arguments:
     """Where the tables of all runs go together, without ending: PATH.csv and PATH.png."""
     name: str = "evaluation"
     """Of the files in the run's folder; those of an evaluation that came to its end are not overwritten."""
+    suite: bool = False
+    """Measure on the suite of questions with known answers."""
     budgets: tuple[PositiveInt, ...] = (2, 4, 8, 16)
     """History over entries: 4 means a quarter of the history, rounded down to a length that some cut has."""
     window: PositiveInt | None = None
@@ -96,17 +102,20 @@ def evaluate(arguments: Arguments) -> list[Row]:
         raise ValueError(
             f"sequences must be a multiple of batch_size {arguments.batch_size}, got {arguments.sequences}"
         )
-    outputs = [_Output(run, arguments.name, "--name") for run in arguments.runs]
+    name, draw = arguments.name, quality.draw
+    if arguments.suite:
+        name, draw = f"{name}-suite", suites.draw
+    outputs = [_Output(run, name, "--name", draw) for run in arguments.runs]
     merged = None
     if arguments.merged is not None:
         name = arguments.merged.name.removesuffix(".csv")
-        merged = _Output(arguments.merged.parent, name, "--merged", endings=(".csv", ".png"))
+        merged = _Output(arguments.merged.parent, name, "--merged", draw, endings=(".csv", ".png"))
     for one in [*outputs, *([] if merged is None else [merged])]:
         one.check_free()
     jobs = [_prepare(run, arguments) for run in arguments.runs]
     console, rows = Console(), []
     for job, output in zip(jobs, outputs, strict=True):
-        rows += _evaluate_run(job, arguments, output, console)
+        rows += (_evaluate_suite if arguments.suite else _evaluate_run)(job, arguments, output, console)
     if merged is not None:
         merged.folder.mkdir(parents=True, exist_ok=True)
         merged.write(rows)
@@ -121,6 +130,7 @@ class _Output:
     name: str
     flag: str
     """Which names it."""
+    draw: Callable[..., None]
     endings: tuple[str, ...] = (".csv", ".json", ".png")
 
     def path(self, ending: str) -> Path:
@@ -149,7 +159,7 @@ class _Output:
         if report is not None:
             write_json(report, self.path(".json"))
         with style.attempt(self.path(".png")) as path:
-            quality.draw(rows, path, title=title)
+            self.draw(rows, path, title=title)
         self._unfinished.unlink()
 
 
@@ -161,7 +171,8 @@ class _Job:
     config: Config
     models: Models
     params: dict[str, Params]
-    batches: list[dict[str, np.ndarray]]
+    data: list[dict[str, np.ndarray]] | Suite
+    """Held-out batches, or the suite's."""
     lengths: dict[int, int]
     """Entries by budget."""
 
@@ -177,12 +188,38 @@ def _prepare(run: Path, arguments: Arguments) -> _Job:
     lengths = {
         ratio: geometry.length(geometry.history // ratio, name=f"budget {ratio}x") for ratio in arguments.budgets
     }
-    count = arguments.sequences // arguments.batch_size
-    batches = data.fixed_batches(
-        config, arguments.split, batch_size=arguments.batch_size, count=count, seed=EVALUATION_SEED
-    )
+    sequences, batch_size = arguments.sequences, arguments.batch_size
+    found: list[dict[str, np.ndarray]] | Suite
+    if arguments.suite:
+        found = suites.prepare(config, sequences=sequences, batch_size=batch_size, seed=EVALUATION_SEED)
+    else:
+        count = sequences // batch_size
+        found = data.fixed_batches(config, arguments.split, batch_size=batch_size, count=count, seed=EVALUATION_SEED)
     params = load_params(run, config, models, ("base", "gist", "lens"))
-    return _Job(run, config, models, params, batches, lengths)
+    return _Job(run, config, models, params, found, lengths)
+
+
+def _evaluate_suite(job: _Job, arguments: Arguments, output: _Output, console: Console) -> list[Row]:
+    """Measures one run on the suite, and writes its table and picture."""
+    assert isinstance(job.data, Suite)
+    started = time.perf_counter()
+    rows = suites.evaluate(job.data, job.models, job.params, job.lengths, draws=arguments.draws, console=console)
+    report = {**_origin(job, arguments, started), "left_out": job.data.left_out, "rows": rows}
+    output.write(rows, report, title=f"{job.folder.name}, seed {job.config.seed}")
+    console.out(f"table, intervals and picture are in {job.folder}/{output.name}.*", highlight=False)
+    return rows
+
+
+def _origin(job: _Job, arguments: Arguments, started: float) -> Row:
+    """How rows were measured."""
+    return {
+        "run": str(job.folder),
+        "sequences": arguments.sequences,
+        "draws": arguments.draws,
+        "focus": asdict(job.config.focus),
+        "environment": run_folder.environment(job.config),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
 
 
 def _evaluate_run(job: _Job, arguments: Arguments, output: _Output, console: Console) -> list[Row]:
@@ -202,16 +239,11 @@ def _evaluate_run(job: _Job, arguments: Arguments, output: _Output, console: Con
         quality.print_table(console, job.config, at_budget, ratio=ratio, length=length)
         quality.print_check(console, check)
     report = {
-        "run": str(job.folder),
+        **_origin(job, arguments, started),
         "split": arguments.split,
         "window": job.config.context.window,
         "window_in_training": config_file.load(run_folder.config_path(job.folder), Config).context.window,
-        "sequences": arguments.sequences,
-        "draws": arguments.draws,
         "oracle_rounds": arguments.oracle_rounds,
-        "focus": asdict(job.config.focus),
-        "environment": run_folder.environment(job.config),
-        "seconds": round(time.perf_counter() - started, 1),
         "rows": details,
         "anti_theater": checks,
     }
@@ -227,8 +259,9 @@ def _measure(job: _Job, arguments: Arguments, length: int, console: Console) -> 
     measure_foreign = _compiled_foreign(recipe, models, length)
     key = jax.random.fold_in(jax.random.key(EVALUATION_SEED), length)
     batches = []
+    assert not isinstance(job.data, Suite)
     with Progress(console=console, transient=True, disable=not has_bars(console)) as progress:
-        for index, batch in enumerate(progress.track(job.batches, description=f"{length} entries")):
+        for index, batch in enumerate(progress.track(job.data, description=f"{length} entries")):
             tokens, answers = batch["tokens"], batch.get("answers")
             keys = jax.random.split(jax.random.fold_in(key, index), len(tokens))
             found = measure(job.params, tokens, answers, keys)
