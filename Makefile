@@ -17,7 +17,7 @@ RUN := $(VENV)/bin/python
 .DEFAULT_GOAL := help
 SMOL_FLAGS := --draws 2 --batch-size 2 --oracle-rounds 0
 
-.PHONY: help venv corpus demo recall query signals evaluate-recall evaluate-tracking evaluate-stdlib stream ablate rlan arc adapt quiet-star \
+.PHONY: help venv corpus demo recall query signals evaluate-recall evaluate-tracking evaluate-stdlib evaluate-suite stream ablate rlan arc adapt quiet-star \
     smol evaluate-smol smollm2 test test-slow test-all test-matrix docs site lint format release constraints clean
 
 help: ## List the targets
@@ -88,6 +88,10 @@ query: $(STAMP) ## Why recall is slow to learn without the answer in hand, and w
 	$(RUN) -m experiments.train recall --steps 0 --output-dir runs/query/base
 	$(RUN) -m experiments.studies.recognise --run runs/query/base
 	$(RUN) -m experiments.studies.ablate query --base-run runs/query/base --output-dir runs/query/sweep
+
+evaluate-suite: $(STAMP) ## All policies on twelve kinds of question with known answers, into runs/suite
+	$(RUN) -m experiments.train suite
+	$(RUN) -m experiments.evaluate runs/suite --suite --budgets 4 8 --sequences 128
 
 stream: $(STAMP) ## What a session of the demo's models is worth, and what a million tokens cost, into runs/stream
 	[ -d runs/demo ] || $(MAKE) demo
