@@ -18,7 +18,7 @@ RUN := $(VENV)/bin/python
 SMOL_FLAGS := --draws 2 --batch-size 2 --oracle-rounds 0
 
 .PHONY: help venv corpus demo recall query signals evaluate-recall evaluate-tracking evaluate-stdlib evaluate-suite stream ablate rlan arc adapt quiet-star \
-    smol evaluate-smol smollm2 test test-slow test-all test-matrix docs site lint format release constraints clean
+    smol evaluate-smol smollm2 test test-slow test-all test-matrix docs site notebooks lint format release constraints clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' Makefile
@@ -161,6 +161,10 @@ test-matrix: ## Run the gate with each interpreter of PYTHONS that is here
 
 docs: site ## Build the site, and check links, commands, names and examples of the documents
 	$(RUN) -m pytest tests/test_docs.py tests/test_readme.py
+
+notebooks: $(STAMP) ## Run the notebooks anew, and write their pages
+	@$(RUN) -m pip install --quiet --constraint constraints/notebooks.txt jupytext nbconvert ipykernel
+	$(RUN) docs/site/notebooks.py
 
 site: $(STAMP) ## Build the site of the documents and the API into build/site, offline; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build
