@@ -22,8 +22,8 @@ RUN := $(VENV)/bin/python
 .DEFAULT_GOAL := help
 SMOL_FLAGS := --draws 2 --batch-size 2 --oracle-rounds 0
 
-.PHONY: help venv corpus demo recall query signals evaluate-recall evaluate-tracking evaluate-stdlib stream ablate rlan arc adapt quiet-star cluster \
-    smol evaluate-smol smollm2 test test-slow test-all test-matrix docs site lint format release constraints aot clean
+.PHONY: help venv corpus demo recall query signals evaluate-recall evaluate-tracking evaluate-stdlib evaluate-suite stream ablate rlan arc adapt quiet-star cluster \
+    smol evaluate-smol smollm2 test test-slow test-all test-matrix docs site notebooks lint format release constraints aot clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' Makefile
@@ -93,6 +93,10 @@ query: $(STAMP) ## Why recall is slow to learn without the answer in hand, and w
 	$(RUN) -m experiments.train recall --steps 0 --output-dir runs/query/base
 	$(RUN) -m experiments.studies.recognise --run runs/query/base
 	$(RUN) -m experiments.studies.ablate query --base-run runs/query/base --output-dir runs/query/sweep
+
+evaluate-suite: $(STAMP) ## All policies on twelve kinds of question with known answers, into runs/suite
+	$(RUN) -m experiments.train suite
+	$(RUN) -m experiments.evaluate runs/suite --suite --budgets 4 8 --sequences 128
 
 stream: $(STAMP) ## What a session of the demo's models is worth, and what a million tokens cost, into runs/stream
 	[ -d runs/demo ] || $(MAKE) demo
@@ -166,6 +170,10 @@ test-matrix: ## Run the gate with each interpreter of PYTHONS that is here
 
 docs: site ## Build the site, and check links, commands, names and examples of the documents
 	$(RUN) -m pytest tests/test_docs.py tests/test_readme.py
+
+notebooks: $(STAMP) ## Run the notebooks anew, and write their pages
+	@$(RUN) -m pip install --quiet --constraint constraints/notebooks.txt jupytext nbconvert ipykernel
+	$(RUN) docs/site/notebooks.py
 
 site: $(STAMP) ## Build the site of the documents and the API into build/site, offline; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build

@@ -2,10 +2,12 @@
 
     python -m experiments.evaluate runs/recall-long
     python -m experiments.evaluate runs/a runs/b runs/c --merged runs/three-seeds
+    python -m experiments.evaluate runs/smol --suite
 
 Leaves `evaluation.csv`, `evaluation.json` and `evaluation.png` in each run's folder: one row a policy and budget. With
 several runs, `--merged` also writes all of their rows into one table and one picture. All devices share the
-batches, those of several processes too.
+batches, those of several processes too. With `--suite` the tasks of `experiments.suite` take the place of held-out data,
+in one process, and the files are `evaluation-suite.*`.
 
 The row of LensNet's last step also says whether its focus is faithful (`lensjax.evaluation.faithfulness`): how far its
 entries are from those of recency, what is lost without it or with another sequence's, whether its scores tell good
@@ -30,7 +32,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from experiments import command, quality
+from experiments import suite as suites
 from experiments.quality import Row
+from experiments.suite import Suite
 from experiments.tables import write_csv, write_json
 from lensjax import _settings
 from lensjax._numerics import may_be_nan
@@ -64,6 +68,8 @@ class Arguments:
     """Where the tables of all runs go together, without ending: PATH.csv and PATH.png."""
     name: str = "evaluation"
     """Of the files in the run's folder; those of an evaluation that came to its end are not overwritten."""
+    suite: bool = False
+    """Measure on the suite of questions with known answers."""
     budgets: tuple[PositiveInt, ...] = (2, 4, 8, 16)
     """History over entries: 4 means a quarter of the history, rounded down to a length that some cut has."""
     window: PositiveInt | None = None
@@ -93,23 +99,30 @@ def evaluate(arguments: Arguments) -> list[Row]:
     """Measures every run and returns the rows of all tables; everything is checked before the first is measured."""
     if not arguments.runs:
         raise ValueError("name one or more run folders")
+    if arguments.suite and jax.process_count() > 1:
+        raise ValueError(
+            f"--suite is measured by one process, and this is one of {jax.process_count()}: start it alone"
+        )
     if not arguments.budgets:
         raise ValueError("name one or more budgets, such as --budgets 2 4: none came")
     if arguments.sequences % arguments.batch_size:
         raise ValueError(
             f"sequences must be a multiple of batch_size {arguments.batch_size}, got {arguments.sequences}"
         )
-    outputs = [_Output(run, arguments.name, "--name") for run in arguments.runs]
+    name, draw = arguments.name, quality.draw
+    if arguments.suite:
+        name, draw = f"{name}-suite", suites.draw
+    outputs = [_Output(run, name, "--name", draw) for run in arguments.runs]
     merged = None
     if arguments.merged is not None:
         name = arguments.merged.name.removesuffix(".csv")
-        merged = _Output(arguments.merged.parent, name, "--merged", endings=(".csv", ".png"))
+        merged = _Output(arguments.merged.parent, name, "--merged", draw, endings=(".csv", ".png"))
     for one in [*outputs, *([] if merged is None else [merged])]:
         one.check_free()
     jobs = [_prepare(run, arguments) for run in arguments.runs]
     console, rows = Console(quiet=not devices.is_first()), []
     for job, output in zip(jobs, outputs, strict=True):
-        rows += _evaluate_run(job, arguments, output, console)
+        rows += (_evaluate_suite if arguments.suite else _evaluate_run)(job, arguments, output, console)
     if merged is not None:
         devices.in_first(functools.partial(merged.write, rows))
     return rows
@@ -123,6 +136,7 @@ class _Output:
     name: str
     flag: str
     """Which names it."""
+    draw: Callable[..., None]
     endings: tuple[str, ...] = (".csv", ".json", ".png")
 
     def path(self, ending: str) -> Path:
@@ -152,7 +166,7 @@ class _Output:
         if report is not None:
             write_json(report, self.path(".json"))
         with style.attempt(self.path(".png")) as path:
-            quality.draw(rows, path, title=title)
+            self.draw(rows, path, title=title)
         self._unfinished.unlink()
 
 
@@ -164,7 +178,8 @@ class _Job:
     config: Config
     models: Models
     params: dict[str, Params]
-    batches: list[dict[str, np.ndarray]]
+    data: list[dict[str, np.ndarray]] | Suite
+    """Held-out batches, or the suite's."""
     lengths: dict[int, int]
     """Entries by budget."""
 
@@ -180,12 +195,38 @@ def _prepare(run: Path, arguments: Arguments) -> _Job:
     lengths = {
         ratio: geometry.length(geometry.history // ratio, name=f"budget {ratio}x") for ratio in arguments.budgets
     }
-    count = arguments.sequences // arguments.batch_size
-    batches = data.fixed_batches(
-        config, arguments.split, batch_size=arguments.batch_size, count=count, seed=EVALUATION_SEED
-    )
+    sequences, batch_size = arguments.sequences, arguments.batch_size
+    found: list[dict[str, np.ndarray]] | Suite
+    if arguments.suite:
+        found = suites.prepare(config, sequences=sequences, batch_size=batch_size, seed=EVALUATION_SEED)
+    else:
+        count = sequences // batch_size
+        found = data.fixed_batches(config, arguments.split, batch_size=batch_size, count=count, seed=EVALUATION_SEED)
     params = load_params(run, config, models, ("base", "gist", "lens"))
-    return _Job(run, config, models, params, batches, lengths)
+    return _Job(run, config, models, params, found, lengths)
+
+
+def _evaluate_suite(job: _Job, arguments: Arguments, output: _Output, console: Console) -> list[Row]:
+    """Measures one run on the suite, and writes its table and picture."""
+    assert isinstance(job.data, Suite)
+    started = time.perf_counter()
+    rows = suites.evaluate(job.data, job.models, job.params, job.lengths, draws=arguments.draws, console=console)
+    report = {**_origin(job, arguments, started), "left_out": job.data.left_out, "rows": rows}
+    output.write(rows, report, title=f"{job.folder.name}, seed {job.config.seed}")
+    console.out(f"table, intervals and picture are in {job.folder}/{output.name}.*", highlight=False)
+    return rows
+
+
+def _origin(job: _Job, arguments: Arguments, started: float) -> Row:
+    """How rows were measured."""
+    return {
+        "run": str(job.folder),
+        "sequences": arguments.sequences,
+        "draws": arguments.draws,
+        "focus": asdict(job.config.focus),
+        "environment": run_folder.environment(job.config),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
 
 
 def _evaluate_run(job: _Job, arguments: Arguments, output: _Output, console: Console) -> list[Row]:
@@ -205,16 +246,11 @@ def _evaluate_run(job: _Job, arguments: Arguments, output: _Output, console: Con
         quality.print_table(console, job.config, at_budget, ratio=ratio, length=length)
         quality.print_check(console, check)
     report = {
-        "run": str(job.folder),
+        **_origin(job, arguments, started),
         "split": arguments.split,
         "window": job.config.context.window,
         "window_in_training": config_file.load(run_folder.config_path(job.folder), Config).context.window,
-        "sequences": arguments.sequences,
-        "draws": arguments.draws,
         "oracle_rounds": arguments.oracle_rounds,
-        "focus": asdict(job.config.focus),
-        "environment": run_folder.environment(job.config),
-        "seconds": round(time.perf_counter() - started, 1),
         "rows": details,
         "anti_theater": checks,
     }
@@ -233,14 +269,15 @@ def _measure(job: _Job, arguments: Arguments, length: int, console: Console) -> 
     measure = _on_each(compiled_measure(recipe, models, length, arguments.draws, arguments.oracle_rounds), mesh)
     measure_foreign = _on_each(_compiled_foreign(recipe, models, length), mesh)
     key = jax.random.fold_in(jax.random.key(EVALUATION_SEED), length)
+    assert not isinstance(job.data, Suite)
     params = devices.place(job.params, mesh, split=False)
     measured: list[tuple[Comparison, Measured, np.ndarray]] = []
     with Progress(console=console, transient=True, disable=not has_bars(console)) as progress:
-        groups = range(0, len(job.batches), mesh.size)
+        groups = range(0, len(job.data), mesh.size)
         for first in progress.track(groups, description=f"{length} entries"):
-            own = range(first, min(first + mesh.size, len(job.batches)))
+            own = range(first, min(first + mesh.size, len(job.data)))
             places = [*own, *[own[-1]] * (mesh.size - len(own))]  # one program: the last ones measure what another does
-            batches = [job.batches[place] for place in places]
+            batches = [job.data[place] for place in places]
             keys = [jax.random.split(jax.random.fold_in(key, place), arguments.batch_size) for place in places]
             rows = [(batch["tokens"], batch.get("answers")) for batch in batches]
             sequences, streams = devices.deal(rows, mesh), devices.deal(keys, mesh)

@@ -100,14 +100,9 @@ def measure(
     geometry = recipe.geometry
     window = split(tokens, horizon=recipe.context.horizon)
     tree = build_tree(models, params, window.history, geometry)
-    rival_key, lens_key = _keys(key)
-    shown = _causal(models, params, window.history, rival_key, length=length, draws=draws, recipe=recipe)
-    path = _path(models, params, tree, lens_key, length=length, recipe=recipe)
-    fresh = {**params, "lens": models.lens.init(jax.random.fold_in(lens_key, FRESH_STREAM))}
-    untrained = _path(models, fresh, tree, lens_key, length=length, recipe=recipe)
-    paths = {"lensnet_1": path[:2], f"lensnet_{recipe.focus.steps}": path, FRESH: untrained}
-    shown |= {name: steps[-1] for name, steps in paths.items()}
-    known = rivals.hindsight(models, params, window, answers, geometry, length=length)
+    shown, known, paths = contexts_of(
+        models, params, tree, window, answers, key, length=length, draws=draws, recipe=recipe
+    )
 
     losses, entries = _losses(models, params, tree, shown | known, window, geometry)
     starts = shown | {name: known[name] for name in known if name == "answer"}
@@ -130,7 +125,7 @@ def measure(
     for name, steps in paths.items():
         report[name] = replace(report[name], **_movement(steps, geometry))
 
-    focus = jax.tree.map(lambda leaf: leaf[0], path[-1])
+    focus = jax.tree.map(lambda leaf: leaf[0], shown[f"lensnet_{recipe.focus.steps}"])
     # The rollouts' losses minus that of recency are their advantages, and what all share changes no correlation.
     scores = policy_scores(models.lens, params["lens"], entries["random"])
     values = preferences.variant_values(scores, shown["random"], geometry)
@@ -143,6 +138,46 @@ def measure(
         correlation=jnp.where(is_defined, correlation, jnp.nan),
         is_key=is_key,
     )
+
+
+def contexts_of(
+    models: Models,
+    params: dict[str, Params],
+    tree: TreeState,
+    window: Window,
+    answers: Array | None,
+    key: Array,
+    *,
+    length: int,
+    draws: int,
+    recipe: Recipe,
+) -> tuple[dict[str, WorkingContext], dict[str, WorkingContext], dict[str, list[WorkingContext]]]:
+    """What everybody chooses but those who search on the loss.
+
+    Args:
+      models: all three are called.
+      params: parameters of `base`, `gist` and `lens`.
+      tree: the history.
+      window: the same, and the horizon.
+      answers: int32[A], first tokens of the blocks to be shown; None where they are not known.
+      key: PRNG key of the random policies, consumed.
+      length: entries of every context, a reachable length.
+      draws: contexts of each random policy.
+      recipe: shapes, and how the allocator acts.
+
+    Returns:
+      By name, leading axis the policy's draws: contexts of causal policies; contexts that the horizon chose; and of
+      LensNets the steps of their way from the cold start.
+    """
+    rival_key, lens_key = _keys(key)
+    shown = _causal(models, params, window.history, rival_key, length=length, draws=draws, recipe=recipe)
+    path = _path(models, params, tree, lens_key, length=length, recipe=recipe)
+    fresh = {**params, "lens": models.lens.init(jax.random.fold_in(lens_key, FRESH_STREAM))}
+    untrained = _path(models, fresh, tree, lens_key, length=length, recipe=recipe)
+    paths = {"lensnet_1": path[:2], f"lensnet_{recipe.focus.steps}": path, FRESH: untrained}
+    shown |= {name: steps[-1] for name, steps in paths.items()}
+    known = rivals.hindsight(models, params, window, answers, recipe.geometry, length=length)
+    return shown, known, paths
 
 
 def measure_foreign(

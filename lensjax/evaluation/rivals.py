@@ -194,7 +194,7 @@ def lens_rows(lens: LensConfig, geometry: Geometry, length: int) -> int:
 
 
 _BLIND = (
-    *("recency", "recency_sink", "uniform", "random", "recent_random", "full"),
+    *("recency", "recency_sink", "uniform", "random", "recent_random", "full", "empty"),
     *("sliding_window", "collapse_oldest", "random_scores", "whole_window"),
 )
 
@@ -202,6 +202,7 @@ _BLIND = (
 def order(name: str) -> tuple[int, str]:
     """Key to sort the names of policies by: what knows nothing first, what chooses in hindsight last."""
     kinds = (
+        "empty",
         "recency",
         "uniform",
         "random",

@@ -141,10 +141,42 @@ def variant_token_nll(
     horizon = jnp.asarray(horizon)
     if horizon.ndim != 1 or horizon.shape[0] < 1:
         raise ValueError(f"horizon must hold one sequence of at least 1 token to score, got shape {horizon.shape}")
+    entries, read = _materialised(tree, variants, geometry)
+    return jax.vmap(lambda row: token_nll(base, params, row, horizon))(read), entries
+
+
+def variant_matches(
+    base: LanguageModel,
+    params: Params,
+    tree: TreeState,
+    variants: WorkingContext,
+    horizon: ArrayLike,
+    geometry: Geometry,
+) -> tuple[Array, Array]:
+    """Loss of each token of the horizon, and whether it is the likeliest one; arguments of `variant_nll`.
+
+    Returns:
+      float32[V, H] in nats, and bool[V, H]. A model that takes the likeliest token at each place writes the first n
+      tokens of the horizon if and only if all of these match.
+    """
+    horizon = jnp.asarray(horizon)
+
+    def one(entries: Entries) -> tuple[Array, Array]:
+        read = reading(base, params, entries, horizon)
+        logits = base.logits(params, read.entries, read.rows)
+        losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, horizon)
+        return losses, jnp.argmax(logits, axis=-1) == horizon
+
+    _, read = _materialised(tree, variants, geometry)
+    return jax.vmap(one)(read)
+
+
+def _materialised(tree: TreeState, variants: WorkingContext, geometry: Geometry) -> tuple[Entries, Entries]:
+    """All rows of V variants, which a policy sees, and those of them that the base model reads."""
     seen = jax.vmap(lambda variant: contexts.materialise(tree, variant))
     entries = seen(variants)
     read = seen(jax.vmap(lambda variant: contexts.read(variant, geometry))(variants)) if geometry.omit else entries
-    return jax.vmap(lambda row: token_nll(base, params, row, horizon))(read), entries
+    return entries, read
 
 
 def entry_nll(base: LanguageModel, params: Params, entries: Entries, tokens: ArrayLike, *, horizon: int) -> Array:

@@ -10,12 +10,13 @@ from lensjax.runs.data.corpus import described, text_digest, token_row
 from lensjax.runs.data.quotes import Quotes
 from lensjax.runs.data.recall import RecallSource
 from lensjax.runs.data.splits import Split
+from lensjax.runs.data.suite import SuiteSource
 from lensjax.runs.data.task import Windows
 from lensjax.runs.data.tracking import TrackingSource
 
 Batch = dict[str, np.ndarray]
 
-_VERSIONS = {"text": 1, "stdlib": 1, "recall": 1, "tracking": 1, "quotes": 1}
+_VERSIONS = {"text": 1, "stdlib": 1, "recall": 1, "tracking": 1, "suite": 1, "quotes": 1}
 """To be raised where a task's examples change: they are then other data under the same name."""
 
 _WHO_DECIDES = {
@@ -49,14 +50,15 @@ def make_iterator(
       split: which files, or which stream of examples.
       seed: fixes the order of the text and the content of synthetic examples.
       batch_size: sequences in a batch of all processes [B]; a multiple of their number.
-      pretraining: synthetic tasks only: sequences dense in what the task asks for (see `RecallSource` and
-        `TrackingSource`).
+      pretraining: synthetic tasks only: sequences dense in what the task asks for (see `RecallSource`,
+        `TrackingSource` and `SuiteSource`).
       share: index of this process, and number of processes.
 
     Returns:
       Iterator over dicts of `tokens` int32[B / processes, T] and, outside of pretraining, where the tokens are that
       have to be shown: `answers` int32[B / processes, A], first tokens of blocks, for recall of the one that is
-      repeated, for tracking of the statements in the order in which they are needed.
+      repeated, for tracking of the statements in the order in which they are needed, for the suite of all that the
+      answer stands in.
 
     Raises:
       ValueError: there are too few files or tokens, or the task does not fit the context; see `corpus.token_row`.
@@ -160,6 +162,8 @@ def _examples(config: Windows, split: Split, *, seed: int, pretraining: bool = F
         return grain.MapDataset.source(RecallSource(context, vocab_size, split, seed, data.query, pool))
     if data.task == "tracking":
         return grain.MapDataset.source(TrackingSource(context, vocab_size, split, seed, data.hops, pretraining))
+    if data.task == "suite":
+        return grain.MapDataset.source(SuiteSource(context, vocab_size, split, seed, pretraining))
     return grain.MapDataset.source(_windows(config, split)).map(_as_tokens)
 
 

@@ -11,8 +11,9 @@ from lensjax.training.scoring import ContextConfig
 class DataConfig:
     """Where tokens come from."""
 
-    task: Literal["stdlib", "text", "recall", "tracking"] = "stdlib"
-    """The running Python's standard library, the user's own text files, single-span recall, or variable tracking."""
+    task: Literal["stdlib", "text", "recall", "tracking", "suite"] = "stdlib"
+    """The running Python's standard library, the user's own text files, single-span recall, variable tracking, or
+    twelve kinds of question over a text, a token a word."""
     path: str | None = None
     """Folder or glob of text, JSON lines, Parquet or Hugging Face data sets, packed or not; for task text."""
     text_column: str = "text"

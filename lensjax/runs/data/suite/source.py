@@ -1,0 +1,115 @@
+"""Examples of the suite: of one task to measure on, or of all tasks in word form to train on."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lensjax._settings import require
+from lensjax.runs.data.splits import SPLITS, Split
+from lensjax.runs.data.suite.puzzles import TASKS, Puzzle, Rng
+from lensjax.runs.data.suite.windows import Example, Form, Words, blocks, fill
+from lensjax.runs.data.suite.words import VOCABULARY
+from lensjax.training.scoring import ContextConfig
+
+
+def draw(task: str, count: int, *, seed: int) -> list[tuple[Puzzle, Rng]]:
+    """The same puzzles of one task for the same seed, each with the generator that puts it into a window.
+
+    Example:
+      >>> from lensjax.runs.data import suite
+      >>> [(puzzle, _)] = suite.draw("needle", 1, seed=0)
+      >>> puzzle.needed[0].startswith(puzzle.ask), puzzle.answer in puzzle.needed[0]
+      (True, True)
+    """
+    generators = [np.random.default_rng([seed, list(TASKS).index(task), index]) for index in range(count)]
+    return [(TASKS[task](rng), rng) for rng in generators]
+
+
+def stacked(examples: Sequence[Example], block_size: int) -> dict[str, np.ndarray]:
+    """Examples as one batch.
+
+    Args:
+      examples: B of them, of one shape.
+      block_size: tokens of a block K.
+
+    Returns:
+      `tokens` int32[B, C + H], `answers` int32[B, A], the first tokens of the blocks that are needed, the last one
+      named as often as it takes, and `scored` bool[B, H].
+    """
+    return {
+        "tokens": np.stack([one.tokens for one in examples]),
+        "answers": np.stack([_padded(one.needed, block_size) for one in examples]),
+        "scored": np.stack([one.scored for one in examples]),
+    }
+
+
+@dataclass(frozen=True)
+class SuiteSource:
+    """All tasks of the suite in word form, in turns.
+
+    For pretraining, a window holds one short puzzle of any task after the other, with their answers.
+
+    Args:
+      context: window [T], block size [K], recent tokens and horizon [H].
+      vocab_size: size of the vocabulary, at least that of the suite's words.
+      split: stream of the examples.
+      seed: seed of the examples.
+      pretraining: whether sequences are for pretraining.
+
+    Raises:
+      ValueError: the suite does not fit the context or the vocabulary.
+    """
+
+    context: ContextConfig
+    vocab_size: int
+    split: Split
+    seed: int
+    pretraining: bool = False
+    _form: Form = field(default_factory=Words, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        require(
+            self.vocab_size >= len(VOCABULARY),
+            f"the suite has {len(VOCABULARY)} words: base.vocab_size must be at least that, got {self.vocab_size}",
+        )
+        for index in range(len(TASKS)):
+            self._window(index)
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Returns `tokens` int32[T] and, for the task itself, `answers` int32[A] (see `stacked`)."""
+        if self.pretraining:
+            return {"tokens": self._many(index)}
+        example = self._window(index)
+        return {"tokens": example.tokens, "answers": _padded(example.needed, self.context.block_size)}
+
+    def _window(self, index: int) -> Example:
+        rng = self._rng(index)
+        name = list(TASKS)[index % len(TASKS)]
+        puzzle = TASKS[name](rng)
+        return fill(puzzle, self._form, rng, history=self.context.history, horizon=self.context.horizon, name=name)
+
+    def _many(self, index: int) -> np.ndarray:
+        rng, parts, length = self._rng(index), [], 0
+        while length < self.context.window:
+            name = str(rng.choice(list(TASKS)))
+            puzzle = TASKS[name](rng)
+            ask, answer = self._form.ask(puzzle.ask), self._form.answer(puzzle.answer)
+            least = len(ask) + sum(map(len, map(self._form.statement, puzzle.needed)))
+            # From what is needed to a whole history, short ones as often as long ones.
+            history = int(least * max(1.0, self.context.history / least) ** rng.random())
+            parts.append(fill(puzzle, self._form, rng, history=history, horizon=len(answer) + 1, name=name).tokens)
+            length += len(parts[-1])
+        return np.concatenate(parts)[: self.context.window]
+
+    def _rng(self, index: int) -> Rng:
+        return np.random.default_rng([self.seed, SPLITS.index(self.split), int(self.pretraining), index])
+
+
+def _padded(needed: np.ndarray, block_size: int) -> np.ndarray:
+    found = blocks(needed, block_size)
+    return np.pad(found, (0, -(-len(needed) // block_size) - len(found)), mode="edge")

@@ -1,0 +1,120 @@
+"""The suite on a run's models: what its tables say, and what is refused."""
+
+import csv
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import evaluate, train
+from experiments import suite as suites
+from lensjax._settings import replace
+from lensjax.evaluation import compare, questions
+from lensjax.models.decision import split
+from lensjax.runs.data import suite as tasks
+from lensjax.runs.data.task import DataConfig
+from lensjax.training import nll
+from tests.runs import TINY, cheap_programs, tiny_config, write_corpus
+from tests.small import VOCABULARY, Run, jit
+
+
+@pytest.fixture(scope="module")
+def answered():
+    """One question of random tokens, of which the first 2 behind the cursor are the answer."""
+    run = Run()
+    tokens = jax.random.randint(jax.random.key(0), (36,), 0, VOCABULARY)
+    scored = jnp.arange(4) < 2
+    params = run.state().params | run.frozen()
+
+    def measure(params, tokens):
+        return questions.measure(
+            *(run.models, params, tokens, jnp.array([4, 4]), scored, jax.random.key(1)),
+            **{"length": 22, "draws": 3, "recipe": run.recipe},
+        )
+
+    return run, params, tokens, scored, jit(measure)
+
+
+@pytest.mark.slow
+def test_the_whole_history_is_the_ordinary_loss_of_the_answer_and_its_likeliest_tokens(answered):
+    run, params, tokens, _, measure = answered
+    found = measure(params, tokens)
+    losses = nll.sequence_nll(run.models.base, params["base"], tokens)[-4:-2]
+    np.testing.assert_allclose(found[compare.FULL].nll, losses.mean(), rtol=1e-5)
+    assert found[compare.FULL].hit == 1 and found[questions.EMPTY].hit == 0
+    assert {name: bool(found[name].hit) for name in ("answer", "recency")} == {"answer": True, "recency": False}
+    # The answer that the model itself would write is matched; a change of one of its tokens is not.
+    history = split(tokens, horizon=4).history
+    written = _written(run, params, history)
+    own = measure(params, jnp.concatenate([history, jnp.array([*written, 0, 0])]))
+    other = measure(params, jnp.concatenate([history, jnp.array([written[0], (written[1] + 1) % VOCABULARY, 0, 0])]))
+    assert own[compare.FULL].match == 1 and other[compare.FULL].match == 0
+
+
+def _written(run, params, history):
+    """The two tokens that the model writes after the whole history, one by one."""
+    loss = jit(lambda tokens: nll.sequence_nll(run.models.base, params["base"], tokens)[-1])
+    written = []
+    for _ in range(2):
+        longer = [jnp.array([*history.tolist(), *written, token]) for token in range(VOCABULARY)]
+        written.append(int(np.argmin([loss(tokens) for tokens in longer])))
+    return written
+
+
+@pytest.mark.slow
+def test_what_stands_behind_the_answer_changes_nothing(answered):
+    _, params, tokens, _, measure = answered
+    changed = tokens.at[-2:].set((tokens[-2:] + 1) % VOCABULARY)
+    first, second = measure(params, tokens), measure(params, changed)
+    causal = [name for name in first if not name.endswith("hindsight")]
+    assert len(causal) > 10
+    for name in causal:
+        np.testing.assert_allclose(first[name].nll, second[name].nll, rtol=1e-5, err_msg=name)
+        assert first[name].match == second[name].match
+
+
+def test_tasks_that_do_not_fit_are_left_out_by_name():
+    text = replace(TINY, data=DataConfig(task="text", path="somewhere"), **{"context.window": 122})
+    suite = suites.prepare(text, sequences=2, batch_size=2, seed=0)
+    assert set(suite.tasks) | set(suite.left_out) == set(tasks.TASKS) and "needle" in suite.tasks
+    assert "needs" in suite.left_out["tracking_4"] and suite.config.context.history == 120
+    with pytest.raises(ValueError, match="no task of the suite fits this run: mqar_keys needs"):
+        suites.prepare(replace(text, **{"context.window": 10}), sequences=2, batch_size=2, seed=0)
+    with pytest.raises(ValueError, match=r"--suite needs a run whose models read text .* got 'recall'"):
+        suites.prepare(TINY, sequences=2, batch_size=2, seed=0)
+
+
+@pytest.mark.slow
+def test_a_run_of_text_is_measured_on_the_suite(tmp_path, capsys):
+    with cheap_programs():
+        train.run(
+            tiny_config(
+                tmp_path / "run", write_corpus(tmp_path / "corpus"), **{"context.window": 98, "eval_batches": 1}
+            )
+        )
+    words = [
+        str(tmp_path / "run"),
+        "--suite",
+        "--budgets",
+        "3",
+        "--sequences",
+        "4",
+        "--batch-size",
+        "2",
+        "--draws",
+        "2",
+    ]
+    evaluate.main(words)
+    printed = capsys.readouterr().out
+    assert "nats a token of the answer at 3x" in printed and "left out: tracking_4" in printed
+    rows = list(csv.DictReader((tmp_path / "run" / "evaluation-suite.csv").read_text().splitlines()))
+    assert {row["policy"] for row in rows} >= {"empty", "recency", "bm25", "lensnet_4", "answer", "full"}
+    hits = {(row["task"], row["policy"]): float(row["hit_rate"]) for row in rows}
+    assert hits["needle", "full"] == 1 and hits["needle", "empty"] == 0
+    report = json.loads((tmp_path / "run" / "evaluation-suite.json").read_text())
+    assert "tracking_4" in report["left_out"] and len(report["rows"]) == len(rows)
+    assert (tmp_path / "run" / "evaluation-suite.png").stat().st_size > 1000
+    with pytest.raises(SystemExit):
+        evaluate.main(words)
