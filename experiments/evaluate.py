@@ -6,8 +6,8 @@
 
 Leaves `evaluation.csv`, `evaluation.json` and `evaluation.png` in each run's folder: one row a policy and budget. With
 several runs, `--merged` also writes all of their rows into one table and one picture. All devices share the
-batches, those of several processes too. With `--suite` the tasks of `experiments.suite` take the place of held-out data,
-in one process, and the files are `evaluation-suite.*`.
+batches, those of several processes too. With `--suite` the tasks of `experiments.suite` take the place of held-out
+data, in one process, and the files are `evaluation-suite.*`.
 
 The row of LensNet's last step also says whether its focus is faithful (`lensjax.evaluation.faithfulness`): how far its
 entries are from those of recency, what is lost without it or with another sequence's, whether its scores tell good
