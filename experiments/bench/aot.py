@@ -134,12 +134,9 @@ def described(target: Target) -> jax.Device:
 
 def for_device(models: Models, kernel: Kernel, platform: str) -> Models:
     """The models as they are built on a platform."""
-    base, lens = models.base, models.lens
-    return replace(
-        models,
-        base=replace(base, kernel=kernel),  # type: ignore[type-var]
-        lens=replace(lens, kernel=kernel, tile=tile(kernel, platform)),  # type: ignore[type-var]
-    )
+    changes: Any = {"kernel": kernel, "tile": tile(kernel, platform)}
+    base, lens = (replace(model, **changes) for model in (models.base, models.lens))  # type: ignore[type-var]
+    return replace(models, base=base, lens=lens)
 
 
 def steps(program: Program, config: Config, models: Models) -> dict[str, Compiled]:

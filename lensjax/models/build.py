@@ -51,18 +51,18 @@ def build_models(
     kernel = choose_attention(base, lens, dtype=dtype, attention=attention).kernel
     rows = tile(kernel, jax.default_backend())
     return Models(
-        base=BaseModel(base, dtype, kernel),
+        base=BaseModel(base, dtype, kernel, rows),
         gist=GistModel(gist, base.dim, block_size, dtype),
         lens=LensModel(lens, base.dim, max_lod, dtype, _state_dim(base, lens), kernel, rows),
     )
 
 
 def tile(kernel: Kernel, platform: str) -> int:
-    """What LensNet's entries are padded to a multiple of: the rows that a device multiplies at once.
+    """What a context's entries are padded to a multiple of: the rows that a device multiplies at once.
 
-    On a GPU XLA puts the transposition of [heads, W, width] to [W, heads * width] into the product that follows. Over
-    contexts of W entries side by side that is a product of tiles of 16 rows or more, which a compiler as old as that of
-    JAX 0.10 cannot cut where W is no multiple of 16.
+    On a GPU XLA puts the transposition of [heads, S, width] to [S, heads * width] into the product that follows. Over
+    contexts of S entries side by side that is a product of tiles of 16 rows or more, which the compiler of JAX 0.10
+    cannot cut where S is no multiple of 16 ("Couldn't find output tile sizes").
     """
     if kernel != "xla":
         return TILE

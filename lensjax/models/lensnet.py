@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from lensjax._settings import Layers, Width, require, settings
 from lensjax.context.working import BLOCKS_BEFORE, Entries
-from lensjax.models.functional import Functional, checked
+from lensjax.models.functional import Functional, checked, in_tiles
 from lensjax.models.interfaces import Params
 from lensjax.models.nn.attend import Kernel
 from lensjax.models.nn.transformer import SwiGLU, Transformer, TransformerConfig, linear, rms_norm
@@ -277,12 +277,5 @@ class LensModel(Functional[LensNet]):
         for name in ("lods", "spans", "distances", "valid"):
             checked(f"entries.{name}", getattr(entries, name), embeddings.shape[0])
         count = embeddings.shape[0]
-        scores, features = self._bind(params)(_padded(entries, -count % self.tile))
+        scores, features = self._bind(params)(in_tiles(entries, self.tile))
         return scores[:count], features[:count]
-
-
-def _padded(entries: Entries, more: int) -> Entries:
-    """Entries and so many behind them that are not valid."""
-    if more == 0:
-        return entries
-    return jax.tree.map(lambda each: jnp.pad(each, [(0, more)] + [(0, 0)] * (each.ndim - 1)), entries)
