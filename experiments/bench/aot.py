@@ -135,8 +135,9 @@ def described(target: Target) -> jax.Device:
 def for_device(models: Models, kernel: Kernel, platform: str) -> Models:
     """The models as they are built on a platform."""
     changes: Any = {"kernel": kernel, "tile": tile(kernel, platform)}
-    base, lens = (replace(model, **changes) for model in (models.base, models.lens))  # type: ignore[type-var]
-    return replace(models, base=base, lens=lens)
+    base: Any = models.base
+    lens: Any = models.lens
+    return replace(models, base=replace(base, **changes), lens=replace(lens, **changes))
 
 
 def steps(program: Program, config: Config, models: Models) -> dict[str, Compiled]:

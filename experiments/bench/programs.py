@@ -97,9 +97,9 @@ class Step:
         )
 
 
-def product(config: Config) -> Program:
+def product(dtype: str) -> Program:
     """One large matrix product: what the device can do at best."""
-    square = jnp.ones((product_rows(), product_rows()), config.dtype)
+    square = jnp.ones((product_rows(), product_rows()), dtype)
     return functools.partial(jax.jit(jnp.matmul), square, square)
 
 
