@@ -36,8 +36,7 @@ from experiments.tables import write_csv
 from lensjax import _settings
 from lensjax._settings import settings
 from lensjax.models import Models
-from lensjax.models.build import tile
-from lensjax.models.nn.attend import Kernel
+from lensjax.models.nn.attend import Kernel, tile
 from lensjax.runs.config import Config
 from lensjax.session.history import Found
 from lensjax.session.steps import Steps

@@ -181,7 +181,7 @@ class BaseModel(Functional[BaseLM]):
     kernel: Kernel = "xla"
     """What computes attention."""
     tile: int = 1
-    """Entries are padded to a multiple of this for the layers: see `build.tile`."""
+    """Entries are padded to a multiple of this for the layers: see `attend.tile`."""
 
     def _build(self, rngs: nnx.Rngs) -> BaseLM:
         return BaseLM(self.config, dtype=jnp.dtype(self.dtype), kernel=self.kernel, rngs=rngs)

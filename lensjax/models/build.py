@@ -9,7 +9,7 @@ from lensjax.models.decision import QUERIES
 from lensjax.models.gistnet import GistConfig, GistModel
 from lensjax.models.interfaces import Models
 from lensjax.models.lensnet import LensConfig, LensModel
-from lensjax.models.nn.attend import TILE, Choice, Kernel, Setting, choose
+from lensjax.models.nn.attend import Choice, Setting, choose, tile
 
 
 def build_models(
@@ -55,18 +55,6 @@ def build_models(
         gist=GistModel(gist, base.dim, block_size, dtype),
         lens=LensModel(lens, base.dim, max_lod, dtype, _state_dim(base, lens), kernel, rows),
     )
-
-
-def tile(kernel: Kernel, platform: str) -> int:
-    """What a context's entries are padded to a multiple of: the rows that a device multiplies at once.
-
-    On a GPU XLA puts the transposition of [heads, S, width] to [S, heads * width] into the product that follows. Over
-    contexts of S entries side by side that is a product of tiles of 16 rows or more, which the compiler of JAX 0.10
-    cannot cut where S is no multiple of 16 ("Couldn't find output tile sizes").
-    """
-    if kernel != "xla":
-        return TILE
-    return 1 if platform == "cpu" else 16
 
 
 def choose_attention(

@@ -43,7 +43,7 @@ class Functional(abc.ABC, Generic[Module]):
 
 
 def in_tiles(tree: Tree, tile: int) -> Tree:
-    """Arrays [S, ...] with rows of zeros behind them, up to a multiple of `tile` (see `models.build.tile`)."""
+    """Arrays [S, ...] with rows of zeros behind them, up to a multiple of `tile` (see `attend.tile`)."""
 
     def whole(rows: Array) -> Array:
         more = -rows.shape[0] % tile

@@ -219,7 +219,7 @@ class LensModel(Functional[LensNet]):
     kernel: Kernel = "xla"
     """What computes attention."""
     tile: int = 1
-    """Entries are padded to a multiple of this for the layers: see `build.tile`."""
+    """Entries are padded to a multiple of this for the layers: see `attend.tile`."""
 
     def _build(self, rngs: nnx.Rngs) -> LensNet:
         return LensNet(

@@ -15,9 +15,10 @@ from jax import export
 from lensjax.context.working import Entries
 from lensjax.models import LensModel
 from lensjax.models.base_lm import BaseModel
-from lensjax.models.build import build_models, tile
+from lensjax.models.build import build_models
 from lensjax.models.decision import policy_scores
 from lensjax.models.lensnet import LensConfig
+from lensjax.models.nn.attend import tile
 from tests.small import SMALL, jit
 
 WIDTH, COUNT = 16, 21
