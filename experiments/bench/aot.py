@@ -134,7 +134,7 @@ def described(target: Target) -> jax.Device:
 
 def for_device(models: Models, kernel: Kernel, platform: str) -> Models:
     """The models as they are built on a platform."""
-    changes: Any = {"kernel": kernel, "tile": tile(kernel, platform)}
+    changes: Any = {"kernel": kernel, "tile": tile(platform)}
     base: Any = models.base
     lens: Any = models.lens
     return replace(models, base=replace(base, **changes), lens=replace(lens, **changes))

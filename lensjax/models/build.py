@@ -49,7 +49,7 @@ def build_models(
     if base.dim % gist.heads:
         raise ValueError(f"base.dim must be a multiple of gist.heads {gist.heads}, got {base.dim}")
     kernel = choose_attention(base, lens, dtype=dtype, attention=attention).kernel
-    rows = tile(kernel, jax.default_backend())
+    rows = tile(jax.default_backend())
     return Models(
         base=BaseModel(base, dtype, kernel, rows),
         gist=GistModel(gist, base.dim, block_size, dtype),

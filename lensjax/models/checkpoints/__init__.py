@@ -98,7 +98,7 @@ def load_language_model(path: str | Path, dtype: Dtype = "float32") -> tuple[Bas
     checkpoint = _open(Path(path))
     params = load(checkpoint, dtype)
     kernel = choose("auto", dtype=dtype, widths={"the width of its heads": checkpoint.config.head_width}).kernel
-    return BaseModel(checkpoint.config, dtype, kernel, tile(kernel, jax.default_backend())), params
+    return BaseModel(checkpoint.config, dtype, kernel, tile(jax.default_backend())), params
 
 
 def _open(path: Path) -> Checkpoint:
