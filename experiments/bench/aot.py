@@ -6,9 +6,9 @@
 
 Nothing is run. Each step is compiled for a device that is only described, by the compiler which that device would use:
 libtpu for a TPU v5e, XLA's CUDA plugin with NVIDIA's ptxas for an H100. What comes out is the compiler's plan, bytes
-and operations as it counts them in the program it made, and not a time. Calls of kernels that are no part of XLA
-(cuDNN's and Pallas's) count as no operations. A step that does not compile ends the program with status 1, after the
-others.
+and operations as it counts them in the program it made, and not a time. `floor` is the program of the model passes
+alone that `experiments.bench.step` holds a step against. Calls of kernels that are no part of XLA (cuDNN's and
+Pallas's) count as no operations. A step that does not compile ends the program with status 1, after the others.
 """
 
 import importlib
@@ -30,20 +30,20 @@ from jax.experimental import topologies
 from rich.console import Console
 
 from experiments import command
+from experiments.bench.programs import model_passes
 from experiments.bench.shapes import SHAPES, Shape
 from experiments.tables import write_csv
 from lensjax import _settings
 from lensjax._settings import settings
 from lensjax.models import Models
-from lensjax.models.build import tile
-from lensjax.models.nn.attend import Kernel
+from lensjax.models.nn.attend import Kernel, tile
 from lensjax.runs.config import Config
 from lensjax.session.history import Found
 from lensjax.session.steps import Steps
 from lensjax.training.steps import online, preference, pretrain
 
 Target = Literal["h100", "v5e"]
-Program = Literal["pretrain", "train", "online", "session"]
+Program = Literal["pretrain", "train", "floor", "online", "session"]
 Compiled = tuple[Callable[..., Any], tuple[Any, ...], bool]
 """A function, the shapes of its arguments, and whether the first is donated."""
 
@@ -75,7 +75,7 @@ class Arguments:
 
     targets: tuple[Target, ...] = ("h100", "v5e")
     shapes: tuple[Shape, ...] = ("small", "large")
-    programs: tuple[Program, ...] = ("pretrain", "train", "online", "session")
+    programs: tuple[Program, ...] = ("pretrain", "train", "floor", "online", "session")
     attention: tuple[Literal["fused", "xla"], ...] = ("xla",)
     """XLA's, or the kernel that the device has for bfloat16."""
     csv: Path | None = None
@@ -134,12 +134,10 @@ def described(target: Target) -> jax.Device:
 
 def for_device(models: Models, kernel: Kernel, platform: str) -> Models:
     """The models as they are built on a platform."""
-    base, lens = models.base, models.lens
-    return replace(
-        models,
-        base=replace(base, kernel=kernel),  # type: ignore[type-var]
-        lens=replace(lens, kernel=kernel, tile=tile(kernel, platform)),  # type: ignore[type-var]
-    )
+    changes: Any = {"kernel": kernel, "tile": tile(platform)}
+    base: Any = models.base
+    lens: Any = models.lens
+    return replace(models, base=replace(base, **changes), lens=replace(lens, **changes))
 
 
 def steps(program: Program, config: Config, models: Models) -> dict[str, Compiled]:
@@ -156,13 +154,30 @@ def steps(program: Program, config: Config, models: Models) -> dict[str, Compile
     train_state, frozen = jax.eval_shape(partial(preference.init_train_state, **static), key)
     if program == "train":
         return {"train_step": (partial(preference.train_step, **static), (train_state, batch, frozen), True)}
+    params = {**frozen, **train_state.params}
+    if program == "floor":
+        return {"floor": (*_floor(config, models, params, train_state, batch), False)}
     static["settings"] = _settings.replace(config.online, steps=config.online.steps or STEPS)
     state, frozen = jax.eval_shape(
         lambda key, params: online.init_online_state(key, params=params, **static),
         key,
-        {**frozen, **train_state.params},
+        params,
     )
     return {"online_step": (partial(online.online_step, **static), (state, batch, frozen), True)}
+
+
+def _floor(config: Config, models: Models, params: Any, state: Any, batch: Any) -> tuple[Callable[..., Any], Any]:
+    """The model passes of the training step alone, and the shapes of what they are given."""
+    score = partial(preference.score_batch, recipe=config.recipe, models=models)
+    entries = jax.eval_shape(score, params, state, batch).entries
+    shapes = (
+        params | {"anchor": params["lens"]},
+        entries,
+        jax.ShapeDtypeStruct((config.batch_size, config.context.history, config.base.dim), entries.embeddings.dtype),
+        jax.ShapeDtypeStruct(entries.valid.shape, jnp.float32),
+        jax.ShapeDtypeStruct((config.batch_size, config.context.horizon), jnp.int32),
+    )
+    return partial(model_passes, models=models, context=config.context), shapes
 
 
 def _session_steps(config: Config, models: Models) -> dict[str, Compiled]:

@@ -97,9 +97,9 @@ class Step:
         )
 
 
-def product(config: Config) -> Program:
+def product(dtype: str) -> Program:
     """One large matrix product: what the device can do at best."""
-    square = jnp.ones((product_rows(), product_rows()), config.dtype)
+    square = jnp.ones((product_rows(), product_rows()), dtype)
     return functools.partial(jax.jit(jnp.matmul), square, square)
 
 
@@ -123,20 +123,40 @@ def copy() -> Program:
 
 def floor(step: Step) -> Program:
     """The model passes alone, in one program."""
-    config, models, entries = step.config, step.models, step.scored.entries
+    config, entries = step.config, step.scored.entries
     leaves = jnp.ones((config.batch_size, config.context.history, config.base.dim), entries.embeddings.dtype)
-
-    @jax.jit
-    def run(params: dict[str, Params], entries: Entries, leaves: Array, signs: Array, horizons: Array) -> Any:
-        gists = _gists(models.gist, params["gist"], leaves, config.context)
-        logits = horizon_logits(models.base, params["base"], entries, horizons)
-        loss, grads = lens_gradient(models.lens, params["lens"], entries, signs)
-        anchor = policy_scores(models.lens, params["anchor"], entries)
-        return gists, logits, loss, grads, anchor
-
     params = {**step.params, "anchor": jax.tree.map(jnp.copy, step.params["lens"])}
     signs = jnp.sign(jax.random.normal(jax.random.key(1), entries.valid.shape))
-    return functools.partial(run, params, entries, leaves, signs, _windows(step.batch, config).horizon)
+    passes = jax.jit(functools.partial(model_passes, models=step.models, context=config.context))
+    return functools.partial(passes, params, entries, leaves, signs, _windows(step.batch, config).horizon)
+
+
+def model_passes(
+    params: dict[str, Params],
+    entries: Entries,
+    leaves: Array,
+    signs: Array,
+    horizons: Array,
+    *,
+    models: Models,
+    context: ContextConfig,
+) -> Any:
+    """What a step cannot do without: GistNet, the base model's logits, LensNet and its gradient, the anchor.
+
+    Args:
+      params: of all models, and of the "anchor".
+      entries: of V contexts for each of B sequences, leading axes [B, V].
+      leaves: embeddings of the histories [B, C, D].
+      signs: float32[B, V, W], what LensNet's scores are multiplied with.
+      horizons: int32[B, H].
+      models: base model, GistNet and LensNet.
+      context: block size and levels.
+    """
+    gists = _gists(models.gist, params["gist"], leaves, context)
+    logits = horizon_logits(models.base, params["base"], entries, horizons)
+    loss, grads = lens_gradient(models.lens, params["lens"], entries, signs)
+    anchor = policy_scores(models.lens, params["anchor"], entries)
+    return gists, logits, loss, grads, anchor
 
 
 def _windows(batch: Batch, config: Config) -> Window:

@@ -2,19 +2,23 @@
 
     python -m experiments.bench.step                                   the two shapes for a CPU
     python -m experiments.bench.step --shapes large --json bench.json  the one for an accelerator
+    python -m experiments.bench.step --shapes large --peak h100        held against a data sheet
     python -m experiments.bench.step --shapes small --profile traces   and a trace for TensorBoard or Perfetto
 
 The *floor* of a shape is one program of nothing but model passes: the base model forward on the entries of all variants
 with logits at the horizon, LensNet forward and backward on the same entries, the anchor's LensNet forward where its
 weight is not 0, and GistNet on all blocks. Everything else (trees, rollouts, gathering entries, pairs, targets, losses,
 optimizer, metrics) is what `step_over_floor` holds above 1. All programs take turns in one process, so that a slow
-moment of the machine falls on all of them. Utilisation is the floor's arithmetic (`experiments.bench.cost`) over the
-time of a step, as a share of what one large matrix product reaches in the same process; the roofline is the time that
-arithmetic and memory traffic allow, by that product and by one large array read and written.
+moment of the machine falls on all of them.
+
+The *roofline* is the time that arithmetic and memory traffic allow (`experiments.bench.cost`): the larger of operations
+at the device's peak and bytes at that of its memory. `--peak auto` measures both on this device in the same process, by
+one large matrix product in each of bfloat16 and float32 and one large array read and written; a name takes them from a
+data sheet (`experiments.bench.roofline`). Utilisation is a step's operations by its time, as a share of the peak.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -25,10 +29,13 @@ from experiments import command
 from experiments.bench import programs
 from experiments.bench.cost import step_cost
 from experiments.bench.programs import Compiles, Program, Step, turns
+from experiments.bench.roofline import DEVICES
 from experiments.bench.shapes import SHAPES, Shape
 from experiments.tables import write_json
 from lensjax._settings import PositiveInt, settings
 from lensjax.runs.config import Config
+
+DTYPES = ("bfloat16", "float32")
 
 
 @settings()
@@ -36,6 +43,8 @@ class Arguments:
     """What to measure."""
 
     shapes: tuple[Shape, ...] = ("small", "medium")
+    peak: Literal["auto", "h100", "a100", "v5e"] = "auto"
+    """What a step is held against: what this device is measured to do, or a data sheet."""
     repetitions: PositiveInt = 20
     """Turns that every program takes after one to warm up."""
     json: Path | None = None
@@ -68,10 +77,9 @@ def measure(name: str, config: Config, *, arguments: Arguments, console: Console
         whole: dict[str, Program] = {
             "step": step,
             "floor": programs.floor(step),
-            "product": programs.product(config),
-            "copy": programs.copy(),
         }
-        timed = whole | programs.parts(step)
+        device = {f"product {dtype}": programs.product(dtype) for dtype in DTYPES} | {"copy": programs.copy()}
+        timed = whole | device | programs.parts(step)
         jax.block_until_ready([program() for program in timed.values()])
         before = compiles.count
         times = turns(timed, arguments.repetitions, console)
@@ -80,16 +88,19 @@ def measure(name: str, config: Config, *, arguments: Arguments, console: Console
         with jax.profiler.trace(str(arguments.profile / name)):
             jax.block_until_ready([step() for _ in range(3)])
     medians = {part: float(np.median(values)) for part, values in times.items()}
-    cost = step_cost(config)
-    peak = 2e3 * programs.product_rows() ** 3 / medians["product"]
-    bandwidth = 2e3 * programs.COPIED_BYTES / medians["copy"]
-    roofline = sum(
-        part.seconds(flops_per_second=peak, bytes_per_second=bandwidth)
-        for part in (cost.base, cost.lens, cost.anchor, cost.gist)
-    )
+    attention = config.choose_attention().kernel
+    cost = step_cost(config, fused_attention=attention != "xla").total
+    products = {dtype: 2e3 * programs.product_rows() ** 3 / medians[f"product {dtype}"] for dtype in DTYPES}
+    peak, bandwidth = products[config.dtype], 2e3 * programs.COPIED_BYTES / medians["copy"]
+    if arguments.peak != "auto":
+        sheet = DEVICES[arguments.peak]
+        peak, bandwidth = sheet.flops_per_second, sheet.bytes_per_second
+    roofline = cost.seconds(flops_per_second=peak, bytes_per_second=bandwidth)
     report = {
         "shape": name,
         "device": jax.devices()[0].device_kind,
+        "attention": attention,
+        "peak": arguments.peak,
         "repetitions": arguments.repetitions,
         "entries": config.capacity,
         "variants": config.batch_size * (config.context.rollouts + 1),
@@ -98,12 +109,14 @@ def measure(name: str, config: Config, *, arguments: Arguments, console: Console
         "step_over_floor": medians["step"] / medians["floor"],
         "step_over_floor_quartiles": np.percentile(np.divide(times["step"], times["floor"]), [25, 75]).tolist(),
         "lens_losses_share": medians["objective"] / medians["step"],
-        "parts_ms": {part: value for part, value in medians.items() if part not in whole},
-        "flops": cost.total.flops,
-        "traffic_bytes": cost.total.traffic,
+        "parts_ms": {part: value for part, value in medians.items() if part not in whole | device},
+        "flops": cost.flops,
+        "traffic_bytes": cost.traffic,
+        "products_flops_per_second": products,
         "peak_flops_per_second": peak,
         "peak_bytes_per_second": bandwidth,
-        "utilisation": 1e3 * cost.total.flops / medians["step"] / peak,
+        "utilisation": 1e3 * cost.flops / medians["step"] / peak,
+        "roofline_ms": 1e3 * roofline,
         "step_over_roofline": medians["step"] / (1e3 * roofline),
         "variants_per_second": config.batch_size * (config.context.rollouts + 1) / medians["step"] * 1e3,
         "tokens_per_second": config.batch_size * config.context.window / medians["step"] * 1e3,
@@ -122,13 +135,17 @@ def _print(console: Console, report: dict[str, Any], times: dict[str, list[float
         low, middle, high = np.percentile(values, [25, 50, 75])
         table.add_row(part, f"{middle:.2f}", f"{low:.2f} .. {high:.2f}", f"{middle / report['step_ms']:.3f}")
     console.print(table)
-    console.out(
-        f"step / floor {report['step_over_floor']:.3f}, utilisation {report['utilisation']:.2f} of "
-        f"{report['peak_flops_per_second'] / 1e9:.0f} GFLOP/s, step / roofline {report['step_over_roofline']:.1f} with "
-        f"{report['peak_bytes_per_second'] / 1e9:.0f} GB/s, peak {report['peak_bytes'] / 2**20:.0f} MiB, "
-        f"compiles {report['compiles']}, {report['compile_seconds']:.0f} s",
-        highlight=False,
-    )
+    products = ", ".join(f"{each / 1e9:.0f} in {dtype}" for dtype, each in report["products_flops_per_second"].items())
+    for line in (
+        f"large products: {products} GFLOP/s; attention {report['attention']}",
+        f"peak {report['peak']}: {report['peak_flops_per_second'] / 1e9:.0f} GFLOP/s, "
+        f"{report['peak_bytes_per_second'] / 1e9:.0f} GB/s; roofline {report['roofline_ms']:.2f} ms",
+        f"step / floor {report['step_over_floor']:.3f}, step / roofline {report['step_over_roofline']:.1f}, "
+        f"utilisation {report['utilisation']:.2f}",
+        f"memory {report['peak_bytes'] / 2**20:.0f} MiB, compiles {report['compiles']}, "
+        f"{report['compile_seconds']:.0f} s",
+    ):
+        console.out(line, highlight=False)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from lensjax._settings import Bound, Count, Layers, Positive, PositiveInt, Width, above, require, settings
 from lensjax.context.working import Entries
-from lensjax.models.functional import Functional, checked
+from lensjax.models.functional import Functional, checked, in_tiles
 from lensjax.models.interfaces import Params
 from lensjax.models.nn.attend import Kernel
 from lensjax.models.nn.cache import KVCache
@@ -195,6 +195,8 @@ class BaseModel(Functional[BaseLM]):
     """Type of the matrix products."""
     kernel: Kernel = "xla"
     """What computes attention."""
+    tile: int = 1
+    """Entries are padded to a multiple of this for the layers: see `attend.tile`."""
 
     def _build(self, rngs: nnx.Rngs) -> BaseLM:
         return BaseLM(self.config, dtype=jnp.dtype(self.dtype), kernel=self.kernel, rngs=rngs)
@@ -242,7 +244,7 @@ class BaseModel(Functional[BaseLM]):
         Raises:
           ValueError: a shape does not fit.
         """
-        return self._bind(params)(*self._read(entries), checked("rows", rows, None))
+        return self._bind(params)(*in_tiles(self._read(entries), self.tile), checked("rows", rows, None))
 
     def init_cache(self, capacity: int) -> KVCache:
         """An empty cache.
@@ -334,7 +336,9 @@ class BaseModel(Functional[BaseLM]):
         Raises:
           ValueError: a shape does not fit.
         """
-        return self._bind(params).states(*self._read(entries)).astype(jnp.float32)
+        read = self._read(entries)
+        states = self._bind(params).states(*in_tiles(read, self.tile))
+        return states[: read[0].shape[0]].astype(jnp.float32)
 
     def truncate(self, cache: KVCache, length: Array) -> KVCache:
         """The cache without all but its first `length` entries, int32[]."""

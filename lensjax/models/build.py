@@ -9,7 +9,7 @@ from lensjax.models.decision import QUERIES
 from lensjax.models.gistnet import GistConfig, GistModel
 from lensjax.models.interfaces import Models
 from lensjax.models.lensnet import LensConfig, LensModel
-from lensjax.models.nn.attend import TILE, Choice, Kernel, Setting, choose
+from lensjax.models.nn.attend import Choice, Setting, choose, tile
 
 
 def build_models(
@@ -49,24 +49,12 @@ def build_models(
     if base.dim % gist.heads:
         raise ValueError(f"base.dim must be a multiple of gist.heads {gist.heads}, got {base.dim}")
     kernel = choose_attention(base, lens, dtype=dtype, attention=attention).kernel
-    rows = tile(kernel, jax.default_backend())
+    rows = tile(jax.default_backend())
     return Models(
-        base=BaseModel(base, dtype, kernel),
+        base=BaseModel(base, dtype, kernel, rows),
         gist=GistModel(gist, base.dim, block_size, dtype),
         lens=LensModel(lens, base.dim, max_lod, dtype, _state_dim(base, lens), kernel, rows),
     )
-
-
-def tile(kernel: Kernel, platform: str) -> int:
-    """What LensNet's entries are padded to a multiple of: the rows that a device multiplies at once.
-
-    On a GPU XLA puts the transposition of [heads, W, width] to [W, heads * width] into the product that follows. Over
-    contexts of W entries side by side that is a product of tiles of 16 rows or more, which a compiler as old as that of
-    JAX 0.10 cannot cut where W is no multiple of 16.
-    """
-    if kernel != "xla":
-        return TILE
-    return 1 if platform == "cpu" else 16
 
 
 def choose_attention(

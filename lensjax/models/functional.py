@@ -7,6 +7,7 @@ functions take one sequence; `jax.vmap` them over sequences and variants with th
 import abc
 from typing import Generic, TypeVar
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -15,6 +16,7 @@ from jax.typing import ArrayLike
 from lensjax.models.interfaces import Params
 
 Module = TypeVar("Module", bound=nnx.Module)
+Tree = TypeVar("Tree")
 
 
 class Functional(abc.ABC, Generic[Module]):
@@ -38,6 +40,16 @@ class Functional(abc.ABC, Generic[Module]):
     def init(self, key: Array) -> Params:
         """Fresh parameters. `key` is consumed."""
         return nnx.to_pure_dict(nnx.state(self._build(nnx.Rngs(key)), nnx.Param))
+
+
+def in_tiles(tree: Tree, tile: int) -> Tree:
+    """Arrays [S, ...] with rows of zeros behind them, up to a multiple of `tile` (see `attend.tile`)."""
+
+    def whole(rows: Array) -> Array:
+        more = -rows.shape[0] % tile
+        return jnp.pad(rows, [(0, more)] + [(0, 0)] * (rows.ndim - 1)) if more else rows
+
+    return jax.tree.map(whole, tree)
 
 
 def checked(name: str, values: ArrayLike, *shape: int | None) -> Array:

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from lensjax._settings import Layers, Width, require, settings
 from lensjax.context.working import BLOCKS_BEFORE, Entries
-from lensjax.models.functional import Functional, checked
+from lensjax.models.functional import Functional, checked, in_tiles
 from lensjax.models.interfaces import Params
 from lensjax.models.nn.attend import Kernel
 from lensjax.models.nn.layers import SwiGLU, linear, rms_norm
@@ -220,7 +220,7 @@ class LensModel(Functional[LensNet]):
     kernel: Kernel = "xla"
     """What computes attention."""
     tile: int = 1
-    """Entries are padded to a multiple of this for the layers: see `build.tile`."""
+    """Entries are padded to a multiple of this for the layers: see `attend.tile`."""
 
     def _build(self, rngs: nnx.Rngs) -> LensNet:
         return LensNet(
@@ -278,12 +278,5 @@ class LensModel(Functional[LensNet]):
         for name in ("lods", "spans", "distances", "valid"):
             checked(f"entries.{name}", getattr(entries, name), embeddings.shape[0])
         count = embeddings.shape[0]
-        scores, features = self._bind(params)(_padded(entries, -count % self.tile))
+        scores, features = self._bind(params)(in_tiles(entries, self.tile))
         return scores[:count], features[:count]
-
-
-def _padded(entries: Entries, more: int) -> Entries:
-    """Entries and so many behind them that are not valid."""
-    if more == 0:
-        return entries
-    return jax.tree.map(lambda each: jnp.pad(each, [(0, more)] + [(0, 0)] * (each.ndim - 1)), entries)

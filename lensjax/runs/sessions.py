@@ -41,8 +41,8 @@ class Saved:
     @property
     def models(self) -> Models:
         """The models, built anew."""
-        shape = {"block_size": self.session.geometry.block_size, "max_lod": self.max_lod}
-        return build_models(self.base, self.gist, self.lens, **shape, dtype=self.dtype)
+        size = self.session.geometry.block_size
+        return build_models(self.base, self.gist, self.lens, block_size=size, max_lod=self.max_lod, dtype=self.dtype)
 
 
 def save(session: Session, state: SessionState, folder: str | Path) -> Path:

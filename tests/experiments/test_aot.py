@@ -61,6 +61,7 @@ def test_a_step_that_does_not_compile_is_told(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("program", "names"),
     [
+        pytest.param("floor", {"floor"}, marks=pytest.mark.slow),
         pytest.param("pretrain", {"pretrain_step"}, marks=pytest.mark.slow),
         ("session", {"session.read", "session.decide", "session.show"}),
     ],

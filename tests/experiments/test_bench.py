@@ -36,6 +36,13 @@ def test_a_shape_is_measured(tiny, tmp_path):
     assert set(parts) == {"tree", "rollouts", "materialise", "nll", "lens", "anchor", "objective", "optimizer"}
     assert all(value > 0 for value in parts.values())
     assert report["lens_losses_share"] == pytest.approx(parts["objective"] / report["step_ms"])
+    peak, bandwidth = report["peak_flops_per_second"], report["peak_bytes_per_second"]
+    assert (
+        peak == report["products_flops_per_second"]["float32"] and report["products_flops_per_second"]["bfloat16"] > 0
+    )
+    longest = max(report["flops"] / peak, report["traffic_bytes"] / bandwidth)
+    assert report["roofline_ms"] == pytest.approx(1e3 * longest)
+    assert report["step_over_roofline"] == pytest.approx(report["step_ms"] / 1e3 / longest)
     assert any((tmp_path / "traces" / "small").rglob("*.xplane.pb"))
 
 

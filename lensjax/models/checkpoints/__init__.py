@@ -14,6 +14,8 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+import jax
+
 from lensjax._settings import require
 from lensjax.models.base_lm import BaseConfig, BaseModel
 from lensjax.models.checkpoints import gguf_file, huggingface
@@ -21,7 +23,7 @@ from lensjax.models.checkpoints.files import is_gguf, weight_files
 from lensjax.models.checkpoints.files import sha256 as sha256
 from lensjax.models.checkpoints.tensors import Checkpoint, load
 from lensjax.models.interfaces import Params
-from lensjax.models.nn.attend import choose
+from lensjax.models.nn.attend import choose, tile
 
 __all__ = ["load_language_model", "load_params", "read_config", "sha256", "weight_files"]
 
@@ -96,7 +98,7 @@ def load_language_model(path: str | Path, dtype: Dtype = "float32") -> tuple[Bas
     checkpoint = _open(Path(path))
     params = load(checkpoint, dtype)
     kernel = choose("auto", dtype=dtype, widths={"the width of its heads": checkpoint.config.head_width}).kernel
-    return BaseModel(checkpoint.config, dtype, kernel), params
+    return BaseModel(checkpoint.config, dtype, kernel, tile(jax.default_backend())), params
 
 
 def _open(path: Path) -> Checkpoint:

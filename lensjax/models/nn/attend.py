@@ -74,6 +74,16 @@ def choose(attention: Setting, *, dtype: DTypeLike, widths: Mapping[str, int]) -
     return Choice(attention)
 
 
+def tile(platform: str) -> int:
+    """What a context's entries are padded to a multiple of: the rows that a device multiplies at once.
+
+    On a GPU XLA puts the transposition of [heads, S, width] to [S, heads * width] into the product that follows. Over
+    contexts of S entries side by side that is a product of tiles of 16 rows or more, which the compiler of JAX 0.10
+    cannot cut where S is no multiple of 16 ("Couldn't find output tile sizes").
+    """
+    return 1 if platform == "cpu" else 16
+
+
 def _platform() -> str:
     """The kind of device that JAX computes on: cpu, cuda, rocm, tpu."""
     found = backend.get_backend()
