@@ -16,6 +16,8 @@ RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
 SMOL_FLAGS := --draws 2 --batch-size 2 --oracle-rounds 0
+# The preset of `make smol`: the larger one where there is a GPU or TPU. SMOL=smol_large names one.
+SMOL ?= $(shell $(RUN) -c 'import jax; print("smol" if jax.default_backend() == "cpu" else "smol_large")')
 
 .PHONY: help venv corpus demo recall query signals evaluate-recall evaluate-tracking evaluate-stdlib stream ablate rlan arc adapt quiet-star \
     smol evaluate-smol smollm2 test test-slow test-all test-matrix docs site lint format release constraints clean
@@ -42,14 +44,14 @@ demo: $(STAMP) ## Pretrain, train, evaluate and draw pictures, into the next fre
 corpus: $(STAMP) ## Make a folder of long prose from Debian's packages, works held out, into runs/corpus
 	$(RUN) -m experiments.corpus --output-dir runs/corpus
 
-smol: smollm2 ## Train and measure on a real language model, SmolLM2-135M, and prose, into runs/smol
+smol: smollm2 ## Train and measure on a real language model, SmolLM2-135M, and prose, into runs/smol (on a GPU larger)
 	[ -d runs/corpus ] || $(MAKE) corpus
-	$(RUN) -m experiments.train smol
-	$(RUN) -m experiments.evaluate runs/smol --budgets 4 --sequences 32 $(SMOL_FLAGS)
+	preset=$(SMOL); $(RUN) -m experiments.train $$preset && \
+	$(RUN) -m experiments.evaluate runs/$$preset --budgets 4 --sequences 32 $(SMOL_FLAGS)
 
 evaluate-smol: smollm2 ## All policies on 128 windows at 2x, 4x and 8x, in some hours without a GPU
-	[ -d runs/smol ] || $(MAKE) smol
-	$(RUN) -m experiments.evaluate runs/smol --budgets 4 8 2 --sequences 128 --draws 4 --oracle-rounds 0 \
+	preset=$(SMOL); [ -d runs/$$preset ] || $(MAKE) smol SMOL=$$preset && \
+	$(RUN) -m experiments.evaluate runs/$$preset --budgets 4 8 2 --sequences 128 --draws 4 --oracle-rounds 0 \
 	    --name evaluation-128
 
 recall: $(STAMP) ## Prove on a task with known answers that LensNet learns, into runs/recall
