@@ -29,6 +29,8 @@ from lensjax.models.gistnet import GistConfig
 from lensjax.models.lensnet import LensConfig
 from lensjax.runs.config import Config
 from lensjax.runs.load import Trained, load
+from lensjax.runs.sessions import load as load_session
+from lensjax.runs.sessions import save as save_session
 from lensjax.session import Session, SessionConfig
 from lensjax.training.hyperparameters import Hyperparameters
 from lensjax.training.nll import variant_nll
@@ -78,11 +80,13 @@ __all__ = [
     "init_train_state",
     "lens_objective",
     "load",
+    "load_session",
     "losses",
     "make_optimizer",
     "materialise",
     "recency",
     "sample_rollouts",
+    "save_session",
     "score_variants",
     "select_pairs",
     "span_targets",

@@ -1,26 +1,28 @@
 """Reads a long stream through a session: what are its working contexts worth, are they legal, and what do they cost?
 
     python -m experiments.studies.stream --run runs/stdlib --tokens 100000 --output-dir runs/stream
-    python -m experiments.studies.stream --tokens 1000000 --output-dir runs/stream-fresh        models as initialised
+    python -m experiments.studies.stream --tokens 10000000 --output-dir runs/stream-fresh       models as initialised
 
 Text runs read the files of their test split one after another, recall runs random tokens in which earlier blocks come
 again. Every context is checked, and every token's cost taken. Of a run, `summary.json` and `quality.csv` also compare
 the session with others on the same stream: a sliding window of as many tokens in full as the session has entries, the
 session with other scores than LensNet's (by age; random), and the whole history in full, which has no budget. Intervals
-are paired, over consecutive stretches of the stream. Models as they are initialised say nothing of quality.
+are paired, over consecutive stretches of the stream. Models as they are initialised say nothing of quality; their
+contexts reach back to the first of 16 million tokens.
 
-Leaves these, a row of `metrics.jsonl` for each percent of the stream, `quality.png`, and a map of what was shown in the
-first refocus steps, `stream_start.png`.
+`--until 25` stops after so many percent of the stream and leaves the session, `--resume` goes on with it in another
+process. Each row of `metrics.jsonl` has a SHA-256 of the losses and of all that the session has on the device, so that
+two ways to read one stream can be compared to the bit.
+
+Leaves these, a row of `metrics.jsonl` for each percent of the stream, `cost.png`, `quality.png`, and a map of what was
+shown in the first refocus steps, `stream_start.png`.
 """
 
-import itertools
 import json
-import mmap
 import time
-from collections import deque
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -28,31 +30,34 @@ from rich.console import Console
 from rich.progress import Progress
 
 from experiments import command
-from experiments.studies import stream_rivals
+from experiments.studies import stream_cost, stream_rivals
 from experiments.studies.stream_rivals import STRETCHES
 from experiments.studies.stream_watch import Watch
 from experiments.tables import write_json
 from lensjax import _settings
-from lensjax._settings import PositiveInt, Seed, settings
+from lensjax._settings import Bound, PositiveInt, Seed, settings
 from lensjax.models.base_lm import BaseConfig
 from lensjax.models.lensnet import LensConfig
 from lensjax.plots import style
 from lensjax.plots.maps import stream_map
+from lensjax.plots.stream import stream_cost as draw_cost
+from lensjax.runs import sessions
 from lensjax.runs.config import Config
 from lensjax.runs.data import corpus as data
 from lensjax.runs.data.task import DataConfig
 from lensjax.runs.engine.progress import has_bars
 from lensjax.runs.load import load_params
 from lensjax.runs.store import config_file, run_folder
-from lensjax.session import Session
+from lensjax.session import Session, SessionState
 from lensjax.training.hyperparameters import Hyperparameters
 from lensjax.training.scoring import ContextConfig
 
 FRESH = Config(
     base=BaseConfig(dim=32, layers=2, heads=4, kv_heads=2, mlp_dim=64),
     lens=LensConfig(dim=32, layers=1, heads=4, mlp_dim=64),
-    context=ContextConfig(window=544, block_size=4, max_lod=3, horizon=32, recent_tokens=8),
-    hyper=Hyperparameters(context_start=0.5, context_end=0.25),
+    # Contexts of 128 entries cover all of 16 million tokens.
+    context=ContextConfig(window=2**24 + 32, block_size=8, max_lod=7, horizon=32, recent_tokens=8),
+    hyper=Hyperparameters(context_start=128 / 2**24, context_end=128 / 2**24),
     data=DataConfig(task="recall"),
 )
 PERCENT = range(1, 101)
@@ -69,6 +74,12 @@ class Arguments:
     output_dir: Path = Path("runs/stream")
     interval: PositiveInt | None = None
     """Tokens between two refocus steps; None for the run's horizon, which is how LensNet was trained."""
+    history: PositiveInt | None = None
+    """Tokens that a decision can reach; None for as many as in training, with fresh models for 16 million."""
+    until: Annotated[int, Bound(1, 100)] = 100
+    """Percent of the stream after which to stop and to leave the session, for `resume`."""
+    resume: bool = False
+    """Whether to go on with what is in the output folder; all else must be as it was. Neither is for `run`."""
     seed: Seed = 0
     """Of the recall stream, of random scores, of an allocator that samples, and of fresh models."""
 
@@ -79,31 +90,45 @@ def main(words: list[str] | None = None) -> None:
 
 
 def stream(arguments: Arguments) -> dict[str, Any]:
-    """Reads the whole stream, and returns what `summary.json` holds.
+    """Reads the whole stream, and returns what `summary.json` holds; nothing where it is stopped before.
 
     Raises:
       ValueError: an argument is bad (nothing is written), or a context is not legal (all but the comparison is).
       FloatingPointError: a loss is not finite; likewise.
     """
     config, session, tokens = _prepare(arguments)
-    folder, console = run_folder.create_run(arguments.output_dir, config), Console()
+    console, folder = Console(), arguments.output_dir
+    if arguments.resume:
+        session, state, rows = _stopped(arguments, session, tokens)
+    else:
+        run_folder.create_run(folder, config)
+        state, rows = session.init(arguments.seed), []
     console.out(f"run folder {folder}, {jax.default_backend()}, seed {arguments.seed}", highlight=False)
-    watch, rows = Watch(session), []
+    watch = Watch(session, steps=state.read // session.config.interval)
     models_of = "fresh models" if arguments.run is None else f"{config.data.task}, seed {config.seed}"
     name = f"{models_of}: {arguments.tokens:,} tokens read through {config.budget} entries"
+    left = range(len(rows) + 1, arguments.until + 1)
     with (
-        (folder / "metrics.jsonl").open("w") as file,
+        (folder / "metrics.jsonl").open("a") as file,
         Progress(console=console, transient=True, disable=not has_bars(console)) as progress,
     ):
-        for row in progress.track(_read(session, tokens, watch, arguments), total=len(PERCENT)):
+        for percent in progress.track(left):
+            state, row = _read(session, state, tokens, watch, percent)
             rows.append(row)
             file.write(json.dumps(row) + "\n")
             file.flush()
-    summary = _summary(arguments, config, rows)
+    if not arguments.resume:
+        with style.attempt(folder / "stream_start.png") as path:
+            stream_map(watch.map_of_first_steps(f"{name}: the first refocus steps"), path)
+    if arguments.until < PERCENT[-1]:
+        place = sessions.save(session, state, folder / f"session-{arguments.until}")
+        console.out(f"stopped at token {state.read:,}: the session is in {place}", highlight=False)
+        return {}
+    summary = stream_cost.summarise(arguments, config, session, rows)
     write_json(summary, folder / "summary.json")
-    with style.attempt(folder / "stream_start.png") as path:
-        stream_map(watch.map_of_first_steps(f"{name}: the first refocus steps"), path)
-    _print_summary(console, summary)
+    with style.attempt(folder / "cost.png") as path:
+        draw_cost(stream_cost.curves(name, rows), path)
+    stream_cost.print_summary(console, summary)
     _raise_faults(folder, summary)
     if arguments.run is not None:
         console.out("measuring the others on the same stream", highlight=False)
@@ -121,6 +146,8 @@ def _prepare(arguments: Arguments) -> tuple[Config, Session, np.ndarray]:
     needed = len(PERCENT) * interval
     if arguments.run is not None:
         needed = max(needed, stored.context.history + (STRETCHES + 1) * interval)
+        if arguments.resume or arguments.until < PERCENT[-1]:
+            raise ValueError("until and resume are for fresh models, whose session is not compared: leave out run")
     if arguments.tokens < needed:
         raise ValueError(
             f"tokens must be at least {needed}, so that each percent of the stream holds an interval of {interval}, "
@@ -128,11 +155,13 @@ def _prepare(arguments: Arguments) -> tuple[Config, Session, np.ndarray]:
             "interval"
         )
     folder = arguments.output_dir
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not arguments.resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is not empty: choose another --output-dir")
     # The history stays what LensNet was trained on, whatever the interval.
     shape = {"context.horizon": interval, "context.window": stored.context.history + interval}
     config = _settings.replace(stored, seed=arguments.seed, output_dir=str(folder), **shape)
+    history = arguments.history or config.geometry.history
+    reach = replace(config.session, geometry=replace(config.geometry, history=history))
     tokens = stream_tokens(config, arguments.tokens)
     models = config.build_models()
     if arguments.run is None:
@@ -141,7 +170,25 @@ def _prepare(arguments: Arguments) -> tuple[Config, Session, np.ndarray]:
         params = dict(zip(("base", "gist", "lens"), fresh, strict=True))
     else:
         params = load_params(arguments.run, stored, models, ("base", "gist", "lens"))
-    return config, Session(models, params, config.session), tokens
+    return config, Session(models, params, reach), tokens
+
+
+def _stopped(arguments: Arguments, session: Session, tokens: np.ndarray) -> tuple[Session, SessionState, list[Row]]:
+    """The session that was left in the output folder, all that it remembers, and the rows so far."""
+    folder = arguments.output_dir
+    left = [int(path.name.removeprefix("session-")) for path in folder.glob("session-*")]
+    if not left:
+        raise FileNotFoundError(f"{folder} holds no session to resume: read until some percent of the stream first")
+    loaded, state = sessions.load(folder / f"session-{max(left)}")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    history = state.history
+    is_same = rows[-1]["tokens_read"] == state.read == _ends(len(tokens), session.config.interval)[len(rows) - 1]
+    is_same &= np.array_equal(
+        history.tokens.between(history.forgotten, state.read), tokens[history.forgotten : state.read]
+    )
+    if not is_same or loaded.config != session.config or loaded.models != session.models:
+        raise ValueError(f"{folder} holds the session of another stream: give the arguments that it was begun with")
+    return loaded, state, rows
 
 
 def stream_tokens(config: Config, count: int) -> np.ndarray:
@@ -151,7 +198,7 @@ def stream_tokens(config: Config, count: int) -> np.ndarray:
       ValueError: the test split is shorter, or the task has no stream.
     """
     if config.data.task == "recall":
-        return np.fromiter(itertools.chain.from_iterable(_recall_blocks(config)), np.int32, count)
+        return _recall_stream(config, count)
     if not config.data.is_text:
         raise ValueError(
             f"data.task {config.data.task!r} is of windows that have nothing to do with each other, and no stream: "
@@ -166,112 +213,47 @@ def stream_tokens(config: Config, count: int) -> np.ndarray:
     return row[:count].astype(np.int32)
 
 
-def _recall_blocks(config: Config) -> Iterator[list[int]]:
-    """Random blocks without end; every other one, on average, repeats one that the session may still hold."""
+def _recall_stream(config: Config, count: int) -> np.ndarray:
+    """Random blocks; every other one, on average, repeats one that the session may still hold."""
     random, size = np.random.default_rng(config.seed), config.context.block_size
-    earlier: deque[list[int]] = deque(maxlen=config.context.history // size)
-    while True:
-        if earlier and random.random() < 0.5:
-            block = earlier[random.integers(len(earlier))]
-        else:
-            block = random.integers(config.base.vocab_size, size=size).tolist()
-        earlier.append(block)
-        yield block
+    blocks = random.integers(config.base.vocab_size, size=(-(-count // size), size), dtype=np.int32)
+    place = np.arange(len(blocks))
+    earlier = place - 1 - (random.random(len(blocks)) * np.minimum(place, config.context.history // size)).astype(int)
+    for one in np.flatnonzero((random.random(len(blocks)) < 0.5) & (place > 0)):
+        blocks[one] = blocks[earlier[one]]
+    return blocks.ravel()[:count]
 
 
-def _read(session: Session, tokens: np.ndarray, watch: Watch, arguments: Arguments) -> Iterator[Row]:
-    """Reads the stream, and gives a row for each percent of it; all but the last are whole intervals."""
-    interval = session.config.interval
-    steps = len(tokens) // interval
-    ends = [steps * percent // 100 * interval for percent in PERCENT]
-    ends[-1] = len(tokens)
-    state, start = session.init(arguments.seed), 0
-    for percent, end in zip(PERCENT, ends, strict=True):
-        started = time.perf_counter()
-        state, losses = session.append(state, tokens[start:end], on_refocus=watch.look)
-        jax.block_until_ready(state)
-        seconds = time.perf_counter() - started
-        yield {
-            "percent": percent,
-            "tokens_read": end,
-            "seconds": seconds,
-            "microseconds_per_token": 1e6 * seconds / (end - start),
-            "nll": _number(losses.mean()),
-            "losses_not_finite": int(np.sum(~np.isfinite(losses))),
-            **watch.collect(losses),
-            "device_bytes": _device_bytes(),
-            "process_bytes": _process_bytes(),
-        }
-        start = end
+def _ends(tokens: int, interval: int) -> list[int]:
+    """Tokens before the end of each percent of the stream; all but the last end with an interval."""
+    ends = [tokens // interval * percent // 100 * interval for percent in PERCENT]
+    return [*ends[:-1], tokens]
 
 
-def _device_bytes() -> int:
-    """Memory of all arrays on the devices."""
-    buffers = [shard.data for array in jax.live_arrays() for shard in array.addressable_shards]
-    # On a CPU an array that was fetched is listed twice, with one buffer.
-    return sum({buffer.unsafe_buffer_pointer(): buffer.nbytes for buffer in buffers}.values())
-
-
-def _process_bytes() -> int | None:
-    """Memory that this process has; None where the system does not say."""
-    path = Path("/proc/self/statm")
-    return int(path.read_text().split()[1]) * mmap.PAGESIZE if path.exists() else None
-
-
-def _number(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
-
-
-def _summary(arguments: Arguments, config: Config, rows: list[Row]) -> Row:
-    def total(name: str) -> int:
-        return sum(row[name] for row in rows)
-
-    def microseconds(first: int, last: int) -> float:
-        """Of one token, in the percents from `first` to `last`."""
-        start = rows[first - 2]["tokens_read"] if first > 1 else 0
-        return 1e6 * sum(row["seconds"] for row in rows[first - 1 : last]) / (rows[last - 1]["tokens_read"] - start)
-
-    sampled = [row for row in rows if row["percent"] == 1 or row["percent"] % 10 == 0]
-    early, late = microseconds(2, 10), microseconds(91, 100)
-    return {
-        "run": None if arguments.run is None else str(arguments.run),
-        "task": config.data.task,
-        "tokens": arguments.tokens,
-        "seed": arguments.seed,
-        "interval": config.context.horizon,
-        "history": config.context.history,
-        "entries": config.budget,
-        "refocus_steps": total("refocus_steps"),
-        "illegal_steps": total("illegal_steps"),
-        "first_illegal_step": next((row["first_illegal_step"] for row in rows if row["first_illegal_step"]), None),
-        "broken_invariants": [
-            name.removeprefix("broke_") for name in rows[0] if name.startswith("broke_") and total(name)
-        ],
-        "losses_not_finite": total("losses_not_finite"),
-        "nll_by_tenth": [_mean(rows[tenth : tenth + 10], "nll") for tenth in range(0, 100, 10)],
-        "swap_rate": _mean(rows, "swap_rate"),
-        "seconds": round(sum(row["seconds"] for row in rows), 1),
-        "tokens_per_second": round(1e6 / microseconds(2, 100)),
-        "microseconds_per_token_early": early,
-        "microseconds_per_token_late": late,
-        "late_over_early": late / early,
-        "device_bytes": {f"{row['percent']} %": row["device_bytes"] for row in sampled},
-        "process_bytes": {f"{row['percent']} %": row["process_bytes"] for row in sampled},
+def _read(
+    session: Session, state: SessionState, tokens: np.ndarray, watch: Watch, percent: int
+) -> tuple[SessionState, Row]:
+    """Reads a percent of the stream; its row."""
+    start, end = state.read, _ends(len(tokens), session.config.interval)[percent - 1]
+    started, cpu_started = time.perf_counter(), time.process_time()
+    state, losses = session.append(state, tokens[start:end], on_refocus=watch.look)
+    jax.block_until_ready(state.view)
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    return state, {
+        "percent": percent,
+        "tokens_read": end,
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "microseconds_per_token": 1e6 * seconds / (end - start),
+        "nll": stream_cost.number(losses.mean()),
+        "losses_not_finite": int(np.sum(~np.isfinite(losses))),
+        **watch.collect(losses),
+        "entries": int(state.view.cached),
+        "device_bytes": stream_cost.device_bytes(),
+        "history_bytes": state.history.nbytes,
+        "process_bytes": stream_cost.process_bytes(),
+        "sha256": stream_cost.digest(state, losses),
     }
-
-
-def _mean(rows: list[Row], name: str) -> float | None:
-    values = [row[name] for row in rows]
-    return None if None in values else float(np.mean(values))
-
-
-def _print_summary(console: Console, summary: Row) -> None:
-    for name in ("refocus_steps", "illegal_steps", "losses_not_finite", "seconds", "tokens_per_second"):
-        console.out(f"  {name:<32}{summary[name]:>12,}", highlight=False)
-    for name in ("microseconds_per_token_early", "microseconds_per_token_late", "late_over_early"):
-        console.out(f"  {name:<32}{summary[name]:>12.3f}", highlight=False)
-    device = list(summary["device_bytes"].values())
-    console.out(f"  {'device_bytes':<32}{min(device):>12,} to {max(device):,}", highlight=False)
 
 
 def _raise_faults(folder: Path, summary: Row) -> None:

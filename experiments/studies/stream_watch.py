@@ -22,29 +22,33 @@ Row = dict[str, Any]
 class Watch:
     """Checks every context; remembers what each was worth and how long it was, and what the first ones showed."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, *, steps: int = 0) -> None:
+        """Of a session that has made so many refocus steps before."""
         self.session = session
         self._check = jax.jit(self._checked)
         self._tally = _no_tally()
-        self._steps = 0
-        self._entries: list[Any] = []
+        self._steps = steps
+        self._new_entries: list[Any] = []
+        self._entries: list[int] = []
         self._frames: list[Any] = []
         self._losses: list[np.ndarray] = []
 
     def look(self, state: SessionState, report: Refocus) -> None:
         """Called after every refocus step; fetches nothing, so that the device is not waited for."""
         self._steps += 1
-        seen = {"context": state.context, "held": state.tree.length, "cached": state.cache.length}
+        view = state.view
+        seen = {"context": view.context, "held": view.held, "cached": view.cache.length}
         self._tally = self._check(self._tally, seen, report, self._steps)
-        self._entries.append(jnp.copy(state.cache.length))
+        self._new_entries.append(view.cache.length)
         if self._steps <= FIRST_STEPS:
-            frame = seen | {"first": state.forgotten, "swap_rate": report.swap_rate}
-            self._frames.append(jax.tree.map(jnp.copy, frame))
+            self._frames.append(seen | {"first": view.forgotten, "swap_rate": report.swap_rate})
 
     def collect(self, losses: np.ndarray) -> Row:
         """What was seen since the last call; `losses` are those of the tokens read since then."""
         tally, self._tally = jax.device_get(self._tally), _no_tally()
-        self._entries, self._frames = jax.device_get((self._entries, self._frames))
+        entries, self._frames = jax.device_get((self._new_entries, self._frames))
+        self._entries += map(int, entries)
+        self._new_entries = []
         steps, interval = int(tally["refocus_steps"]), self.session.config.interval
         self._losses.append(losses[: steps * interval].reshape(steps, interval))
         swap_rate = float(tally.pop("swap_rate")) / steps
@@ -83,7 +87,8 @@ class Watch:
         """int8[C]."""
         geometry, lods = self.session.config.geometry, frame["context"].lod[frame["context"].valid]
         cut = np.repeat(lods, geometry.block_size**lods)
-        return np.pad(cut, (0, geometry.history - len(cut)), constant_values=MISSING).astype(np.int8)
+        most = min(geometry.history, FIRST_STEPS * self.session.config.interval)
+        return np.pad(cut, (0, most - len(cut)), constant_values=MISSING).astype(np.int8)
 
     def _checked(self, tally: dict[str, Array], seen: Row, report: Refocus, step: Array) -> dict[str, Array]:
         geometry, held = self.session.config.geometry, seen["held"]

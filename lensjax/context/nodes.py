@@ -68,19 +68,25 @@ def pool_tokens(values: ArrayLike, geometry: Geometry) -> Array:
     Where a token of it has +inf, a node has +inf; else, where one has -inf, -inf; and NaN wherever one has NaN.
     """
     level, size, means = jnp.asarray(values), geometry.block_size, []
-    # A power of two, which rounds nothing: so small that no sum of `size` differences overflows.
-    scale = 0.5 ** (size.bit_length() + 1)
     for lod in range(1, geometry.max_lod + 1):
         blocks = geometry.blocks(lod)
-        members = level[: blocks * size].reshape(blocks, size)
-        small = members * scale
-        # As a difference from the first: rounding must not tell apart equal scores, or ties would be swapped.
-        mean = (small[:, 0] + (small - small[:, :1]).mean(axis=1)) / scale
-        low, high = members.min(axis=1), members.max(axis=1)
-        extreme = jnp.where(high == jnp.inf, high, low)
-        level = jnp.where(jnp.isfinite(extreme), mean, extreme)
+        level = mean_of(level[: blocks * size].reshape(blocks, size))
         means.append(level)
     return jnp.concatenate(means)
+
+
+def mean_of(members: Array) -> Array:
+    """Mean over the K members of each block, float32[n, K] to float32[n]; infinities and NaN as in `pool_tokens`."""
+    # A power of two, which rounds nothing: so small that no sum of K differences overflows.
+    scale = 0.5 ** (members.shape[1].bit_length() + 1)
+    small = members * scale
+    # As a difference from the first: rounding must not tell apart equal scores, or ties would be swapped.
+    mean = (small[:, 0] + (small - small[:, :1]).mean(axis=1)) / scale
+    low, high = members.min(axis=1), members.max(axis=1)
+    extreme = jnp.where(high == jnp.inf, high, low)
+    # Asked for by name: the least and the greatest of several numbers at once are not NaN wherever one of them is.
+    extreme = jnp.where(jnp.isnan(members).any(axis=1), jnp.nan, extreme)
+    return jnp.where(jnp.isfinite(extreme), mean, extreme)
 
 
 def of_blocks(values: ArrayLike, geometry: Geometry) -> Array:

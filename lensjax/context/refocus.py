@@ -12,7 +12,7 @@ from lensjax.context import allocator
 from lensjax.context import working as contexts
 from lensjax.context.allocator import FocusConfig, FocusInfo, FocusState
 from lensjax.context.geometry import Geometry
-from lensjax.context.working import WorkingContext
+from lensjax.context.working import MISSING, WorkingContext
 
 ScoreFn = Callable[[WorkingContext], Array]
 """A policy before one history: from a working context of it to float32[W], the scores of the entries."""
@@ -129,8 +129,9 @@ def cold_start(
 
 def swap_rate(before: WorkingContext, after: WorkingContext, geometry: Geometry) -> Array:
     """Share of a context's entries that the one before it did not hold, float32[]; of what the base model reads."""
-    # Spans of one level start where no other span of that level does: start and level name an entry.
-    was = jnp.take(contexts.to_cut(before, geometry), after.start, mode="clip")
-    is_new = contexts.is_entry(after, geometry) & (was != after.lod)
+    # Spans of one level start where no other span of that level does: start and level name a row.
+    row, was = jnp.searchsorted(before.start, after.start), jnp.where(before.valid, before.lod, MISSING)
+    start, lod = (jnp.take(rows, row, mode="fill", fill_value=MISSING) for rows in (before.start, was))
+    is_new = contexts.is_entry(after, geometry) & ((start != after.start) | (lod != after.lod))
     count = contexts.entry_count(after, geometry)
     return jnp.sum(is_new, dtype=jnp.float32) / jnp.maximum(count, 1).astype(jnp.float32)

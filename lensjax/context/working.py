@@ -228,22 +228,49 @@ def materialise(tree: TreeState, context: WorkingContext) -> Entries:
       >>> entries.embeddings[:, 0].tolist(), entries.valid.tolist()
       ([2.0, 5.0, 7.0, 0.0], [True, True, True, False])
     """
-    valid = context.valid
-    width = spans(context, block_size=tree.block_size).astype(jnp.float32)
-    positions = jnp.where(valid, context.start.astype(jnp.float32) + (width - 1) / 2, 0.0)
-    distances = jnp.where(valid, (tree.length - 1).astype(jnp.float32) - positions, 0.0)
     embeddings = trees.lookup(tree, context.start, context.lod)
     block = context.start // tree.block_size * tree.block_size
     has_gist = (context.lod == 0) & (block + tree.block_size <= tree.length)
     blocks = jnp.where(has_gist[:, None], trees.lookup(tree, block, jnp.ones_like(block)), embeddings)
     states = trees.lookup_states(tree, context.start, before=BLOCKS_BEFORE) if tree.states else None
+    return entries(context, embeddings, blocks, tree.length, block_size=tree.block_size, states=states)
+
+
+def entries(
+    context: WorkingContext,
+    embeddings: Array,
+    blocks: Array,
+    held: ArrayLike,
+    *,
+    block_size: int,
+    origin: ArrayLike = 0,
+    states: Array | None = None,
+) -> Entries:
+    """What models read about a context whose rows are at hand.
+
+    Args:
+      context: W entries.
+      embeddings: float[W, D].
+      blocks: float[W, D], see `Entries`.
+      held: int32[], tokens of the history; the last one is the cursor.
+      block_size: children per gist K.
+      origin: int32[], the token from which positions count.
+      states: float[W, 5 F], see `Entries`.
+
+    Returns:
+      `Entries` of W rows, zero at padding.
+    """
+    valid = context.valid
+    width = spans(context, block_size=block_size).astype(jnp.float32)
+    positions = jnp.where(valid, (context.start - origin).astype(jnp.float32) + (width - 1) / 2, 0.0)
+    last = (jnp.asarray(held, jnp.int32) - 1 - origin).astype(jnp.float32)
     return Entries(
         embeddings=jnp.where(valid[:, None], embeddings, 0),
         blocks=jnp.where(valid[:, None], blocks, 0),
         positions=positions,
         lods=context.lod,
         spans=width,
-        distances=distances,
+        distances=jnp.where(valid, last - positions, 0.0),
         valid=valid,
         states=None if states is None else jnp.where(valid[:, None], states, 0),
     )

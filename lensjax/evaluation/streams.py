@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from lensjax.context import working as contexts
 from lensjax.models import Models, Params, decision
-from lensjax.session import SessionState
+from lensjax.session import View
 from lensjax.training import key_tokens, nll
 from lensjax.training.scoring import ContextConfig
 
@@ -18,37 +18,37 @@ _AT_ONCE = 16
 """Windows that the base model reads at a time."""
 
 
-def collapse_oldest(params: dict[str, Params], state: SessionState) -> Array:
+def collapse_oldest(params: dict[str, Params], view: View) -> Array:
     """A session's policy (`session.Policy`) that knows the age of an entry and nothing else: the oldest collapse first.
 
     Args:
       params: not read.
-      state: the session.
+      view: of the session.
 
     Returns:
       float32[W + H]: from -1 for the oldest token held to 1 for the newest, 0 at padding.
     """
     del params
-    context, held = state.context, state.tree.length.astype(jnp.float32)
-    span = contexts.spans(context, block_size=state.tree.block_size).astype(jnp.float32)
+    context, held = view.context, view.held.astype(jnp.float32)
+    span = contexts.spans(context, block_size=view.block_size).astype(jnp.float32)
     centre = context.start.astype(jnp.float32) + (span - 1) / 2
     return jnp.where(context.valid, 2 * centre / jnp.maximum(held - 1, 1) - 1, 0.0)
 
 
-def random_scores(params: dict[str, Params], state: SessionState) -> Array:
+def random_scores(params: dict[str, Params], view: View) -> Array:
     """A session's policy that draws every score, uniform in [-1, 1), anew at every refocus step.
 
     Args:
       params: not read.
-      state: the session; read are its key and position.
+      view: of the session; read are its key and position.
 
     Returns:
       float32[W + H].
     """
     del params
     # The allocator may draw with the step's own key.
-    key = jax.random.fold_in(jax.random.fold_in(state.key, state.read), 1)
-    return jax.random.uniform(key, state.context.start.shape, minval=-1.0, maxval=1.0)
+    key = jax.random.fold_in(jax.random.fold_in(view.key, view.read), 1)
+    return jax.random.uniform(key, view.context.start.shape, minval=-1.0, maxval=1.0)
 
 
 def window_token_nll(

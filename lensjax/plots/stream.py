@@ -1,4 +1,4 @@
-"""What a session's working contexts were worth along a stream, beside those of its rivals."""
+"""What a session's working contexts were worth along a stream, beside those of its rivals, and what they cost."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -119,3 +119,43 @@ def _draw_means(ax: Axes, quality: StreamQuality, styles: Mapping[str, dict[str,
     ax.set_yticks(range(len(labels)), labels=labels, parse_math=False)
     ax.set_ylim(len(labels) - 0.5, -0.5)
     ax.xaxis.set_major_locator(MaxNLocator(5))
+
+
+@dataclass(frozen=True)
+class StreamCost:
+    """What reading a stream cost, for `stream_cost`."""
+
+    title: str
+    tokens: np.ndarray
+    """int[N]: tokens read at the end of each piece of the stream, rising."""
+    microseconds: Mapping[str, np.ndarray]
+    """float[N] by clock: of one token of each piece."""
+    bytes: Mapping[str, np.ndarray]
+    """float[N] by place: memory at the end of each piece; NaN where it is not known."""
+
+
+@own_look()
+def stream_cost(cost: StreamCost, path: str | Path) -> Figure:
+    """Draws microseconds a token along the stream, and under it the memory that is taken, on a logarithmic scale.
+
+    Args:
+      cost: time and memory of consecutive pieces of the stream.
+      path: where to write; the ending sets the format.
+
+    Returns:
+      The figure that was written.
+    """
+    figure = new_figure(11, 6.5)
+    figure.suptitle(cost.title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK, parse_math=False)
+    time, memory = figure.subplots(2, 1, sharex=True)
+    for ax, curves in ((time, cost.microseconds), (memory, {k: v / 2**20 for k, v in cost.bytes.items()})):
+        for color, (name, values) in zip(COLORS, curves.items(), strict=False):
+            ax.plot(cost.tokens, values, color=color, label=name)
+        ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(curves), fontsize=9, **LEGEND)
+    dress(time, "Time of a token (lower is better)", "", "microseconds", pad=22)
+    dress(memory, "Memory", "tokens read", "MiB", pad=22)
+    time.set_ylim(bottom=0)
+    memory.set_yscale("log")
+    memory.xaxis.set_major_formatter("{x:,.0f}")
+    write(figure, path)
+    return figure

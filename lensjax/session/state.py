@@ -1,4 +1,4 @@
-"""What a session is shaped like, and what it remembers."""
+"""What a session is shaped like, and what it remembers: a few arrays on the device, and the history on the host."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -8,16 +8,22 @@ import jax
 from jax import Array
 
 from lensjax._settings import PositiveInt, require, settings
-from lensjax.context.allocator import FocusConfig, FocusState
+from lensjax.context import working as contexts
+from lensjax.context.allocator import FocusConfig
+from lensjax.context.edge import Edge
 from lensjax.context.geometry import Geometry
-from lensjax.context.tree import TreeState
-from lensjax.context.working import WorkingContext
+from lensjax.context.places import Cooling
+from lensjax.context.working import Entries, WorkingContext
 from lensjax.models import Params
+from lensjax.session.history import History
+
+MOST_ROWS = 2**15
+"""Of a context: LensNet compares each with each."""
 
 
 @settings("session")
 class SessionConfig:
-    """The shape of a session. A longer history than in training is fine.
+    """The shape of a session. A longer history than in training is fine, millions of tokens included.
 
     Example:
       >>> import lensjax as lx
@@ -27,7 +33,7 @@ class SessionConfig:
     """
 
     geometry: Geometry
-    """How far back a decision reaches, and the cuts that it may choose."""
+    """How far back a decision reaches, and the cuts that it may choose; what a decision costs does not depend on it."""
     budget: PositiveInt
     """Entries W, which a refocus step never exceeds and, once the stream is longer, misses by less than one block."""
     interval: PositiveInt
@@ -55,6 +61,13 @@ class SessionConfig:
             "session.interval",
         )
 
+        require(
+            geometry.rows(self.capacity) <= MOST_ROWS,
+            f"session.geometry.history must be so short that the policy's map of what is omitted has at most "
+            f"{MOST_ROWS} rows with the entries, one for each {geometry.block_size} tokens, got {geometry.history} "
+            "tokens: lower it, or use a geometry without omission",
+        )
+
     @property
     def capacity(self) -> int:
         """Entries that there is room for: W, and an interval's tokens behind them."""
@@ -76,17 +89,28 @@ def _peaks(geometry: Geometry) -> list[int]:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class SessionState:
-    """All that a session remembers; every array has a fixed shape. Positions count from the oldest token held."""
+class View:
+    """What a session has before it: all of it that is on the device, in arrays of fixed shapes.
 
-    tree: TreeState
-    """The tokens held and their gists."""
+    Positions count from the oldest token held.
+    """
+
+    held: Array
+    """int32[]: tokens that a decision can reach."""
     forgotten: Array
-    """int32[]: tokens read before those held."""
-    focus: FocusState
-    """What is collapsed."""
+    """int32[]: tokens read before these."""
+    edge: Edge
+    """What the gists of later tokens will be made of."""
     context: WorkingContext
-    """W entries, with omission a map of the rest, and room for an interval's tokens behind them."""
+    """W entries, with omission a map of the rest, and room for an interval's tokens behind them; R rows."""
+    embeddings: Array
+    """float[R, D]: of the rows."""
+    blocks: Array
+    """float[R, D]: of a token the gist of its block; see `Entries`."""
+    cooling: Cooling
+    """What was edited lately."""
+    origin: Array
+    """int32[]: the token from which the base model's positions count."""
     cache: Any
     """What the base model computed of the context's entries."""
     cached: Array
@@ -99,12 +123,44 @@ class SessionState:
     @property
     def read(self) -> Array:
         """int32[]: tokens read since the start of the stream."""
-        return self.forgotten + self.tree.length
+        return self.forgotten + self.held
+
+    @property
+    def block_size(self) -> int:
+        """Children per gist (K)."""
+        return self.edge[0].shape[-2]
+
+    @property
+    def entries(self) -> Entries:
+        """The rows of the context as models read them, of R rows."""
+        return contexts.entries(
+            self.context, self.embeddings, self.blocks, self.held, block_size=self.block_size, origin=self.origin
+        )
 
 
-Policy = Callable[[dict[str, Params], SessionState], Array]
-"""Whoever chooses what a session shows: from the parameters and the session before a refocus step to float32[R] in
-[-1, 1], a score for every row of `state.context`. High asks for detail, low asks to be collapsed."""
+@dataclass(frozen=True)
+class SessionState:
+    """All that a session remembers. A value: it stays valid, whatever is read after it."""
+
+    view: View
+    """On the device."""
+    history: History
+    """On the host: tokens, and the gists of those that are complete."""
+
+    @property
+    def context(self) -> WorkingContext:
+        """What is shown."""
+        return self.view.context
+
+    @property
+    def read(self) -> int:
+        """Tokens read since the start of the stream."""
+        return self.history.read
+
+
+Policy = Callable[[dict[str, Params], View], Array]
+"""Whoever chooses what a session shows: from the parameters and the view before a refocus step to float32[R] in
+[-1, 1], a score for every row of `view.context`. High asks for detail, low asks to be collapsed."""
 
 
 @jax.tree_util.register_dataclass

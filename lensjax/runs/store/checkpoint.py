@@ -11,6 +11,7 @@ damage is noticed whatever the format beneath would make of it; files that they 
 several processes the first one writes, whole arrays, and all of them read.
 """
 
+import functools
 import itertools
 import json
 import shutil
@@ -136,9 +137,18 @@ def identity(directory: str | Path, step: int) -> Any:
 
 def parts(directory: str | Path, step: int, *, path: tuple[str, ...]) -> set[str]:
     """Names right below a place in a checkpoint's tree; arguments are those of `restore_subtree`, and so are errors."""
-    prefix = "".join(f"{part}/" for part in path)
-    names = _checked(directory, step)[1]["arrays"]
-    return {name.removeprefix(prefix).partition("/")[0] for name in names if name.startswith(prefix)}
+    return set(like(directory, step, path=path))
+
+
+def like(directory: str | Path, step: int, *, path: tuple[str, ...]) -> dict[str, Any]:
+    """What lies below a place in a checkpoint's tree, as nested dicts of `jax.ShapeDtypeStruct`; else as `parts`."""
+    prefix, tree = "".join(f"{part}/" for part in path), dict[str, Any]()
+    for name, spec in _checked(directory, step)[1]["arrays"].items():
+        if name.startswith(prefix):
+            *above, last = name.removeprefix(prefix).split("/")
+            inner = functools.reduce(lambda node, key: node.setdefault(key, {}), above, tree)
+            inner[last] = jax.ShapeDtypeStruct(tuple(spec["shape"]), spec["dtype"])
+    return tree
 
 
 def restore_subtree(directory: str | Path, step: int, like: Tree, *, path: tuple[str, ...]) -> Tree:
