@@ -72,7 +72,7 @@ def test_a_file_of_another_format_is_refused_with_what_to_do(written):
     [
         ("{", "config is not JSON"),
         ("[1]", "config: expected an object with keys of Config, got [1]"),
-        ('{"format": 2, "sede": 1}', "config: unknown key sede; known keys: adaptation, base, base_run"),
+        ('{"format": 2, "sede": 1}', "config: unknown key sede; known keys: adaptation, attention, base, base_run"),
         ('{"format": 2, "sede": 1, "stepps": 2}', "config: unknown keys sede, stepps"),
         ('{"format": 2, "hyper": {"temprature": 1}}', "config: unknown key hyper.temprature"),
         ('{"format": 2, "hyper": 3}', "config: hyper must be an object with keys of Hyperparameters, got 3"),

@@ -21,6 +21,7 @@ from lensjax.models.checkpoints.files import is_gguf, weight_files
 from lensjax.models.checkpoints.files import sha256 as sha256
 from lensjax.models.checkpoints.tensors import Checkpoint, load
 from lensjax.models.interfaces import Params
+from lensjax.models.nn.attend import choose
 
 __all__ = ["load_language_model", "load_params", "read_config", "sha256", "weight_files"]
 
@@ -94,7 +95,8 @@ def load_language_model(path: str | Path, dtype: Dtype = "float32") -> tuple[Bas
     require(dtype in ("float32", "bfloat16"), f"dtype must be one of float32, bfloat16, got {dtype!r}")
     checkpoint = _open(Path(path))
     params = load(checkpoint, dtype)
-    return BaseModel(checkpoint.config, dtype), params
+    kernel = choose("auto", dtype=dtype, widths={"the width of its heads": checkpoint.config.head_width}).kernel
+    return BaseModel(checkpoint.config, dtype, kernel), params
 
 
 def _open(path: Path) -> Checkpoint:
