@@ -17,11 +17,13 @@ WIDE = Geometry(history=300, block_size=4, max_lod=3, recent_tokens=5)
 # Thirds are rounded as XLA sees fit: scores without ties only.
 ODD = Geometry(history=150, block_size=3, max_lod=3, recent_tokens=1)
 OMITTING = Geometry(history=90, block_size=4, max_lod=1, recent_tokens=3, omit=True)
+SINKING = Geometry(history=90, block_size=4, max_lod=1, recent_tokens=3, omit=True, sink_blocks=2)
 CASES = [
     (DEEP, 24, FocusConfig(cooldown=2)),
     (WIDE, 40, FocusConfig(cooldown=0, max_edits=3, expand_threshold=-0.25, collapse_threshold=0.5, margin=0.125)),
     (ODD, 30, FocusConfig(cooldown=3)),
     (OMITTING, 40, FocusConfig(cooldown=1)),
+    (SINKING, 40, FocusConfig(cooldown=1)),
 ]
 
 
@@ -50,7 +52,7 @@ def cooling_of(cooling, geometry, settings):
     return count
 
 
-@pytest.mark.parametrize(("geometry", "budget", "settings"), CASES, ids=["deep", "wide", "odd", "omitting"])
+@pytest.mark.parametrize(("geometry", "budget", "settings"), CASES, ids=["deep", "wide", "odd", "omitting", "sinking"])
 def test_streams_are_focused_as_by_the_allocator_on_all_nodes(geometry, budget, settings):
     capacity, size = budget + INTERVAL, geometry.block_size**geometry.max_lod
 

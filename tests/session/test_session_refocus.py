@@ -152,8 +152,6 @@ def test_the_report_of_a_refocus_step(name):
     for (before, _), (after, report) in itertools.pairwise(steps):
         read = int(before.read)
         earlier = read_of(session, before) + [(read + i, 0) for i in range(session.config.interval)]
-        # What is forgotten makes the sinks of what comes after it, before the step.
-        earlier += [(int(after.forgotten) + place, 0) for place in range(session.config.geometry.head)]
         earlier = [entry for entry in earlier if entry[0] >= int(after.forgotten)]
         now = read_of(session, after)
         assert float(report.swap_rate) == pytest.approx(len(set(now) - set(earlier)) / len(now))
