@@ -112,17 +112,17 @@ def load(folder: str | Path, *, policy: Policy | None = None) -> tuple[Session, 
         session = Session(saved.models, {}, saved.session, policy=policy)
         empty = jax.eval_shape(session.steps.init, jax.random.key(0))
         tokens, *gists = _empty_rows(session, saved)
-        rows = {"tokens": _like(tokens, saved.read), "gists": {}}
-        for lod, level in enumerate(gists, start=1):
-            rows["gists"][str(lod)] = _like(level, saved.read // saved.session.geometry.block_size**lod)
-        tree, _ = checkpoint.restore(folder, step, {"params": like, "view": empty, **rows})
+        size, levels = saved.session.geometry.block_size, enumerate(gists, start=1)
+        nodes = {str(lod): _like(level, saved.read // size**lod) for lod, level in levels}
+        whole = {"params": like, "view": empty, "tokens": _like(tokens, saved.read), "gists": nodes}
+        tree, _ = checkpoint.restore(folder, step, whole)
     except checkpoint.DamagedError as error:
         raise ValueError(f"session {folder} is damaged: {error.what}; save it anew") from error
     session.params = tree["params"]
     history = History(
         tokens.append(tree["tokens"]),
         tuple(level.append(tree["gists"][str(lod)]) for lod, level in enumerate(gists, start=1)),
-        saved.session.geometry.block_size,
+        size,
         saved.forgotten,
     )
     return session, SessionState(tree["view"], history)

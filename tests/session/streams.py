@@ -82,7 +82,7 @@ def read_at_once(name):
 
 @functools.cache
 def compiled_reference(name):
-    """Of `held` tokens int32[T] before padding and a context: tree, logits, losses of a horizon, cache, and all rows."""
+    """Of `held` tokens int32[T] before padding and a context: tree, logits, losses of a horizon, cache, all rows."""
     session = session_of(name)
     base, params, capacity = session.models.base, session.params["base"], session.config.capacity
 
