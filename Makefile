@@ -15,11 +15,12 @@ STAMP := $(VENV)/$(TAG).stamp
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
+STREAM_LONG := --tokens 10000000 --interval 128
 SMOL_FLAGS := --draws 2 --batch-size 2 --oracle-rounds 0
 # The preset of `make smol`: the larger one where there is a GPU or TPU. SMOL=smol_large names one.
 SMOL ?= $(shell $(RUN) -c 'import jax; print("smol" if jax.default_backend() == "cpu" else "smol_large")')
 
-.PHONY: help venv corpus demo recall query signals evaluate-recall evaluate-tracking evaluate-stdlib stream ablate rlan arc adapt quiet-star \
+.PHONY: help venv corpus demo recall query signals evaluate-recall evaluate-tracking evaluate-stdlib stream stream-long ablate rlan arc adapt quiet-star \
     smol evaluate-smol smollm2 test test-slow test-all test-matrix docs site lint format release constraints clean
 
 help: ## List the targets
@@ -95,6 +96,13 @@ stream: $(STAMP) ## What a session of the demo's models is worth, and what a mil
 	[ -d runs/demo ] || $(MAKE) demo
 	$(RUN) -m experiments.studies.stream --run runs/demo --output-dir runs/stream/demo
 	$(RUN) -m experiments.studies.stream --tokens 1000000 --output-dir runs/stream/fresh
+
+stream-long: $(STAMP) ## Ten million tokens in one session, all of them reachable; and again with three stops, into runs/stream-long
+	$(RUN) -m experiments.studies.stream $(STREAM_LONG) --output-dir runs/stream-long/unbroken
+	$(RUN) -m experiments.studies.stream $(STREAM_LONG) --output-dir runs/stream-long/stopped --until 10
+	for until in 30 60 100; do $(RUN) -m experiments.studies.stream $(STREAM_LONG) --output-dir runs/stream-long/stopped \
+	    --resume --until $$until || exit 1; done
+	$(RUN) -m experiments.studies.stream_same runs/stream-long/unbroken runs/stream-long/stopped
 
 ablate: $(STAMP) ## What each knob changes, on recall and on the standard library, into runs/ablations
 	$(RUN) -m experiments.train recall --steps 0 --output-dir runs/ablations/recall-base
