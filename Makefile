@@ -20,9 +20,12 @@ AOT_FLAGS ?= --shapes small large --csv runs/aot-$(TAG).csv
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
+STREAM_LONG := --tokens 10000000 --interval 128
 SMOL_FLAGS := --draws 2 --batch-size 2 --oracle-rounds 0
+# The preset of `make smol`: the larger one where there is a GPU or TPU. SMOL=smol_large names one.
+SMOL ?= $(shell $(RUN) -c 'import jax; print("smol" if jax.default_backend() == "cpu" else "smol_large")')
 
-.PHONY: help venv corpus demo recall query signals evaluate-recall evaluate-tracking evaluate-stdlib evaluate-suite stream ablate rlan arc adapt quiet-star cluster \
+.PHONY: help venv corpus demo recall query signals evaluate-recall evaluate-tracking evaluate-stdlib evaluate-suite stream stream-long ablate rlan arc adapt quiet-star cluster \
     smol evaluate-smol smollm2 test test-slow test-all test-matrix docs site notebooks lint format release constraints aot clean
 
 help: ## List the targets
@@ -47,14 +50,14 @@ demo: $(STAMP) ## Pretrain, train, evaluate and draw pictures, into the next fre
 corpus: $(STAMP) ## Make a folder of long prose from Debian's packages, works held out, into runs/corpus
 	$(RUN) -m experiments.corpus --output-dir runs/corpus
 
-smol: smollm2 ## Train and measure on a real language model, SmolLM2-135M, and prose, into runs/smol
+smol: smollm2 ## Train and measure on a real language model, SmolLM2-135M, and prose, into runs/smol (on a GPU larger)
 	[ -d runs/corpus ] || $(MAKE) corpus
-	$(RUN) -m experiments.train smol
-	$(RUN) -m experiments.evaluate runs/smol --budgets 4 --sequences 32 $(SMOL_FLAGS)
+	preset=$(SMOL); $(RUN) -m experiments.train $$preset && \
+	$(RUN) -m experiments.evaluate runs/$$preset --budgets 4 --sequences 32 $(SMOL_FLAGS)
 
 evaluate-smol: smollm2 ## All policies on 128 windows at 2x, 4x and 8x, in some hours without a GPU
-	[ -d runs/smol ] || $(MAKE) smol
-	$(RUN) -m experiments.evaluate runs/smol --budgets 4 8 2 --sequences 128 --draws 4 --oracle-rounds 0 \
+	preset=$(SMOL); [ -d runs/$$preset ] || $(MAKE) smol SMOL=$$preset && \
+	$(RUN) -m experiments.evaluate runs/$$preset --budgets 4 8 2 --sequences 128 --draws 4 --oracle-rounds 0 \
 	    --name evaluation-128
 
 recall: $(STAMP) ## Prove on a task with known answers that LensNet learns, into runs/recall
@@ -102,6 +105,13 @@ stream: $(STAMP) ## What a session of the demo's models is worth, and what a mil
 	[ -d runs/demo ] || $(MAKE) demo
 	$(RUN) -m experiments.studies.stream --run runs/demo --output-dir runs/stream/demo
 	$(RUN) -m experiments.studies.stream --tokens 1000000 --output-dir runs/stream/fresh
+
+stream-long: $(STAMP) ## Ten million tokens in one session, all of them reachable; and again with three stops, into runs/stream-long
+	$(RUN) -m experiments.studies.stream $(STREAM_LONG) --output-dir runs/stream-long/unbroken
+	$(RUN) -m experiments.studies.stream $(STREAM_LONG) --output-dir runs/stream-long/stopped --until 10
+	for until in 30 60 100; do $(RUN) -m experiments.studies.stream $(STREAM_LONG) --output-dir runs/stream-long/stopped \
+	    --resume --until $$until || exit 1; done
+	$(RUN) -m experiments.studies.stream_same runs/stream-long/unbroken runs/stream-long/stopped
 
 ablate: $(STAMP) ## What each knob changes, on recall and on the standard library, into runs/ablations
 	$(RUN) -m experiments.train recall --steps 0 --output-dir runs/ablations/recall-base

@@ -55,7 +55,7 @@ from lensjax.training.scoring import ContextConfig
 FRESH = Config(
     base=BaseConfig(dim=32, layers=2, heads=4, kv_heads=2, mlp_dim=64),
     lens=LensConfig(dim=32, layers=1, heads=4, mlp_dim=64),
-    # Contexts of 128 entries cover all of 16 million tokens.
+    # Contexts of 127 entries, the most below 128 that a cut has, cover all of 16 million tokens.
     context=ContextConfig(window=2**24 + 32, block_size=8, max_lod=7, horizon=32, recent_tokens=8),
     hyper=Hyperparameters(context_start=128 / 2**24, context_end=128 / 2**24),
     data=DataConfig(task="recall"),

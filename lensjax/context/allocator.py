@@ -219,9 +219,11 @@ def fit(
         is_long = jnp.sum(collapsed, dtype=jnp.int32) < target
         return collapsed.at[jnp.where(is_long, least, most)].set(is_long, mode="drop")
 
-    collapsed = jax.lax.while_loop(is_off, edit, state.collapsed)
+    # Where the oldest tokens were forgotten, what stands first now is a sink, collapsed or not.
+    opened = state.collapsed & (nodes.table(geometry).start >= geometry.head)
+    collapsed = jax.lax.while_loop(is_off, edit, opened)
     # One step more than asked for: the swaps of the same step come after, and count it down.
-    cooling = jnp.where(collapsed != state.collapsed, cooldown + 1, state.cooling)
+    cooling = jnp.where(collapsed != opened, cooldown + 1, state.cooling)
     return FocusState(collapsed, cooling)
 
 
@@ -336,7 +338,7 @@ def edit(
 
 
 def drop_oldest(state: FocusState, tokens: int, geometry: Geometry) -> FocusState:
-    """The state of a history that has lost its first tokens, a multiple of K**L: all move up, sinks are the new first.
+    """The state of a history that has lost its first tokens, a multiple of K**L: all nodes move to the front.
 
     Example:
       >>> import lensjax as lx
@@ -345,5 +347,4 @@ def drop_oldest(state: FocusState, tokens: int, geometry: Geometry) -> FocusStat
       >>> lx.allocator.drop_oldest(state, 2, geometry).collapsed.tolist()
       [True, False, False]
     """
-    collapsed, cooling = (nodes.drop_oldest(values, tokens, geometry) for values in (state.collapsed, state.cooling))
-    return FocusState(collapsed & (nodes.table(geometry).start >= geometry.head), cooling)
+    return jax.tree.map(lambda values: nodes.drop_oldest(values, tokens, geometry), state)

@@ -131,7 +131,9 @@ def _fit(
 ) -> tuple[_Rows, _Edits]:
     """As `allocator.fit`: edits until the context has its length; what they were."""
     blocks = [jnp.maximum(held - geometry.recent_tokens, 0) // span for span in _spans(geometry)[1:]]
-    target = jnp.clip(-((jnp.asarray(length, jnp.int32) - held) // geometry.saving), 0, sum(blocks))
+    most_target = jnp.maximum(sum(blocks) - geometry.sink_blocks, 0)
+    target = jnp.clip(-((jnp.asarray(length, jnp.int32) - held) // geometry.saving), 0, most_target)
+    rows = _with_sinks(rows, geometry)
     shown = contexts.entry_count(WorkingContext(rows.start, rows.lod, rows.valid), geometry)
     missing = target - (held - shown) // geometry.saving
     is_long = missing > 0
@@ -158,6 +160,15 @@ def _fit(
     none = jnp.zeros(most, jnp.int32)
     rows, edits, _ = jax.lax.while_loop(is_off, edit, (rows, _Edits(none, none), jnp.zeros((), jnp.int32)))
     return rows, edits
+
+
+def _with_sinks(rows: _Rows, geometry: Geometry) -> _Rows:
+    """The rows with all sinks in full: where the oldest tokens were forgotten, one may still be a gist."""
+    for first in range(0, geometry.head, geometry.block_size):
+        where = rows.valid & (rows.start == first) & (rows.lod > 0)
+        place = _argmax(rows.scores, where, rows.lod)
+        rows = _replace(rows, place, jnp.zeros((), bool), rows.scores.at[place].get(mode="clip"), geometry)
+    return rows
 
 
 def _replace(rows: _Rows, place: Array, is_collapse: Array, score: Array, geometry: Geometry) -> _Rows:
@@ -305,7 +316,8 @@ def _blocks(rows: _Rows, held: Array, geometry: Geometry) -> Array:
         _behind(rows.lod, further, -1) == rows.lod
     )
     is_first = rows.valid & (rows.lod < geometry.max_lod) & (rows.start % above == 0)
-    return is_first & is_whole & (above <= held - geometry.recent_tokens - rows.start)
+    is_before_tail = above <= held - geometry.recent_tokens - rows.start
+    return is_first & is_whole & is_before_tail & (rows.start >= geometry.head)
 
 
 def _block_scores(rows: _Rows, geometry: Geometry) -> Array:

@@ -22,7 +22,7 @@ from lensjax.models.nn.transformer import Transformer, TransformerConfig
 
 @settings("base")
 class BaseConfig:
-    """Decoder-only language model of the Llama kind.
+    """Decoder-only language model of the kinds of Llama, Qwen and Gemma 3.
 
     Example:
       >>> import lensjax as lx

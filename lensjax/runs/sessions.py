@@ -114,17 +114,17 @@ def load(folder: str | Path, *, policy: Policy | None = None) -> tuple[Session, 
         session = Session(saved.models, {}, saved.session, policy=policy, streams=saved.streams)
         empty, count = jax.eval_shape(session.first_view, 0), saved.streams or 1
         tokens, *gists = _empty_rows(session, saved)
-        rows = {"tokens": _like(tokens, saved.read * count), "gists": {}}
-        for lod, level in enumerate(gists, start=1):
-            rows["gists"][str(lod)] = _like(level, saved.read // saved.session.geometry.block_size**lod * count)
-        tree, _ = checkpoint.restore(folder, step, {"params": like, "view": empty, **rows})
+        size, levels = saved.session.geometry.block_size, enumerate(gists, start=1)
+        nodes = {str(lod): _like(level, saved.read // size**lod * count) for lod, level in levels}
+        whole = {"params": like, "view": empty, "tokens": _like(tokens, saved.read * count), "gists": nodes}
+        tree, _ = checkpoint.restore(folder, step, whole)
     except checkpoint.DamagedError as error:
         raise ValueError(f"session {folder} is damaged: {error.what}; save it anew") from error
     session.params = tree["params"]
     history = History(
         tokens.append(tree["tokens"]),
         tuple(level.append(tree["gists"][str(lod)]) for lod, level in enumerate(gists, start=1)),
-        saved.session.geometry.block_size,
+        size,
         saved.forgotten,
         count,
     )

@@ -128,8 +128,7 @@ class Steps:
     def _states(self, params: dict[str, Params], view: View, tokens: Array) -> Array:
         """What the policy reads of the base model: float[R, 5 F]."""
         base, geometry = self.base, self.config.geometry
-        shape = {"dim": base.dim, "block_size": geometry.block_size, "max_lod": geometry.max_lod}
-        tree = trees.init(capacity=len(tokens), **shape)
+        tree = trees.init(capacity=len(tokens), dim=base.dim, block_size=geometry.block_size, max_lod=geometry.max_lod)
         is_held = jnp.arange(len(tokens)) < view.held
         leaves = jnp.where(is_held[:, None], base.embed(params["base"], tokens), 0)
         tree = decision.with_states(

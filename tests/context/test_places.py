@@ -19,7 +19,7 @@ from tests.small import jit
 STREAMS, INTERVAL = 64, 12
 DEEP = Geometry(history=62, block_size=2, max_lod=5, recent_tokens=3)
 WIDE = Geometry(history=150, block_size=3, max_lod=3, recent_tokens=1)
-OMITTING = Geometry(history=90, block_size=4, max_lod=1, recent_tokens=3, omit=True)
+OMITTING = Geometry(history=90, block_size=4, max_lod=1, recent_tokens=3, omit=True, sink_blocks=2)
 GREEDY = FocusConfig(cooldown=2)
 CAREFUL = FocusConfig(cooldown=0, max_edits=2, expand_threshold=-0.25, collapse_threshold=0.5, margin=0.125)
 CASES = {"deep": (DEEP, 24, GREEDY), "wide": (WIDE, 30, CAREFUL), "omitting": (OMITTING, 40, FocusConfig())}
@@ -70,7 +70,7 @@ def walked(name):
 
     random, held, steps = np.random.default_rng(0), np.zeros(STREAMS, np.int32), []
     shape = (STREAMS, geometry.rows(capacity))
-    in_full = np.zeros((STREAMS, geometry.max_collapses), np.int32)
+    in_full = np.zeros((STREAMS, geometry.nodes), np.int32)
     state = FocusState(in_full > 0, in_full)
     cooling = many(jax.device_get(places.nothing_cools(shape[1], geometry, settings=settings)))
     for _ in range(14):
@@ -115,6 +115,21 @@ def test_what_is_forgotten_is_gone_as_from_all_nodes(name):
     jax.tree.map(np.testing.assert_array_equal, after, wanted)
     np.testing.assert_array_equal(cooling_of(cooling, geometry, settings), state.cooling)
     assert (held > gone).any() and (after.length < context.length).all()
+
+    # What stands first now may be a gist, and a sink: the next step opens it.
+    @jit
+    @jax.vmap
+    def both(state, context, cooling, held):
+        shared = {"geometry": geometry, "settings": settings, "tokens": held}
+        scores = (context.start % 8) / 8
+        by_nodes, _ = allocator.edit(state, scores, context, budget, **shared)
+        by_nodes = allocator.to_context(by_nodes, geometry, capacity=budget + INTERVAL, tokens=held)
+        return places.edit(context, cooling, scores, budget, **shared)[0], by_nodes
+
+    found, wanted = jax.device_get(both(state, after, cooling, held[held > gone] - gone))
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    sinks = (found.start < geometry.head) & found.valid
+    assert not found.lod[sinks].any() and after.lod[(after.start < geometry.head) & after.valid].any() == geometry.omit
 
 
 def test_nine_million_tokens_before_it_all_change_nothing():

@@ -102,7 +102,7 @@ def test_any_split_gives_the_logits_of_the_whole(config: BaseConfig, counts: lis
     assert start == S
 
 
-@pytest.mark.parametrize("name", ["default", "six taps"])
+@pytest.mark.parametrize("name", ["default", "six taps", "of other families"])
 @settings(max_examples=15)
 @given(steps=st.lists(st.tuples(st.integers(0, S), st.integers(1, R)), min_size=3, max_size=6))
 def test_a_prefix_may_be_kept_and_continued_otherwise(name: str, steps: list[tuple[int, int]]) -> None:

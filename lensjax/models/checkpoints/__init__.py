@@ -6,8 +6,8 @@ Nothing is fetched: a path is one on this machine.
 
     models, params = load_language_model("models/SmolLM2-135M")
 
-Covered are Llama 2 and 3, and what is built like them (SmolLM2, TinyLlama), Mistral without a sliding window, Qwen2 and
-Qwen3. A folder needs the extra `hf`, a GGUF file the extra `gguf`.
+Covered are Llama 2 and 3, and what is built like them (SmolLM2, TinyLlama), Mistral without a sliding window, Qwen2,
+Qwen3 and the text models of Gemma 3. A folder needs the extra `hf`, a GGUF file the extra `gguf`.
 """
 
 import dataclasses
