@@ -95,3 +95,12 @@ def test_means_of_extreme_scores_are_in_range(geometry):
     above = nodes.by_level(found, geometry)[1]
     assert above[0] == (np.float32(most) / 2 if size == 2 else -np.inf)
     assert above[1] == np.inf if size == 2 else np.isnan(above[1])
+
+
+def test_one_score_that_is_no_number_is_never_lost():
+    # Of many blocks at once: a vectorised minimum leaves it out.
+    rows = np.zeros((64, HAND.history), np.float32)
+    rows[:, 2] = np.nan
+    found = np.asarray(jit(jax.vmap(lambda row: nodes.pool_tokens(row, HAND)))(rows))
+    assert [by_node(row, HAND)[node] == 0 for row in found for node in ((0, 1), (4, 1), (6, 1), (4, 2))] == [True] * 256
+    assert all(np.isnan(by_node(row, HAND)[node]) for row in found for node in ((2, 1), (0, 2)))
