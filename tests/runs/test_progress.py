@@ -1,12 +1,10 @@
 """A bar on a terminal alone, as wide as fits; a plain line now and then elsewhere."""
 
-import fcntl
+import contextlib
 import io
 import os
 import pty
 import re
-import struct
-import termios
 
 import pytest
 from rich.console import Console
@@ -63,35 +61,38 @@ def test_a_file_gets_a_plain_line_a_minute():
     ]
 
 
-def drawn(columns: int) -> list[str]:
-    """What a terminal of so many columns is sent for a bar, by line, escapes left out."""
+def drawn() -> list[str]:
+    """What a terminal is sent for a bar, by line, escapes left out."""
     reader, writer = pty.openpty()
-    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    with os.fdopen(writer, "w") as terminal:
-        with StepBar(Console(file=terminal), "lens", 1000, done=0) as bar:
-            bar.show({"nll_policy": 1.25, "nll_baseline": 1.5})
-            for _ in range(10):
-                bar.advance()
-            bar._bars.refresh()
-        terminal.flush()
-        raw = os.read(reader, 2**16).decode()
+    with os.fdopen(writer, "w") as terminal, StepBar(Console(file=terminal), "lens", 1000, done=0) as bar:
+        bar.show({"nll_policy": 1.25, "nll_baseline": 1.5})
+        for _ in range(10):
+            bar.advance()
+        bar._bars.refresh()
+    raw = ""
+    with contextlib.suppress(OSError):  # which is how a terminal ends whose other side is closed
+        while piece := os.read(reader, 2**16):
+            raw += piece.decode()
     os.close(reader)
     assert ("\x1b[3" in raw) is ("NO_COLOR" not in os.environ)
     return [line for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", raw)) if line.strip()]
 
 
 @pytest.mark.parametrize("colours", [True, False])
-@pytest.mark.parametrize("columns", [24, 40, 70, 120])
+@pytest.mark.parametrize("columns", [24, 40, 70, 80, 120])
 def test_a_bar_fits_into_its_terminal(monkeypatch, columns, colours):
     monkeypatch.setenv("TERM", "xterm")
-    for name in ("COLUMNS", "LINES", "FORCE_COLOR", "TTY_COMPATIBLE"):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.delenv("NO_COLOR", raising=False) if colours else monkeypatch.setenv("NO_COLOR", "1")
-    lines = drawn(columns)
+    if not colours:
+        monkeypatch.setenv("NO_COLOR", "1")
+    lines = drawn()
     assert lines and max(map(len, lines)) <= columns
     assert "10/1000" in lines[-1]
     assert ("steps/s" in lines[-1]) is (columns >= 60)
-    assert ("nll_policy 1.250  nll_baseline 1.500" in lines[-1]) is (columns >= 90)
+    assert ("nll_policy 1.250" in lines[-1]) is (columns >= 76)
+    assert ("nll_policy 1.250  nll_baseline 1.500" in lines[-1]) is (columns >= 100)
 
 
 def test_work_without_a_terminal_says_nothing(capfd):
