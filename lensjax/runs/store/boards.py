@@ -1,7 +1,8 @@
-"""Weights & Biases and MLflow, as sinks of a run's metrics.
+"""The boards of a run: TensorBoard, Weights & Biases and MLflow, all of them sinks of its metrics.
 
-`boards.json` in the run's folder has the name that each gave to the run, so that `--resume` goes on with the same one
-there. What they have they keep: rows that a run writes again after an interruption, equal to the bit, are sent once.
+`boards.json` in the run's folder has the name that each of the last two gave to the run, so that `--resume` goes on with
+the same one there. What they have they keep: rows that a run writes again after an interruption, equal to the bit, are
+sent once.
 
 Where they are, their own variables say: `WANDB_MODE` (`offline` writes below the run's folder, for `wandb sync`),
 `MLFLOW_TRACKING_URI` (without it, the file `mlflow.db` in the run's folder).
@@ -15,12 +16,43 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from lensjax.runs.store import files
-from lensjax.runs.store.sinks import Histograms, Mark, Metrics, defined
+from lensjax.runs.store.sinks import Histograms, LoggingConfig, Mark, Metrics, Sink, defined
+from lensjax.runs.store.tensorboard import TensorBoard
 from lensjax.training.metrics import HISTOGRAMS
 
 FILE = "boards.json"
 _MOST_METRICS, _MOST_PARAMS, _LONGEST = 1000, 100, 500
 """Of one message to MLflow."""
+
+
+def open_boards(
+    config: LoggingConfig,
+    folder: Path,
+    *,
+    resume: tuple[str, int] | None,
+    phases: tuple[str, ...],
+    values: Metrics,
+    known: Collection[Mark],
+) -> list[Sink]:
+    """Opens the boards of a run.
+
+    Args:
+      config: which.
+      folder: the run's.
+      resume: phase and step that it goes on from; None for a new run.
+      phases: all that it has, in their order.
+      values: its configuration by dotted names.
+      known: rows that earlier starts have sent.
+    """
+    opened: list[Sink] = []
+    for kind in config.sinks:
+        if kind == "tensorboard":
+            opened.append(TensorBoard(folder, resume=resume, phases=phases))
+        elif kind == "wandb":
+            opened.append(WandB(folder, project=config.project, values=values, phases=phases, known=known))
+        else:
+            opened.append(MLflow(folder, project=config.project, values=values, known=known))
+    return opened
 
 
 class WandB:

@@ -18,7 +18,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from lensjax.runs.store import files
-from lensjax.runs.store.sinks import Histograms, LoggingConfig, Mark, Metrics, Sink, open_sinks
+from lensjax.runs.store.boards import open_boards
+from lensjax.runs.store.sinks import Histograms, LoggingConfig, Mark, Metrics, Sink
 from lensjax.training.metrics import HISTOGRAMS, MAY_BE_UNDEFINED, UNDEFINED
 
 Row = dict[str, Any]
@@ -62,7 +63,7 @@ class RunLogger:
         self._sinks: list[Sink] = []
         if run_dir is not None:
             self._lines = _Lines(Path(run_dir), resume, phases)
-            boards = open_sinks(
+            boards = open_boards(
                 logging, Path(run_dir), resume=resume, phases=phases, values=values or {}, known=self._lines.known
             )
             self._sinks = [*boards, self._lines]  # the file comes last: what is in it has been sent

@@ -6,9 +6,8 @@ class Sink(Protocol):
     def close(self): ...
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -78,38 +77,3 @@ def require_installed(config: LoggingConfig) -> None:
 def defined(metrics: Metrics, prefix: str = "") -> dict[str, float]:
     """Numbers alone, their names behind a prefix."""
     return {f"{prefix}{name}": value for name, value in metrics.items() if value != UNDEFINED}
-
-
-def open_sinks(
-    config: LoggingConfig,
-    folder: Path,
-    *,
-    resume: tuple[str, int] | None,
-    phases: tuple[str, ...],
-    values: Metrics,
-    known: Collection[Mark],
-) -> list[Sink]:
-    """Opens the sinks of a run.
-
-    Args:
-      config: which.
-      folder: the run's.
-      resume: phase and step that it goes on from; None for a new run.
-      phases: all that it has, in their order.
-      values: its configuration by dotted names, for boards that show it.
-      known: rows that earlier starts have sent to boards that keep what they have.
-    """
-    opened: list[Sink] = []
-    if "tensorboard" in config.sinks:
-        from lensjax.runs.store.tensorboard import TensorBoard
-
-        opened.append(TensorBoard(folder, resume=resume, phases=phases))
-    if "wandb" in config.sinks:
-        from lensjax.runs.store.boards import WandB
-
-        opened.append(WandB(folder, project=config.project, values=values, phases=phases, known=known))
-    if "mlflow" in config.sinks:
-        from lensjax.runs.store.boards import MLflow
-
-        opened.append(MLflow(folder, project=config.project, values=values, known=known))
-    return opened
