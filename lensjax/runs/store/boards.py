@@ -1,8 +1,8 @@
 """The boards of a run: TensorBoard, Weights & Biases and MLflow, all of them sinks of its metrics.
 
-`boards.json` in the run's folder has the name that each of the last two gave to the run, so that `--resume` goes on with
-the same one there. What they have they keep: rows that a run writes again after an interruption, equal to the bit, are
-sent once.
+`boards.json` in the run's folder has the name that each of the last two gave to the run, so that `--resume` goes on
+with the same one there. What they have they keep: rows that a run writes again after an interruption, equal to the bit,
+are sent once.
 
 Where they are, their own variables say: `WANDB_MODE` (`offline` writes below the run's folder, for `wandb sync`),
 `MLFLOW_TRACKING_URI` (without it, the file `mlflow.db` in the run's folder).
