@@ -21,6 +21,7 @@ from lensjax._settings import (
 )
 from lensjax.evaluation.faithfulness import FaithfulnessConfig
 from lensjax.runs.engine.stopping import StoppingConfig
+from lensjax.runs.store.sinks import LoggingConfig
 from lensjax.training.optim.optimizer import OptimizerConfig
 
 
@@ -85,6 +86,7 @@ class QuietStarConfig:
     shard_parameters: bool = False
     """Split parameters and optimizer state over the devices as well as the batch (FSDP)."""
     logging_steps: PositiveInt = 20
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
     eval_steps: PositiveInt = 100
     """As many as stopping averages rewards over: evaluations share no episode, and patience has time to run out."""
     eval_batches: BatchCount = 16

@@ -20,6 +20,7 @@ from lensjax._settings import (
 from lensjax.models import hyperlora
 from lensjax.models.hyperlora import HyperLoRAConfig
 from lensjax.runs.engine.stopping import StoppingConfig
+from lensjax.runs.store.sinks import LoggingConfig
 from lensjax.training.optim.optimizer import OptimizerConfig
 
 
@@ -37,6 +38,7 @@ class RlanConfig:
     shard_parameters: bool = False
     """Split parameters and optimizer state over the devices as well as the batch (FSDP)."""
     logging_steps: PositiveInt = 50
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
     eval_steps: PositiveInt = 250
     eval_batches: BatchCount = 32
     """Batches of held-out rules that are measured; of ARC all tasks are."""

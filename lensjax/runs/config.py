@@ -13,6 +13,7 @@ from lensjax.models.lensnet import LensConfig
 from lensjax.models.nn.attend import Choice, Setting
 from lensjax.runs.data.task import DataConfig
 from lensjax.runs.engine.stopping import StoppingConfig
+from lensjax.runs.store.sinks import LoggingConfig
 from lensjax.session import SessionConfig
 from lensjax.training.recipe import Recipe
 from lensjax.training.steps.adaptation import AdaptationConfig, build_hypernet
@@ -92,6 +93,7 @@ class Config(Recipe):
     base: BaseConfig = field(default_factory=BaseConfig)
     gist: GistConfig = field(default_factory=GistConfig)
     lens: LensConfig = field(default_factory=LensConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
     stopping: StoppingConfig = field(default_factory=StoppingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)

@@ -11,11 +11,12 @@ from rich.console import Console
 
 from lensjax.models.nn.attend import Choice
 from lensjax.runs.engine import devices, numerics, recovery
-from lensjax.runs.store import checkpoint, identity, lock, run_folder
+from lensjax.runs.store import checkpoint, identity, lock, run_folder, sinks
 from lensjax.runs.store.identity import Identity
 from lensjax.runs.store.lock import Lock
 from lensjax.runs.store.log import RunLogger, read_rows
 from lensjax.runs.store.run_folder import RunConfig
+from lensjax.runs.store.sinks import LoggingConfig
 
 
 class Settings(RunConfig, Protocol):
@@ -23,6 +24,8 @@ class Settings(RunConfig, Protocol):
 
     @property
     def save_steps(self) -> int: ...  # noqa: D102
+    @property
+    def logging(self) -> LoggingConfig: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ def open_run(
 
     Raises:
       BlockingIOError: another process has the folder; names it.
+      ImportError: the extra of one of `logging.sinks` is not installed.
       ValueError: it is another run than that of the newest checkpoint; see also `lensjax.runs.store.run_folder`.
       OSError: see `lensjax.runs.store.run_folder`.
     """
@@ -80,6 +84,7 @@ def open_run(
     def require() -> None:
         devices.in_first(lambda: held[0].require())
 
+    sinks.require_installed(config.logging)
     try:
         devices.in_first(take)
         device = ", ".join([jax.default_backend(), *([str(attention)] if attention else [])])
@@ -97,7 +102,8 @@ def open_run(
         notes += numerics.set_aside()
         for note in notes:
             console.out(note, highlight=False)
-        with RunLogger(folder if devices.is_first() else None, resume=restored, phases=phases) as logger:
+        own_folder, values = folder if devices.is_first() else None, identity.flat(config)
+        with RunLogger(own_folder, resume=restored, phases=phases, logging=config.logging, values=values) as logger:
             if plan is not None:  # all is as it should be: only now the folder is changed
                 repairs: list[str] = []
                 devices.in_first(lambda: repairs.extend(plan.repair()))
@@ -131,7 +137,7 @@ def _allowed_changes(folder: Path, stored: Identity, own: Identity, phase: str, 
         raise ValueError(
             f"{folder} is not the run that its newest checkpoint was written by: {'; '.join(refused)}. Put back what "
             f"changed (settings are in {folder}/config.json), or start a new run; more steps, other folders, "
-            "logging_steps, save_steps and other devices are allowed"
+            "logging, logging_steps, save_steps and other devices are allowed"
         )
     return allowed
 

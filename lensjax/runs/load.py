@@ -230,9 +230,13 @@ def digest(config: Config, start: Mapping[str, Params] | None) -> str | None:
 
 def _reads_base_from_file(config: Config) -> bool:
     """Whether the base model is that of `checkpoint.path`, and not one that `start_from` made of it."""
+    from lensjax.runs.store import tensors
+
     if config.checkpoint.path is None or config.start_from is None:
         return config.checkpoint.path is not None
-    return not {"base", "lora"} & _held(Path(config.start_from))[0].keys()
+    source = Path(config.start_from)
+    held = {"base", "lora"} & _held(source)[0].keys()
+    return not held and not tensors.file_of(source, "base").is_file()
 
 
 def load_start(config: Config, models: Models, *, own: Path | None = None) -> dict[str, Params] | None:

@@ -103,6 +103,18 @@ def test_a_base_model_that_the_run_has_changed_is_in_the_export(on_llama, tmp_pa
     assert "The base model is in here." in (folder / "README.md").read_text()
 
 
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_run_starts_from_an_export(on_llama, tmp_path, changed):
+    if changed:
+        on_llama.params["base"] = jax.tree.map(lambda leaf: leaf * 1.5, on_llama.params["base"])
+    folder = lx.export(on_llama, tmp_path / "mine")
+    config = replace(on_llama.config, start_from=str(folder))
+    start = load.load_start(config, on_llama.models)
+    assert start is not None and bits(start) == bits(on_llama.params)
+    # What the file of others does not hold the run keeps.
+    assert load._reads_base_from_file(config) is not changed
+
+
 # The card
 
 

@@ -143,7 +143,7 @@ def _reading(path: Path) -> Iterator[_Progress]:
     try:
         yield progress
     except ImportError as error:
-        raise ImportError(f"data.path: {str(path)!r} needs {error.name}: pip install 'lensjax[data]'") from error
+        raise ImportError(f"data.path: {str(path)!r} needs pyarrow: pip install 'lensjax[data]'") from error
     except _Fault as fault:
         _refuse(path, progress.row + 1, str(fault))
     except _damage() as error:

@@ -18,8 +18,8 @@ from rich.table import Column
 
 EVERY = 60.0
 """Seconds between two lines where there is no terminal."""
-_SPEED_FROM, _METRICS_FROM = 60, 90
-"""Columns of a terminal from which on there is room for speed and time left, and for metrics."""
+_SPEED_FROM, _METRICS_FROM = 60, (76, 100)
+"""Columns of a terminal from which on there is room for speed and time left, and for one metric or two."""
 
 
 def has_bars(console: Console) -> bool:
@@ -68,8 +68,9 @@ class StepBar:
             self._console.out(f"{self._title} {'  '.join(filter(None, parts))}", highlight=False)
 
     def show(self, metrics: Mapping[str, float]) -> None:
-        """The metrics to show from now on: the first two."""
-        self._metrics = "  ".join(f"{name} {value:.3f}" for name, value in list(metrics.items())[:2])
+        """The metrics to show from now on: the first two, on a narrow terminal fewer."""
+        room = sum(self._console.width >= width for width in _METRICS_FROM) if has_bars(self._console) else 2
+        self._metrics = "  ".join(f"{name} {value:.3f}" for name, value in list(metrics.items())[:room])
 
     def __enter__(self) -> "StepBar":
         self._bars.start()
@@ -86,13 +87,17 @@ class StepBar:
 
 def _columns(width: int) -> list[ProgressColumn]:
     """What fits side by side into the columns of a terminal."""
-    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(min(40, max(8, width // 4)))]
+    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(_bar_width(width))]
     columns += [MofNCompleteColumn()]
     if width >= _SPEED_FROM:
         columns += [TextColumn("{task.fields[speed]}"), TimeRemainingColumn()]
-    if width >= _METRICS_FROM:
+    if width >= _METRICS_FROM[0]:
         columns += [TextColumn("{task.fields[metrics]}", table_column=Column(no_wrap=True, overflow="ellipsis"))]
     return columns
+
+
+def _bar_width(width: int) -> int:
+    return min(40, max(8, width // 6))
 
 
 def _duration(seconds: float) -> str:
@@ -105,7 +110,7 @@ def _duration(seconds: float) -> str:
 def work_bar(title: str, total: float) -> Iterator[Callable[[float], None]]:
     """A bar on the error stream for work that is done once; what it yields is called with the size of each part."""
     console = Console(stderr=True)
-    columns = (TextColumn(title), BarColumn(min(40, max(8, console.width // 4))), TaskProgressColumn())
+    columns = (TextColumn(title), BarColumn(_bar_width(console.width)), TaskProgressColumn())
     more = (TimeRemainingColumn(),) if console.width >= _SPEED_FROM else ()
     with Progress(*columns, *more, console=console, transient=True, disable=not has_bars(console)) as progress:
         task = progress.add_task(title, total=total)

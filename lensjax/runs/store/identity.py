@@ -16,8 +16,9 @@ from lensjax.runs.store import paths
 
 Identity = dict[str, Any]
 """JSON: `config` by dotted names, `data` and `weights`."""
-RHYTHM = ("logging_steps", "save_steps", "shard_parameters", "attention")
-"""When a run writes, where it keeps its numbers, and what multiplies them: none of it is part of what it is."""
+RHYTHM = ("logging_steps", "save_steps", "shard_parameters", "attention", "logging.sinks", "logging.project")
+"""When and where a run writes, where it keeps its numbers, and what multiplies them: none of it is part of what it is.
+"""
 _WHAT = {"data": "the data", "weights": "the weights of the models that the run began with"}
 
 

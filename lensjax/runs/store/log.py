@@ -1,4 +1,4 @@
-"""Metrics on disk: `metrics.jsonl`, and the same names for TensorBoard under `tensorboard/<phase>`, with histograms.
+"""Metrics of a run: `metrics.jsonl`, by which it goes on, and the same names for its other sinks (see `sinks`).
 
 `RunLogger.log` keeps arrays where they are; `flush` fetches everything that waits in one transfer and writes
 it, so the device runs on undisturbed in between. No other thread writes: what `flush` wrote survives a kill.
@@ -7,7 +7,6 @@ it, so the device runs on undisturbed in between. No other thread writes: what `
 import json
 import math
 import os
-import time
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,31 +16,32 @@ from typing import Any
 import jax
 import numpy as np
 from jax.typing import ArrayLike
-from tensorboardX import RecordWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import HistogramProto, Summary
 
 from lensjax.runs.store import files
+from lensjax.runs.store.boards import open_boards
+from lensjax.runs.store.sinks import Histograms, LoggingConfig, Mark, Metrics, Sink
 from lensjax.training.metrics import HISTOGRAMS, MAY_BE_UNDEFINED, UNDEFINED
 
 Row = dict[str, Any]
 
-_FILE, _BOARDS, _EVENTS = "metrics.jsonl", "tensorboard", "events.out.tfevents."
+_FILE = "metrics.jsonl"
 
 
 class RunLogger:
     """Writes the metrics of one run; use it in a `with` statement.
 
     A row is `{"phase": ..., "step": ..., name: value, ...}`. Values that are undefined are `"n/a"`, and
-    missing in TensorBoard. Other values that are not finite are the strings "nan", "inf" and "-inf" in the
+    missing on boards. Other values that are not finite are the strings "nan", "inf" and "-inf" in the
     file (JSON has no such numbers) and floats in the rows which `flush` returns, where `check_finite` finds
     them. Histograms (see `HISTOGRAMS`) are no part of a row.
 
     Args:
       run_dir: the run's folder; None to write nothing, as in all but the first of several processes.
-      resume: phase and step of the restored checkpoint: later rows are dropped, and hidden in TensorBoard,
-        since they will be written again. None for a new run.
+      resume: phase and step of the restored checkpoint: later rows are dropped, since they will be written again. None
+        for a new run.
       phases: the phases that a run of this kind has, in their order.
+      logging: which sinks there are beside the file.
+      values: the configuration by dotted names, for boards that show it.
 
     Raises:
       ValueError: a new run finds metrics in the folder, the phase is unknown, or a line before the last one is no row
@@ -54,10 +54,19 @@ class RunLogger:
         *,
         resume: tuple[str, int] | None = None,
         phases: tuple[str, ...],
+        logging: LoggingConfig = LoggingConfig(),  # noqa: B008 - it is frozen
+        values: Metrics | None = None,
     ) -> None:
         self._phases = phases
         self._pending: list[tuple[str, int, dict[str, ArrayLike]]] = []
-        self._files = None if run_dir is None else _Files(Path(run_dir), resume, phases)
+        self._lines: _Lines | None = None
+        self._sinks: list[Sink] = []
+        if run_dir is not None:
+            self._lines = _Lines(Path(run_dir), resume, phases)
+            boards = open_boards(
+                logging, Path(run_dir), resume=resume, phases=phases, values=values or {}, known=self._lines.known
+            )
+            self._sinks = [*boards, self._lines]  # the file comes last: what is in it has been sent
 
     def log(self, phase: str, step: int, metrics: Mapping[str, ArrayLike]) -> None:
         """Queues one row; nothing is fetched or written before `flush`.
@@ -90,35 +99,41 @@ class RunLogger:
             | with_undefined({name: metrics[name] for name in metrics if name not in HISTOGRAMS})
             for (phase, step, _), metrics in zip(pending, fetched, strict=True)
         ]
-        new = [place for place, row in enumerate(rows) if not self.is_written(row["phase"], row["step"])]
-        if self._files is not None:
-            histograms = [{name: m[name] for name in m if name in HISTOGRAMS} for m in fetched]
-            self._files.write([rows[place] for place in new], [histograms[place] for place in new])
+        for row, metrics in zip(rows, fetched, strict=True):
+            phase, step, *_ = row.values()
+            if self.is_written(phase, step):
+                continue
+            numbers = {name: row[name] for name in row if name not in ("phase", "step")}
+            histograms = {name: metrics[name] for name in metrics if name in HISTOGRAMS}
+            for sink in self._sinks:
+                sink.write(phase, step, numbers, histograms)
+        for sink in self._sinks:
+            sink.flush()
         return rows
 
     def sync(self) -> None:
         """Returns when all that was written is on the disk, where a checkpoint that follows it may count on it."""
-        if self._files is not None:
-            self._files.sync()
+        if self._lines is not None:
+            self._lines.sync()
 
     def written(self, phase: str) -> list[int]:
         """How many rows of a phase the file holds, those of earlier starts included, and their checksum (CRC-32)."""
-        return [0, 0] if self._files is None else list(self._files.written.get(phase, (0, 0)))
+        return [0, 0] if self._lines is None else list(self._lines.written.get(phase, (0, 0)))
 
     def is_written(self, phase: str, step: int) -> bool:
         """Whether the file of a run that goes on holds rows of a step already, which are then not written again.
 
         A phase is trained again where its own checkpoints are lost, and those of a later phase are not.
         """
-        return self._files is not None and step <= self._files.last.get(phase, 0)
+        return self._lines is not None and step <= self._lines.last.get(phase, 0)
 
     def close(self) -> None:
         """Writes what is queued and closes the files."""
         try:
             self.flush()
         finally:
-            if self._files is not None:
-                self._files.close()
+            for sink in self._sinks:
+                sink.close()
 
     def __enter__(self) -> "RunLogger":
         return self
@@ -129,39 +144,36 @@ class RunLogger:
         self.close()
 
 
-class _Files:
-    """The files that a run's rows go to."""
+class _Lines:
+    """The sink that a run goes on by: `metrics.jsonl`, a row a line."""
 
     def __init__(self, run_dir: Path, resume: tuple[str, int] | None, phases: tuple[str, ...]) -> None:
-        self._run_dir, self._phases = run_dir, phases
         run_dir.mkdir(parents=True, exist_ok=True)
         path = self._path = run_dir / _FILE
         # By phase, the number of rows and their checksum.
         self.written: dict[str, tuple[int, int]] = {}
+        # Rows that earlier starts have written, those that are dropped now included.
+        self.known: set[Mark] = set()
         if resume is not None:
             _checked_phase(resume[0], phases)
+            self.known = {_mark(row) for _, row in _parsed_lines(path)}
             for line, row in _rewind(path, resume, phases):
                 self._count(row["phase"], line)
         elif path.exists() and path.stat().st_size:
             raise ValueError(f"{path} holds the metrics of another run; resume that one, or choose another folder")
-        self._resume = resume
         # By phase, the last step that the file holds at the start.
         self.last = {} if resume is None else {row["phase"]: row["step"] for _, row in _parsed_lines(path)}
-        self._boards: dict[str, RecordWriter] = {}
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, rows: list[Row], histograms: list[dict[str, np.ndarray]]) -> None:
-        lines = [json.dumps(_to_json(row), allow_nan=False) + "\n" for row in rows]
+    def write(self, phase: str, step: int, metrics: Metrics, histograms: Histograms) -> None:
+        line = json.dumps(_to_json({"phase": phase, "step": step, **metrics}), allow_nan=False) + "\n"
         with files.naming(self._path):
-            self._file.write("".join(lines))
+            self._file.write(line)
+        self._count(phase, line)
+
+    def flush(self) -> None:
+        with files.naming(self._path):
             self._file.flush()
-        for row, line in zip(rows, lines, strict=True):
-            self._count(row["phase"], line)
-        with files.naming(self._run_dir / _BOARDS):
-            for row, counts in zip(rows, histograms, strict=True):
-                self._board(row["phase"]).write(_event(row, counts).SerializeToString())
-            for board in self._boards.values():
-                board.flush()
 
     def sync(self) -> None:
         with files.naming(self._path):
@@ -170,37 +182,10 @@ class _Files:
     def close(self) -> None:
         with files.naming(self._path):
             self._file.close()
-        with files.naming(self._run_dir / _BOARDS):
-            for board in self._boards.values():
-                board.close()
 
     def _count(self, phase: str, line: str) -> None:
         count, checksum = self.written.get(phase, (0, 0))
         self.written[phase] = count + 1, zlib.crc32(line.encode(), checksum)
-
-    def _board(self, phase: str) -> RecordWriter:
-        if phase not in self._boards:
-            folder = self._run_dir / _BOARDS / phase
-            folder.mkdir(parents=True, exist_ok=True)
-            board = RecordWriter(str(folder / f"{_EVENTS}{_next_number(folder):06d}"))
-            board.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
-            if self._resume is not None and phase in self._phases[self._phases.index(self._resume[0]) :]:
-                # Hides what earlier files say about this step and later ones.
-                first = self._resume[1] + 1 if phase == self._resume[0] else 0
-                start = SessionLog(status=SessionLog.START)
-                board.write(Event(wall_time=time.time(), step=first, session_log=start).SerializeToString())
-            self._boards[phase] = board
-        return self._boards[phase]
-
-
-def _next_number(folder: Path) -> int:
-    """Above those of all event files in a folder.
-
-    TensorBoard reads them in the order of their names; with the usual time stamp, two starts in one second would share
-    a file, and with their count a start after a deletion.
-    """
-    endings = (path.name.removeprefix(_EVENTS) for path in folder.glob(f"{_EVENTS}*"))
-    return max((int(ending) for ending in endings if ending.isdecimal()), default=-1) + 1
 
 
 def read_rows(run_dir: str | Path) -> list[Row]:
@@ -248,34 +233,12 @@ def _is_fault(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
+def _mark(row: Row) -> Mark:
+    return row["phase"], row["step"], frozenset(row.keys() - {"phase", "step"})
+
+
 def _to_json(row: Row) -> Row:
     return {name: str(value) if _is_fault(value) else value for name, value in row.items()}
-
-
-def _event(row: Row, histograms: Mapping[str, np.ndarray]) -> Event:
-    values = [
-        Summary.Value(tag=name, simple_value=value)
-        for name, value in row.items()
-        if name not in ("phase", "step") and value != UNDEFINED
-    ]
-    values += [
-        Summary.Value(tag=name, histo=_histogram(HISTOGRAMS[name], counts)) for name, counts in histograms.items()
-    ]
-    return Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values))
-
-
-def _histogram(edges: np.ndarray, counts: np.ndarray) -> HistogramProto:
-    """What TensorBoard draws: bins by their upper edges; of the values it knows the bins alone."""
-    middles = (edges[1:] + edges[:-1]) / 2
-    return HistogramProto(
-        min=edges[0],
-        max=edges[-1],
-        num=counts.sum(),
-        sum=counts @ middles,
-        sum_squares=counts @ middles**2,
-        bucket_limit=edges[1:].tolist(),
-        bucket=counts.tolist(),
-    )
 
 
 def _parsed_lines(path: Path) -> list[tuple[str, Row]]:
