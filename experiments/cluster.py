@@ -52,7 +52,7 @@ CONFIG = Config(
 )
 PHASE, KILLED, AFTER = "pretrain", 1, 20
 """The process that is killed in a phase, and the checkpoint after which it is."""
-ROUNDING = 2e-3
+ROUNDING = 1e-4
 """How far losses may be apart, in parts of them: sums over other numbers of devices round differently, and optimizers
 make more of that with every step."""
 _LOOKS = 0.05  # seconds between two looks at what the processes do
