@@ -52,7 +52,7 @@ CONFIG = Config(
 )
 PHASE, KILLED, AFTER = "pretrain", 1, 20
 """The process that is killed in a phase, and the checkpoint after which it is."""
-ROUNDING = 2e-3
+ROUNDING = 1e-4
 """How far losses may be apart, in parts of them: sums over other numbers of devices round differently, and optimizers
 make more of that with every step."""
 _LOOKS = 0.05  # seconds between two looks at what the processes do
@@ -86,7 +86,7 @@ def cluster(arguments: Arguments) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config, run = folder / "config.json", folder / "run"
     files.write_text(config, config_file.to_json(CONFIG))
-    train = ("train", str(config), "--output-dir")
+    train = ("-m", "experiments.train", str(config), "--output-dir")
     print(f"{arguments.processes} processes with {arguments.devices} devices each train", flush=True)
     with started((*train, str(run)), arguments.processes, arguments, name="first") as them:
         _wait(lambda: saved(run) >= AFTER, them, arguments.patience, what=f"checkpoint {AFTER}")
@@ -100,7 +100,7 @@ def cluster(arguments: Arguments) -> None:
     held = saved(run)
     fewer = arguments.processes - 1
     print(f"{fewer} processes go on from checkpoint {held}", flush=True)
-    go_on(("train", "--resume", str(run)), fewer, arguments, name="second")
+    go_on(("-m", "experiments.train", "--resume", str(run)), fewer, arguments, name="second")
     print("one process makes the same run alone", flush=True)
     go_on((*train, str(folder / "alone")), 1, arguments, name="alone")
     ours, theirs = (losses(folder / name) for name in ("run", "alone"))
@@ -135,7 +135,7 @@ def started(words: Sequence[str], count: int, arguments: Arguments, *, name: str
     """Starts so many processes of one program; those that still run at the end of the block are killed.
 
     Args:
-      words: the module of `experiments` and its command line.
+      words: what follows `python`.
       count: of processes.
       arguments: devices of each, and the folder for what they print.
       name: of that.
@@ -147,7 +147,7 @@ def started(words: Sequence[str], count: int, arguments: Arguments, *, name: str
             log = arguments.output_dir / f"{name}-{number}.log"
             with log.open("wb") as out:
                 popen = subprocess.Popen(
-                    [sys.executable, "-m", f"experiments.{words[0]}", *words[1:]],
+                    [sys.executable, *words],
                     env={**os.environ, **environment(number, count, address, devices=arguments.devices)},
                     stdout=out,
                     stderr=subprocess.STDOUT,

@@ -7,7 +7,7 @@ import pytest
 
 from experiments import cluster, train
 from lensjax.runs.store import config_file
-from tests.runs import TINY, cheap_programs, tiny_config
+from tests.runs import ROOT, TINY, cheap_programs, tiny_config
 
 
 def test_a_process_is_told_who_it_is(monkeypatch):
@@ -66,22 +66,51 @@ def workplace(tmp_path_factory):
     return folder
 
 
+EVALUATE = """
+import sys
+from lensjax.evaluation import compare
+from tests.experiments import test_evaluate_script as known
+compare.measure, compare.measure_foreign = known.known_measure, known.known_measure_foreign
+from experiments import evaluate
+evaluate.main(sys.argv[1:])
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.long
-def test_several_processes_measure_what_one_measures(workplace):
+def test_several_processes_measure_what_one_measures(workplace, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     arguments = cluster.Arguments(output_dir=workplace, devices=1)
-    words = ("evaluate", str(workplace / "run"), "--budgets", "2", "--sequences", "6", "--batch-size", "2")
+    words = (
+        "-c",
+        EVALUATE,
+        str(workplace / "run"),
+        "--budgets",
+        "2",
+        "--sequences",
+        "6",
+        "--batch-size",
+        "2",
+        "--name",
+    )
     for count in (2, 1):
-        cluster.go_on((*words, "--draws", "2", "--name", f"by-{count}"), count, arguments, name=f"evaluate-{count}")
-    one, two = ((workplace / "run" / f"by-{count}.csv").read_bytes() for count in (1, 2))
-    assert one == two
+        cluster.go_on((*words, f"by-{count}"), count, arguments, name=f"evaluate-{count}")
+    one, two = (json.loads((workplace / "run" / f"by-{count}.json").read_text()) for count in (1, 2))
+    assert one["rows"] == two["rows"] and (one["environment"]["processes"], two["environment"]["processes"]) == (1, 2)
 
 
 @pytest.mark.slow
 @pytest.mark.long
 def test_several_processes_train_the_arms_that_one_trains(workplace):
     arguments = cluster.Arguments(output_dir=workplace, devices=1)
-    words = ("studies.ablate", str(workplace / "small.py"), "--base-run", str(workplace / "run"), "--output-dir")
+    words = (
+        "-m",
+        "experiments.studies.ablate",
+        str(workplace / "small.py"),
+        "--base-run",
+        str(workplace / "run"),
+        "--output-dir",
+    )
     tables = []
     for count in (2, 1):
         cluster.go_on((*words, str(workplace / f"by-{count}")), count, arguments, name=f"ablate-{count}")

@@ -48,45 +48,48 @@ def runs(tmp_path_factory):
     return folder
 
 
+def _on_key(loss, tokens):
+    """As many key tokens as the first token says, up to 3; twice the loss on these."""
+    count = tokens[0] % 4
+    return jnp.where(count > 0, 2 * loss, jnp.nan), count
+
+
+def known_measure(models, params, tokens, answers, key, *, length, draws, oracle_rounds, recipe):
+    """A policy's loss is its place in the table, plus the number of the sequence."""
+    share, nothing = tokens.mean(dtype=jnp.float32) / 256, jnp.full((), jnp.nan)
+
+    def one(name, place):
+        moves = jnp.full((), 0.25 if name.startswith("lensnet") else jnp.nan)
+        hit = jnp.full((), jnp.nan if answers is None else 0.5)
+        loss = 20.0 - place + share
+        return Measured(loss, *_on_key(loss, tokens), hit, moves, 4 * moves, jnp.full(2, length))
+
+    history, whole = tokens[: recipe.context.history], 5.0 + share
+    entries = jnp.full(2, recipe.context.history)
+    policies = {name: one(name, place) for place, name in enumerate(POLICIES)}
+    return Comparison(
+        policies={**policies, "full": Measured(whole, *_on_key(whole, tokens), *[nothing] * 3, entries)},
+        focus=WorkingContext(history, history, history > 0),
+        divergence=jnp.full((), 0.5),
+        correlation=jnp.full((), jnp.nan if answers is None else 0.75),
+        is_key=tokens > 0,
+    )
+
+
+def known_measure_foreign(models, params, tokens, answers, found, foreign, *, length, recipe):
+    """Three nats worse than the own focus, and as much changed as the two sequences are different ones."""
+    loss, nothing = 20.0 - 9 + 3.0 + tokens.mean(dtype=jnp.float32) / 256, jnp.full((), jnp.nan)
+    history = tokens[: recipe.context.history]
+    is_own = jnp.all(found.focus.start == history)
+    changed = jnp.where(is_own & jnp.any(foreign.start != history), 1.0, 0.0)
+    return Measured(loss, *_on_key(loss, tokens), *[nothing] * 3, jnp.full(2, length)), changed
+
+
 @pytest.fixture
 def known(monkeypatch):
-    """Losses that are known: a policy's is its place in the table, plus the number of the sequence."""
-
-    def on_key(loss, tokens):
-        """As many key tokens as the first token says, up to 3; twice the loss on these."""
-        count = tokens[0] % 4
-        return jnp.where(count > 0, 2 * loss, jnp.nan), count
-
-    def measure(models, params, tokens, answers, key, *, length, draws, oracle_rounds, recipe):
-        share, nothing = tokens.mean(dtype=jnp.float32) / 256, jnp.full((), jnp.nan)
-
-        def one(name, place):
-            moves = jnp.full((), 0.25 if name.startswith("lensnet") else jnp.nan)
-            hit = jnp.full((), jnp.nan if answers is None else 0.5)
-            loss = 20.0 - place + share
-            return Measured(loss, *on_key(loss, tokens), hit, moves, 4 * moves, jnp.full(2, length))
-
-        history, whole = tokens[: recipe.context.history], 5.0 + share
-        entries = jnp.full(2, recipe.context.history)
-        policies = {name: one(name, place) for place, name in enumerate(POLICIES)}
-        return Comparison(
-            policies={**policies, "full": Measured(whole, *on_key(whole, tokens), *[nothing] * 3, entries)},
-            focus=WorkingContext(history, history, history > 0),
-            divergence=jnp.full((), 0.5),
-            correlation=jnp.full((), jnp.nan if answers is None else 0.75),
-            is_key=tokens > 0,
-        )
-
-    def measure_foreign(models, params, tokens, answers, found, foreign, *, length, recipe):
-        """Three nats worse than the own focus, and as much changed as the two sequences are different ones."""
-        loss, nothing = 20.0 - 9 + 3.0 + tokens.mean(dtype=jnp.float32) / 256, jnp.full((), jnp.nan)
-        history = tokens[: recipe.context.history]
-        is_own = jnp.all(found.focus.start == history)
-        changed = jnp.where(is_own & jnp.any(foreign.start != history), 1.0, 0.0)
-        return Measured(loss, *on_key(loss, tokens), *[nothing] * 3, jnp.full(2, length)), changed
-
-    monkeypatch.setattr(compare, "measure", measure)
-    monkeypatch.setattr(compare, "measure_foreign", measure_foreign)
+    """Losses that are known."""
+    monkeypatch.setattr(compare, "measure", known_measure)
+    monkeypatch.setattr(compare, "measure_foreign", known_measure_foreign)
     for program in (evaluate.compiled_measure, evaluate._compiled_foreign):
         program.cache_clear()
     yield

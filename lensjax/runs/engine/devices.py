@@ -144,9 +144,10 @@ def place(state: Tree, mesh: Mesh, *, split: bool) -> Tree:
     return jax.tree.map(lambda leaf: put(leaf, NamedSharding(mesh, _parts(leaf, mesh, split))), state)
 
 
-def put(leaf: Array, sharding: Sharding) -> Array:
+def put(leaf: Array | np.ndarray, sharding: Sharding) -> Array:
     """Puts an array where a sharding says; where that is in several processes, all hold the same values before."""
-    if sharding.is_fully_addressable or not leaf.is_fully_addressable:
+    is_shared = isinstance(leaf, Array) and not leaf.is_fully_addressable
+    if sharding.is_fully_addressable or is_shared:
         return jax.device_put(leaf, sharding)
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(put(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))

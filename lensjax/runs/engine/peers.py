@@ -68,7 +68,9 @@ def leave(code: int, line: str = "") -> None:
 
 
 def _accepted(port: int) -> list[socket.socket]:
-    with socket.create_server(("", port)) as server:
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    with socket.create_server(("", port), family=family, dualstack_ipv6=both) as server:
         server.settimeout(_JOINING)
         return [server.accept()[0] for _ in range(jax.process_count() - 1)]
 
@@ -77,7 +79,7 @@ def _connected(host: str, port: int) -> socket.socket:
     until = time.monotonic() + _JOINING
     while True:
         try:
-            return socket.create_connection((host, port), timeout=_JOINING)
+            return socket.create_connection((host.strip("[]"), port), timeout=_JOINING)
         except ConnectionRefusedError:
             if time.monotonic() > until:
                 raise
