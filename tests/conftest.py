@@ -8,13 +8,14 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
+from tests import quick
+
 # Before anything imports jax, and for subprocesses. JAX_PLATFORMS=cuda runs the tests on a GPU instead.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
 # What is spread over devices is tested on two.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
-# The tests compile many small programs that run once: compiling them well would take most of the time.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("XLA_FLAGS", f"{quick.FLAGS} --xla_force_host_platform_device_count=2")
+os.environ.update(quick.ENVIRONMENT | os.environ)
 
 import hypothesis
 import jax
