@@ -4,6 +4,7 @@ Warnings are errors by the pytest settings in pyproject.toml.
 """
 
 import contextlib
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -34,6 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first: as the last one, such a file would keep one worker busy and the others waiting."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+    gc.freeze()  # what is imported stays: looking through it again and again finds nothing
 
 
 @pytest.fixture(scope="session")
