@@ -4,17 +4,19 @@ Warnings are errors by the pytest settings in pyproject.toml.
 """
 
 import contextlib
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+
+from tests import quick
 
 # Before anything imports jax, and for subprocesses. JAX_PLATFORMS=cuda runs the tests on a GPU instead.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
 # What is spread over devices is tested on two.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
-# The tests compile many small programs that run once: compiling them well would take most of the time.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("XLA_FLAGS", f"{quick.FLAGS} --xla_force_host_platform_device_count=2")
+os.environ.update(quick.ENVIRONMENT | os.environ)
 # Nothing is kept in the cache folder of whoever runs the tests.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
 
@@ -35,6 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first: as the last one, such a file would keep one worker busy and the others waiting."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+    gc.freeze()  # what is imported stays: looking through it again and again finds nothing
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,10 @@ def measured(has_answer):
     return {name: one for name, one in compared(has_answer).policies.items() if name != compare.FULL}
 
 
-@pytest.mark.parametrize("has_answer", [True, pytest.param(False, marks=pytest.mark.slow)])
+WITHOUT_ANSWER = pytest.param(False, marks=pytest.mark.slow)  # another program, as long as that of all others
+
+
+@pytest.mark.parametrize("has_answer", [True, WITHOUT_ANSWER])
 def test_every_policy_has_exactly_the_entries(has_answer):
     found = measured(has_answer)
     assert set(found) == NAMES | ({"answer"} if has_answer else set())
@@ -55,22 +58,23 @@ def test_every_policy_has_exactly_the_entries(has_answer):
     assert all(np.isfinite(one.nll) for one in found.values())
 
 
-def test_only_what_has_an_answer_can_hit_and_only_what_has_steps_can_move():
-    with_answer, without = measured(True), measured(False)
-    assert all(0 <= one.hit <= 1 for one in with_answer.values())
-    assert all(math.isnan(one.hit) for one in without.values())
-    for name, one in without.items():
+@pytest.mark.parametrize("has_answer", [True, WITHOUT_ANSWER])
+def test_only_what_has_an_answer_can_hit_and_only_what_has_steps_can_move(has_answer):
+    found = measured(has_answer)
+    assert all(0 <= one.hit <= 1 if has_answer else math.isnan(one.hit) for one in found.values())
+    for name, one in found.items():
         assert math.isnan(one.swap_rate) == math.isnan(one.residency) == (not name.startswith("lensnet"))
     # Half of all entries replaced in one step: each was there for two contexts of four thirds of their number.
-    first = without["lensnet_1"]
+    first = found["lensnet_1"]
     assert first.residency == pytest.approx(2 / (1 + first.swap_rate))
 
 
-def test_what_sees_the_loss_is_better_than_what_it_chose_from():
-    for found in (measured(True), measured(False)):
-        assert found["best_of_3"].nll <= found["random"].nll
-        others = [one.nll for name, one in found.items() if name not in ("recency", "random", "recent_random")]
-        assert found["oracle"].nll <= min(others)
+@pytest.mark.parametrize("has_answer", [True, WITHOUT_ANSWER])
+def test_what_sees_the_loss_is_better_than_what_it_chose_from(has_answer):
+    found = measured(has_answer)
+    assert found["best_of_3"].nll <= found["random"].nll
+    others = [one.nll for name, one in found.items() if name not in ("recency", "random", "recent_random")]
+    assert found["oracle"].nll <= min(others)
 
 
 def test_each_policy_is_the_one_it_is_called():
@@ -112,7 +116,7 @@ def test_each_policy_is_the_one_it_is_called():
         variants = jax.tree.map(lambda many, *leaves: jnp.concatenate([jnp.stack(leaves), many]), drawn, *single)
         return nll.variant_nll(models.base, params["base"], tree, variants, window.horizon, GEOMETRY)[0]
 
-    expected, found = np.asarray(losses(params)), measured(False)
+    expected, found = np.asarray(losses(params)), measured(True)
     names = ("recency", "uniform", "key_norm", "snapkv", "bm25", "lookup", "snapkv_next", "lookup_next")
     names += ("snapkv_hindsight", "bm25_hindsight")
     np.testing.assert_allclose([found[name].nll for name in names], expected[:-DRAWS], rtol=1e-5)
@@ -126,16 +130,16 @@ def pick(run, **hyper):
     return jit(functools.partial(compare.measure_pick, run.models, recipe=recipe))
 
 
-def test_the_pick_is_that_of_the_table_at_the_budget():
+@pytest.mark.parametrize("has_answer", [True, WITHOUT_ANSWER])
+def test_the_pick_is_that_of_the_table_at_the_budget(has_answer):
     params, tokens = RUN.params(), batch()["tokens"][0]
     run = pick(RUN, context_end=LENGTH / SHAPE.history)
     lens_key = jax.random.split(KEY)[1]
-    for has_answer in (True, False):
-        expected, answers = measured(has_answer), jnp.asarray(ANSWERS) if has_answer else None
-        found = jax.device_get(run(params, tokens, answers, lens_key))
-        assert found["lensnet"] == pytest.approx(expected["lensnet_2"].nll, rel=1e-6)
-        assert found["recency"] == pytest.approx(expected["recency"].nll, rel=1e-6)
-        assert found["hit"] == pytest.approx(expected["lensnet_2"].hit, nan_ok=True)
+    expected, answers = measured(has_answer), jnp.asarray(ANSWERS) if has_answer else None
+    found = jax.device_get(run(params, tokens, answers, lens_key))
+    assert found["lensnet"] == pytest.approx(expected["lensnet_2"].nll, rel=1e-6)
+    assert found["recency"] == pytest.approx(expected["recency"].nll, rel=1e-6)
+    assert found["hit"] == pytest.approx(expected["lensnet_2"].hit, nan_ok=True)
     assert abs(found["lensnet"] - found["recency"]) > 1e-5
 
 
@@ -169,8 +173,8 @@ def test_the_pick_with_omission_is_what_lensnet_ends_with():
 def test_the_bounds_are_those_of_recency_and_of_the_search():
     options = {"length": LENGTH, "draws": DRAWS, "oracle_rounds": 1, "recipe": RECIPE}
     run = jit(functools.partial(compare.bounds, RUN.models, **options))
-    recency, oracle = run(RUN.params(), batch()["tokens"][0], None, KEY)
-    found = measured(False)
+    recency, oracle = run(RUN.params(), batch()["tokens"][0], jnp.asarray(ANSWERS), KEY)
+    found = measured(True)
     assert float(recency) == pytest.approx(found["recency"].nll, rel=1e-5)
     # It is never worse than where it starts; that of the table may start from LensNet's contexts too.
     starts = ("uniform", "key_norm", "snapkv", "bm25", "lookup", "best_of_3")

@@ -31,6 +31,7 @@ def test_a_step_holds_the_base_model_once(found):
     assert found["temporaries"] < found["base"]
 
 
+@pytest.mark.slow
 def test_bfloat16_halves_the_matrices_and_a_trained_base_model_is_more_state(found):
     half = memory.measure(_settings.replace(LARGE, **{"checkpoint.path": "-", "checkpoint.dtype": "bfloat16"}))
     assert half["base"] == pytest.approx(found["base"] / 2, rel=0.01)
@@ -57,6 +58,7 @@ def test_what_is_frozen_is_neither_donated_nor_copied():
     assert jax.tree.map(lambda leaf: leaf.unsafe_buffer_pointer(), given) == places
 
 
+@pytest.mark.slow
 def test_the_command_line_is_that_of_training():
     words = ["recall", "--batch-size", "1", "--context.rollouts", "2", "--steps", "0", "--distill.steps", "30"]
     with redirect_stdout(io.StringIO()) as told:

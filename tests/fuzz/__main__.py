@@ -5,9 +5,11 @@ import functools
 import os
 import sys
 
+from tests import quick
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.update(quick.ENVIRONMENT | os.environ)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 from tests.fuzz import runner  # the environment is read by the import

@@ -6,9 +6,11 @@ import os
 import sys
 import tempfile
 
+from tests import quick
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.update(quick.ENVIRONMENT | os.environ)
 
 
 def main() -> None:

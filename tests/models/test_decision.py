@@ -31,9 +31,9 @@ def whole(state):
     return {**RUN.frozen(), **state.params}
 
 
-def by_history(state, tokens, key, *, shift=0):
-    """LensNet and its rivals, which are given the history alone; `shift` lets the first tokens behind the cursor in."""
-    history = tokens[shift : SHAPE.history + shift] if shift else split(tokens, horizon=SHAPE.horizon).history
+def by_history(state, tokens, key):
+    """LensNet and its rivals, which are given the history alone."""
+    history = split(tokens, horizon=SHAPE.horizon).history
     params = whole(state)
     tree = build_tree(MODELS, params, history, GEOMETRY)
     shown = policy_contexts(params, tree)
@@ -53,10 +53,6 @@ def policy_contexts(params, tree, capacity=LENGTH):
 
 def causal(params, history, key):
     return rivals.causal(MODELS, params, history, key, GEOMETRY, length=LENGTH, draws=DRAWS, high_lod_share=0.3)
-
-
-def shifted_by_one(state, tokens, key):
-    return by_history(state, tokens, key, shift=1)
 
 
 def variants(state, tokens, key):
@@ -120,15 +116,19 @@ def state():
     return replace(start, params={**start.params, "lens": lens})
 
 
-def changed_by(where, decide):
-    """Names of what is another thing, in any bit, when the tokens at `where` are other ones."""
+def changed_by(where, decide, late=0):
+    """Names of what is another thing, in any bit, when the tokens at `where` are other ones.
+
+    The history ends `late` tokens too late: it holds the first ones behind the cursor.
+    """
     found = set()
     for seed in range(8):
         rng, key = np.random.default_rng(seed), jax.random.key(seed)
         tokens = rng.integers(0, 7, SHAPE.window).astype(np.int32)
         others = tokens.copy()
         others[where] = (tokens[where] + rng.integers(1, 7, tokens[where].shape)) % 7
-        one, other = (jax.device_get(compiled(decide)(state(), row, key)) for row in (tokens, others))
+        rows = (np.roll(row, -late) for row in (tokens, others))
+        one, other = (jax.device_get(compiled(decide)(state(), row, key)) for row in rows)
         for name, made in one.items():
             pairs = zip(jax.tree.leaves(made), jax.tree.leaves(other[name]), strict=True)
             found |= {name} if any(a.tobytes() != b.tobytes() for a, b in pairs) else set()
@@ -158,7 +158,7 @@ def test_decisions_depend_on_the_history(decide, blind):
 
 def test_one_token_from_behind_the_cursor_is_noticed():
     """The same deciders over a history that ends one token late: whatever asks with its last tokens gives it away."""
-    assert changed_by(HORIZON, shifted_by_one) >= {"lensnet", "lensnet_scores", "snapkv", "bm25", "lookup"}
+    assert changed_by(HORIZON, by_history, late=1) >= {"lensnet", "lensnet_scores", "snapkv", "bm25", "lookup"}
 
 
 def test_what_is_called_hindsight_depends_on_the_horizon():
@@ -173,13 +173,12 @@ TOKENS = np.concatenate([np.arange(SHAPE.history) % 8, 8 + np.arange(SHAPE.horiz
 
 
 @functools.cache
-def influence(shift):
-    """float[VOCABULARY]: gradient of LensNet's scores, not cut off as in training, at the embedding of each token."""
+def gradient():
+    """That of LensNet's scores at the embeddings, not cut off as in training; a function of embeddings and tokens."""
     known = RUN.params()
 
-    def total(table):
+    def total(table, tokens):
         params = {**known, "base": {**known["base"], "embedding": {"embedding": table}}}
-        tokens = jnp.roll(jnp.asarray(TOKENS), -shift)
         scored = scored_variants(params, tokens, jax.random.key(0))
         tree = build_tree(MODELS, params, split(tokens, horizon=SHAPE.horizon).history, GEOMETRY)
         shown = policy_contexts(params, tree, RECIPE.capacity)
@@ -188,8 +187,13 @@ def influence(shift):
         scores = jax.vmap(lambda one: MODELS.lens.apply(params["lens"], one))(entries)
         return jnp.sum(scores**2)
 
-    gradient = jit(jax.grad(total))(known["base"]["embedding"]["embedding"])
-    return np.abs(np.asarray(gradient)).max(axis=1)
+    return jit(jax.grad(total))
+
+
+def influence(late):
+    """float[VOCABULARY]: the largest part of that of each token; the history ends `late` tokens too late."""
+    table = RUN.params()["base"]["embedding"]["embedding"]
+    return np.abs(np.asarray(gradient()(table, np.roll(TOKENS, -late)))).max(axis=1)
 
 
 def test_no_gradient_of_scores_reaches_the_tokens_of_the_horizon():

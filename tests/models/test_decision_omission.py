@@ -35,9 +35,9 @@ def params(reads):
     return {**start, "lens": lens}
 
 
-def decide(params, tokens, key, *, models, shift=0):
-    """What LensNet makes of a history, and what training shows it; `shift` lets tokens behind the cursor in."""
-    tree = build_tree(models, params, tokens[shift : SHAPE.history + shift], GEOMETRY)
+def decide(params, tokens, key, *, models):
+    """What LensNet makes of a history, and what training shows it."""
+    tree = build_tree(models, params, tokens[: SHAPE.history], GEOMETRY)
     score_fn = policy(models.lens, params["lens"], tree)
     shown = refocus.cold_start(score_fn, LENGTH, GEOMETRY, capacity=LENGTH, settings=CONFIG.focus)
     scored = score_variants(key, params, tokens, LENGTH, 0.0, models=models, context=SHAPE, capacity=RECIPE.capacity)
@@ -57,19 +57,23 @@ def decide(params, tokens, key, *, models, shift=0):
 
 
 @functools.cache
-def compiled(reads, shift):
-    return jit(functools.partial(decide, models=reading(reads).models, shift=shift))
+def compiled(reads):
+    return jit(functools.partial(decide, models=reading(reads).models))
 
 
-def changed_by(where, reads, shift=0):
-    """Names of what is another thing, in any bit, when the tokens at `where` are other ones."""
+def changed_by(where, reads, late=0):
+    """Names of what is another thing, in any bit, when the tokens at `where` are other ones.
+
+    The history ends `late` tokens too late: it holds the first ones behind the cursor.
+    """
     found = set()
     for seed in range(6):
         rng, key = np.random.default_rng(seed), jax.random.key(seed)
         tokens = rng.integers(0, 7, SHAPE.window).astype(np.int32)
         others = tokens.copy()
         others[where] = (tokens[where] + rng.integers(1, 7, tokens[where].shape)) % 7
-        one, other = (jax.device_get(compiled(reads, shift)(params(reads), row, key)) for row in (tokens, others))
+        rows = (np.roll(row, -late) for row in (tokens, others))
+        one, other = (jax.device_get(compiled(reads)(params(reads), row, key)) for row in rows)
         for name, made in one.items():
             pairs = zip(jax.tree.leaves(made), jax.tree.leaves(other[name]), strict=True)
             found |= {name} if any(a.tobytes() != b.tobytes() for a, b in pairs) else set()
@@ -90,7 +94,7 @@ def test_decisions_depend_on_the_history(reads):
 
 
 def test_one_token_from_behind_the_cursor_is_noticed():
-    assert changed_by(HORIZON, "attention", shift=1) == {"states", "shown", "shown_scores"}
+    assert changed_by(HORIZON, "attention", late=1) == ALL
 
 
 def test_every_score_depends_on_what_the_base_model_does_not_read():

@@ -16,6 +16,7 @@ from lensjax import _settings
 from lensjax.runs.engine import devices
 from lensjax.runs.store import checkpoint, config_file
 from lensjax.runs.store.log import read_rows
+from tests import quick
 from tests.runs import TINY, run_script
 
 STEPS = 20
@@ -92,8 +93,8 @@ def train(tmp_path_factory):
             file = folder.with_suffix(".json")
             file.write_text(config_file.to_json(_settings.replace(EIGHT, output_dir=str(folder), **changes)))
             words = (file,)
-        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count // processes}"}
-        flags |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        devices = f"--xla_force_host_platform_device_count={count // processes}"
+        flags = {"XLA_FLAGS": f"{quick.FLAGS} {devices}"}
         if processes > 1:
             flags |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": str(processes)}
 

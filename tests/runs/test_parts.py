@@ -111,6 +111,7 @@ def test_a_checkpoint_is_as_small_as_what_is_trained_however_large_the_base_mode
 
 def test_a_run_stays_whole_when_the_run_that_it_came_from_goes(cheap, whole, tmp_path, monkeypatch):
     """Interrupted after its first step and after its first checkpoint, with no other run there any more."""
+    changes = {"seed": 8, "distill.steps": 5}
     for key, kind in (("base_run", "base"), ("start_from", "start")):
         source, folder = tmp_path / f"source-{kind}", tmp_path / kind
         shutil.copytree(whole, source)
@@ -124,12 +125,12 @@ def test_a_run_stays_whole_when_the_run_that_it_came_from_goes(cheap, whole, tmp
         with monkeypatch.context() as patch:
             hook_run(patch.setattr, hook)
             with pytest.raises(Killed):
-                start(tiny_config(folder, seed=8, **{key: str(source)}, **ALL))
+                start(tiny_config(folder, **changes, **{key: str(source)}))
             shutil.rmtree(source)
             with pytest.raises(Killed):
                 go_on(folder)
             go_on(folder)
-        start(tiny_config(tmp_path / f"{kind}-whole", seed=8, **{key: str(whole)}, **ALL))
+        start(tiny_config(tmp_path / f"{kind}-whole", **changes, **{key: str(whole)}))
         assert outcome(folder)["saved"] == outcome(tmp_path / f"{kind}-whole")["saved"]
         for part in ("base", "gist", "lens"):
             assert saved_part(folder, part) == saved_part(tmp_path / f"{kind}-whole", part)
