@@ -178,7 +178,7 @@ class Attention(nnx.Module):
         query, unturned = self._searched("query", source, own_rotary), self._searched("key", x)
         key = jnp.repeat(self._shift(_turned(unturned, rotary)), config.heads // config.kv_heads, axis=1)
         logits = jnp.einsum("rhd,shd->hrs", query, key, preferred_element_type=jnp.float32) * config.head_width**-0.5
-        weights = jax.nn.softmax(jnp.where(up_to(rows, x.shape[0]), logits, -jnp.inf))
+        weights = jax.nn.softmax(jnp.where(up_to(rows, x.shape[0])[None], logits, -jnp.inf))
         return weights, jnp.linalg.norm(unturned.astype(jnp.float32), axis=-1).T
 
     def _mix(self, query: Array, key: Array, value: Array, *, rows: Array | None, valid: Array | None = None) -> Array:
