@@ -104,12 +104,12 @@ def test_attention_in_blocks_of_queries_changes_nothing(
     params, lengths = trained(model), []
     expected = gradients(model, params, inputs, ROWS)
 
-    def mixed(query: Array, key: Array, *others: Array, **options: Any) -> Array:
+    def mixed(query: Array, key: Array, *others: Array) -> Array:
         lengths.append((query.shape[0], key.shape[0]))
-        return whole(query, key, *others, **options)
+        return whole(query, key, *others)
 
-    whole = jax.nn.dot_product_attention
-    monkeypatch.setattr(jax.nn, "dot_product_attention", mixed)
+    whole = attend._dot
+    monkeypatch.setattr(attend, "_dot", mixed)
     monkeypatch.setattr(attend, "_MIN_BLOCK", size)
     monkeypatch.setattr(attend, "_MAX_BLOCKS", most)
     found = floats(compiled_gradients.__wrapped__(model)(params, inputs, ROWS))
