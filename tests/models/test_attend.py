@@ -90,6 +90,29 @@ def assert_same(kernel: attend.Kernel, form: tuple[bool, bool], *inputs: jax.Arr
 
 
 @forms
+@pytest.mark.parametrize(("length", "dtype"), [(9, jnp.float32), (192, jnp.float32), (9, jnp.bfloat16)])
+def test_xla_is_attention(form, length, dtype):
+    """By JAX's own implementation, with a mask of all pairs."""
+    (causal, masked), (*qkv, valid) = form, heads(length, dtype)
+
+    def mixed_and_gradients(mix):
+        mixed, pull = jax.vjp(mix, *(array[0, 0] for array in qkv))
+        return mixed, *pull(jnp.cos(jnp.arange(mixed.size, dtype=dtype)).reshape(mixed.shape))
+
+    def plainly(query, key, value):
+        mask = valid[0, 0][None, None, :] if masked else None
+        return DOT(query, key, value, mask=mask, is_causal=causal).reshape(length, -1)
+
+    ours = functools.partial(attend.attend, causal=causal, valid=valid[0, 0] if masked else None)
+    with jax.numpy_dtype_promotion("standard"):
+        found = jit(lambda: (mixed_and_gradients(ours), mixed_and_gradients(plainly)))()
+    tolerance = 1e-5 if dtype == jnp.float32 else 0.05
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == dtype
+        np.testing.assert_allclose(one.astype("f"), other.astype("f"), atol=tolerance, rtol=tolerance)
+
+
+@forms
 @pytest.mark.parametrize("length", [9, 192])
 def test_what_cudnn_is_given_is_attention(cudnn_by_xla, form, length):
     assert_same("cudnn", form, *heads(length))

@@ -13,7 +13,7 @@ from jax import Array
 from lensjax.context.working import Entries, in_full
 from lensjax.models import BaseModel, Params
 from lensjax.models.base_lm import BaseConfig
-from lensjax.models.nn import transformer
+from lensjax.models.nn import attend
 from tests.models.example_models import (
     BASE,
     BASES,
@@ -115,10 +115,10 @@ def test_attention_in_blocks_of_queries_changes_nothing(
         lengths.append((query.shape[0], key.shape[0]))
         return whole(query, key, *others)
 
-    whole = transformer._mixed
-    monkeypatch.setattr(transformer, "_mixed", mixed)
-    monkeypatch.setattr(transformer, "_MIN_BLOCK", size)
-    monkeypatch.setattr(transformer, "_MAX_BLOCKS", most)
+    whole = attend._dot
+    monkeypatch.setattr(attend, "_dot", mixed)
+    monkeypatch.setattr(attend, "_MIN_BLOCK", size)
+    monkeypatch.setattr(attend, "_MAX_BLOCKS", most)
     found = floats(compiled_gradients.__wrapped__(model)(params, inputs, ROWS))
     jax.tree.map(assert_close, found, expected)
     *of_blocks, of_rows = lengths

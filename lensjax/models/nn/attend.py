@@ -28,6 +28,7 @@ TILE = 128
 have been NaN where 64 entries were left over."""
 _BLOCKS = (512, 384, 256, TILE)
 """Sizes of the blocks of splash attention, the best first."""
+_NEVER = -0.7 * float(jnp.finfo(jnp.float32).max)
 # Smaller blocks of queries would keep a GPU waiting, more of them the compiler.
 _MIN_BLOCK, _MAX_BLOCKS = 128, 8
 
@@ -174,10 +175,10 @@ def _xla(
 ) -> Array:
     if causal and rows is None:
         return _xla_to_earlier(query, key, value, near)
-    mask = None if valid is None else valid[None, None, :]
+    seen = None if valid is None else valid[None, :]
     if causal and rows is not None:
-        mask = up_to(rows, key.shape[0], near)
-    return jax.nn.dot_product_attention(query, key, value, mask=mask)
+        seen = up_to(rows, key.shape[0], near)
+    return _dot(query, key, value, seen)
 
 
 def _xla_to_earlier(query: Array, key: Array, value: Array, near: Array | None) -> Array:
@@ -190,14 +191,43 @@ def _xla_to_earlier(query: Array, key: Array, value: Array, near: Array | None) 
     for start in range(0, length, size):
         end = min(start + size, length)
         earlier = up_to(jnp.arange(start, end), end, None if near is None else near[start:end, :end])
-        parts.append(jax.nn.dot_product_attention(query[start:end], key[:end], value[:end], mask=earlier))
+        parts.append(_dot(query[start:end], key[:end], value[:end], earlier))
     return jnp.concatenate(parts)
 
 
+def _dot(query: Array, key: Array, value: Array, seen: Array | None) -> Array:
+    """Attention [R, heads, d] to what bool[R, S] or [1, S] says is seen.
+
+    Heads come first, the queries of a group side by side, so that small arrays are transposed and not the weights; and
+    what is divided by the sum of the weights is their product with the values, which is smaller than they are.
+    """
+    (count, heads, width), kv_heads = query.shape, key.shape[1]
+    grouped = query.reshape(count, kv_heads, -1, width).transpose(1, 2, 0, 3)
+    logits = jnp.einsum(
+        "gqd,gsd->gqs",
+        grouped.reshape(kv_heads, -1, width),
+        key.swapaxes(0, 1),
+        preferred_element_type=jnp.float32,
+    ).reshape(*grouped.shape[:3], -1)
+    logits = logits * width**-0.5
+    if seen is not None:
+        # Finite, so that what sees nothing is the mean of all.
+        logits = jnp.where(seen[None, None], logits, _NEVER)
+    weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
+    mixed = jnp.einsum(
+        "gqs,gsd->gqd",
+        weights.reshape(kv_heads, -1, weights.shape[-1]).astype(value.dtype),
+        value.swapaxes(0, 1),
+        preferred_element_type=jnp.float32,
+    ).reshape(grouped.shape)
+    mixed = mixed / jnp.sum(weights, axis=-1, keepdims=True)
+    return mixed.transpose(2, 0, 1, 3).reshape(count, heads, width).astype(value.dtype)
+
+
 def up_to(rows: Array, length: int, near: Array | None = None) -> Array:
-    """bool[1, R, S]: whether each of `rows` may see each of S entries in causal order, or of those that are near."""
-    earlier = jnp.arange(length)[None, None, :] <= rows[None, :, None]
-    return earlier if near is None else earlier & near[None]
+    """bool[R, S]: whether each of `rows` may see each of S entries in causal order, or of those that are near."""
+    earlier = jnp.arange(length)[None, :] <= rows[:, None]
+    return earlier if near is None else earlier & near
 
 
 def _cudnn(query: Array, key: Array, value: Array, *, causal: bool, valid: Array | None) -> Array:

@@ -28,5 +28,6 @@ class ShortConv(nnx.Module):
         kernel = self.kernel[...].astype(x.dtype)
         width, length = kernel.shape[0], x.shape[0]
         padded = jnp.pad(x, ((width - 1, 0), (0, 0)))
-        shifted = jnp.stack([padded[width - 1 - j : width - 1 - j + length] for j in range(width)])
-        return x + jnp.sum(shifted * kernel[:, None, :], axis=0)
+        for j in range(width):
+            x = x + padded[width - 1 - j : width - 1 - j + length] * kernel[j][None, :]
+        return x

@@ -147,7 +147,7 @@ class Attention(nnx.Module):
         key = jnp.repeat(self._shift(_turned(unturned, rotary)), config.heads // config.kv_heads, axis=1)
         logits = jnp.einsum("rhd,shd->hrs", query, key, preferred_element_type=jnp.float32) * config.head_width**-0.5
         near = None if own_rotary is None else own_rotary.near
-        weights = jax.nn.softmax(jnp.where(up_to(rows, x.shape[0], near), logits, -jnp.inf))
+        weights = jax.nn.softmax(jnp.where(up_to(rows, x.shape[0], near)[None], logits, -jnp.inf))
         return weights, jnp.linalg.norm(unturned.astype(jnp.float32), axis=-1).T
 
     def _mix(self, query: Array, key: Array, value: Array, **seen: Array | None) -> Array:
