@@ -54,7 +54,7 @@ def build(source: Path) -> None:
 
 
 def tidy(outputs: list[NotebookNode]) -> list[NotebookNode]:
-    """Text as text, in one piece, without warnings and without the name of the temporary folder; pictures as they are."""
+    """Text in one piece, without warnings and the names of temporary folders; pictures as they are."""
     kept: list[NotebookNode] = []
     for output in outputs:
         data = output.get("data", {})
