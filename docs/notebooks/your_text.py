@@ -37,17 +37,17 @@ FOLDER = Path(tempfile.mkdtemp()) / "run"
 #
 # Windows of 256 bytes: 224 before the cursor, 32 behind it, which are predicted from 56 entries. Each window quotes
 # itself: its last 8 bytes before the cursor begin an earlier passage again, so that something old is always needed.
-# Leave `quote` out for your text as it is. Ordinary text seldom needs what is old, and 100 steps will not show it.
+# Leave `quote` out for your text as it is. Ordinary text seldom needs what is old, and 150 steps will not show it.
 
 # %%
 config = lx.Config(
     output_dir=str(FOLDER),
     steps=0,
     batch_size=16,
-    eval_steps=40,
+    eval_steps=50,
     eval_batches=4,
     save_steps=500,
-    base=lx.BaseConfig(dim=64, layers=2, heads=4, kv_heads=2, mlp_dim=192, copy_heads=1, conv_width=4),
+    base=lx.BaseConfig(dim=96, layers=2, heads=4, kv_heads=2, mlp_dim=256, copy_heads=1, conv_width=4),
     lens=lx.LensConfig(reads="attention", recency=True),
     context=lx.ContextConfig(
         window=256, block_size=8, max_lod=1, omit=True, horizon=32, recent_tokens=16, rollouts=4, local_edits=2
@@ -56,8 +56,8 @@ config = lx.Config(
     hyper=Hyperparameters(context_start=0.25, context_end=0.25),
     data=DataConfig(task="text", path=TEXT, quote=8),
     optimizer=OptimizerConfig(name="muon"),
-    pretrain=PretrainConfig(steps=300, learning_rate=4e-3, batch_size=16, rollout_weight=1.0),
-    distill=DistillConfig(steps=120, learning_rate=2e-3),
+    pretrain=PretrainConfig(steps=400, learning_rate=4e-3, batch_size=16, rollout_weight=1.0),
+    distill=DistillConfig(steps=150, learning_rate=2e-3),
 )
 run = lx.fit(config)
 

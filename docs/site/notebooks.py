@@ -5,6 +5,7 @@
 A source is a script with `# %%` between its cells, which Jupytext opens as a notebook, and Python runs as it is.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import jupytext
 import nbformat
 from nbclient import NotebookClient
 from nbconvert import MarkdownExporter
+from nbformat import NotebookNode
+from nbformat.v4 import new_output
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 
@@ -31,6 +34,8 @@ def build(source: Path) -> None:
     for cell in notebook.cells:
         # When a cell ran is no part of what it printed.
         cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = tidy(cell.outputs)
     notebook.metadata = {
         "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
         "language_info": {"name": "python", "file_extension": ".py"},
@@ -46,6 +51,24 @@ def build(source: Path) -> None:
         picture = FOLDER / name
         picture.parent.mkdir(exist_ok=True)
         picture.write_bytes(content)
+
+
+def tidy(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    """Text in one piece, without warnings and the names of temporary folders; pictures as they are."""
+    kept: list[NotebookNode] = []
+    for output in outputs:
+        data = output.get("data", {})
+        if output.output_type == "stream" and output.name != "stdout":
+            continue
+        if output.output_type == "stream" or "<pre" in data.get("text/html", ""):
+            text = output.get("text") or data["text/plain"] + "\n"
+            text = re.sub(r"\S*/tmp\w+/", "", text)
+            if kept and kept[-1].output_type == "stream":
+                kept[-1].text += text
+                continue
+            output = new_output("stream", name="stdout", text=text)
+        kept.append(output)
+    return kept
 
 
 if __name__ == "__main__":

@@ -14,18 +14,15 @@ from lensjax.context.allocator import FocusConfig
 from lensjax.context.geometry import Geometry
 from lensjax.context.tree import TreeState
 from lensjax.context.working import Entries, WorkingContext
-from lensjax.evaluation import faithfulness, rivals
+from lensjax.evaluation import choices, faithfulness, rivals
 from lensjax.evaluation.answers import shows_in_full
 from lensjax.models import Models, Params
-from lensjax.models.decision import Window, build_tree, policy, policy_scores, split
+from lensjax.models.decision import Window, build_tree, policy_scores, split
 from lensjax.training import key_tokens, nll, preferences
 from lensjax.training.recipe import Recipe
 
 FULL = "full"
 """Name of the whole history in full, which is no policy and has no budget."""
-FRESH = "lensnet_fresh"
-"""Name of a LensNet that nobody has trained, drawn anew for each sequence: what its architecture alone is worth."""
-FRESH_STREAM = 1
 FOREIGN = "lensnet_foreign"
 """Name of LensNet's focus on another sequence, applied to this one: no policy, but what one has to be better than."""
 
@@ -100,7 +97,7 @@ def measure(
     geometry = recipe.geometry
     window = split(tokens, horizon=recipe.context.horizon)
     tree = build_tree(models, params, window.history, geometry)
-    shown, known, paths = contexts_of(
+    shown, known, paths = choices.by_all(
         models, params, tree, window, answers, key, length=length, draws=draws, recipe=recipe
     )
 
@@ -138,46 +135,6 @@ def measure(
         correlation=jnp.where(is_defined, correlation, jnp.nan),
         is_key=is_key,
     )
-
-
-def contexts_of(
-    models: Models,
-    params: dict[str, Params],
-    tree: TreeState,
-    window: Window,
-    answers: Array | None,
-    key: Array,
-    *,
-    length: int,
-    draws: int,
-    recipe: Recipe,
-) -> tuple[dict[str, WorkingContext], dict[str, WorkingContext], dict[str, list[WorkingContext]]]:
-    """What everybody chooses but those who search on the loss.
-
-    Args:
-      models: all three are called.
-      params: parameters of `base`, `gist` and `lens`.
-      tree: the history.
-      window: the same, and the horizon.
-      answers: int32[A], first tokens of the blocks to be shown; None where they are not known.
-      key: PRNG key of the random policies, consumed.
-      length: entries of every context, a reachable length.
-      draws: contexts of each random policy.
-      recipe: shapes, and how the allocator acts.
-
-    Returns:
-      By name, leading axis the policy's draws: contexts of causal policies; contexts that the horizon chose; and of
-      LensNets the steps of their way from the cold start.
-    """
-    rival_key, lens_key = _keys(key)
-    shown = _causal(models, params, window.history, rival_key, length=length, draws=draws, recipe=recipe)
-    path = _path(models, params, tree, lens_key, length=length, recipe=recipe)
-    fresh = {**params, "lens": models.lens.init(jax.random.fold_in(lens_key, FRESH_STREAM))}
-    untrained = _path(models, fresh, tree, lens_key, length=length, recipe=recipe)
-    paths = {"lensnet_1": path[:2], f"lensnet_{recipe.focus.steps}": path, FRESH: untrained}
-    shown |= {name: steps[-1] for name, steps in paths.items()}
-    known = rivals.hindsight(models, params, window, answers, recipe.geometry, length=length)
-    return shown, known, paths
 
 
 def measure_foreign(
@@ -239,7 +196,9 @@ def bounds(
     geometry = recipe.geometry
     window = split(tokens, horizon=recipe.context.horizon)
     tree = build_tree(models, params, window.history, geometry)
-    shown = _causal(models, params, window.history, _keys(key)[0], length=length, draws=draws, recipe=recipe)
+    shown = choices.by_rivals(
+        models, params, window.history, choices.keys(key)[0], length=length, draws=draws, recipe=recipe
+    )
     if answers is not None:
         shown |= {"answer": rivals.hindsight(models, params, window, answers, geometry, length=length)["answer"]}
     losses, _ = _losses(models, params, tree, shown, window, geometry)
@@ -268,22 +227,13 @@ def measure_pick(
     geometry, length = recipe.geometry, recipe.budget
     window = split(tokens, horizon=recipe.context.horizon)
     tree = build_tree(models, params, window.history, geometry)
-    own = _path(models, params, tree, key, length=length, recipe=recipe)[-1]
+    own = choices.by_lensnet(models, params, tree, key, length=length, recipe=recipe)[-1]
     recency = _one(contexts.recency(length, geometry, capacity=length))
     variants = jax.tree.map(lambda one, other: jnp.concatenate([one, other]), own, recency)
     each, _ = nll.variant_nll(models.base, params["base"], tree, variants, window.horizon, geometry)
     shown = jax.tree.map(lambda leaf: leaf[0], own)
     hit = jnp.full((), jnp.nan) if answers is None else shows_in_full(shown, answers, geometry).astype(jnp.float32)
     return {"lensnet": each[0], "recency": each[1], "hit": hit}
-
-
-def _causal(
-    models: Models, params: dict[str, Params], history: Array, key: Array, *, length: int, draws: int, recipe: Recipe
-) -> dict[str, WorkingContext]:
-    share = recipe.hyper.high_lod_share
-    return rivals.causal(
-        models, params, history, key, recipe.geometry, length=length, draws=draws, high_lod_share=share
-    )
 
 
 def _losses(
@@ -331,21 +281,6 @@ def _changed_edits(
     by_own, by_foreign = edited(own), edited(foreign)
     changed, either = (jnp.sum(x, dtype=jnp.float32) for x in (by_own ^ by_foreign, by_own | by_foreign))
     return changed / jnp.maximum(either, 1)
-
-
-def _keys(key: Array) -> tuple[Array, Array]:
-    """Randomness of the rivals, and of LensNet's allocator."""
-    rival_key, lens_key = jax.random.split(key)
-    return rival_key, lens_key
-
-
-def _path(
-    models: Models, params: dict[str, Params], tree: TreeState, key: Array, *, length: int, recipe: Recipe
-) -> list[WorkingContext]:
-    """The steps of LensNet's way from the cold start."""
-    score_fn = policy(models.lens, params["lens"], tree)
-    walk = refocus.cold_start(score_fn, length, recipe.geometry, capacity=length, settings=recipe.focus, key=key)
-    return [_one(jax.tree.map(lambda leaf, i=i: leaf[i], walk)) for i in range(recipe.focus.steps + 1)]
 
 
 def _one(context: WorkingContext) -> WorkingContext:

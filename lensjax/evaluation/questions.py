@@ -8,8 +8,9 @@ from jax import Array
 
 from lensjax.context import working as contexts
 from lensjax.context.working import WorkingContext
+from lensjax.evaluation import choices
 from lensjax.evaluation.answers import shows_in_full
-from lensjax.evaluation.compare import FULL, contexts_of
+from lensjax.evaluation.compare import FULL
 from lensjax.models import Models, Params
 from lensjax.models.decision import build_tree, split
 from lensjax.training import nll
@@ -63,7 +64,7 @@ def measure(
     geometry = recipe.geometry
     window = split(tokens, horizon=recipe.context.horizon)
     tree = build_tree(models, params, window.history, geometry)
-    causal, known, _ = contexts_of(
+    causal, known, _ = choices.by_all(
         models, params, tree, window, answers, key, length=length, draws=draws, recipe=recipe
     )
     alone = _one(contexts.recency(geometry.recent_tokens, geometry, capacity=length))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lensjax.evaluation import compare, rivals
+from lensjax.evaluation import choices, compare, rivals
 
 CAUSAL = ("recency", "uniform", "random", "recent_random", "key_norm", "snapkv", "bm25", "lookup")
 LENSNET = ("lensnet_1", "lensnet_10", "lensnet_2", compare.FOREIGN)
@@ -23,7 +23,7 @@ def test_what_knows_the_horizon_or_its_loss_is_hindsight(name):
     ("names", "count"),
     [
         (("recency", "uniform", "random", "recent_random", compare.FULL, "sliding_window", "collapse_oldest"), 0),
-        ((*LENSNET, compare.FRESH, "session"), 7),
+        ((*LENSNET, choices.FRESH, "session"), 7),
         (("key_norm", "snapkv", "bm25", "lookup"), 32),
         ((*HINDSIGHT, "answer"), 36),
     ],
@@ -38,6 +38,16 @@ def test_what_nobody_knows_reads_no_number():
 
 
 def test_the_table_goes_from_what_knows_nothing_to_what_chooses_in_hindsight():
-    expected = [*CAUSAL, *LENSNET[:3], compare.FOREIGN, *HINDSIGHT[:2], "best_of_16", "best_of_3", "oracle", "full"]
+    expected = [
+        "empty",
+        *CAUSAL,
+        *LENSNET[:3],
+        compare.FOREIGN,
+        *HINDSIGHT[:2],
+        "best_of_16",
+        "best_of_3",
+        "oracle",
+        "full",
+    ]
     assert sorted(sorted(expected), key=rivals.order) == expected
     assert sorted(expected[::-1], key=rivals.order) == expected
