@@ -101,6 +101,7 @@ stream-long: $(STAMP) ## Ten million tokens in one session, all of them reachabl
 	for until in 30 60 100; do $(RUN) -m experiments.studies.stream $(STREAM_LONG) --output-dir runs/stream-long/stopped \
 	    --resume --until $$until || exit 1; done
 	$(RUN) -m experiments.studies.stream_same runs/stream-long/unbroken runs/stream-long/stopped
+	$(RUN) -m experiments.studies.stream_turns runs/stream-long/stopped/session-10 runs/stream-long/stopped/session-60
 
 ablate: $(STAMP) ## What each knob changes, on recall and on the standard library, into runs/ablations
 	$(RUN) -m experiments.train recall --steps 0 --output-dir runs/ablations/recall-base

@@ -60,9 +60,24 @@ def save(session: Session, state: SessionState, folder: str | Path) -> Path:
       FileExistsError: there is something in the folder.
       ValueError: the models are not those of `build_models`.
       OSError: it could not be written, such as on a full disk.
-    """
-    from lensjax.runs.store import checkpoint, config_file, paths
+      ImportError: the extra is not installed.
 
+    Example:
+      >>> import tempfile, jax, lensjax as lx
+      >>> config = lx.Config()
+      >>> models = config.build_models()
+      >>> params = {name: getattr(models, name).init(jax.random.key(0)) for name in ("base", "gist", "lens")}
+      >>> session = lx.Session(models, params, config.session)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     place = lx.save_session(session, session.init(), f"{folder}/mine")
+      ...     session, state = lx.load_session(place)
+      >>> state.read
+      0
+    """
+    try:
+        from lensjax.runs.store import checkpoint, config_file, paths
+    except ModuleNotFoundError as error:
+        raise ImportError(f"lx.save_session needs {error.name}: pip install 'lensjax[train]'") from error
     folder = paths.absolute(folder, name="folder")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"folder {folder} is not empty: choose another one for the session, or delete it")
@@ -87,6 +102,7 @@ def load(folder: str | Path, *, policy: Policy | None = None) -> tuple[Session, 
     Raises:
       FileNotFoundError: there is no session in the folder.
       ValueError: a file of it is damaged, or the policy does not fit.
+      ImportError: the extra is not installed.
 
     Example:
       >>> import lensjax as lx
