@@ -99,8 +99,9 @@ def test_means_of_extreme_scores_are_in_range(geometry):
 
 def test_one_score_that_is_no_number_is_never_lost():
     # Of many blocks at once: a vectorised minimum leaves it out.
-    rows = np.zeros((64, HAND.history), np.float32)
-    rows[:, 2] = np.nan
-    found = np.asarray(jit(jax.vmap(lambda row: nodes.pool_tokens(row, HAND)))(rows))
-    assert [by_node(row, HAND)[node] == 0 for row in found for node in ((0, 1), (4, 1), (6, 1), (4, 2))] == [True] * 256
-    assert all(np.isnan(by_node(row, HAND)[node]) for row in found for node in ((2, 1), (0, 2)))
+    geometry = Geometry(history=96, block_size=2, max_lod=4, recent_tokens=3)
+    rows = np.zeros((64, geometry.history), np.float32)
+    rows[:, 2:4] = np.nan
+    found = np.asarray(jax.jit(jax.vmap(lambda row: nodes.pool_tokens(row, geometry)))(rows))
+    lost = {node for row in found for node, value in by_node(row, geometry).items() if np.isnan(value)}
+    assert lost == {(2, 1), (0, 2), (0, 3), (0, 4)} and np.isnan(found).sum() == 64 * 4
