@@ -121,7 +121,6 @@ def test_the_summary(done, arguments):
     assert losses.mean() == pytest.approx(math.log(256), abs=0.1)
     places = ["1 %", *(f"{percent} %" for percent in range(10, 101, 10))]
     assert list(summary["device_bytes"]) == list(summary["process_bytes"]) == list(summary["history_bytes"]) == places
-    assert len(summary["microseconds_by_tenth"]) == len(summary["cpu_microseconds_by_tenth"]) == 10
     assert summary["peak_process_bytes"] >= max(summary["process_bytes"].values())
     assert all(number > 10_000 for number in summary["device_bytes"].values())
     assert summary["late_over_early"] == pytest.approx(

@@ -28,8 +28,7 @@ from lensjax.runs.store.sums import checksums as _checksums
 
 Tree = TypeVar("Tree")
 
-_ARRAYS, _MANIFEST = "arrays", "manifest.json"
-_HIDDEN, _ASIDE = ".tmp-", ".damaged-"
+_ARRAYS, _MANIFEST, _HIDDEN, _ASIDE = "arrays", "manifest.json", ".tmp-", ".damaged-"
 _LISTED = 5  # differences that an error message spells out
 
 
