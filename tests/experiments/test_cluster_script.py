@@ -80,21 +80,10 @@ evaluate.main(sys.argv[1:])
 @pytest.mark.long
 def test_several_processes_measure_what_one_measures(workplace, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    arguments = cluster.Arguments(output_dir=workplace, devices=1)
-    words = (
-        "-c",
-        EVALUATE,
-        str(workplace / "run"),
-        "--budgets",
-        "2",
-        "--sequences",
-        "6",
-        "--batch-size",
-        "2",
-        "--name",
-    )
+    arguments = cluster.Arguments(output_dir=workplace, devices=1, patience=900)
+    words = ("-c", EVALUATE, str(workplace / "run"), "--budgets", "2", "--sequences", "6", "--batch-size", "2")
     for count in (2, 1):
-        cluster.go_on((*words, f"by-{count}"), count, arguments, name=f"evaluate-{count}")
+        cluster.go_on((*words, "--name", f"by-{count}"), count, arguments, name=f"evaluate-{count}")
     one, two = (json.loads((workplace / "run" / f"by-{count}.json").read_text()) for count in (1, 2))
     assert one["rows"] == two["rows"] and (one["environment"]["processes"], two["environment"]["processes"]) == (1, 2)
 
@@ -102,18 +91,12 @@ def test_several_processes_measure_what_one_measures(workplace, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.long
 def test_several_processes_train_the_arms_that_one_trains(workplace):
-    arguments = cluster.Arguments(output_dir=workplace, devices=1)
-    words = (
-        "-m",
-        "experiments.studies.ablate",
-        str(workplace / "small.py"),
-        "--base-run",
-        str(workplace / "run"),
-        "--output-dir",
-    )
+    arguments = cluster.Arguments(output_dir=workplace, devices=1, patience=900)
+    words = ("-m", "experiments.studies.ablate", str(workplace / "small.py"), "--base-run", str(workplace / "run"))
     tables = []
     for count in (2, 1):
-        cluster.go_on((*words, str(workplace / f"by-{count}")), count, arguments, name=f"ablate-{count}")
+        folder = ("--output-dir", str(workplace / f"by-{count}"))
+        cluster.go_on((*words, *folder), count, arguments, name=f"ablate-{count}")
         with (workplace / f"by-{count}" / "arms.csv").open() as file:
             tables.append(list(csv.DictReader(file)))
     assert len(tables[0]) == 4 and tables[0] == tables[1]
