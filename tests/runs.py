@@ -27,7 +27,7 @@ from lensjax.models.gistnet import GistConfig
 from lensjax.models.lensnet import LensConfig
 from lensjax.plots import curves
 from lensjax.runs import config as run_config
-from lensjax.runs import load, results
+from lensjax.runs import load, results, sizes
 from lensjax.runs.config import PHASES, Config
 from lensjax.runs.data import splits
 from lensjax.runs.data.task import DataConfig
@@ -140,6 +140,8 @@ def cheap_programs() -> Iterator[None]:
         patch.setattr(held_out, "eval_step", eval_step)
         patch.setattr(held_out, "pretrain_eval_step", pretrain_eval_step)
         patch.setattr(run_config, "build_models", functools.cache(build_models))
+        # What the steps would need: it traces them, for nothing.
+        patch.setattr(sizes, "require_room", lambda *arguments, **static: None)
         patch.setattr(results, "variant_maps", lambda *arguments, **static: [])
         patch.setattr(curves, "training_curves", lambda rows, path: None)
         yield

@@ -7,6 +7,7 @@ import pytest
 
 from experiments import train as script
 from lensjax import _settings
+from lensjax.runs import sizes
 from lensjax.runs.config import Config
 from lensjax.runs.engine import loop
 from lensjax.runs.store import config_file, identity, run_folder
@@ -193,6 +194,8 @@ def test_bad_command_lines_are_refused_before_anything_is_written(bad_files, com
         return {path: path.read_bytes() if path.is_file() else b"" for path in bad_files.rglob("*")}
 
     monkeypatch.setenv("COLUMNS", "400")
+    # Whether there is room is asked before all of this, and takes a second: `tests/faults/test_values.py` does.
+    monkeypatch.setattr(sizes, "require_room", lambda *args, **kwargs: None)
     monkeypatch.setattr(loop, "run_phase", lambda *args, **kwargs: pytest.fail("the run was started"))
     before = files()
     words = command.replace("{tmp}", str(bad_files)).split()
