@@ -20,10 +20,11 @@ AOT_FLAGS ?= --shapes small large --csv runs/aot-$(TAG).csv
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
+STREAM_LONG := --tokens 10000000 --interval 128
 SMOL_FLAGS := --draws 2 --batch-size 2 --oracle-rounds 0
 
-.PHONY: help venv corpus demo recall query signals evaluate-recall evaluate-tracking evaluate-stdlib stream ablate rlan arc adapt quiet-star \
-    smol evaluate-smol smollm2 test test-slow test-all test-matrix docs site lint format release constraints aot clean
+.PHONY: help venv corpus demo recall query signals evaluate-recall evaluate-tracking evaluate-stdlib stream stream-long ablate rlan arc adapt quiet-star \
+    smol evaluate-smol smollm2 test test-slow test-all test-matrix docs site lint format release constraints clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' Makefile
@@ -98,6 +99,14 @@ stream: $(STAMP) ## What a session of the demo's models is worth, and what a mil
 	[ -d runs/demo ] || $(MAKE) demo
 	$(RUN) -m experiments.studies.stream --run runs/demo --output-dir runs/stream/demo
 	$(RUN) -m experiments.studies.stream --tokens 1000000 --output-dir runs/stream/fresh
+
+stream-long: $(STAMP) ## Ten million tokens in one session, all of them reachable; and again with three stops, into runs/stream-long
+	$(RUN) -m experiments.studies.stream $(STREAM_LONG) --output-dir runs/stream-long/unbroken
+	$(RUN) -m experiments.studies.stream $(STREAM_LONG) --output-dir runs/stream-long/stopped --until 10
+	for until in 30 60 100; do $(RUN) -m experiments.studies.stream $(STREAM_LONG) --output-dir runs/stream-long/stopped \
+	    --resume --until $$until || exit 1; done
+	$(RUN) -m experiments.studies.stream_same runs/stream-long/unbroken runs/stream-long/stopped
+	$(RUN) -m experiments.studies.stream_turns runs/stream-long/stopped/session-10 runs/stream-long/stopped/session-60
 
 ablate: $(STAMP) ## What each knob changes, on recall and on the standard library, into runs/ablations
 	$(RUN) -m experiments.train recall --steps 0 --output-dir runs/ablations/recall-base
@@ -190,6 +199,7 @@ constraints: ## Write the exact versions for PYTHON anew, from the newest releas
 	{ echo "# Written by 'make constraints PYTHON=$(notdir $(PYTHON))'."; \
 	    build/constraints/bin/python -m pip freeze --exclude-editable; } > constraints/$(TAG).txt
 
+.PHONY: aot
 aot: $(AOT_STAMP) ## Compile the steps for an H100 and a TPU v5e, which need not be here (needs Linux and 1.5 GB of wheels)
 	$(AOT_VENV)/bin/python -m experiments.bench.aot $(AOT_FLAGS)
 

@@ -10,22 +10,16 @@ session with other scores than LensNet's (by age; random), and the whole history
 are paired, over consecutive stretches of the stream. Models as they are initialised say nothing of quality; their
 contexts reach back to the first of 16 million tokens.
 
-`--until 25` stops after so many percent of the stream and leaves the session, `--resume` goes on with it in a process of
-its own. Each row of `metrics.jsonl` has a SHA-256 of the losses and of all that the session has on the device, so that
+`--until 25` stops after so many percent of the stream and leaves the session, `--resume` goes on with it in another
+process. Each row of `metrics.jsonl` has a SHA-256 of the losses and of all that the session has on the device, so that
 two ways to read one stream can be compared to the bit.
 
 Leaves these, a row of `metrics.jsonl` for each percent of the stream, `cost.png`, `quality.png`, and a map of what was
 shown in the first refocus steps, `stream_start.png`.
 """
 
-import hashlib
-import itertools
 import json
-import mmap
-import resource
 import time
-from collections import deque
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,7 +30,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from experiments import command
-from experiments.studies import stream_rivals
+from experiments.studies import stream_cost, stream_rivals
 from experiments.studies.stream_rivals import STRETCHES
 from experiments.studies.stream_watch import Watch
 from experiments.tables import write_json
@@ -46,7 +40,7 @@ from lensjax.models.base_lm import BaseConfig
 from lensjax.models.lensnet import LensConfig
 from lensjax.plots import style
 from lensjax.plots.maps import stream_map
-from lensjax.plots.stream import StreamCost, stream_cost
+from lensjax.plots.stream import stream_cost as draw_cost
 from lensjax.runs import sessions
 from lensjax.runs.config import Config
 from lensjax.runs.data import corpus as data
@@ -61,12 +55,11 @@ from lensjax.training.scoring import ContextConfig
 FRESH = Config(
     base=BaseConfig(dim=32, layers=2, heads=4, kv_heads=2, mlp_dim=64),
     lens=LensConfig(dim=32, layers=1, heads=4, mlp_dim=64),
-    context=ContextConfig(window=544, block_size=8, max_lod=7, horizon=32, recent_tokens=8),
-    hyper=Hyperparameters(context_start=0.5, context_end=0.25),
+    # Contexts of 127 entries, the most below 128 that a cut has, cover all of 16 million tokens.
+    context=ContextConfig(window=2**24 + 32, block_size=8, max_lod=7, horizon=32, recent_tokens=8),
+    hyper=Hyperparameters(context_start=128 / 2**24, context_end=128 / 2**24),
     data=DataConfig(task="recall"),
 )
-FRESH_HISTORY = 2**24
-"""Tokens that contexts of 128 entries of these can cover, and more than are read."""
 PERCENT = range(1, 101)
 Row = dict[str, Any]
 
@@ -82,7 +75,7 @@ class Arguments:
     interval: PositiveInt | None = None
     """Tokens between two refocus steps; None for the run's horizon, which is how LensNet was trained."""
     history: PositiveInt | None = None
-    """Tokens that a decision can reach; None for as many as in training, with fresh models for the whole stream."""
+    """Tokens that a decision can reach; None for as many as in training, with fresh models for 16 million."""
     until: Annotated[int, Bound(1, 100)] = 100
     """Percent of the stream after which to stop and to leave the session, for `resume`."""
     resume: bool = False
@@ -131,11 +124,11 @@ def stream(arguments: Arguments) -> dict[str, Any]:
         place = sessions.save(session, state, folder / f"session-{arguments.until}")
         console.out(f"stopped at token {state.read:,}: the session is in {place}", highlight=False)
         return {}
-    summary = _summary(arguments, config, session, rows)
+    summary = stream_cost.summarise(arguments, config, session, rows)
     write_json(summary, folder / "summary.json")
     with style.attempt(folder / "cost.png") as path:
-        stream_cost(_cost(name, rows), path)
-    _print_summary(console, summary)
+        draw_cost(stream_cost.curves(name, rows), path)
+    stream_cost.print_summary(console, summary)
     _raise_faults(folder, summary)
     if arguments.run is not None:
         console.out("measuring the others on the same stream", highlight=False)
@@ -167,7 +160,7 @@ def _prepare(arguments: Arguments) -> tuple[Config, Session, np.ndarray]:
     # The history stays what LensNet was trained on, whatever the interval.
     shape = {"context.horizon": interval, "context.window": stored.context.history + interval}
     config = _settings.replace(stored, seed=arguments.seed, output_dir=str(folder), **shape)
-    history = arguments.history or (FRESH_HISTORY if arguments.run is None else config.geometry.history)
+    history = arguments.history or config.geometry.history
     reach = replace(config.session, geometry=replace(config.geometry, history=history))
     tokens = stream_tokens(config, arguments.tokens)
     models = config.build_models()
@@ -205,7 +198,7 @@ def stream_tokens(config: Config, count: int) -> np.ndarray:
       ValueError: the test split is shorter, or the task has no stream.
     """
     if config.data.task == "recall":
-        return np.fromiter(itertools.chain.from_iterable(_recall_blocks(config)), np.int32, count)
+        return _recall_stream(config, count)
     if not config.data.is_text:
         raise ValueError(
             f"data.task {config.data.task!r} is of windows that have nothing to do with each other, and no stream: "
@@ -220,17 +213,15 @@ def stream_tokens(config: Config, count: int) -> np.ndarray:
     return row[:count].astype(np.int32)
 
 
-def _recall_blocks(config: Config) -> Iterator[list[int]]:
-    """Random blocks without end; every other one, on average, repeats one that the session may still hold."""
+def _recall_stream(config: Config, count: int) -> np.ndarray:
+    """Random blocks; every other one, on average, repeats one that the session may still hold."""
     random, size = np.random.default_rng(config.seed), config.context.block_size
-    earlier: deque[list[int]] = deque(maxlen=config.context.history // size)
-    while True:
-        if earlier and random.random() < 0.5:
-            block = earlier[random.integers(len(earlier))]
-        else:
-            block = random.integers(config.base.vocab_size, size=size).tolist()
-        earlier.append(block)
-        yield block
+    blocks = random.integers(config.base.vocab_size, size=(-(-count // size), size), dtype=np.int32)
+    place = np.arange(len(blocks))
+    earlier = place - 1 - (random.random(len(blocks)) * np.minimum(place, config.context.history // size)).astype(int)
+    for one in np.flatnonzero((random.random(len(blocks)) < 0.5) & (place > 0)):
+        blocks[one] = blocks[earlier[one]]
+    return blocks.ravel()[:count]
 
 
 def _ends(tokens: int, interval: int) -> list[int]:
@@ -254,126 +245,15 @@ def _read(
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
         "microseconds_per_token": 1e6 * seconds / (end - start),
-        "nll": _number(losses.mean()),
+        "nll": stream_cost.number(losses.mean()),
         "losses_not_finite": int(np.sum(~np.isfinite(losses))),
         **watch.collect(losses),
         "entries": int(state.view.cached),
-        "device_bytes": _device_bytes(),
+        "device_bytes": stream_cost.device_bytes(),
         "history_bytes": state.history.nbytes,
-        "process_bytes": _process_bytes(),
-        "sha256": _digest(state, losses),
+        "process_bytes": stream_cost.process_bytes(),
+        "sha256": stream_cost.digest(state, losses),
     }
-
-
-def _digest(state: SessionState, losses: np.ndarray) -> str:
-    """Of the losses of some tokens, and of all that is on the device behind them."""
-    digest = hashlib.sha256(losses.tobytes())
-    for leaf in jax.tree.leaves(replace(state.view, key=jax.random.key_data(state.view.key))):
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()
-
-
-def _device_bytes() -> int:
-    """Memory of all arrays on the devices."""
-    buffers = [shard.data for array in jax.live_arrays() for shard in array.addressable_shards]
-    # On a CPU an array that was fetched is listed twice, with one buffer.
-    return sum({buffer.unsafe_buffer_pointer(): buffer.nbytes for buffer in buffers}.values())
-
-
-def _process_bytes() -> int | None:
-    """Memory that this process has; None where the system does not say."""
-    path = Path("/proc/self/statm")
-    return int(path.read_text().split()[1]) * mmap.PAGESIZE if path.exists() else None
-
-
-def _number(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
-
-
-def _summary(arguments: Arguments, config: Config, session: Session, rows: list[Row]) -> Row:
-    def total(name: str) -> int:
-        return sum(row[name] for row in rows)
-
-    def microseconds(name: str, first: int, last: int) -> float:
-        """Of one token, in the percents from `first` to `last`."""
-        start = rows[first - 2]["tokens_read"] if first > 1 else 0
-        return 1e6 * sum(row[name] for row in rows[first - 1 : last]) / (rows[last - 1]["tokens_read"] - start)
-
-    sampled = [row for row in rows if row["percent"] == 1 or row["percent"] % 10 == 0]
-    early, late = microseconds("seconds", 2, 10), microseconds("seconds", 91, 100)
-    cpu_early, cpu_late = microseconds("cpu_seconds", 2, 10), microseconds("cpu_seconds", 91, 100)
-    return {
-        "run": None if arguments.run is None else str(arguments.run),
-        "task": config.data.task,
-        "tokens": arguments.tokens,
-        "seed": arguments.seed,
-        "interval": config.context.horizon,
-        "history": session.config.geometry.history,
-        "entries": config.budget,
-        "refocus_steps": total("refocus_steps"),
-        "illegal_steps": total("illegal_steps"),
-        "first_illegal_step": next((row["first_illegal_step"] for row in rows if row["first_illegal_step"]), None),
-        "broken_invariants": [
-            name.removeprefix("broke_") for name in rows[0] if name.startswith("broke_") and total(name)
-        ],
-        "losses_not_finite": total("losses_not_finite"),
-        "nll_by_tenth": [_mean(rows[tenth : tenth + 10], "nll") for tenth in range(0, 100, 10)],
-        "swap_rate": _mean(rows, "swap_rate"),
-        "seconds": round(sum(row["seconds"] for row in rows), 1),
-        "tokens_per_second": round(1e6 / microseconds("seconds", 2, 100)),
-        "microseconds_per_token_early": early,
-        "microseconds_per_token_late": late,
-        "late_over_early": late / early,
-        "cpu_microseconds_per_token_early": cpu_early,
-        "cpu_microseconds_per_token_late": cpu_late,
-        "cpu_late_over_early": cpu_late / cpu_early,
-        "microseconds_by_tenth": [microseconds("seconds", tenth - 9, tenth) for tenth in range(10, 101, 10)],
-        "cpu_microseconds_by_tenth": [microseconds("cpu_seconds", tenth - 9, tenth) for tenth in range(10, 101, 10)],
-        **{
-            name: {f"{row['percent']} %": row[name] for row in sampled}
-            for name in ("device_bytes", "history_bytes", "process_bytes")
-        },
-        "peak_process_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
-
-
-def _cost(title: str, rows: list[Row]) -> StreamCost:
-    def column(name: str) -> np.ndarray:
-        return np.array([np.nan if row[name] is None else row[name] for row in rows], float)
-
-    counts = np.diff(column("tokens_read"), prepend=0)
-    return StreamCost(
-        title=title,
-        tokens=column("tokens_read"),
-        microseconds={
-            "on the clock": 1e6 * column("seconds") / counts,
-            "of all cores": 1e6 * column("cpu_seconds") / counts,
-        },
-        bytes={
-            "process": column("process_bytes"),
-            "history on the host": column("history_bytes"),
-            "arrays on the device": column("device_bytes"),
-        },
-    )
-
-
-def _mean(rows: list[Row], name: str) -> float | None:
-    values = [row[name] for row in rows]
-    return None if None in values else float(np.mean(values))
-
-
-def _print_summary(console: Console, summary: Row) -> None:
-    for name in ("refocus_steps", "illegal_steps", "losses_not_finite", "seconds", "tokens_per_second"):
-        console.out(f"  {name:<34}{summary[name]:>12,}", highlight=False)
-    for kind in ("", "cpu_"):
-        for name in ("microseconds_per_token_early", "microseconds_per_token_late", "late_over_early"):
-            console.out(f"  {kind + name:<34}{summary[kind + name]:>12.3f}", highlight=False)
-    for name in ("microseconds_by_tenth", "cpu_microseconds_by_tenth"):
-        console.out(f"  {name:<34}{' '.join(f'{one:.1f}' for one in summary[name])}", highlight=False)
-    for name in ("device_bytes", "history_bytes", "process_bytes"):
-        sampled = [one for one in summary[name].values() if one is not None]
-        console.out(f"  {name:<34}{min(sampled, default=0):>12,} to {max(sampled, default=0):,}", highlight=False)
-    console.out(f"  {'peak_process_bytes':<34}{summary['peak_process_bytes']:>12,}", highlight=False)
 
 
 def _raise_faults(folder: Path, summary: Row) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 import jax
 import numpy as np
 
-from lensjax._settings import Count, require, settings
+from lensjax._settings import Count, PositiveInt, require, settings
 from lensjax.models import Models, build_models
 from lensjax.models.base_lm import BaseConfig, BaseModel
 from lensjax.models.gistnet import GistConfig, GistModel
@@ -35,6 +35,8 @@ class Saved:
     """Tokens since the start of the stream."""
     forgotten: Count
     """Tokens before the oldest one held."""
+    streams: PositiveInt | None = None
+    """Streams side by side; None for one without an axis."""
 
     @property
     def models(self) -> Models:
@@ -58,9 +60,24 @@ def save(session: Session, state: SessionState, folder: str | Path) -> Path:
       FileExistsError: there is something in the folder.
       ValueError: the models are not those of `build_models`.
       OSError: it could not be written, such as on a full disk.
-    """
-    from lensjax.runs.store import checkpoint, config_file, paths
+      ImportError: the extra is not installed.
 
+    Example:
+      >>> import tempfile, jax, lensjax as lx
+      >>> config = lx.Config()
+      >>> models = config.build_models()
+      >>> params = {name: getattr(models, name).init(jax.random.key(0)) for name in ("base", "gist", "lens")}
+      >>> session = lx.Session(models, params, config.session)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     place = lx.save_session(session, session.init(), f"{folder}/mine")
+      ...     session, state = lx.load_session(place)
+      >>> state.read
+      0
+    """
+    try:
+        from lensjax.runs.store import checkpoint, config_file, paths
+    except ModuleNotFoundError as error:
+        raise ImportError(f"lx.save_session needs {error.name}: pip install 'lensjax[train]'") from error
     folder = paths.absolute(folder, name="folder")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"folder {folder} is not empty: choose another one for the session, or delete it")
@@ -85,6 +102,7 @@ def load(folder: str | Path, *, policy: Policy | None = None) -> tuple[Session, 
     Raises:
       FileNotFoundError: there is no session in the folder.
       ValueError: a file of it is damaged, or the policy does not fit.
+      ImportError: the extra is not installed.
 
     Example:
       >>> import lensjax as lx
@@ -109,21 +127,22 @@ def load(folder: str | Path, *, policy: Policy | None = None) -> tuple[Session, 
             f"{'pass it as' if saved.has_policy else 'leave out'} policy",
         )
         like = checkpoint.like(folder, step, path=("params",))
-        session = Session(saved.models, {}, saved.session, policy=policy)
-        empty = jax.eval_shape(session.steps.init, jax.random.key(0))
+        session = Session(saved.models, {}, saved.session, policy=policy, streams=saved.streams)
+        empty, count = jax.eval_shape(session.first_view, 0), saved.streams or 1
         tokens, *gists = _empty_rows(session, saved)
-        rows = {"tokens": _like(tokens, saved.read), "gists": {}}
-        for lod, level in enumerate(gists, start=1):
-            rows["gists"][str(lod)] = _like(level, saved.read // saved.session.geometry.block_size**lod)
-        tree, _ = checkpoint.restore(folder, step, {"params": like, "view": empty, **rows})
+        size, levels = saved.session.geometry.block_size, enumerate(gists, start=1)
+        nodes = {str(lod): _like(level, saved.read // size**lod * count) for lod, level in levels}
+        whole = {"params": like, "view": empty, "tokens": _like(tokens, saved.read * count), "gists": nodes}
+        tree, _ = checkpoint.restore(folder, step, whole)
     except checkpoint.DamagedError as error:
         raise ValueError(f"session {folder} is damaged: {error.what}; save it anew") from error
     session.params = tree["params"]
     history = History(
         tokens.append(tree["tokens"]),
         tuple(level.append(tree["gists"][str(lod)]) for lod, level in enumerate(gists, start=1)),
-        saved.session.geometry.block_size,
+        size,
         saved.forgotten,
+        count,
     )
     return session, SessionState(tree["view"], history)
 
@@ -142,6 +161,7 @@ def _described(session: Session, history: History) -> Saved:
             has_policy=session.steps.policy is not None,
             read=history.read,
             forgotten=history.forgotten,
+            streams=session.streams,
         )
         if saved.models == models:
             return saved
@@ -157,7 +177,8 @@ def _empty_rows(session: Session, saved: Saved) -> list[Rows]:
     """Tokens and gists of a history, up to the first of the rows that are there."""
     size, found = saved.session.geometry.block_size, session.init().history
     levels = enumerate((found.tokens, *found.gists))
-    firsts = [(rows, saved.forgotten // size**lod // histories.BLOCK * histories.BLOCK) for lod, rows in levels]
+    gone = [(rows, saved.forgotten // size**lod * (saved.streams or 1)) for lod, rows in levels]
+    firsts = [(rows, count // histories.BLOCK * histories.BLOCK) for rows, count in gone]
     return [replace(rows, first=first, length=first) for rows, first in firsts]
 
 

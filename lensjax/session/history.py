@@ -1,6 +1,6 @@
 """What a session has read, in the memory of the host: tokens and gists, which only become more."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -93,14 +93,17 @@ class Found(NamedTuple):
     """What the host knows of the rows of a context."""
 
     tokens: np.ndarray
-    """int32[R]: at LOD 0 the token, else 0."""
+    """int32[..., R]: at LOD 0 the token, else 0."""
     gists: np.ndarray
-    """float32[R, D]: of a gist itself, of a token that of its block; 0 where there is none yet, and at padding."""
+    """float32[..., R, D]: of a gist itself, of a token that of its block; 0 where there is none yet, and at padding."""
 
 
 @dataclass(frozen=True)
 class History:
-    """Tokens and gists of a stream. A value, as `Rows` is; positions count from the oldest token held."""
+    """Tokens and gists of a stream, or of B of one length. A value, as `Rows` is.
+
+    Positions count from the oldest token held. Of several streams what stands at one position stands side by side.
+    """
 
     tokens: Rows
     """int32[]."""
@@ -108,12 +111,14 @@ class History:
     """float32[D], of the levels 1..L."""
     block_size: int
     forgotten: int = 0
-    """Tokens before the oldest one held, a multiple of K**L."""
+    """Tokens before the oldest one held, a multiple of K**L; of each stream."""
+    streams: int = 1
+    """B."""
 
     @property
     def read(self) -> int:
         """Tokens since the start of the stream."""
-        return self.tokens.length
+        return self.tokens.length // self.streams
 
     @property
     def held(self) -> int:
@@ -125,33 +130,48 @@ class History:
         """Bytes that it takes."""
         return self.tokens.nbytes + sum(rows.nbytes for rows in self.gists)
 
+    @property
+    def held_tokens(self) -> np.ndarray:
+        """int32[B, n], a copy of the tokens held."""
+        first, end = self.forgotten * self.streams, self.tokens.length
+        return self.tokens.between(first, end).reshape(-1, self.streams).T
+
     def append(self, tokens: np.ndarray, gists: list[np.ndarray]) -> "History":
-        """With further tokens int[n], and the gists [m, D] of each level that these have completed."""
-        grown = tuple(rows.append(new) if len(new) else rows for rows, new in zip(self.gists, gists, strict=True))
-        return History(self.tokens.append(tokens), grown, self.block_size, self.forgotten)
+        """With further tokens int[..., n], and the gists [..., m, D] of each level that these have completed."""
+        grown = tuple(
+            rows.append(self._side_by_side(new, rows)) if new.size else rows
+            for rows, new in zip(self.gists, gists, strict=True)
+        )
+        return replace(self, tokens=self.tokens.append(self._side_by_side(tokens, self.tokens)), gists=grown)
+
+    def _side_by_side(self, new: np.ndarray, rows: Rows) -> np.ndarray:
+        return new.reshape(self.streams, -1, *rows.shape).swapaxes(0, 1).reshape(-1, *rows.shape)
 
     def forget(self, tokens: int) -> "History":
-        """Without its oldest tokens, a multiple of K**L."""
+        """Without the oldest tokens of each stream, a multiple of K**L."""
         first = self.forgotten + tokens
-        gists = tuple(rows.forget(first // self.block_size**lod) for lod, rows in enumerate(self.gists, start=1))
-        return History(self.tokens.forget(first), gists, self.block_size, first)
+        gists = tuple(
+            rows.forget(first // self.block_size**lod * self.streams) for lod, rows in enumerate(self.gists, start=1)
+        )
+        return replace(self, tokens=self.tokens.forget(first * self.streams), gists=gists, forgotten=first)
 
     def find(self, start: np.ndarray, lod: np.ndarray, valid: np.ndarray) -> Found:
-        """Looks up rows of a context, int[R] and bool[R]."""
-        start = start.astype(np.int64) + self.forgotten
-        tokens = np.zeros(len(start), np.int32)
-        gists = np.zeros((len(start), *self.gists[0].shape), self.gists[0].dtype)
+        """Looks up rows of a context, int[..., R] and bool[..., R]."""
+        shape, (start, lod, valid) = start.shape, (rows.reshape(self.streams, -1) for rows in (start, lod, valid))
+        start, stream = start.astype(np.int64) + self.forgotten, np.arange(self.streams)[:, None]
+        tokens = np.zeros(start.shape, np.int32)
+        gists = np.zeros((*start.shape, *self.gists[0].shape), self.gists[0].dtype)
         is_token = valid & (lod == 0)
-        tokens[is_token] = self.tokens.take(start[is_token])
+        tokens[is_token] = self.tokens.take((start * self.streams + stream)[is_token])
         for level, rows in enumerate(self.gists, start=1):
-            block = start // self.block_size**level
-            here = valid & (np.maximum(lod, 1) == level) & (block < rows.length)
+            row = start // self.block_size**level * self.streams + stream
+            here = valid & (np.maximum(lod, 1) == level) & (row < rows.length)
             if here.any():
-                gists[here] = rows.take(block[here])
-        return Found(tokens, gists)
+                gists[here] = rows.take(row[here])
+        return Found(tokens.reshape(shape), gists.reshape(*shape, *gists.shape[2:]))
 
 
-def empty(*, dim: int, block_size: int, max_lod: int) -> History:
+def empty(*, dim: int, block_size: int, max_lod: int, streams: int = 1) -> History:
     """The history of a session that has read nothing."""
     levels = tuple(Rows((dim,), np.float32) for _ in range(max_lod))
-    return History(Rows((), np.int32), levels, block_size)
+    return History(Rows((), np.int32), levels, block_size, streams=streams)

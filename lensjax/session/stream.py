@@ -35,8 +35,8 @@ from lensjax.context import edge as edges
 from lensjax.models import Models, Params
 from lensjax.session import history as histories
 from lensjax.session.history import History
-from lensjax.session.state import Policy, Refocus, SessionConfig, SessionState
-from lensjax.session.steps import Steps
+from lensjax.session.state import Policy, Refocus, SessionConfig, SessionState, View
+from lensjax.session.steps import Steps, each
 
 
 class Session:
@@ -48,9 +48,12 @@ class Session:
       config: shapes.
       policy: scores the entries in LensNet's place. It is compiled with the session, so it must be pure, and what it
         has learned belongs into `params`. Budget and allocator are the same for every policy.
+      streams: how many are read side by side, a token of each at a time (B): tokens, losses, logits and all that is on
+        the device then have a leading axis of that length. None for one stream, without the axis.
 
     Raises:
-      ValueError: the base model has no cache, or LensNet reads so long a history of it anew at every decision.
+      ValueError: the base model has no cache, there is no stream, or LensNet reads so long a history of it anew at
+        every decision.
 
     Example:
       >>> import jax, lensjax as lx
@@ -64,18 +67,36 @@ class Session:
     """
 
     def __init__(
-        self, models: Models, params: dict[str, Params], config: SessionConfig, *, policy: Policy | None = None
+        self,
+        models: Models,
+        params: dict[str, Params],
+        config: SessionConfig,
+        *,
+        policy: Policy | None = None,
+        streams: int | None = None,
     ) -> None:
-        self.models, self.params, self.config = models, params, config
-        self.steps = Steps(models, config, policy)
-        self._read, self._decide = jax.jit(self.steps.read), jax.jit(self.steps.decide)
-        self._show, self._forget = jax.jit(self.steps.show), jax.jit(self.steps.forget)
+        if streams is not None and streams < 1:
+            raise ValueError(f"streams must be at least 1, or None for one without an axis, got {streams}")
+        self.models, self.params, self.config, self.streams = models, params, config, streams
+        self.steps = steps = Steps(models, config, policy)
+        compiled = (
+            jax.jit(step if streams is None else each(step))
+            for step in (steps.read, steps.decide, steps.show, steps.forget)
+        )
+        self._read, self._decide, self._show, self._forget = compiled
 
     def init(self, seed: int = 0) -> SessionState:
-        """A session that has read nothing; `seed` matters only where the allocator samples."""
+        """A session that has read nothing; `seed` matters only where the allocator samples, stream i has `seed` + i."""
         geometry = self.config.geometry
-        history = histories.empty(dim=self.models.base.dim, block_size=geometry.block_size, max_lod=geometry.max_lod)
-        return SessionState(self.steps.init(jax.random.key(seed)), history)
+        shape = {"block_size": geometry.block_size, "max_lod": geometry.max_lod, "streams": self.streams or 1}
+        history = histories.empty(dim=self.models.base.dim, **shape)
+        return SessionState(self.first_view(seed), history)
+
+    def first_view(self, seed: ArrayLike) -> View:
+        """What is on the device before the first token."""
+        if self.streams is None:
+            return self.steps.init(jax.random.key(seed))
+        return jax.vmap(lambda stream: self.steps.init(jax.random.key(seed + stream)))(jnp.arange(self.streams))
 
     def append(
         self,
@@ -88,59 +109,60 @@ class Session:
 
         Args:
           state: the session so far; it stays valid.
-          tokens: int[n], n may be 0.
+          tokens: int[n], or int[B, n]; n may be 0.
           on_refocus: called after every refocus step with the state and what the step did.
 
         Returns:
-          The longer session, and float32[n]: nats of each token as the session predicted it from what came before.
+          The longer session, and float32[n] or [B, n]: nats of each token as it was predicted from what came before.
 
         Raises:
           ValueError: a token is outside the vocabulary, or `tokens` is no sequence of integers. Nothing is read then.
         """
         tokens, interval = self._checked(tokens), self.config.interval
-        losses, done = [np.zeros(0, np.float32)], 0
-        while done < len(tokens):
-            chunk = tokens[done : done + interval - state.read % interval]
+        losses, done = [np.zeros((*tokens.shape[:-1], 0), np.float32)], 0
+        while done < tokens.shape[-1]:
+            chunk = tokens[..., done : done + interval - state.read % interval]
             state, chunk_losses = self._read_tokens(state, chunk)
             losses.append(chunk_losses)
-            done += len(chunk)
+            done += chunk.shape[-1]
             if state.read % interval == 0:
                 state, report = self.refocus(state)
                 if on_refocus is not None:
                     on_refocus(state, report)
-        return state, np.concatenate(losses)
+        return state, np.concatenate(losses, axis=-1)
 
     def _read_tokens(self, state: SessionState, tokens: np.ndarray) -> tuple[SessionState, np.ndarray]:
-        """Reads at most an interval's tokens; their losses float32[n]."""
-        geometry, count = self.config.geometry, len(tokens)
-        chunk = np.zeros(self.config.interval, np.int32)
-        chunk[:count] = tokens
-        view, losses, gists = self._read(self.params, state.view, chunk, np.int32(count))
+        """Reads at most an interval's tokens; their losses float32[..., n]."""
+        geometry, (*axis, count) = self.config.geometry, tokens.shape
+        chunk = np.zeros((*axis, self.config.interval), np.int32)
+        chunk[..., :count] = tokens
+        view, losses, gists = self._read(self.params, state.view, chunk, np.full(axis, count, np.int32))
         shape = {"block_size": geometry.block_size, "max_lod": geometry.max_lod}
         whole = edges.completed(state.history.held, count, **shape)
         found, losses = jax.device_get(([rows if n else None for rows, n in zip(gists, whole, strict=True)], losses))
-        new = [tokens[:0] if rows is None else rows[:n] for rows, n in zip(found, whole, strict=True)]
-        return SessionState(view, state.history.append(tokens, new)), losses[:count]
+        new = [tokens[:0] if rows is None else rows[..., :n, :] for rows, n in zip(found, whole, strict=True)]
+        return SessionState(view, state.history.append(tokens, new)), losses[..., :count]
 
     def refocus(self, state: SessionState) -> tuple[SessionState, Refocus]:
         """A refocus step now, besides those that reading makes; nothing to do before the first token."""
         view, history = state.view, state.history
         if history.held > self.config.geometry.history:
-            view, history = self._forget(view), history.forget(self.config.forgotten_at_once)
+            view, history = self._forget(self.params, view), history.forget(self.config.forgotten_at_once)
         view, report = self._decide(self.params, view, self._held_tokens(history))
         shown = jax.device_get(view.context)
         view = self._show(self.params, view, history.find(shown.start, shown.lod, shown.valid))
         return SessionState(view, history), report
 
     def _held_tokens(self, history: History) -> np.ndarray | None:
-        """int32[C + H], where the policy reads what the base model makes of them all."""
+        """int32[..., C + H], where the policy reads what the base model makes of them all."""
         if not self.steps.reads_base:
             return None
-        tokens = history.tokens.between(history.forgotten, history.read)
-        return np.pad(tokens, (0, self.config.geometry.history + self.config.interval - len(tokens)))
+        held, room = history.held_tokens, self.config.geometry.history + self.config.interval
+        padded = np.pad(held, ((0, 0), (0, room - held.shape[1])))
+        return padded[0] if self.streams is None else padded
 
     def predict(self, state: SessionState) -> Array:
-        """Logits float32[vocabulary] of the next token.
+        """Logits float32[..., vocabulary] of the next token.
 
         Raises:
           ValueError: nothing was read yet.
@@ -161,30 +183,37 @@ class Session:
           temperature: of the samples; 0 takes the likeliest token.
 
         Returns:
-          The session that has read them, and int32[count].
+          The session that has read them, and int32[..., count].
 
         Raises:
           ValueError: nothing was read yet, or an argument is out of range.
         """
         if count < 0 or not 0 <= temperature < np.inf:
             raise ValueError(f"count and temperature must be at least 0 and finite, got {count} and {temperature}")
-        sampled: list[int] = []
+        sampled = [np.zeros((*state.view.held.shape, 0), np.int32)]
         for token_key in jax.random.split(key, count):
             logits = self.predict(state)
-            token = jnp.argmax(logits) if temperature == 0 else jax.random.categorical(token_key, logits / temperature)
-            sampled.append(int(token))
-            state, _ = self.append(state, np.asarray(sampled[-1:]))
-        return state, np.asarray(sampled, np.int32)
+            if temperature == 0:
+                token = jnp.argmax(logits, axis=-1)
+            else:
+                token = jax.random.categorical(token_key, logits / temperature)
+            sampled.append(np.asarray(token, np.int32)[..., None])
+            state, _ = self.append(state, sampled[-1])
+        return state, np.concatenate(sampled, axis=-1)
 
     def _checked(self, tokens: ArrayLike) -> np.ndarray:
-        array = np.asarray(tokens)
-        if array.ndim != 1 or not (array.size == 0 or np.issubdtype(array.dtype, np.integer)):
-            raise ValueError(f"tokens must be one sequence of integers, got {array.dtype}{list(array.shape)}")
+        array, axis = np.asarray(tokens), () if self.streams is None else (self.streams,)
+        is_whole = array.size == 0 or np.issubdtype(array.dtype, np.integer)
+        if array.shape[:-1] != axis or array.ndim == 0 or not is_whole:
+            wanted = "one sequence of integers" if self.streams is None else f"integers [{self.streams}, n]"
+            raise ValueError(f"tokens must be {wanted}, got {array.dtype}{list(array.shape)}")
         vocabulary = self.models.base.vocab_size
         outside = (array < 0) | (array >= vocabulary)
         if outside.any():
-            where = int(np.argmax(outside))
+            *stream, where = np.unravel_index(int(np.argmax(outside)), array.shape)
+            of = f" of stream {stream[0]}" if stream else ""
             raise ValueError(
-                f"token {array[where]} at place {where} is outside the vocabulary: expected 0 to {vocabulary - 1}"
+                f"token {array[*stream, where]} at place {where}{of} is outside the vocabulary: expected 0 to "
+                f"{vocabulary - 1}"
             )
         return array.astype(np.int32)

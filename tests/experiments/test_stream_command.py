@@ -10,13 +10,14 @@ import pytest
 
 from experiments.studies import stream as script
 from lensjax import _settings
+from lensjax.runs.config import Config
 from lensjax.runs.data import corpus as data
 from lensjax.runs.data import splits
 from lensjax.runs.data.task import DataConfig
 from lensjax.runs.store import checkpoint, run_folder
 from tests.runs import contents, run_script, tiny_config, write_corpus
 
-FILES = ("config.json", "environment.json", "metrics.jsonl", "summary.json", "stream_start.png")
+FILES = ("config.json", "environment.json", "metrics.jsonl", "summary.json", "stream_start.png", "cost.png")
 
 
 def test_text_is_read_file_by_file_and_once(tmp_path):
@@ -38,10 +39,12 @@ def test_text_is_read_file_by_file_and_once(tmp_path):
 
 def test_recall_is_random_blocks_of_which_some_come_again():
     def blocks(seed):
-        tokens = script.stream_tokens(_settings.replace(script.FRESH, seed=seed), 12_000)
-        return [tuple(block) for block in tokens.reshape(3000, 4).tolist()]
+        config = Config(seed=seed, data=DataConfig(task="recall"))
+        tokens = script.stream_tokens(config, 12_001)
+        assert tokens.shape == (12_001,) and tokens.dtype == np.int32
+        return [tuple(block) for block in tokens[:-1].reshape(1500, 8).tolist()]
 
-    one, reach = blocks(0), script.FRESH.context.history // script.FRESH.context.block_size
+    one, reach = blocks(0), 224 // 8
     assert one == blocks(0) != blocks(1)
     again = [block in one[max(i - reach, 0) : i] for i, block in enumerate(one)]
     assert np.mean(again) == pytest.approx(0.5, abs=0.05)
@@ -57,7 +60,8 @@ def test_windows_that_have_nothing_to_do_with_each_other_are_no_stream():
 def test_fresh_models_need_no_run(tmp_path):
     config, session, tokens = script._prepare(script.Arguments(output_dir=tmp_path / "run", seed=4))
     assert config == _settings.replace(script.FRESH, seed=4, output_dir=str(tmp_path / "run"))
-    assert (session.config.interval, session.config.budget, len(tokens)) == (32, 128, 100_000)
+    assert (session.config.interval, session.config.budget, len(tokens)) == (32, 127, 100_000)
+    assert session.config.geometry.history == 2**24
     leaves = [leaf for name in ("base", "gist", "lens") for leaf in jax.tree.leaves(session.params[name])]
     assert leaves and not list(tmp_path.iterdir())
 
@@ -69,10 +73,13 @@ BAD_COMMANDS = [
     ("--run {tmp}/early --interval 500 --tokens 10528", "tokens must be at least 50000"),
     ("--interval 0", "interval must be at least 1, got 0"),
     (
-        "--interval 600",
-        "session.geometry.history must hold the 640 tokens .* or session.interval",
+        "--history 512",
+        "session.geometry.history must hold the 2097152 tokens .* got 512: raise it, or lower max_lod",
     ),
     ("--seed -1", "seed must be .*, got -1"),
+    ("--run {tmp}/early --until 50 --interval 4", "until and resume are for fresh models, .*: leave out run"),
+    ("--until 101", "until must be in [1, 100], got 101"),
+    ("--resume", "holds no session to resume: read until some percent of the stream first"),
     ("--run {tmp}/none", "{tmp}/none holds no run (config.json is missing): name the folder of a run"),
     ("--run {tmp}/early --interval 4", "{tmp}/early has no checkpoint: let it finish its pretraining first"),
     ("--run {tmp}/base --interval 4", "{tmp}/base has no checkpoint of LensNet: let it train first"),

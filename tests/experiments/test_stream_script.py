@@ -30,7 +30,7 @@ from lensjax.training import nll
 from tests.runs import tiny_config, write_corpus
 
 INTERVAL, TOKENS, HISTORY = 4, 441, 30
-FILES = ("config.json", "environment.json", "metrics.jsonl", "summary.json", "stream_start.png")
+FILES = ("config.json", "environment.json", "metrics.jsonl", "summary.json", "stream_start.png", "cost.png")
 QUALITY_FILES = ("quality.csv", "quality.png")
 
 
@@ -90,7 +90,7 @@ def tokens_of(config):
 def test_what_is_left_in_the_folder(done, arguments):
     config, session, summary = done
     assert {path.name for path in arguments.output_dir.iterdir()} == {*FILES, *QUALITY_FILES}
-    for name in ("stream_start.png", "quality.png"):
+    for name in ("stream_start.png", "cost.png", "quality.png"):
         assert (arguments.output_dir / name).read_bytes().startswith(b"\x89PNG")
     assert config_file.load(arguments.output_dir / "config.json", Config) == config
     assert json.loads((arguments.output_dir / "summary.json").read_text(), parse_constant=pytest.fail) == summary
@@ -120,7 +120,9 @@ def test_the_summary(done, arguments):
     assert np.mean(summary["nll_by_tenth"]) == pytest.approx(losses.mean(), rel=1e-3)
     assert losses.mean() == pytest.approx(math.log(256), abs=0.1)
     places = ["1 %", *(f"{percent} %" for percent in range(10, 101, 10))]
-    assert list(summary["device_bytes"]) == list(summary["process_bytes"]) == places
+    assert list(summary["device_bytes"]) == list(summary["process_bytes"]) == list(summary["history_bytes"]) == places
+    assert len(summary["microseconds_by_tenth"]) == len(summary["cpu_microseconds_by_tenth"]) == 10
+    assert summary["peak_process_bytes"] >= max(summary["process_bytes"].values())
     assert all(number > 10_000 for number in summary["device_bytes"].values())
     assert summary["late_over_early"] == pytest.approx(
         summary["microseconds_per_token_late"] / summary["microseconds_per_token_early"]
@@ -161,7 +163,7 @@ def test_what_is_drawn(done, monkeypatch):
     state, tokens, losses = session.init(), tokens_of(config)[:80], []
     for part in (tokens[:24], tokens[24:40], tokens[40:]):
         state, part_losses = session.append(
-            state, part, on_refocus=lambda *step: (watch.look(*step), seen.append(jax.tree.map(jnp.copy, step)))
+            state, part, on_refocus=lambda *step: (watch.look(*step), seen.append(step))
         )
         watch.collect(part_losses)
         losses += part_losses.tolist()
@@ -172,8 +174,8 @@ def test_what_is_drawn(done, monkeypatch):
     assert drawn.cursors.tolist() == [INTERVAL * step for step in range(1, 13)] and drawn.cuts.shape == (12, HISTORY)
     np.testing.assert_array_equal(drawn.nll, watch.losses[:12])
     for place, (state, report) in enumerate(seen[:12]):
-        held = int(state.tree.length)
-        assert drawn.first[place] == int(state.forgotten) == drawn.cursors[place] - held
+        held = state.history.held
+        assert drawn.first[place] == state.history.forgotten == drawn.cursors[place] - held
         np.testing.assert_array_equal(drawn.cuts[place, :held], contexts.to_cut(state.context, geometry)[:held])
         assert (drawn.cuts[place, held:] == MISSING).all() and drawn.swap_rate[place] == float(report.swap_rate)
 
@@ -195,15 +197,13 @@ def test_the_losses_that_are_compared(done):
     rows, tokens = rows_by_policy(summary), tokens_of(config)
     assert tuple(rows) == RIVALS and {row["information"] for row in rows.values()} == {"causal"}
     states = []
-    own = session.append(
-        session.init(3), tokens, on_refocus=lambda state, _: states.append(jax.tree.map(jnp.copy, state))
-    )[1]
+    own = session.append(session.init(3), tokens, on_refocus=lambda state, _: states.append(state))[1]
     scored = slice(CURSORS[0], CURSORS[-1] + INTERVAL)
     expected = {"session": own[scored].mean()}
     for rival, name in zip(SESSIONS, ("collapse_oldest", "random_scores"), strict=True):
-        assert rival._policy is getattr(streams, name) and rival.config == session.config
+        assert rival.steps.policy is getattr(streams, name) and rival.config == session.config
         expected[name] = rival.append(rival.init(3), tokens)[1][scored].mean()
-    entries = {int(state.read): int(state.context.length) for state in states}
+    entries = {state.read: int(state.context.length) for state in states}
     whole = jax.jit(lambda window: nll.sequence_nll(session.models.base, session.params["base"], window)[-INTERVAL:])
     for name, lengths in (("sliding_window", entries), ("whole_window", dict.fromkeys(entries, HISTORY))):
         horizons = [whole(tokens[c - lengths[c] : c + INTERVAL]) for c in CURSORS]
@@ -333,7 +333,7 @@ def test_every_step_is_compared_with_the_length_that_it_must_have(done):
 
     def look(state, report):
         longer = dataclasses.replace(state.context, valid=state.context.valid.at[state.context.length].set(True))
-        watch.look(dataclasses.replace(state, context=longer), report)
+        watch.look(dataclasses.replace(state, view=dataclasses.replace(state.view, context=longer)), report)
 
     _, losses = session.append(session.init(), tokens_of(config)[:40], on_refocus=look)
     seen = watch.collect(losses)

@@ -5,7 +5,7 @@ import pytest
 
 from lensjax.plots import stream as stream_plots
 from lensjax.plots import style
-from lensjax.plots.stream import StreamQuality
+from lensjax.plots.stream import StreamCost, StreamQuality
 
 STEPS = 100
 CURSORS = 32 * np.arange(10, 10 + STEPS)
@@ -78,3 +78,18 @@ def test_a_policy_has_one_colour_everywhere(tmp_path):
 def test_what_does_not_fit_together_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         quality(**changes)
+
+
+def test_time_and_memory_along_a_stream(tmp_path):
+    tokens = np.arange(1, 6) * 100.0
+    cost = StreamCost(
+        "x$_$y", tokens, {"a": tokens / 10, "b": tokens / 20}, {"c": tokens * 2**20, "d": tokens * np.nan}
+    )
+    figure = stream_plots.stream_cost(cost, tmp_path / "cost.png")
+    assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG") and figure.get_suptitle() == "x$_$y"
+    time, memory = figure.axes
+    for ax, expected in ((time, {"a": tokens / 10, "b": tokens / 20}), (memory, {"c": tokens, "d": tokens * np.nan})):
+        assert {line.get_label(): data_of(line)[1].tolist() for line in ax.lines}.keys() == expected.keys()
+        for line in ax.lines:
+            np.testing.assert_array_equal(data_of(line), (tokens, expected[line.get_label()]))
+    assert time.get_ylim()[0] == 0 and memory.get_yscale() == "log"

@@ -10,7 +10,7 @@ import numpy as np
 from lensjax import _settings
 from lensjax.context import tree as trees
 from lensjax.context import working as contexts
-from lensjax.session import Session
+from lensjax.session import Session, SessionState
 from lensjax.training import nll
 from tests import reference
 from tests.small import SMALL, VOCABULARY, jit
@@ -69,7 +69,7 @@ def session_of(name):
 
 
 def keep_in(steps):
-    return lambda *step: steps.append(jax.tree.map(jnp.copy, step))
+    return lambda *step: steps.append(step)
 
 
 @functools.cache
@@ -82,42 +82,67 @@ def read_at_once(name):
 
 @functools.cache
 def compiled_reference(name):
-    """Of `held` tokens int32[T], which end with padding, and a context: tree, logits, losses of a horizon, cache."""
-    session, shape = session_of(name), CASES[name].context
+    """Of `held` tokens int32[T] before padding and a context: tree, logits, losses of a horizon, cache, all rows."""
+    session = session_of(name)
     base, params, capacity = session.models.base, session.params["base"], session.config.capacity
 
     def read(tokens, held, context, horizon):
-        tree = trees.build(
-            base.embed(params, tokens),
-            functools.partial(session.models.gist.apply, session.params["gist"]),
-            block_size=shape.block_size,
-            max_lod=shape.max_lod,
-        )
-        tree = dataclasses.replace(tree, length=held)
-        context = contexts.read(context, CASES[name].geometry)
+        tree = dataclasses.replace(build(session, base.embed(params, tokens)), length=held)
+        rows, context = contexts.materialise(tree, context), contexts.read(context, CASES[name].geometry)
         entries = contexts.materialise(tree, context)
         last = jnp.maximum(context.length - 1, 0)[None]
         logits = base.logits(params, entries, last)[0]
         losses = nll.token_nll(base, params, entries, horizon)
         _, cache = base.extend(params, base.init_cache(capacity), entries)
-        return tree, logits, losses, cache
+        return tree, logits, losses, cache, rows
 
     return jit(read)
 
 
+def build(session, leaves):
+    """The tree over embeddings, as in training."""
+    geometry, gist_fn = session.config.geometry, functools.partial(session.models.gist.apply, session.params["gist"])
+    return trees.build(leaves, gist_fn, block_size=geometry.block_size, max_lod=geometry.max_lod)
+
+
 def reread(name, state, horizon=None, stream=STREAM):
     session = session_of(name)
-    padded, held = np.zeros(CASES[name].context.window, np.int32), int(state.tree.length)
-    padded[:held] = stream[int(state.forgotten) :][:held]
+    padded, held = np.zeros(CASES[name].context.window, np.int32), state.history.held
+    padded[:held] = stream[state.history.forgotten :][:held]
     horizon = np.zeros(session.config.interval, np.int32) if horizon is None else horizon.astype(np.int32)
     return compiled_reference(name)(padded, np.int32(held), state.context, horizon)
 
 
+def tree_of(name, state):
+    """The history of a session as a tree, zeros where nothing is held."""
+    session, history = session_of(name), state.history
+    geometry = session.config.geometry
+    tokens = history.tokens.between(history.forgotten, history.read)
+    levels = [np.asarray(session.models.base.embed(session.params["base"], tokens))]
+    for lod, rows in enumerate(history.gists, start=1):
+        levels.append(rows.between(history.forgotten // geometry.block_size**lod, rows.length))
+    capacity = geometry.history + session.config.interval
+    rooms = [np.zeros((capacity // geometry.block_size**lod, base.shape[1]), "f") for lod, base in enumerate(levels)]
+    for room, level in zip(rooms, levels, strict=True):
+        room[: len(level)] = level
+    return trees.TreeState(tuple(map(jnp.asarray, rooms)), jnp.int32(history.held), geometry.block_size)
+
+
+def contents(tree):
+    """The arrays of a pytree, those that a session has on the host among them."""
+    for leaf in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, SessionState)):
+        if not isinstance(leaf, SessionState):
+            yield jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+            continue
+        history = leaf.history
+        yield from contents(leaf.view)
+        yield np.array([history.forgotten, history.block_size])
+        yield from (rows.between(rows.first, rows.length) for rows in (history.tokens, *history.gists))
+
+
 def assert_same(one, other):
     """To the bit."""
-    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        if jnp.issubdtype(left.dtype, jax.dtypes.prng_key):
-            left, right = jax.random.key_data(left), jax.random.key_data(right)
+    for left, right in zip(contents(one), contents(other), strict=True):
         np.testing.assert_array_equal(left, right)
 
 
@@ -127,7 +152,7 @@ def assert_close(actual, expected):
 
 def entries_of(state):
     """What is shown, as (first token in the stream, level)."""
-    length, before = int(state.context.length), int(state.forgotten)
+    length, before = int(state.context.length), state.history.forgotten
     starts, lods = np.asarray(state.context.start)[:length] + before, np.asarray(state.context.lod)[:length]
     return list(zip(starts.tolist(), lods.tolist(), strict=True))
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lensjax.context import allocator, refocus
+from lensjax.context import allocator, nodes, refocus
 from lensjax.context import working as contexts
 from lensjax.models import decision
 from lensjax.session import Session
@@ -24,6 +24,7 @@ from tests.session.streams import (
     read_of,
     reread,
     session_of,
+    tree_of,
 )
 from tests.small import VOCABULARY, jit
 
@@ -77,20 +78,41 @@ def test_from_a_cold_start_it_is_that_of_training_to_the_bit(name):
     for stream, state, _, _ in random_streams(name):
         if len(stream) < geometry.history:
             continue
-        nothing = jnp.int32(0)
-        empty = {"cache": session.models.base.truncate(state.cache, nothing), "cached": nothing}
-        state = dataclasses.replace(state, focus=cold, context=context, **empty)
+        state = showing(session, state, context)
         tree = build(stream[: geometry.history].astype(np.int32))
         # Attention over a tree with room for more rounds otherwise.
         assert_equal = assert_close if name in ("states", "attention") else assert_same
-        assert_equal(scores(state.tree, context), scores(tree, context))
+        assert_equal(scores(tree_of(name, state), context), scores(tree, context))
         decided = jax.tree.map(lambda leaf: leaf[1], decide(tree))
         assert_same(session.refocus(state)[0].context, decided)
         seen += bool((decided.start != context.start).any())
     assert seen > 20 or name == "no edits"  # which has no edits to make at the length that it is asked for
 
 
-@pytest.mark.parametrize("name", ["plain", "no edits", "sampled", "omission", "states", "attention"])
+def showing(session, state, context):
+    """The session as it were if it showed another context, nothing were in the cache, and nothing cooled."""
+    nothing = jnp.int32(0)
+    empty = {"cache": session.models.base.truncate(state.view.cache, nothing), "cached": nothing}
+    cooling = jax.tree.map(jnp.zeros_like, state.view.cooling)
+    view = dataclasses.replace(state.view, context=context, cooling=cooling, **empty)
+    found = state.history.find(*map(np.asarray, (context.start, context.lod, context.valid)))
+    return dataclasses.replace(state, view=session._show(session.params, view, found))
+
+
+def focus_of(session, view):
+    """What is collapsed and what cools, as flags of all nodes of a history."""
+    geometry = session.config.geometry
+    focused, table = allocator.from_cut(contexts.to_cut(view.context, geometry), geometry), nodes.table(geometry)
+    cooling = np.zeros(len(table.lod), np.int32)
+    for age, (starts, lods) in enumerate(zip(*map(np.asarray, (view.cooling.start, view.cooling.lod)), strict=True)):
+        for start, lod in zip(starts, lods, strict=True):
+            cools = (table.start == start) & (table.lod == lod)
+            cooling[cools] = np.maximum(cooling[cools], session.config.focus.cooldown - age)
+    return dataclasses.replace(focused, cooling=jnp.asarray(cooling))
+
+
+# What a sampling allocator draws is drawn for rows in a session, and for nodes in training.
+@pytest.mark.parametrize("name", ["plain", "no edits", "omission", "states", "attention"])
 def test_from_where_the_session_is_it_is_that_of_training_to_the_bit(name):
     session = session_of(name)
     geometry, capacity = session.config.geometry, session.config.capacity
@@ -118,13 +140,14 @@ def test_from_where_the_session_is_it_is_that_of_training_to_the_bit(name):
     drop = jit(functools.partial(allocator.drop_oldest, tokens=session.config.forgotten_at_once, geometry=geometry))
     kinds = set()
     for stream, _, before, after in random_streams(name):
-        held, forgets = int(after.tree.length), int(after.forgotten) != int(before.forgotten)
-        focused = drop(before.focus) if forgets else before.focus
-        context = show(focused, tokens=after.tree.length)
+        held, forgets = after.history.held, after.history.forgotten != before.history.forgotten
+        focused = focus_of(session, before.view)
+        focused = drop(focused) if forgets else focused
+        context = show(focused, tokens=jnp.int32(held))
         tree = reread(name, after, stream=stream)[0]
-        assert_same(scores(after.tree, context), scores(tree, context))
-        decided = decide(focused, context, tree, jax.random.fold_in(after.key, after.read))
-        assert_same((after.focus, after.context), decided)
+        assert_same(scores(tree_of(name, after), context), scores(tree, context))
+        focused, context = decide(focused, context, tree, None)
+        assert_same((focus_of(session, after.view), after.context), (focused, context))
         kinds.add((forgets, held == geometry.history))
     # Three blocks of two at a time go from 30 tokens: "no edits" is never at the end of a history of 26.
     full = name != "no edits"
@@ -138,7 +161,7 @@ def test_what_was_decided_does_not_depend_on_what_comes_later():
         changed = []
         other_losses = session.append(session.init(), other, on_refocus=keep_in(changed))[1]
         for (state, _), (changed_state, _) in zip(steps, changed, strict=True):
-            if int(state.read) <= place:
+            if state.read <= place:
                 assert_same(changed_state, state)
         np.testing.assert_array_equal(other_losses[:place], losses[:place])
         assert (other_losses[place:] != losses[place:]).all()
@@ -150,13 +173,13 @@ def test_what_was_decided_does_not_depend_on_what_comes_later():
 def test_the_report_of_a_refocus_step(name):
     session, (steps, _, _) = session_of(name), read_at_once(name)
     for (before, _), (after, report) in itertools.pairwise(steps):
-        read = int(before.read)
+        read = before.read
         earlier = read_of(session, before) + [(read + i, 0) for i in range(session.config.interval)]
-        earlier = [entry for entry in earlier if entry[0] >= int(after.forgotten)]
+        earlier = [entry for entry in earlier if entry[0] >= after.history.forgotten]
         now = read_of(session, after)
         assert float(report.swap_rate) == pytest.approx(len(set(now) - set(earlier)) / len(now))
         alike = [one == other for one, other in zip(now, earlier, strict=False)]
-        moved = int(after.forgotten) != int(before.forgotten)
+        moved = after.history.forgotten != before.history.forgotten
         assert int(report.kept) == (0 if moved else [*alike, False].index(False))
     assert max(int(report.swaps) for _, report in steps) > 0
 
@@ -166,9 +189,10 @@ def test_a_refocus_step_that_changes_nothing_keeps_the_whole_cache():
     for state in (steps[0][0], steps[-1][0]):
         after, report = session.refocus(state)
         assert int(report.kept) == int(state.context.length) and float(report.swap_rate) == 0
-        assert_same((after.context, after.cache, after.logits), (state.context, state.cache, state.logits))
+        kept = [(one.context, one.cache, one.logits) for one in (after.view, state.view)]
+        assert_same(*kept)
     empty, report = session.refocus(session.init())
-    assert int(empty.read) == int(report.kept) == 0
+    assert empty.read == int(report.kept) == 0
     assert_same(session.append(empty, STREAM)[1], read_at_once("no edits")[2])
 
 
@@ -176,8 +200,8 @@ def test_a_refocus_step_in_between_makes_room_as_any_other():
     session, (steps, _, _) = session_of("plain"), read_at_once("plain")
     state, _ = session.append(steps[-1][0], STREAM[:3])
     after, _ = session.refocus(state)
-    held = int(after.tree.length)
-    assert int(after.read) == int(state.read) and int(after.context.length) == expected_length(session, held)
+    held = after.history.held
+    assert after.read == state.read and int(after.context.length) == expected_length(session, held)
     longer, _ = session.append(after, STREAM[:60])
     assert int(longer.context.length) <= session.config.capacity
 
@@ -202,8 +226,8 @@ def test_a_sampling_allocator_repeats_itself_by_its_seed():
 def test_another_policy_scores_the_entries_in_the_place_of_lensnet():
     session, (steps, _, _) = session_of("plain"), read_at_once("plain")
 
-    def the_first(params, state):
-        return jnp.where(state.context.start < params["count"], 1.0, 0.0)
+    def the_first(params, view):
+        return jnp.where(view.context.start < params["count"], 1.0, 0.0)
 
     params, seen = {"base": session.params["base"], "gist": session.params["gist"], "count": jnp.int32(4)}, []
     other = Session(session.models, params, session.config, policy=the_first)

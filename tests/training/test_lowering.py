@@ -12,6 +12,7 @@ import pytest
 from jax import export
 
 from lensjax.session import Session
+from lensjax.session.history import Found
 from lensjax.training.steps import distill, gists, online, preference, pretrain
 from lensjax.training.steps.gists import GistTrainingConfig
 from lensjax.training.steps.online import OnlineConfig
@@ -104,8 +105,18 @@ def test_a_step_calls_the_fused_kernel(make, kernel, platform):
 @pytest.mark.parametrize("run", [FULL, OMITTING])
 def test_a_session_lowers_for_accelerators(run):
     session = Session(run.models, run.params(), run.config.session)
-    state = jax.eval_shape(session.init)
-    chunk = jax.ShapeDtypeStruct((session.config.interval,), jnp.int32)
-    for function, inputs in ((session._read, (chunk, jax.ShapeDtypeStruct((), jnp.int32))), (session._refocus, ())):
-        exported = export.export(function, platforms=PLATFORMS)(session.params, state, *inputs)
+    shapes = jax.eval_shape(session.steps.init, jax.random.key(0))
+    count, interval = jax.ShapeDtypeStruct((), jnp.int32), session.config.interval
+    chunk = jax.ShapeDtypeStruct((interval,), jnp.int32)
+    held = jax.ShapeDtypeStruct((session.config.geometry.history + interval,), jnp.int32)
+    rows = len(shapes.context.start)
+    found = Found(
+        jax.ShapeDtypeStruct((rows,), jnp.int32), jax.ShapeDtypeStruct((rows, run.models.base.dim), jnp.float32)
+    )
+    for function, inputs in (
+        (session._read, (chunk, count)),
+        (session._decide, (held if session.steps.reads_base else None,)),
+        (session._show, (found,)),
+    ):
+        exported = export.export(function, platforms=PLATFORMS)(session.params, shapes, *inputs)
         assert exported.platforms == PLATFORMS

@@ -8,7 +8,7 @@ A checkpoint is the folder `<directory>/<step>`:
 
 It is written under a hidden name, read back, and renamed when all of it is on the disk. The checksums make sure that
 damage is noticed whatever the format beneath would make of it; files that they do not list are none of its own. Of
-several processes the first one writes, whole arrays, and all of them read.
+several processes the first writes, whole arrays, and all read.
 """
 
 import functools
@@ -146,8 +146,8 @@ def like(directory: str | Path, step: int, *, path: tuple[str, ...]) -> dict[str
     for name, spec in _checked(directory, step)[1]["arrays"].items():
         if name.startswith(prefix):
             *above, last = name.removeprefix(prefix).split("/")
-            inner = functools.reduce(lambda node, key: node.setdefault(key, {}), above, tree)
-            inner[last] = jax.ShapeDtypeStruct(tuple(spec["shape"]), spec["dtype"])
+            leaf = jax.ShapeDtypeStruct(tuple(spec["shape"]), spec["dtype"])
+            functools.reduce(lambda node, key: node.setdefault(key, {}), above, tree)[last] = leaf
     return tree
 
 
