@@ -13,7 +13,7 @@ from jax import Array
 from lensjax.context.working import Entries, in_full
 from lensjax.models import BaseModel, Params
 from lensjax.models.base_lm import BaseConfig
-from lensjax.models.nn import transformer
+from lensjax.models.nn import attend
 from tests.models.example_models import (
     BASE,
     BASES,
@@ -104,14 +104,14 @@ def test_attention_in_blocks_of_queries_changes_nothing(
     params, lengths = trained(model), []
     expected = gradients(model, params, inputs, ROWS)
 
-    def mixed(query: Array, key: Array, *others: Array) -> Array:
+    def mixed(query: Array, key: Array, *others: Array, **options: Any) -> Array:
         lengths.append((query.shape[0], key.shape[0]))
-        return whole(query, key, *others)
+        return whole(query, key, *others, **options)
 
-    whole = transformer._mixed
-    monkeypatch.setattr(transformer, "_mixed", mixed)
-    monkeypatch.setattr(transformer, "_MIN_BLOCK", size)
-    monkeypatch.setattr(transformer, "_MAX_BLOCKS", most)
+    whole = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", mixed)
+    monkeypatch.setattr(attend, "_MIN_BLOCK", size)
+    monkeypatch.setattr(attend, "_MAX_BLOCKS", most)
     found = floats(compiled_gradients.__wrapped__(model)(params, inputs, ROWS))
     jax.tree.map(assert_close, found, expected)
     *of_blocks, of_rows = lengths
