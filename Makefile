@@ -16,7 +16,7 @@ STAMP := $(VENV)/$(TAG).stamp
 AOT_VENV ?= .venv-aot
 AOT_STAMP := $(AOT_VENV)/$(TAG).stamp
 AOT_CONSTRAINTS := $(firstword $(wildcard constraints/aot-$(TAG).txt) constraints/aot-py312.txt)
-AOT_FLAGS ?= --shapes small large --csv runs/aot-$(TAG).csv
+AOT_FLAGS ?= --shapes small large
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
@@ -213,8 +213,10 @@ constraints: ## Write the exact versions for PYTHON anew, from the newest releas
 	{ echo "# Written by 'make constraints PYTHON=$(notdir $(PYTHON))'."; \
 	    build/constraints/bin/python -m pip freeze --exclude-editable; } > constraints/$(TAG).txt
 
-aot: $(AOT_STAMP) ## Compile the steps for an H100 and a TPU v5e, which need not be here (needs Linux and 1.5 GB of wheels)
-	$(AOT_VENV)/bin/python -m experiments.bench.aot $(AOT_FLAGS)
+.PHONY: aot
+aot: $(AOT_STAMP) ## Compile the steps for an H100 and a TPU v5e that are not here, into runs/aot-*.csv (Linux, 1.5 GB of compilers)
+	rm -f runs/aot-$(TAG).csv
+	$(AOT_VENV)/bin/python -m experiments.bench.aot --csv runs/aot-$(TAG).csv $(AOT_FLAGS)
 
 $(AOT_STAMP): pyproject.toml $(CONSTRAINTS) $(AOT_CONSTRAINTS)
 	@echo "Installing into $(AOT_VENV) the versions of $(CONSTRAINTS) and $(AOT_CONSTRAINTS)"

@@ -76,8 +76,8 @@ class Arguments:
     targets: tuple[Target, ...] = ("h100", "v5e")
     shapes: tuple[Shape, ...] = ("small", "large")
     programs: tuple[Program, ...] = ("pretrain", "train", "floor", "online", "session")
-    attention: tuple[Literal["fused", "xla"], ...] = ("xla",)
-    """XLA's, or the kernel that the device has for bfloat16."""
+    attention: tuple[Literal["xla", "fused"], ...] = ("xla", "fused")
+    """XLA's, or the kernel that the device has; that is for the shapes in bfloat16."""
     csv: Path | None = None
     """Where to write the table."""
     hlo: Path | None = None
@@ -102,11 +102,15 @@ def compile_all(arguments: Arguments) -> list[dict[str, Any]]:
         for shape in arguments.shapes:
             for attention in arguments.attention:
                 config, kernel = SHAPES[shape], FUSED[target] if attention == "fused" else "xla"
+                if kernel != "xla" and config.dtype != "bfloat16":
+                    continue
                 models = for_device(config.build_models(), kernel, PLATFORMS[target])
                 for program in arguments.programs:
                     for name, compiled in steps(program, config, models).items():
                         row = {"target": target, "jax": jax.__version__, "shape": shape, "step": name}
-                        row |= {"attention": kernel} | _try(compiled, device, arguments.hlo, f"{target}-{shape}-{name}")
+                        row |= {"attention": kernel} | _try(
+                            compiled, device, arguments.hlo, f"{target}-{shape}-{kernel}-{name}"
+                        )
                         rows.append(row)
                         console.out("  ".join(f"{key} {value}" for key, value in row.items()), highlight=False)
                         if arguments.csv is not None:
