@@ -106,13 +106,13 @@ stream: $(STAMP) ## What a session of the demo's models is worth, and what a mil
 	$(RUN) -m experiments.studies.stream --run runs/demo --output-dir runs/stream/demo
 	$(RUN) -m experiments.studies.stream --tokens 1000000 --output-dir runs/stream/fresh
 
-stream-long: $(STAMP) ## Ten million tokens in one session, all of them reachable; and again with three stops, into runs/stream-long
+stream-long: $(STAMP) ## Ten million tokens in one session, all of them reachable; and again with stops, into runs/stream-long
 	$(RUN) -m experiments.studies.stream $(STREAM_LONG) --output-dir runs/stream-long/unbroken
 	$(RUN) -m experiments.studies.stream $(STREAM_LONG) --output-dir runs/stream-long/stopped --until 10
-	for until in 30 60 100; do $(RUN) -m experiments.studies.stream $(STREAM_LONG) --output-dir runs/stream-long/stopped \
+	for until in 20 30 60 91 100; do $(RUN) -m experiments.studies.stream $(STREAM_LONG) --output-dir runs/stream-long/stopped \
 	    --resume --until $$until || exit 1; done
 	$(RUN) -m experiments.studies.stream_same runs/stream-long/unbroken runs/stream-long/stopped
-	$(RUN) -m experiments.studies.stream_turns runs/stream-long/stopped/session-10 runs/stream-long/stopped/session-60
+	$(RUN) -m experiments.studies.stream_turns runs/stream-long/stopped/session-10 runs/stream-long/stopped/session-91
 
 ablate: $(STAMP) ## What each knob changes, on recall and on the standard library, into runs/ablations
 	$(RUN) -m experiments.train recall --steps 0 --output-dir runs/ablations/recall-base

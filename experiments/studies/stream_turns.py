@@ -1,6 +1,6 @@
 """Does a token cost more late in a stream than early? Two saved sessions of it read on, in turns.
 
-    python -m experiments.studies.stream_turns runs/stream-long/stopped/session-10 runs/stream-long/stopped/session-60
+    python -m experiments.studies.stream_turns runs/stream-long/stopped/session-10 runs/stream-long/stopped/session-91
 
 A stream takes so long that others use the machine more at one end of it than at the other; in turns both sessions meet
 the same. Counted is the time of all cores that this process had.
