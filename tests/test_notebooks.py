@@ -34,6 +34,7 @@ def test_page_and_notebook_are_of_this_source(source):
     assert str(Path.home()) not in json.dumps(notebook)
 
 
+@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_notebook_runs_from_its_first_cell_to_its_last(source, tmp_path):

@@ -36,6 +36,11 @@ def build(source: Path) -> None:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
             cell.outputs = tidy(cell.outputs)
+    write(notebook, source)
+
+
+def write(notebook: NotebookNode, source: Path) -> None:
+    """Writes a notebook that was run, and its page."""
     notebook.metadata = {
         "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
         "language_info": {"name": "python", "file_extension": ".py"},
@@ -61,7 +66,7 @@ def tidy(outputs: list[NotebookNode]) -> list[NotebookNode]:
         if output.output_type == "stream" and output.name != "stdout":
             continue
         if output.output_type == "stream" or "<pre" in data.get("text/html", ""):
-            text = output.get("text") or data["text/plain"] + "\n"
+            text = output.get("text") or data["text/plain"].rstrip("\n") + "\n"
             text = re.sub(r"\S*/tmp\w+/", "", text)
             if kept and kept[-1].output_type == "stream":
                 kept[-1].text += text

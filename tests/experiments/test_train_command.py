@@ -82,7 +82,7 @@ BAD_COMMANDS = [
     ("--dtype float16", "invalid choice 'float16' for argument '--dtype'. Expected one of ('float32', 'bfloat16')"),
     (
         "--data.task web",
-        "invalid choice 'web' for argument '--data.task'. Expected one of ('stdlib', 'text', 'recall', 'tracking')",
+        "invalid choice 'web' for argument '--data.task'. Expected one of ('stdlib', 'text', 'recall', 'tracking', 'suite')",
     ),
     (
         "--trainable head",
@@ -152,7 +152,7 @@ BAD_COMMANDS = [
     ("nosuch", "no config .*nosuch.py; name a file, or one of: demo, recall"),
     ("{tmp}/none.json", "no config {tmp}/none.json; name a file, or one of: demo, recall"),
     ("{tmp}/torn.json", "{tmp}/torn.json is not JSON"),
-    ("{tmp}/typo.json", "{tmp}/typo.json: unknown key stepps; known keys: adaptation, base, base_run"),
+    ("{tmp}/typo.json", "{tmp}/typo.json: unknown key stepps; known keys: adaptation, attention, base"),
     ("{tmp}/old.json", "{tmp}/old.json has format None, and this version of lensjax reads format 2: use the version"),
     ("{tmp}/empty.py", "{tmp}/empty.py must define CONFIG, a lensjax.runs.config.Config; got None"),
     ("{tmp}/dict.py", "{tmp}/dict.py must define CONFIG, a lensjax.runs.config.Config; got {'steps': 3}"),

@@ -109,7 +109,9 @@ REPORT = {"nll": math.nan, "low": -math.inf, "rows": (1, 2)}
 
 @pytest.fixture
 def output(tmp_path):
-    return evaluate._Output(tmp_path, "evaluation", "--name")
+    return evaluate._Output(
+        tmp_path, "evaluation", "--name", lambda *rows, **title: evaluate.quality.draw(*rows, **title)
+    )
 
 
 def test_e5_an_evaluation_that_was_killed_can_be_done_anew(tmp_path, monkeypatch, output):

@@ -50,7 +50,7 @@ class Words:
     Example:
       >>> from lensjax.runs.data.suite.windows import Words
       >>> Words().statement("the code of harbor is pearl .").tolist()
-      [0, 3, 1, 74, 2, 234, 11]
+      [0, 3, 1, 93, 2, 256, 11]
     """
 
     def statement(self, words: str) -> np.ndarray:  # noqa: D102
