@@ -10,6 +10,7 @@ from lensjax.models.lensnet import LensConfig
 from lensjax.runs.config import Config
 from lensjax.runs.data.task import DataConfig
 from lensjax.training.hyperparameters import Hyperparameters
+from lensjax.training.optim.optimizer import OptimizerConfig
 from lensjax.training.scoring import ContextConfig
 from lensjax.training.steps.pretrain import PretrainConfig
 from lensjax.training.teachers import DistillConfig
@@ -30,6 +31,7 @@ CONFIG = Config(
     focus=FocusConfig(start="recency"),
     hyper=Hyperparameters(context_start=0.25, context_end=0.25),
     data=DataConfig(task="suite"),
-    pretrain=PretrainConfig(steps=1500, batch_size=16, rollout_weight=1.0),
-    distill=DistillConfig(steps=600, looks=4, learning_rate=2e-3),
+    optimizer=OptimizerConfig(name="muon"),
+    pretrain=PretrainConfig(steps=1000, learning_rate=4e-3, batch_size=16, rollout_weight=1.0),
+    distill=DistillConfig(steps=300, learning_rate=2e-3),
 )

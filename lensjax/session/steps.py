@@ -137,9 +137,15 @@ class Steps:
         states = trees.lookup_states(tree, view.context.start, before=BLOCKS_BEFORE)
         return jnp.where(view.context.valid[:, None], states, 0)
 
-    def decide(self, params: dict[str, Params], view: View, tokens: Array | None) -> tuple[View, Refocus]:
-        """The rows of the next context, and what of the cache is kept; what the rows hold is still to be found."""
+    def decide(
+        self, params: dict[str, Params], view: View, forgets: Array, tokens: Array | None
+    ) -> tuple[View, Refocus]:
+        """The rows of the next context, and what of the cache is kept; what the rows hold is still to be found.
+
+        Where it `forgets`, bool[], the oldest tokens are dropped before that.
+        """
         geometry, settings = self.config.geometry, self.config.focus
+        view = jax.lax.cond(forgets, self.forget, lambda view: view, view)
         context, cooling, swaps = places.edit(
             view.context,
             view.cooling,
@@ -197,7 +203,7 @@ class Steps:
         cache, cached, logits = jax.lax.while_loop(more, chunk, (view.cache, view.cached, view.logits))
         return replace(view, cache=cache, cached=cached, logits=logits)
 
-    def forget(self, params: dict[str, Params], view: View) -> View:
+    def forget(self, view: View) -> View:
         """Drops the oldest tokens, whole blocks of the highest level, and the rows that show them."""
         geometry, size = self.config.geometry, self.config.forgotten_at_once
         gone = jnp.sum(view.context.valid & (view.context.start < size), dtype=jnp.int32)

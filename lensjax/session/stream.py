@@ -32,6 +32,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from lensjax.context import edge as edges
+from lensjax.context.working import WorkingContext
 from lensjax.models import Models, Params
 from lensjax.session import history as histories
 from lensjax.session.history import History
@@ -79,11 +80,8 @@ class Session:
             raise ValueError(f"streams must be at least 1, or None for one without an axis, got {streams}")
         self.models, self.params, self.config, self.streams = models, params, config, streams
         self.steps = steps = Steps(models, config, policy)
-        compiled = (
-            jax.jit(step if streams is None else each(step))
-            for step in (steps.read, steps.decide, steps.show, steps.forget)
-        )
-        self._read, self._decide, self._show, self._forget = compiled
+        compiled = (jax.jit(step if streams is None else each(step)) for step in (steps.read, steps.decide, steps.show))
+        self._read, self._decide, self._show = compiled
 
     def init(self, seed: int = 0) -> SessionState:
         """A session that has read nothing; `seed` matters only where the allocator samples, stream i has `seed` + i."""
@@ -122,44 +120,61 @@ class Session:
         losses, done = [np.zeros((*tokens.shape[:-1], 0), np.float32)], 0
         while done < tokens.shape[-1]:
             chunk = tokens[..., done : done + interval - state.read % interval]
-            state, chunk_losses = self._read_tokens(state, chunk)
+            state, chunk_losses, report = self._read_tokens(state, chunk)
             losses.append(chunk_losses)
             done += chunk.shape[-1]
-            if state.read % interval == 0:
-                state, report = self.refocus(state)
-                if on_refocus is not None:
-                    on_refocus(state, report)
+            if report is not None and on_refocus is not None:
+                on_refocus(state, report)
         return state, np.concatenate(losses, axis=-1)
 
-    def _read_tokens(self, state: SessionState, tokens: np.ndarray) -> tuple[SessionState, np.ndarray]:
-        """Reads at most an interval's tokens; their losses float32[..., n]."""
-        geometry, (*axis, count) = self.config.geometry, tokens.shape
+    def _read_tokens(self, state: SessionState, tokens: np.ndarray) -> tuple[SessionState, np.ndarray, Refocus | None]:
+        """Reads at most an interval's tokens; their losses float32[..., n], and the refocus step at its end."""
+        geometry, history, (*axis, count) = self.config.geometry, state.history, tokens.shape
         chunk = np.zeros((*axis, self.config.interval), np.int32)
         chunk[..., :count] = tokens
         view, losses, gists = self._read(self.params, state.view, chunk, np.full(axis, count, np.int32))
+        report = context = None
+        forgets = history.held + count > geometry.history
+        if (state.read + count) % self.config.interval == 0:
+            view, report = self._decide_now(view, history, tokens, forgets=forgets)
+            context = view.context
         shape = {"block_size": geometry.block_size, "max_lod": geometry.max_lod}
-        whole = edges.completed(state.history.held, count, **shape)
-        found, losses = jax.device_get(([rows if n else None for rows, n in zip(gists, whole, strict=True)], losses))
+        whole = edges.completed(history.held, count, **shape)
+        complete = [rows if n else None for rows, n in zip(gists, whole, strict=True)]
+        # Once, and after all that the device can do by itself.
+        found, losses, context = jax.device_get((complete, losses, context))
         new = [tokens[:0] if rows is None else rows[..., :n, :] for rows, n in zip(found, whole, strict=True)]
-        return SessionState(view, state.history.append(tokens, new)), losses[..., :count]
+        state = SessionState(view, history.append(tokens, new))
+        if context is not None:
+            state = self._show_rows(state, context, forgets=forgets)
+        return state, losses[..., :count], report
 
     def refocus(self, state: SessionState) -> tuple[SessionState, Refocus]:
         """A refocus step now, besides those that reading makes; nothing to do before the first token."""
-        view, history = state.view, state.history
-        if history.held > self.config.geometry.history:
-            view, history = self._forget(self.params, view), history.forget(self.config.forgotten_at_once)
-        view, report = self._decide(self.params, view, self._held_tokens(history))
-        shown = jax.device_get(view.context)
-        view = self._show(self.params, view, history.find(shown.start, shown.lod, shown.valid))
-        return SessionState(view, history), report
+        history = state.history
+        forgets = history.held > self.config.geometry.history
+        view, report = self._decide_now(state.view, history, history.held_tokens[:, :0], forgets=forgets)
+        state = SessionState(view, history)
+        return self._show_rows(state, jax.device_get(view.context), forgets=forgets), report
 
-    def _held_tokens(self, history: History) -> np.ndarray | None:
-        """int32[..., C + H], where the policy reads what the base model makes of them all."""
-        if not self.steps.reads_base:
-            return None
-        held, room = history.held_tokens, self.config.geometry.history + self.config.interval
-        padded = np.pad(held, ((0, 0), (0, room - held.shape[1])))
-        return padded[0] if self.streams is None else padded
+    def _decide_now(self, view: View, history: History, new: np.ndarray, *, forgets: bool) -> tuple[View, Refocus]:
+        """The rows of the next context, `new` tokens [..., n] behind the history."""
+        held = None
+        if self.steps.reads_base:
+            # int32[..., C + H]: what the base model reads for the policy.
+            held = np.concatenate([history.held_tokens, new.reshape(self.streams or 1, -1)], axis=1)
+            held = held[:, self.config.forgotten_at_once if forgets else 0 :]
+            room = self.config.geometry.history + self.config.interval
+            held = np.pad(held, ((0, 0), (0, room - held.shape[1])))
+            held = held[0] if self.streams is None else held
+        decided: tuple[View, Refocus] = self._decide(self.params, view, np.full(view.held.shape, forgets), held)
+        return decided
+
+    def _show_rows(self, state: SessionState, context: WorkingContext, *, forgets: bool) -> SessionState:
+        """Finds what the rows of a context hold, on the host."""
+        history = state.history.forget(self.config.forgotten_at_once) if forgets else state.history
+        found = history.find(*map(np.asarray, (context.start, context.lod, context.valid)))
+        return SessionState(self._show(self.params, state.view, found), history)
 
     def predict(self, state: SessionState) -> Array:
         """Logits float32[..., vocabulary] of the next token.

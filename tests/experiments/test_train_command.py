@@ -82,7 +82,8 @@ BAD_COMMANDS = [
     ("--dtype float16", "invalid choice 'float16' for argument '--dtype'. Expected one of ('float32', 'bfloat16')"),
     (
         "--data.task web",
-        "invalid choice 'web' for argument '--data.task'. Expected one of ('stdlib', 'text', 'recall', 'tracking', 'suite')",
+        "invalid choice 'web' for argument '--data.task'. Expected one of ('stdlib', 'text', 'recall', 'tracking', "
+        "'suite')",
     ),
     (
         "--trainable head",
