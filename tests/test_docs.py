@@ -100,7 +100,8 @@ def test_every_kind_of_picture_has_a_page():
 
 def examples():
     for page, text in TEXT.items():
-        if page.startswith("docs/"):
+        # The cells of a notebook are run together (`test_notebooks`).
+        if page.startswith("docs/") and not page.startswith("docs/notebooks/"):
             for index, example in enumerate(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)):
                 yield pytest.param(example, id=f"{page}-{index}")
 
