@@ -9,9 +9,12 @@ import numpy as np
 from lensjax._settings import require
 from lensjax.runs.data.splits import SPLITS, Split
 from lensjax.runs.data.suite.puzzles import TASKS, Puzzle, Rng
-from lensjax.runs.data.suite.windows import Example, Form, Words, blocks, fill
+from lensjax.runs.data.suite.windows import Example, Form, Words, blocks, fill, merged
 from lensjax.runs.data.suite.words import VOCABULARY
 from lensjax.training.scoring import ContextConfig
+
+_OTHERS = 16
+"""Statements that lead astray, in pretraining: fewer than that."""
 
 
 def draw(task: str, count: int, *, seed: int) -> list[tuple[Puzzle, Rng]]:
@@ -49,7 +52,8 @@ def stacked(examples: Sequence[Example], block_size: int) -> dict[str, np.ndarra
 class SuiteSource:
     """All tasks of the suite in word form, in turns.
 
-    For pretraining, a window holds one short puzzle of any task after the other, with their answers.
+    For pretraining, a window holds one short puzzle of any task after the other, with its answer, and then its
+    statements once more: answers alone are one word in fifty, too few to learn to look up from.
 
     Args:
       context: window [T], block size [K], recent tokens and horizon [H].
@@ -96,14 +100,14 @@ class SuiteSource:
     def _many(self, index: int) -> np.ndarray:
         rng, parts, length = self._rng(index), [], 0
         while length < self.context.window:
-            name = str(rng.choice(list(TASKS)))
-            puzzle = TASKS[name](rng)
-            ask, answer = self._form.ask(puzzle.ask), self._form.answer(puzzle.answer)
-            least = len(ask) + sum(map(len, map(self._form.statement, puzzle.needed)))
-            # From what is needed to a whole history, short ones as often as long ones.
-            history = int(least * max(1.0, self.context.history / least) ** rng.random())
-            parts.append(fill(puzzle, self._form, rng, history=history, horizon=len(answer) + 1, name=name).tokens)
-            length += len(parts[-1])
+            puzzle = TASKS[str(rng.choice(list(TASKS)))](rng)
+            astray = puzzle.others[: int(rng.integers(_OTHERS))]
+            needed, others = ([self._form.statement(line) for line in lines] for lines in (puzzle.needed, astray))
+            asked = [self._form.ask(puzzle.ask), self._form.answer(puzzle.answer), self._form.statement(".")]
+            # Once more behind the answer, in another order: a model that looks up knows how each statement ends.
+            again, _ = merged(rng, needed, others)
+            parts += [*merged(rng, needed, others)[0], *asked, *again]
+            length = sum(map(len, parts))
         return np.concatenate(parts)[: self.context.window]
 
     def _rng(self, index: int) -> Rng:

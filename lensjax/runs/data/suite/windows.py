@@ -108,7 +108,7 @@ def fill(puzzle: Puzzle, form: Form, rng: Rng, *, history: int, horizon: int, na
     while room > len(line := form.statement(next(lines))):
         between.append(line)
         room -= len(line)
-    text, is_needed = _merged(rng, needed, shown, between)
+    text, is_needed = merged(rng, needed, shown, between)
     before = np.concatenate([line[len(line) - room :], *text, ask])
     marks = np.repeat([False, *is_needed, False], [room, *map(len, text), len(ask)])
     behind = np.concatenate([answer, form.statement(".")])
@@ -131,7 +131,7 @@ def _first_that_fit(lines: list[np.ndarray], room: int) -> tuple[list[np.ndarray
     return lines[:count], room
 
 
-def _merged(rng: Rng, *groups: list[np.ndarray]) -> tuple[list[np.ndarray], list[bool]]:
+def merged(rng: Rng, *groups: list[np.ndarray]) -> tuple[list[np.ndarray], list[bool]]:
     """All lines in random order, those of one group in theirs; and which are of the first group."""
     sources = rng.permutation(np.repeat(np.arange(len(groups)), [len(group) for group in groups])).tolist()
     left = [iter(group) for group in groups]
