@@ -3,18 +3,23 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 
 from lensjax._settings import require
 from lensjax.runs.data.splits import SPLITS, Split
-from lensjax.runs.data.suite.puzzles import TASKS, Puzzle, Rng
+from lensjax.runs.data.suite.puzzles import TASKS, Puzzle, Rng, filler
 from lensjax.runs.data.suite.windows import Example, Form, Words, blocks, fill, merged
 from lensjax.runs.data.suite.words import VOCABULARY
 from lensjax.training.scoring import ContextConfig
 
 _OTHERS = 16
 """Statements that lead astray, in pretraining: fewer than that."""
+_AGAIN = 6
+"""Times that statements come again, in pretraining: fewer than that."""
+_BETWEEN = 8
+"""Sentences that say nothing, in pretraining: fewer than that."""
 
 
 def draw(task: str, count: int, *, seed: int) -> list[tuple[Puzzle, Rng]]:
@@ -53,7 +58,7 @@ class SuiteSource:
     """All tasks of the suite in word form, in turns.
 
     For pretraining, a window holds one short puzzle of any task after the other, with its answer, and then its
-    statements once more: answers alone are one word in fifty, too few to learn to look up from.
+    statements again and again: answers alone are one word in fifty, too few to learn to look up from.
 
     Args:
       context: window [T], block size [K], recent tokens and horizon [H].
@@ -104,9 +109,10 @@ class SuiteSource:
             astray = puzzle.others[: int(rng.integers(_OTHERS))]
             needed, others = ([self._form.statement(line) for line in lines] for lines in (puzzle.needed, astray))
             asked = [self._form.ask(puzzle.ask), self._form.answer(puzzle.answer), self._form.statement(".")]
-            # Once more behind the answer, in another order: a model that looks up knows how each statement ends.
-            again, _ = merged(rng, needed, others)
-            parts += [*merged(rng, needed, others)[0], *asked, *again]
+            # Again and again behind the answer, in other orders: who looks up knows how each statement ends.
+            again = [line for _ in range(rng.integers(1, _AGAIN)) for line in merged(rng, needed, others)[0]]
+            between = [self._form.statement(line) for line in islice(filler(rng), int(rng.integers(_BETWEEN)))]
+            parts += [*merged(rng, needed, others, between)[0], *asked, *again]
             length = sum(map(len, parts))
         return np.concatenate(parts)[: self.context.window]
 
