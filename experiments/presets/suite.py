@@ -32,6 +32,6 @@ CONFIG = Config(
     hyper=Hyperparameters(context_start=0.25, context_end=0.25),
     data=DataConfig(task="suite"),
     optimizer=OptimizerConfig(name="muon"),
-    pretrain=PretrainConfig(steps=1000, learning_rate=4e-3, batch_size=16, rollout_weight=1.0),
+    pretrain=PretrainConfig(steps=1500, learning_rate=4e-3, batch_size=16, rollout_weight=1.0),
     distill=DistillConfig(steps=300, learning_rate=2e-3),
 )
