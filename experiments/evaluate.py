@@ -212,7 +212,7 @@ def _evaluate_suite(job: _Job, arguments: Arguments, output: _Output, console: C
     started = time.perf_counter()
     rows = suites.evaluate(job.data, job.models, job.params, job.lengths, draws=arguments.draws, console=console)
     report = {**_origin(job, arguments, started), "left_out": job.data.left_out, "rows": rows}
-    output.write(rows, report, title=f"{job.folder.name}, seed {job.config.seed}")
+    output.write(rows, report, title=f"{job.config.data.task}, seed {job.config.seed}")
     console.out(f"table, intervals and picture are in {job.folder}/{output.name}.*", highlight=False)
     return rows
 
