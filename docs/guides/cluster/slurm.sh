@@ -18,8 +18,8 @@ RUN=${RUN:-runs/slurm} # on a file system that all nodes see
 PYTHON=${PYTHON:-.venv/bin/python}
 
 # Where the first process listens; who is which of how many, and which GPU is whose, JAX reads of Slurm's own variables.
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export JAX_COORDINATOR_ADDRESS="$first:$((20000 + SLURM_JOB_ID % 10000))"
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export JAX_COORDINATOR_ADDRESS="${hosts%%$'\n'*}:$((20000 + SLURM_JOB_ID % 10000))"
 
 words=(stdlib --batch-size 64 --pretrain.batch-size 64 --output-dir "$RUN")
 if [ -f "$RUN/config.json" ]; then
