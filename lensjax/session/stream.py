@@ -153,7 +153,9 @@ class Session:
         """A refocus step now, besides those that reading makes; nothing to do before the first token."""
         history = state.history
         forgets = history.held > self.config.geometry.history
-        view, report = self._decide_now(state.view, history, history.held_tokens[:, :0], forgets=forgets)
+        view, report = self._decide_now(
+            state.view, history, np.zeros((self.streams or 1, 0), np.int32), forgets=forgets
+        )
         state = SessionState(view, history)
         return self._show_rows(state, jax.device_get(view.context), forgets=forgets), report
 

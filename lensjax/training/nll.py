@@ -73,9 +73,14 @@ def token_nll(base: LanguageModel, params: Params, entries: Entries, horizon: Ar
     Returns:
       float32[H], in nats.
     """
-    read = reading(base, params, entries, horizon)
-    logits = base.logits(params, read.entries, read.rows)
+    logits = _horizon_logits(base, params, entries, horizon)
     return optax.losses.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(horizon))
+
+
+def _horizon_logits(base: LanguageModel, params: Params, entries: Entries, horizon: ArrayLike) -> Array:
+    """float32[H, vocabulary]: what is predicted at each token of the horizon."""
+    read = reading(base, params, entries, horizon)
+    return base.logits(params, read.entries, read.rows)
 
 
 def mean_nll(losses: Array, weights: Array | None = None) -> Array:
@@ -162,8 +167,7 @@ def variant_matches(
     horizon = jnp.asarray(horizon)
 
     def one(entries: Entries) -> tuple[Array, Array]:
-        read = reading(base, params, entries, horizon)
-        logits = base.logits(params, read.entries, read.rows)
+        logits = _horizon_logits(base, params, entries, horizon)
         losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, horizon)
         return losses, jnp.argmax(logits, axis=-1) == horizon
 
