@@ -41,7 +41,7 @@ from lensjax.training.preferences import PreferencePairs, select_pairs, span_tar
 from lensjax.training.recipe import Recipe
 from lensjax.training.scoring import ContextConfig, ScoredVariants, score_variants
 from lensjax.training.steps.preference import TrainState, init_train_state, train_step
-from lensjax.training.terms import ObjectiveConfig
+from lensjax.training.terms.inputs import ObjectiveConfig
 
 __all__ = [
     "BaseConfig",

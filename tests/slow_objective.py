@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from lensjax.training.agreement import MIN_STD
 from lensjax.training.objective import MOST_PAIR_WEIGHT
 from lensjax.training.optim.moving import EPS
-from lensjax.training.preferences import MIN_STD
 from lensjax.training.recipe import Recipe
 from lensjax.training.scoring import ScoredVariants
 from tests import reference

@@ -15,7 +15,7 @@ from lensjax.context import working as contexts
 from lensjax.context.geometry import Geometry
 from lensjax.models import hyperlora
 from lensjax.models.decision import Window
-from lensjax.training import nll, preferences, teachers
+from lensjax.training import agreement, nll, preferences, teachers
 from lensjax.training.optim import moving, schedules
 from lensjax.training.preferences import PairTargets, PreferencePairs
 from lensjax.training.scoring import local_rollouts
@@ -145,16 +145,16 @@ PREFERENCES = [
         (uniform(VARIANTS), pairs, mask(VARIANTS), POSITIVE, POSITIVE),
         "f",
     ),
-    Case("pair_margins", preferences.pair_margins, (uniform(VARIANTS, CAPACITY), pair_targets, pairs), "f"),
-    Case("agreement", preferences.agreement, (uniform(PAIRS), mask(PAIRS)), "fi"),
-    Case("lod_only_scores", preferences.lod_only_scores, (variants,), "f"),
+    Case("pair_margins", agreement.pair_margins, (uniform(VARIANTS, CAPACITY), pair_targets, pairs), "f"),
+    Case("agreement", agreement.agreement, (uniform(PAIRS), mask(PAIRS)), "fi"),
+    Case("lod_only_scores", agreement.lod_only_scores, (variants,), "f"),
     Case(
         "variant_values",
-        functools.partial(preferences.variant_values, geometry=GEOMETRY),
+        functools.partial(agreement.variant_values, geometry=GEOMETRY),
         (uniform(VARIANTS, CAPACITY), variants),
         "f",
     ),
-    Case("correlation", preferences.correlation, (uniform(VARIANTS), uniform(VARIANTS), mask(VARIANTS)), "fb"),
+    Case("correlation", agreement.correlation, (uniform(VARIANTS), uniform(VARIANTS), mask(VARIANTS)), "fb"),
 ]
 CUTS = [
     Case("collapses_for_length", lambda n: rollouts.collapses_for_length(n, GEOMETRY), (integer(6, 24),), "i"),

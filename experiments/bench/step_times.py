@@ -25,7 +25,7 @@ from lensjax import _settings
 from lensjax._settings import BatchSize, PositiveInt, settings
 from lensjax.runs.config import Config
 from lensjax.training.steps import online, preference
-from lensjax.training.terms import ObjectiveConfig
+from lensjax.training.terms.inputs import ObjectiveConfig
 
 OBJECTIVES: tuple[str, ...] = typing.get_args(typing.get_type_hints(ObjectiveConfig)["name"])
 REFERENCE, OWN_EDITS = "spans", "own edits"

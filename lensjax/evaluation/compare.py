@@ -18,7 +18,7 @@ from lensjax.evaluation import choices, faithfulness, rivals
 from lensjax.evaluation.answers import shows_in_full
 from lensjax.models import Models, Params
 from lensjax.models.decision import Window, build_tree, policy_scores, split
-from lensjax.training import key_tokens, nll, preferences
+from lensjax.training import agreement, key_tokens, nll
 from lensjax.training.recipe import Recipe
 
 FULL = "full"
@@ -125,9 +125,9 @@ def measure(
     focus = jax.tree.map(lambda leaf: leaf[0], shown[f"lensnet_{recipe.focus.steps}"])
     # The rollouts' losses minus that of recency are their advantages, and what all share changes no correlation.
     scores = policy_scores(models.lens, params["lens"], entries["random"])
-    values = preferences.variant_values(scores, shown["random"], geometry)
+    values = agreement.variant_values(scores, shown["random"], geometry)
     distinct = rollouts.is_distinct(jax.vmap(lambda one: contexts.to_cut(one, geometry))(shown["random"]))
-    correlation, is_defined = preferences.correlation(values, -means["random"], distinct)
+    correlation, is_defined = agreement.correlation(values, -means["random"], distinct)
     return Comparison(
         policies=report,
         focus=focus,

@@ -16,7 +16,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from lensjax._settings import Bound, Decay, NonNegative, settings
-from lensjax.training import preferences
+from lensjax.training import agreement
 from lensjax.training.metrics import Metrics
 
 
@@ -115,13 +115,13 @@ def correlation(values: ArrayLike, scores: ArrayLike) -> Array:
       scores: float32[S] or bool[S], higher is better.
 
     Returns:
-      float32[]; NaN where one side is constant (a standard deviation below `preferences.MIN_STD`), for then nothing can
+      float32[]; NaN where one side is constant (a standard deviation below `agreement.MIN_STD`), for then nothing can
       be said.
     """
     values, scores = (jnp.asarray(side).astype(jnp.float32) for side in (values, scores))
     # As differences from the first: rounding must not give a spread to what is constant.
     values, scores = values - values[0], scores - scores[0]
-    correlation, is_defined = preferences.correlation(values, scores, jnp.ones(values.shape, bool))
+    correlation, is_defined = agreement.correlation(values, scores, jnp.ones(values.shape, bool))
     return jnp.where(is_defined, correlation, jnp.nan)
 
 

@@ -2,7 +2,7 @@
 
 All take `(scores, rewards, where, *, hyperparameters)` and return one float32 scalar, to be minimised.
 
-    scores   float32[N]  h_i, the policy's score of each variant (`preferences.variant_values`); where there is a
+    scores   float32[N]  h_i, the policy's score of each variant (`agreement.variant_values`); where there is a
                          reference policy, the difference D_i = h_i - h_i^ref
     rewards  float32[N]  r_i, higher is better: -nll, or any other measure
     where    bool[N]     variants that count; the others may hold anything

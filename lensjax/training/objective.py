@@ -2,7 +2,7 @@
 
     L_lens = L_pref + rank_weight L_rank + budget_weight L_budget + smooth_weight L_smooth + kl_weight KL
 
-L_pref is one of `terms.TERMS`, or anyone's.
+L_pref is one of `terms.table.TERMS`, or anyone's.
 """
 
 import functools
@@ -17,14 +17,16 @@ from lensjax import losses
 from lensjax._numerics import masked_mean
 from lensjax.context.geometry import Geometry
 from lensjax.losses.advantages import most_varied
-from lensjax.training import metrics, preferences, terms
+from lensjax.training import agreement, metrics, preferences
 from lensjax.training.hyperparameters import Hyperparameters
 from lensjax.training.optim import moving
 from lensjax.training.optim.moving import EmaMoments
 from lensjax.training.preferences import PairTargets, PreferencePairs
 from lensjax.training.recipe import Recipe
 from lensjax.training.scoring import ScoredVariants
-from lensjax.training.terms import ObjectiveConfig, Term, TermInputs
+from lensjax.training.terms.inputs import ObjectiveConfig, Term, TermInputs, pair_entries, pair_rows
+from lensjax.training.terms.pairs import entry_losses, rank_term
+from lensjax.training.terms.table import TERMS
 
 MOST_PAIR_WEIGHT = 10.0
 """Bound on the importance weight of a pair."""
@@ -104,8 +106,8 @@ def lens_objective(
     variants, distinct = scored.contexts, scored.distinct
     is_free = variants.valid & geometry.is_free(variants.start) & distinct[..., None]
     inputs = term_inputs(key, scored, scores, anchor_scores, statistics, hyper, recipe=recipe)
-    chosen = terms.TERMS[recipe.objective.name] if term is None else term
-    parts = {"preference": chosen(inputs), "rank": terms.rank_term(inputs)}
+    chosen = TERMS[recipe.objective.name] if term is None else term
+    parts = {"preference": chosen(inputs), "rank": rank_term(inputs)}
     per_variant = jax.vmap(jax.vmap(losses.budget_balance))
     balance = per_variant(scores, scored.entries.spans, is_free)
     demand = statistics.demand
@@ -134,8 +136,8 @@ def lens_objective(
     report |= metrics.advantage_metrics(scored.nll, distinct)
     report |= metrics.score_metrics(scores, variants.lod, is_free, max_lod=geometry.max_lod)
     report |= _preference_metrics(inputs)
-    picked_lods = jax.vmap(terms.pair_rows)(variants.lod, inputs.pairs)
-    by_entry = terms.entry_losses(inputs)
+    picked_lods = jax.vmap(pair_rows)(variants.lod, inputs.pairs)
+    by_entry = entry_losses(inputs)
     report |= metrics.lod_loss_metrics(by_entry, picked_lods, inputs.targets.where, max_lod=geometry.max_lod)
     return ObjectiveOutput(loss, jax.lax.stop_gradient(balance), jax.lax.stop_gradient(report))
 
@@ -166,10 +168,10 @@ def pair_loss(
     inputs = term_inputs(key, scored, scores, None, statistics, hyper, recipe=recipe)
     targets, pairs = inputs.targets, inputs.pairs
     supervised = jnp.any(targets.where, axis=(-2, -1))
-    agreement, _ = preferences.agreement(jax.vmap(preferences.pair_margins)(scores, targets, pairs), supervised)
-    preference = terms.TERMS[recipe.objective.name](inputs)
-    loss = _unless_broken(preference + hyper.rank_weight * terms.rank_term(inputs), scored)
-    return loss, jax.lax.stop_gradient(agreement)
+    share, _ = agreement.agreement(jax.vmap(agreement.pair_margins)(scores, targets, pairs), supervised)
+    preference = TERMS[recipe.objective.name](inputs)
+    loss = _unless_broken(preference + hyper.rank_weight * rank_term(inputs), scored)
+    return loss, jax.lax.stop_gradient(share)
 
 
 def term_inputs(
@@ -191,7 +193,7 @@ def term_inputs(
         compared = jax.vmap(functools.partial(most_varied, count=settings.keep))(scored.nll, where)
     supervise = functools.partial(_supervision, geometry=geometry, settings=settings, hyper=hyper)
     pairs, targets = jax.vmap(supervise)(scored, compared)
-    value = jax.vmap(functools.partial(preferences.variant_values, geometry=geometry))
+    value = jax.vmap(functools.partial(agreement.variant_values, geometry=geometry))
     values = value(scores, scored.contexts)
     weights = jnp.ones(pairs.valid.shape)
     if settings.pair_weights == "importance":
@@ -207,7 +209,7 @@ def term_inputs(
         advantages=advantages,
         pairs=pairs,
         targets=targets,
-        pair_entries=terms.pair_entries(scores, advantages, pairs, targets),
+        pair_entries=pair_entries(scores, advantages, pairs, targets),
         pair_weights=weights,
         key=key,
         temperature=statistics.temperature,
@@ -240,12 +242,12 @@ def _preference_metrics(inputs: TermInputs) -> dict[str, Array]:
     """Does the policy ask for what was measured to be better?"""
     scored, pairs, targets, values = inputs.scored, inputs.pairs, inputs.targets, inputs.values
     supervised = jnp.any(targets.where, axis=(-2, -1))
-    share, count = preferences.agreement(jax.vmap(preferences.pair_margins)(inputs.scores, targets, pairs), supervised)
-    control = jax.vmap(preferences.pair_margins)(preferences.lod_only_scores(scored.contexts), targets, pairs)
-    control_share, _ = preferences.agreement(control, supervised)
+    share, count = agreement.agreement(jax.vmap(agreement.pair_margins)(inputs.scores, targets, pairs), supervised)
+    control = jax.vmap(agreement.pair_margins)(agreement.lod_only_scores(scored.contexts), targets, pairs)
+    control_share, _ = agreement.agreement(control, supervised)
 
     rewards = -preferences.advantage_deltas(scored.nll)
-    correlations, defined = jax.vmap(preferences.correlation)(values, rewards, scored.distinct)
+    correlations, defined = jax.vmap(agreement.correlation)(values, rewards, scored.distinct)
     take = jax.vmap(jnp.take)
     report = {
         "mc/preference_agreement": share,

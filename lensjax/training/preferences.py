@@ -1,4 +1,4 @@
-"""From variant losses to supervision: advantages, preference pairs, span targets, and how well a policy agrees."""
+"""From variant losses to supervision: advantages, preference pairs, span targets."""
 
 from dataclasses import dataclass
 
@@ -12,9 +12,6 @@ from lensjax.context import working as contexts
 from lensjax.context.geometry import Geometry
 from lensjax.context.working import MISSING, WorkingContext
 from lensjax.losses.advantages import importance_weights
-
-# Standard deviations below this are rounding noise of float32 means: a correlation with them is undefined.
-MIN_STD = 1e-5
 
 
 @jax.tree_util.register_dataclass
@@ -256,92 +253,3 @@ def pair_weights(
     log_policy = jax.nn.log_softmax(jnp.where(where, jnp.asarray(beta) * jnp.asarray(values), -1e30))
     log_sampler = -jnp.log(jnp.maximum(jnp.sum(where, dtype=jnp.float32), 1))
     return importance_weights(log_policy[pairs.better] + log_policy[pairs.worse], 2 * log_sampler, most=most)
-
-
-def pair_margins(scores: ArrayLike, targets: PairTargets, pairs: PreferencePairs) -> Array:
-    """Mean of target * score over a pair's supervised entries, weighted by the tokens they cover.
-
-    Args:
-      scores: float[V, W], policy scores.
-      targets: span targets of P pairs.
-      pairs: the pairs.
-
-    Returns:
-      float[P]: positive where the policy asks for the better variant; 0 without supervised entries.
-    """
-    picked = jnp.asarray(scores)[jnp.stack([pairs.better, pairs.worse], axis=1)]
-    total = jnp.sum(jnp.where(targets.where, targets.weight * targets.target * picked, 0), axis=(1, 2))
-    return total / jnp.maximum(jnp.sum(targets.weight, axis=(1, 2)), 1)
-
-
-def agreement(margins: ArrayLike, valid: ArrayLike) -> tuple[Array, Array]:
-    """Share of pairs in which the policy asks for the measured winner; an undecided pair counts one half.
-
-    Args:
-      margins: float[..., P], from `pair_margins`.
-      valid: bool[..., P], pairs with at least one supervised entry.
-
-    Returns:
-      float32[] share over all pairs given (0 without pairs), int32[] number of pairs.
-    """
-    margins, valid = jnp.asarray(margins), jnp.asarray(valid)
-    # Scores that depend on the level alone cancel exactly in exact arithmetic; in float32 they leave rounding noise.
-    undecided = jnp.abs(margins) < 1e-6
-    # Unlike a comparison, the sign of a NaN is a NaN.
-    wins = 0.5 + 0.5 * jnp.sign(jnp.where(undecided, 0.0, margins))
-    count = jnp.sum(valid, dtype=jnp.int32)
-    return jnp.sum(jnp.where(valid, wins, 0.0)) / jnp.maximum(count, 1).astype(jnp.float32), count
-
-
-def lod_only_scores(variants: WorkingContext) -> Array:
-    """The control policy that sees nothing but the level: expand every gist, collapse every token; float32[V, W]."""
-    return jnp.where(variants.valid, jnp.where(variants.lod > 0, 1.0, -1.0), 0.0).astype(jnp.float32)
-
-
-def variant_values(scores: ArrayLike, variants: WorkingContext, geometry: Geometry) -> Array:
-    """The policy's value of each variant: how well its scores match the detail that the variant gives.
-
-        h(v) = sum_i a_i s_i(v) d(lod_i) / sum_i a_i,    d = 1 - 2 lod / L,    a_i = tokens covered
-
-    with a_i = 0 on the sinks and the protected tail. A policy that only repeats the level gives all variants of one
-    coverage nearly the same value.
-
-    Args:
-      scores: float[V, W].
-      variants: V working contexts.
-      geometry: their history.
-
-    Returns:
-      float32[V]; 0 for a variant that shows nothing but these.
-    """
-    weight = contexts.spans(variants, block_size=geometry.block_size).astype(jnp.float32)
-    weight = jnp.where(geometry.is_free(variants.start), weight, 0.0)
-    detail = 1.0 - 2.0 * variants.lod.astype(jnp.float32) / geometry.max_lod
-    total = jnp.sum(weight * jnp.asarray(scores) * detail, axis=-1)
-    return total / jnp.maximum(jnp.sum(weight, axis=-1), 1.0)
-
-
-def correlation(values: ArrayLike, rewards: ArrayLike, valid: ArrayLike) -> tuple[Array, Array]:
-    """Pearson correlation of the policy's values and the rewards over one sequence's variants.
-
-    Args:
-      values: float32[V], from `variant_values`.
-      rewards: float32[V], -delta_v; higher is better.
-      valid: bool[V].
-
-    Returns:
-      float32[] correlation, +1 is perfect, and bool[] whether it is defined (both standard deviations above rounding);
-      the correlation is 0 where it is not.
-    """
-    values, rewards, where = jnp.asarray(values), jnp.asarray(rewards), jnp.asarray(valid)
-    count = jnp.maximum(jnp.sum(where, dtype=jnp.float32), 1)
-
-    def centre(x: Array) -> Array:
-        return jnp.where(where, x - jnp.sum(jnp.where(where, x, 0.0)) / count, 0.0)
-
-    x, y = centre(values), centre(rewards)
-    std_x, std_y = (jnp.sqrt(jnp.sum(z * z) / count) for z in (x, y))
-    # A NaN is no lack of variance, and stays.
-    defined = ~((std_x <= MIN_STD) | (std_y <= MIN_STD))
-    product = jnp.where(defined, std_x * std_y, 1.0)
-    return jnp.where(defined, jnp.sum(x * y) / count / product, 0.0), defined

@@ -9,7 +9,7 @@ from lensjax.context.geometry import Geometry
 from lensjax.training.hyperparameters import Hyperparameters
 from lensjax.training.optim.optimizer import OptimizerConfig
 from lensjax.training.scoring import ContextConfig
-from lensjax.training.terms import ObjectiveConfig
+from lensjax.training.terms.inputs import ObjectiveConfig
 
 Part = Literal["base", "gist", "lens", "hypernet"]
 

@@ -15,7 +15,7 @@ from lensjax.context.geometry import Geometry
 from lensjax.evaluation import baselines, compare, rivals
 from lensjax.models.decision import build_tree, policy_scores, split
 from lensjax.models.lensnet import LensConfig
-from lensjax.training import key_tokens, nll, preferences
+from lensjax.training import agreement, key_tokens, nll
 from tests import reference
 from tests.small import OMITTING, Run, batch, jit
 
@@ -283,7 +283,7 @@ def test_the_correlation_is_over_the_rollouts_of_the_table():
         )
         losses, entries = nll.variant_nll(RUN.models.base, params["base"], tree, drawn, window.horizon, GEOMETRY)
         scores = policy_scores(RUN.models.lens, params["lens"], entries)
-        return preferences.variant_values(scores, drawn, GEOMETRY), losses
+        return agreement.variant_values(scores, drawn, GEOMETRY), losses
 
     values, losses = values_and_losses(RUN.params())
     assert float(losses.mean()) == pytest.approx(measured(True)["random"].nll, rel=1e-5)

@@ -16,7 +16,7 @@ from lensjax.training.optim.optimizer import OptimizerConfig
 from lensjax.training.recipe import Recipe
 from lensjax.training.scoring import ContextConfig
 from lensjax.training.steps.gists import GistTrainingConfig
-from lensjax.training.terms import ObjectiveConfig
+from lensjax.training.terms.inputs import ObjectiveConfig
 
 # Rules over several fields.
 

@@ -13,7 +13,7 @@ from lensjax.evaluation import held_out
 from lensjax.models import LensModel, hyperlora
 from lensjax.models.decision import build_tree, policy, policy_scores, split
 from lensjax.models.lensnet import LensConfig
-from lensjax.training import objective, preferences
+from lensjax.training import agreement, objective
 from lensjax.training.objective import Statistics
 from lensjax.training.scoring import score_variants
 from lensjax.training.steps import adaptation, preference
@@ -112,7 +112,7 @@ def test_edit_features_weigh_entries_as_values_do(support):
     one = row(support)
     scores = np.random.default_rng(1).normal(size=one.entries.valid.shape).astype(np.float32)
     scores = np.where(one.entries.valid, scores, 0.0)
-    expected = preferences.variant_values(scores, one.contexts, PAST)
+    expected = agreement.variant_values(scores, one.contexts, PAST)
     free = one.contexts.start < PAST.tail
     for v in range(len(expected)):
         entries = jax.tree.map(lambda leaf, v=v: leaf[v], one.entries)

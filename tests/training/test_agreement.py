@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lensjax.training import preferences
+from lensjax.training import agreement
 from tests import reference
 from tests.training.pairs import (
     BALANCED,
@@ -22,9 +22,9 @@ from tests.training.pairs import (
     variants_of,
 )
 
-variant_values = jax.jit(preferences.variant_values, static_argnames="geometry")
-pair_margins = jax.jit(preferences.pair_margins)
-correlation = jax.jit(preferences.correlation)
+variant_values = jax.jit(agreement.variant_values, static_argnames="geometry")
+pair_margins = jax.jit(agreement.pair_margins)
+correlation = jax.jit(agreement.correlation)
 
 
 def test_margins_by_hand():
@@ -42,16 +42,16 @@ def test_margins_by_hand():
 def test_agreement_by_hand():
     margins = np.asarray([[0.2, -0.1, 1e-9], [0.4, 5.0, -5.0]], np.float32)
     valid = np.asarray([[True, True, True], [True, False, False]])
-    share, count = preferences.agreement(margins, valid)
+    share, count = agreement.agreement(margins, valid)
     assert float(share) == pytest.approx((1 + 0 + 0.5 + 1) / 4)
     assert int(count) == 4
-    share, count = preferences.agreement(margins, np.zeros_like(valid))
+    share, count = agreement.agreement(margins, np.zeros_like(valid))
     assert (float(share), int(count)) == (0.0, 0)
 
 
 def agreement_of(scores, targets, pairs):
     margins = pair_margins(scores, targets, pairs)
-    share, count = preferences.agreement(margins, targets.where.any(axis=(1, 2)))
+    share, count = agreement.agreement(margins, targets.where.any(axis=(1, 2)))
     return float(share), int(count)
 
 
@@ -67,17 +67,17 @@ def test_a_perfect_policy_agrees_with_every_pair():
 def test_the_lod_only_control_is_at_chance_on_balanced_pairs():
     cuts, pairs = balanced_cuts(), all_pairs()
     targets = targets_of(cuts, pairs, BALANCED)
-    assert agreement_of(preferences.lod_only_scores(variants_of(cuts, BALANCED)), targets, pairs) == (0.5, 12)
+    assert agreement_of(agreement.lod_only_scores(variants_of(cuts, BALANCED)), targets, pairs) == (0.5, 12)
 
 
 def test_the_lod_only_control_answers_every_one_sided_pair():
     cuts, pairs = balanced_cuts(), all_pairs()
     targets = targets_of(cuts, pairs, BALANCED, worse_only=True)
-    assert agreement_of(preferences.lod_only_scores(variants_of(cuts, BALANCED)), targets, pairs) == (1.0, 12)
+    assert agreement_of(agreement.lod_only_scores(variants_of(cuts, BALANCED)), targets, pairs) == (1.0, 12)
 
 
 def test_lod_only_scores():
-    scores = preferences.lod_only_scores(variants_of([COARSE], HAND, capacity=9))
+    scores = agreement.lod_only_scores(variants_of([COARSE], HAND, capacity=9))
     assert scores.tolist() == [[1, 1, -1, -1, 1, -1, -1, 0, 0]]
 
 
@@ -105,7 +105,7 @@ def test_variant_values_agree_with_the_reference():
 
 def test_a_policy_that_repeats_the_level_gives_every_cut_one_value():
     cuts = balanced_cuts()
-    scores = preferences.lod_only_scores(variants_of(cuts, BALANCED))
+    scores = agreement.lod_only_scores(variants_of(cuts, BALANCED))
     values = values_of(scores, cuts, BALANCED)
     np.testing.assert_allclose(values, np.full(4, values[0]), rtol=1e-6)
     # So the correlation with any reward is not defined, and the shortcut shows.

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lensjax.training import preferences
+from lensjax.training import agreement, preferences
 from lensjax.training.preferences import PreferencePairs
 from tests import reference
 
@@ -97,10 +97,10 @@ def test_what_is_no_number_is_no_tie_no_win_and_no_lack_of_variance():
     everyone, masked = np.ones(3, bool), np.asarray([True, False, True])
     losses = np.asarray([2.0, np.nan, 2.0], np.float32)
     assert np.isnan(preferences.tie_share(losses, everyone)) and float(preferences.tie_share(losses, masked)) == 1
-    assert np.isnan(preferences.agreement(losses, everyone)[0]) and float(preferences.agreement(losses, masked)[0]) == 1
-    value, defined = preferences.correlation(np.asarray([1.0, 2, 3], np.float32), losses, everyone)
+    assert np.isnan(agreement.agreement(losses, everyone)[0]) and float(agreement.agreement(losses, masked)[0]) == 1
+    value, defined = agreement.correlation(np.asarray([1.0, 2, 3], np.float32), losses, everyone)
     assert np.isnan(value) and defined
-    assert not preferences.correlation(np.asarray([1.0, 2, 3], np.float32), losses, masked)[1]
+    assert not agreement.correlation(np.asarray([1.0, 2, 3], np.float32), losses, masked)[1]
 
 
 @settings(max_examples=60)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lensjax.training import preferences
+from lensjax.training import agreement, preferences
 from tests import reference
 from tests.training.pairs import (
     BALANCED,
@@ -150,5 +150,5 @@ def test_a_span_weighs_the_same_on_both_sides_so_that_levels_alone_say_nothing(s
     sums = np.asarray(targets.weight * targets.target).sum(axis=2)
     np.testing.assert_array_equal(sums[:, 0], sums[:, 1])
     if max_lod == 1:
-        scores = preferences.lod_only_scores(variants_of(cuts, GEOMETRY))
-        np.testing.assert_array_equal(preferences.pair_margins(scores, targets, pairs), 0)
+        scores = agreement.lod_only_scores(variants_of(cuts, GEOMETRY))
+        np.testing.assert_array_equal(agreement.pair_margins(scores, targets, pairs), 0)

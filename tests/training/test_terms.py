@@ -12,10 +12,11 @@ import pytest
 
 from lensjax import losses
 from lensjax.models.decision import policy_scores
-from lensjax.training import preferences
+from lensjax.training import agreement
 from lensjax.training.objective import Statistics, term_inputs
 from lensjax.training.steps import preference
-from lensjax.training.terms import TERMS, ObjectiveConfig
+from lensjax.training.terms.inputs import ObjectiveConfig
+from lensjax.training.terms.table import TERMS
 from tests import reference, slow_objective
 from tests.small import LENS, batch, jit
 from tests.training.scored import (
@@ -207,7 +208,7 @@ def test_a_step_with_anyones_term_and_optimizer_goes_down_the_gradient_of_the_te
     @jax.value_and_grad
     def loss(lens):
         scores = policy_scores(LENS.models.lens, lens, scored.entries)
-        values = jax.vmap(functools.partial(preferences.variant_values, geometry=GEOMETRY))(scores, scored.contexts)
+        values = jax.vmap(functools.partial(agreement.variant_values, geometry=GEOMETRY))(scores, scored.contexts)
         return jnp.mean(values**2)
 
     value, gradient = loss(state.params["lens"])

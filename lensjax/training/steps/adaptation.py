@@ -65,7 +65,7 @@ def edit_features(features: ArrayLike, entries: Entries, *, max_lod: int, free: 
 
         phi = sum_i a_i d(lod_i) h_i / sum_i a_i,    d = 1 - 2 lod / L,    a_i = tokens covered
 
-    as `preferences.variant_values` weighs scores.
+    as `agreement.variant_values` weighs scores.
 
     Args:
       features: float32[W, F], h.

@@ -22,7 +22,7 @@ from lensjax.training.optim.optimizer import make_optimizer
 from lensjax.training.recipe import Recipe
 from lensjax.training.scoring import Batch, ScoredVariants, score_variants
 from lensjax.training.steps.update import Gradient, Learner, all_parts, gradient_step, init_learner, split_parts
-from lensjax.training.terms import Term
+from lensjax.training.terms.inputs import Term
 
 Loss = tuple[Array, tuple[ScoredVariants, Array, Metrics]]
 """The loss; beside it the scored variants, the net demand of each, and scalars by name."""
