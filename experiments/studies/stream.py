@@ -47,7 +47,7 @@ from lensjax.runs.data import corpus as data
 from lensjax.runs.data.task import DataConfig
 from lensjax.runs.engine.progress import has_bars
 from lensjax.runs.load import load_params
-from lensjax.runs.store import config_file, run_folder
+from lensjax.runs.store import config_file, lock, run_folder
 from lensjax.session import Session, SessionState
 from lensjax.training.hyperparameters import Hyperparameters
 from lensjax.training.scoring import ContextConfig
@@ -95,13 +95,21 @@ def stream(arguments: Arguments) -> dict[str, Any]:
     Raises:
       ValueError: an argument is bad (nothing is written), or a context is not legal (all but the comparison is).
       FloatingPointError: a loss is not finite; likewise.
+      BlockingIOError: another process reads a stream into this folder.
     """
     config, session, tokens = _prepare(arguments)
+    if not arguments.resume:
+        run_folder.create_run(arguments.output_dir, config)
+    with lock.holding(arguments.output_dir):
+        return _read_on(arguments, config, session, tokens)
+
+
+def _read_on(arguments: Arguments, config: Config, session: Session, tokens: np.ndarray) -> dict[str, Any]:
+    """Reads from where the stream is to where it stops, in a folder that is in the hands of this process."""
     console, folder = Console(), arguments.output_dir
     if arguments.resume:
         session, state, rows = _stopped(arguments, session, tokens)
     else:
-        run_folder.create_run(folder, config)
         state, rows = session.init(arguments.seed), []
     console.out(f"run folder {folder}, {jax.default_backend()}, seed {arguments.seed}", highlight=False)
     watch = Watch(session, steps=state.read // session.config.interval)
@@ -155,7 +163,9 @@ def _prepare(arguments: Arguments) -> tuple[Config, Session, np.ndarray]:
             "interval"
         )
     folder = arguments.output_dir
-    if not arguments.resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if arguments.resume:
+        _left(folder)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is not empty: choose another --output-dir")
     # The history stays what LensNet was trained on, whatever the interval.
     shape = {"context.horizon": interval, "context.window": stored.context.history + interval}
@@ -175,10 +185,7 @@ def _prepare(arguments: Arguments) -> tuple[Config, Session, np.ndarray]:
 
 def _stopped(arguments: Arguments, session: Session, tokens: np.ndarray) -> tuple[Session, SessionState, list[Row]]:
     """The session that was left in the output folder, all that it remembers, and the rows so far."""
-    folder = arguments.output_dir
-    left = [int(path.name.removeprefix("session-")) for path in folder.glob("session-*")]
-    if not left:
-        raise FileNotFoundError(f"{folder} holds no session to resume: read until some percent of the stream first")
+    folder, left = arguments.output_dir, _left(arguments.output_dir)
     loaded, state = sessions.load(folder / f"session-{max(left)}")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     history = state.history
@@ -189,6 +196,14 @@ def _stopped(arguments: Arguments, session: Session, tokens: np.ndarray) -> tupl
     if not is_same or loaded.config != session.config or loaded.models != session.models:
         raise ValueError(f"{folder} holds the session of another stream: give the arguments that it was begun with")
     return loaded, state, rows
+
+
+def _left(folder: Path) -> list[int]:
+    """Percents of the stream at which a session was left."""
+    left = [int(path.name.removeprefix("session-")) for path in folder.glob("session-*")]
+    if not left:
+        raise FileNotFoundError(f"{folder} holds no session to resume: read until some percent of the stream first")
+    return left
 
 
 def stream_tokens(config: Config, count: int) -> np.ndarray:

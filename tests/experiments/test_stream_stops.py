@@ -7,6 +7,7 @@ import pytest
 from experiments.studies import stream as script
 from experiments.studies import stream_same, stream_turns
 from lensjax.plots import style
+from lensjax.runs.store import lock
 
 
 def rows_in(folder, rows):
@@ -36,6 +37,10 @@ def test_a_stream_with_stops_is_the_unbroken_one(tmp_path, monkeypatch, capsys):
     assert script.stream(script.Arguments(**parts, until=30)) == {}
     with pytest.raises(ValueError, match="holds the session of another stream: give the arguments"):
         script.stream(script.Arguments(**parts | {"seed": 3}, resume=True))
+    with lock.holding(tmp_path / "parts"), pytest.raises(BlockingIOError, match="parts is in use by process"):
+        script.stream(script.Arguments(**parts, resume=True))
+    with pytest.raises(FileNotFoundError, match="other holds no session to resume"):
+        script.stream(script.Arguments(**parts | {"output_dir": tmp_path / "other"}, resume=True))
     assert script.stream(script.Arguments(**parts, until=70, resume=True)) == {}
     summary = script.stream(script.Arguments(**parts, resume=True))
     assert {name: summary[name] for name in ("refocus_steps", "illegal_steps", "nll_by_tenth", "swap_rate")} == {

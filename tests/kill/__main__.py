@@ -21,7 +21,8 @@ def main() -> None:
     parser.add_argument("--trainers", nargs="+", help="in turns; default: all")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="compiled-") as compiled:
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", compiled)
+        # The tests set it to nothing: no folder.
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("JAX_COMPILATION_CACHE_DIR") or compiled
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         from tests.kill import rounds
 
