@@ -173,7 +173,8 @@ def steps(program: Program, config: Config, models: Models) -> dict[str, Compile
 def _floor(config: Config, models: Models, params: Any, state: Any, batch: Any) -> tuple[Callable[..., Any], Any]:
     """The model passes of the training step alone, and the shapes of what they are given."""
     score = partial(preference.score_batch, recipe=config.recipe, models=models)
-    entries = jax.eval_shape(score, params, state, batch).entries
+    with _as_if_there_were_cudnn():
+        entries = jax.eval_shape(score, params, state, batch).entries
     shapes = (
         params | {"anchor": params["lens"]},
         entries,
