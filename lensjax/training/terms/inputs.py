@@ -101,24 +101,24 @@ class ObjectiveConfig:
 
     def _check_gradients(self) -> None:
         """The parts of a policy gradient mean nothing elsewhere."""
-        of_variants = ("grpo", "gtpo")
-        needed = {
-            "group_baseline": of_variants if self.group_baseline in ("optimal", "blended", "sets") else None,
-            "group_weights": of_variants if self.group_weights != "none" else None,
-            "group_reward": ("span_advantages",) if self.group_reward != "nll" else None,
-            "mask": {"none": None, "trust": (*of_variants, "span_advantages")}.get(
-                self.mask, ("gtpo", "span_advantages")
-            ),
+        variants, entries = ("grpo", "gtpo"), ("gtpo", "span_advantages")
+        objectives = {
+            "group_baseline": variants,
+            "group_weights": variants,
+            "group_reward": ("span_advantages",),
+            "mask": entries if self.mask == "informative" else ("grpo", *entries),
         }
-        for field_name, names in needed.items():
-            value = getattr(self, field_name)
+        for part, names in objectives.items():
+            value = getattr(self, part)
+            if value == getattr(ObjectiveConfig, part):
+                continue
             require(
-                names is None or self.name in names,
-                f"objective.{field_name} {value} needs objective.name {' or '.join(names or ())}, got {self.name}",
+                self.name in names,
+                f"objective.{part} {value} needs objective.name {' or '.join(names)}, got {self.name}",
             )
             require(
-                names is None or self.group == "sequence",
-                f"objective.{field_name} {value} is of the variants of one sequence: set objective.group sequence, got "
+                self.group == "sequence" or value in ("mean", "leave_one_out"),
+                f"objective.{part} {value} is of the variants of one sequence: set objective.group sequence, got "
                 f"{self.group}",
             )
 
