@@ -14,7 +14,7 @@ from lensjax.training.optim.moving import EPS
 from lensjax.training.terms.table import TERMS
 from tests import slow_gradients, slow_objective
 from tests.small import SMALL, Run, batch, jit
-from tests.training.scored import EMPTY, KEY, as_arrays, objective, random_case
+from tests.training.scored import EMPTY, GEOMETRY, KEY, as_arrays, objective, random_case, scored_cuts
 
 HYPER = {"kl_weight": 0.2, "beta": 1.7, "temperature": 0.4, "clip": 0.1, "outcome_width": 0.4, "trust_high": 0.4}
 SHARE = 0.45
@@ -139,6 +139,33 @@ def test_a_nan_that_counts_is_not_hidden(choice):
 
 
 # By hand
+
+
+@pytest.mark.parametrize("name", ["gtpo", "span_advantages"])
+def test_a_step_by_hand(name):
+    """Two variants, 3 nats apart, that differ in two blocks of two tokens: advantages are +1 and -1 in either term."""
+    choice = {"name": name} | ({} if name == "gtpo" else {"group_reward": "contrastive"})
+    recipe = recipe_of(choice, temperature=0.5)
+    recent = [(token, 0) for token in range(4, GEOMETRY.history)]
+    one, other = [(0, 1), (2, 0), (3, 0), *recent], [(0, 0), (1, 0), (2, 1), *recent]
+    scored = scored_cuts(
+        [one, other, one, one], [True, True, False, False], [1.0, 4.0, np.nan, np.nan], capacity=GEOMETRY.history
+    )
+    scores = np.zeros((1, 4, GEOMETRY.history), np.float32)
+    scores[0, 0, :3], scores[0, 1, :3] = [-0.5, 0.25, 0.75], [1.0, -1.0, 0.5]
+    case = (jax.tree.map(lambda leaf: leaf[None], scored), scores, scores)
+    found, (gradient, _, _) = evaluated(inputs_of(case, recipe))
+    # Tokens covered, and what the better variant does there: its own entries, then those of the worse one.
+    spans, taken = np.asarray([2, 1, 1, 1, 1, 2]), np.asarray([-1, 1, 1, 1, 1, -1])
+    gained, policy = np.asarray([1, 1, 1, -1, -1, -1]), scores[0, :2, :3].ravel()
+    if name == "gtpo":
+        likelihood = -np.log1p(np.exp(-taken * policy / 0.5))
+        slope = taken / 0.5 / (1 + np.exp(taken * policy / 0.5))
+    else:
+        likelihood, slope = taken * policy, taken
+    assert float(found) == pytest.approx(-(spans * gained * likelihood).sum() / 8, rel=1e-5)
+    np.testing.assert_allclose(gradient[0, :2, :3].ravel(), -spans * gained * slope / 8, rtol=1e-5)
+    assert not np.asarray(gradient[0, :2, 3:]).any() and not np.asarray(gradient[0, 2:]).any()
 
 
 def test_the_entropy_limit_of_gtpo_leaves_undecided_variants_out():
