@@ -48,6 +48,7 @@ def test_weights_of_a_group_are_how_much_rather_the_policy_draws_each():
     # Uniform at the start, and of mean 1 where none is cut.
     assert credit.group_weights(jnp.zeros(4), where, beta=2.0, most=10.0).tolist() == pytest.approx([1, 1, 1, 0])
     assert float(credit.group_weights(scores, where, beta=0.5, most=10.0).sum()) == pytest.approx(3, rel=1e-5)
+    assert credit.group_weights(scores, jnp.arange(4) == 1, beta=1.0, most=10.0).tolist() == pytest.approx([0, 1, 0, 0])
     assert np.isnan(credit.group_weights(scores, jnp.ones(4, bool), beta=1.0, most=10.0)).all()
 
 

@@ -79,6 +79,8 @@ def test_unlikely_actions_that_are_punished_hard_are_not_trusted():
     bounds = WIDE | {"low": 0.0}
     assert curvature.trusted(-3.0, norms, curvatures, **bounds).tolist() == [False, True]
     assert curvature.trusted(3.0, norms, curvatures, **bounds).all()
+    # The ends belong to the interval: with |u|^2 = 1/4 and u F u = 1/16 the rise is 1/4, the divergence 1/32.
+    assert curvature.trusted(1.0, 0.25, 0.0625, step=1.0, low=0.25, high=0.25, shift=0.03125)
     # Nothing is risked where nothing is gained.
     assert curvature.trusted(0.0, norms, curvatures, step=1.0, low=0.0, high=1.0, shift=0.0).all()
 
