@@ -58,7 +58,7 @@ def gather():
 
 def inputs_of(case, recipe):
     hyper = as_arrays(recipe.hyper)
-    statistics = Statistics(EMPTY, EMPTY, hyper.temperature, jnp.asarray(SHARE, jnp.float32))
+    statistics = Statistics(EMPTY, EMPTY, hyper.temperature, informative_share=jnp.asarray(SHARE, jnp.float32))
     return replace(gather()(KEY, *case, statistics, hyper), objective=recipe.objective)
 
 

@@ -326,7 +326,7 @@ def objective_key(key: Array) -> Array:
 def statistics(state: TrainState, *, recipe: Recipe) -> Statistics:
     """What the objective knows of the steps before this one."""
     share = informative_share(state.step, state.hyper, settings=recipe.objective, steps=recipe.steps)
-    return Statistics(state.normaliser, state.demand, temperature(state, recipe=recipe), share)
+    return Statistics(state.normaliser, state.demand, temperature(state, recipe=recipe), informative_share=share)
 
 
 def temperature(state: TrainState, *, recipe: Recipe) -> Array:
