@@ -15,7 +15,7 @@ from lensjax.context import working as contexts
 from lensjax.context.geometry import Geometry
 from lensjax.models import hyperlora
 from lensjax.models.decision import Window
-from lensjax.training import agreement, nll, preferences, teachers
+from lensjax.training import agreement, levels, nll, preferences, teachers
 from lensjax.training.optim import moving, schedules
 from lensjax.training.preferences import PairTargets, PreferencePairs
 from lensjax.training.scoring import local_rollouts
@@ -139,6 +139,25 @@ PREFERENCES = [
         (uniform(VARIANTS), variants, mask(VARIANTS)),
         "ffb",
     ),
+    Case(
+        "compare_levels",
+        functools.partial(levels.compare_levels, geometry=GEOMETRY),
+        (variants, mask(VARIANTS)),
+        "bbfb",
+    ),
+    Case(
+        "conflicts",
+        lambda v, w, a: levels.conflicts(levels.compare_levels(v, w, GEOMETRY), a),
+        (variants, mask(VARIANTS), uniform(VARIANTS)),
+        "b",
+    ),
+    Case(
+        "span_contrasts",
+        lambda x, v, w, t: levels.span_contrasts(x, v, w, GEOMETRY, threshold=t),
+        (uniform(VARIANTS), variants, mask(VARIANTS), UNIT),
+        "ffb",
+    ),
+    Case("level_distances", functools.partial(levels.level_distances, geometry=GEOMETRY), (variants,), "f"),
     Case(
         "pair_weights",
         lambda v, p, w, b, m: preferences.pair_weights(v, p, w, beta=b, most=m),

@@ -217,7 +217,7 @@ def most_informative(advantages: ArrayLike, entropies: ArrayLike, where: ArrayLi
       share: float32[], in (0, 1]: how many of them are kept, rounded up.
 
     Returns:
-      bool[N].
+      bool[N]. Where a value is NaN it is True: it is for the loss to say so.
 
     References:
       D3S, arXiv:2509.22115.
@@ -227,4 +227,4 @@ def most_informative(advantages: ArrayLike, entropies: ArrayLike, where: ArrayLi
     rank = jnp.argsort(jnp.argsort(jnp.where(where, -weight, jnp.inf)))
     # A share times a count that should be whole may come out a rounding error above it.
     kept = jnp.ceil(jnp.asarray(share) * jnp.sum(where, dtype=jnp.float32) - 1e-4)
-    return where & (rank < kept.astype(jnp.int32))
+    return where & ((rank < kept.astype(jnp.int32)) | jnp.isnan(weight))

@@ -59,3 +59,28 @@ class Hyperparameters:
     """Weight of mean_v nll(v) when the base model or GistNet is trained."""
     gist_delta_weight: NonNegative = 0.0
     """Weight of relu(nll(v) - nll(baseline)) when the base model or GistNet is trained."""
+    outcome_width: Positive = 0.05
+    """Rewards that round to the same multiple of it are one outcome where `objective.group_baseline` is blended, in
+    nats."""
+    blend_sharpness: NonNegative = 4.0
+    """How suddenly a blended baseline goes over to the batch as a group agrees, per bit."""
+    blend_entropy: NonNegative = 1.0
+    """Entropy of the outcomes of a group at which group and batch count alike, in bits."""
+    contrast_threshold: NonNegative = 0.01
+    """Difference up to which a level is neither rewarded nor punished where `objective.group_reward` is contrastive, in
+    nats per token."""
+    entropy_limit: Positive = 0.7
+    """Mean entropy of the policy over a variant's entries above which `gtpo` leaves the variant out, in nats; from
+    log 2 = 0.693 on none."""
+    trust_step: Positive = 1.0
+    """By how much a unit of gradient is taken to move a logit where `objective.mask` is trust, in nats."""
+    trust_low: Annotated[float, Bound()] = 0.0
+    """Least predicted rise of the objective by one action's step that is trusted, in the unit of the advantages."""
+    trust_high: Annotated[float, Bound()] = 1.0
+    """Greatest one that is."""
+    trust_shift: NonNegative = 0.1
+    """Greatest predicted divergence of the policy by one action's step that is trusted, in nats."""
+    informative_start: Annotated[float, Bound(0, 1, low_excluded=True)] = 0.2
+    """Share of a sequence's entries that `objective.mask informative` leaves at step 0."""
+    informative_end: Annotated[float, Bound(0, 1, low_excluded=True)] = 1.0
+    """That share at the last step; linear in between."""

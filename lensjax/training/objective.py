@@ -56,6 +56,8 @@ class Statistics:
     """Moments of the net demand for detail before this batch."""
     temperature: ArrayLike
     """float32[]."""
+    informative_share: ArrayLike = 1.0
+    """float32[]: share of the entries that `objective.mask informative` leaves."""
 
 
 def lens_objective(
@@ -213,6 +215,7 @@ def term_inputs(
         pair_weights=weights,
         key=key,
         temperature=statistics.temperature,
+        informative_share=statistics.informative_share,
         hyper=hyper,
         objective=settings,
         geometry=geometry,

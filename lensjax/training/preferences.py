@@ -12,6 +12,7 @@ from lensjax.context import working as contexts
 from lensjax.context.geometry import Geometry
 from lensjax.context.working import MISSING, WorkingContext
 from lensjax.losses.advantages import importance_weights
+from lensjax.training.levels import compare_levels
 
 
 @jax.tree_util.register_dataclass
@@ -206,27 +207,11 @@ def span_advantages(
       than the mean level of those that it is compared with, -1 where it is coarser; and bool[V, W]: entries before the
       protected tail whose span some other variant shows at another level. The others have 0 in both.
     """
-    losses, valid = jax.lax.stop_gradient(jnp.asarray(losses)), jnp.asarray(valid)
-    cuts = jax.vmap(lambda variant: contexts.to_cut(variant, geometry))(variants)
-
-    def differs(other: Array, own: Array, start: Array, lod: Array) -> tuple[Array, Array]:
-        """bool[W]: entries whose span both cuts show, at two levels; int32[W]: the level of the other one."""
-        there = jnp.take(other, start, mode="clip")
-        # What either shows as one entry counts as a whole or not at all: its first token answers for it.
-        width = geometry.block_size ** jnp.maximum(there, lod)
-        first = start // width * width
-        shown = (jnp.take(other, first, mode="clip") != MISSING) & (jnp.take(own, first, mode="clip") != MISSING)
-        return shown & (there != lod), there
-
-    of_others = jax.vmap(differs, (0, None, None, None))
-    against, levels = jax.vmap(of_others, (None, 0, 0, 0))(cuts, cuts, variants.start, variants.lod)
-    against &= valid[None, :, None]
-    count = jnp.sum(against, axis=1, dtype=jnp.float32)
-    baseline = jnp.sum(jnp.where(against, losses[None, :, None], 0.0), axis=1) / jnp.maximum(count, 1)
-    where = (count > 0) & variants.valid & geometry.is_free(variants.start) & valid[:, None]
-    level = jnp.sum(jnp.where(against, levels, 0), axis=1).astype(jnp.float32) / jnp.maximum(count, 1)
-    finer = jnp.where(where, jnp.sign(level - variants.lod.astype(jnp.float32)), 0.0)
-    return jnp.where(where, baseline - losses[:, None], 0.0), finer, where
+    losses = jax.lax.stop_gradient(jnp.asarray(losses))
+    levels = compare_levels(variants, valid, geometry)
+    count = jnp.sum(levels.other, axis=1, dtype=jnp.float32)
+    baseline = jnp.sum(jnp.where(levels.other, losses[None, :, None], 0.0), axis=1) / jnp.maximum(count, 1)
+    return jnp.where(levels.where, baseline - losses[:, None], 0.0), levels.finer, levels.where
 
 
 def pair_weights(

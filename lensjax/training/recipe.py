@@ -55,6 +55,17 @@ class Recipe:
             f"objective.keep must be at most the {compared} variants that are compared (lower it, or raise "
             f"context.rollouts), got {self.objective.keep}",
         )
+        held = compared if self.objective.keep is None else self.objective.keep
+        require(
+            self.objective.group_baseline != "sets" or self.objective.set_size < held,
+            f"objective.set_size must be below the {held} variants that are compared, for there to be more than one "
+            f"set (lower it, or raise context.rollouts or objective.keep), got {self.objective.set_size}",
+        )
+        require(
+            self.objective.mask != "trust" or self.hyper.trust_low < self.hyper.trust_high,
+            f"hyper.trust_low must be below hyper.trust_high {self.hyper.trust_high} with objective.mask trust, got "
+            f"{self.hyper.trust_low}",
+        )
         # Values are relative to the anchor's: a margin over the policy of the step before is wanted anew at each step.
         require(
             not self.objective.is_over_groups or self.hyper.kl_weight == 0 or self.objective.anchor != "previous",

@@ -277,6 +277,12 @@ def test_the_most_informative_are_the_top_share(seed, share):
     assert set(np.flatnonzero(found)) == set(order[: int(np.ceil(round(share * len(order), 6)))])
 
 
+def test_a_broken_action_is_kept_for_the_loss_to_show():
+    values = jnp.asarray([3.0, jnp.nan, 1.0, jnp.nan])
+    kept = advantages.most_informative(values, jnp.ones(4), jnp.arange(4) < 3, share=0.3)
+    assert kept.tolist() == [True, True, False, False]
+
+
 def test_the_share_grows_with_a_linear_schedule():
     values, entropies, where = jnp.arange(10.0) - 5, jnp.ones(10), jnp.ones(10, bool)
 

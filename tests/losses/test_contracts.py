@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lensjax import losses
-from lensjax.losses import advantages
+from lensjax.losses import advantages, credit, curvature, sets
 from tests.cases import POSITIVE, UNIT, Case, choice, key, mask, stack, uniform
 
 COUNT = 20
@@ -133,6 +133,36 @@ ADVANTAGES = [
         "b",
     ),
     Case("most_varied", lambda v, w: advantages.most_varied(v, w, count=5), (SCORES, WHERE), "b"),
+    Case(
+        "set_advantages",
+        lambda r, d, w: sets.set_advantages(r, d, w, size=3),
+        (SCORES, uniform(COUNT, COUNT, low=0), WHERE),
+        "f",
+    ),
+    Case("softmax_curvature", curvature.softmax_curvature, (SCORES, WHERE), "ff"),
+    Case("bernoulli_curvature", curvature.bernoulli_curvature, (SCORES, WHERE), "ff"),
+    Case(
+        "trusted",
+        lambda a, n, c, *bounds: curvature.trusted(
+            a, n, c, **dict(zip(("step", "low", "high", "shift"), bounds, strict=True))
+        ),
+        (SCORES, uniform(COUNT, low=0), uniform(COUNT, low=0), POSITIVE, UNIT, UNIT, UNIT),
+        "b",
+    ),
+    Case(
+        "contrastive_reward",
+        lambda r, d, w, t: credit.contrastive_reward(r, d, w, threshold=t),
+        (SCORES, mask(COUNT), WHERE, UNIT),
+        "f",
+    ),
+    Case("conflict_advantages", credit.conflict_advantages, (SCORES, WHERE), "f"),
+    Case(
+        "group_weights",
+        lambda s, w, b, m: credit.group_weights(s, w, beta=b, most=m),
+        (SCORES, WHERE, *2 * (POSITIVE,)),
+        "f",
+    ),
+    Case("bernoulli_entropy", credit.bernoulli_entropy, (SCORES,), "f"),
 ]
 every_loss = pytest.mark.parametrize("case", LOSSES, ids=lambda case: case.name)
 

@@ -117,6 +117,28 @@ def test_values_of_variants_are_relative_to_an_anchor_that_does_not_move_with_th
             {"name": "span_advantages", "pair_weights": "importance"},
             "set objective.name spans or mse, got span_advantages",
         ),
+        (
+            {"name": "ipo", "group_baseline": "sets"},
+            "objective.group_baseline sets needs objective.name grpo or gtpo, got ipo",
+        ),
+        (
+            {"name": "span_advantages", "group_weights": "importance"},
+            "objective.group_weights importance needs objective.name grpo or gtpo, got span_advantages",
+        ),
+        (
+            {"name": "gtpo", "group_reward": "contrastive"},
+            "objective.group_reward contrastive needs objective.name span_advantages, got gtpo",
+        ),
+        ({"mask": "trust"}, "objective.mask trust needs objective.name grpo or gtpo or span_advantages, got spans"),
+        (
+            {"name": "grpo", "mask": "informative"},
+            "objective.mask informative needs objective.name gtpo or span_advantages, got grpo",
+        ),
+        (
+            {"name": "grpo", "group": "batch", "group_baseline": "optimal"},
+            "objective.group_baseline optimal is of the variants of one sequence: set objective.group sequence",
+        ),
+        ({"name": "gtpo", "group": "batch"}, "objective.group batch cannot go with objective.name gtpo"),
     ],
 )
 def test_objectives_that_cannot_go_together_are_refused(objective, message):

@@ -51,6 +51,8 @@ def test_the_past_is_the_recipe_one_horizon_earlier():
 
 HYPERNET = {"trainable": ("lens", "hypernet")}
 ANCHORED = {"objective.name": "ipo", "hyper.kl_weight": 0.5}
+SETS = {"objective.name": "grpo", "objective.group_baseline": "sets"}
+TRUST = {"objective.name": "gtpo", "objective.mask": "trust"}
 
 
 @pytest.mark.parametrize(
@@ -64,6 +66,21 @@ ANCHORED = {"objective.name": "ipo", "hyper.kl_weight": 0.5}
             {"objective.keep": 5, "context.local_edits": 1},
             "objective.keep must be at most the 4 variants",
             {"objective.keep": 4, "context.local_edits": 1},
+        ),
+        (
+            SETS | {"objective.set_size": 5},
+            "objective.set_size must be below the 5 variants that are compared",
+            SETS | {"objective.set_size": 4},
+        ),
+        (
+            SETS | {"objective.set_size": 3, "objective.keep": 3},
+            "objective.set_size must be below the 3 variants that are compared",
+            SETS | {"objective.set_size": 3, "objective.keep": 4},
+        ),
+        (
+            TRUST | {"hyper.trust_low": 1.0},
+            "hyper.trust_low must be below hyper.trust_high 1.0 with objective.mask trust, got 1.0",
+            TRUST | {"hyper.trust_low": 0.5},
         ),
         (
             ANCHORED,

@@ -49,7 +49,7 @@ OVER_GROUPS = {
     "info_nca": {"alpha": 0.4, "beta": 1.3},
     "rpo": BETA | {"weight": 0.3},
 }
-OVER_ENTRIES = ("spans", "mse", "span_advantages")
+OVER_ENTRIES = ("spans", "mse", "span_advantages", "gtpo")
 
 
 def test_every_name_of_an_objective_has_a_term_and_every_term_a_name():

@@ -22,6 +22,7 @@ from lensjax.training.optim.optimizer import make_optimizer
 from lensjax.training.recipe import Recipe
 from lensjax.training.scoring import Batch, ScoredVariants, score_variants
 from lensjax.training.steps.update import Gradient, Learner, all_parts, gradient_step, init_learner, split_parts
+from lensjax.training.terms.advantages import informative_share
 from lensjax.training.terms.inputs import Term
 
 Loss = tuple[Array, tuple[ScoredVariants, Array, Metrics]]
@@ -324,7 +325,8 @@ def objective_key(key: Array) -> Array:
 
 def statistics(state: TrainState, *, recipe: Recipe) -> Statistics:
     """What the objective knows of the steps before this one."""
-    return Statistics(state.normaliser, state.demand, temperature(state, recipe=recipe))
+    share = informative_share(state.step, state.hyper, settings=recipe.objective, steps=recipe.steps)
+    return Statistics(state.normaliser, state.demand, temperature(state, recipe=recipe), informative_share=share)
 
 
 def temperature(state: TrainState, *, recipe: Recipe) -> Array:

@@ -38,6 +38,7 @@ class ObjectiveConfig:
         "cpl",
         "disco",
         "grpo",
+        "gtpo",
         "hinge",
         "info_nca",
         "info_nce",
@@ -48,7 +49,8 @@ class ObjectiveConfig:
         "rpo",
     ] = "spans"
     """The preference term: `preference_loss` of span targets, their squared error (`mse`), a policy gradient of entries
-    with a baseline for each span (`span_advantages`), or a loss of `lensjax.losses` over the variants' values."""
+    with a baseline for each span (`span_advantages`) or for each variant (`gtpo`), or a loss of `lensjax.losses` over
+    the variants' values."""
     group: Literal["sequence", "batch"] = "sequence"
     """What an objective over groups compares: the variants of one sequence, or all of the batch, their values and
     rewards relative to the mean of their sequence."""
@@ -56,8 +58,11 @@ class ObjectiveConfig:
     """Variants of a sequence that are compared: the subset whose losses vary most; None compares all."""
     rankings: Annotated[int, Bound(2, 1024)] = 16
     """Rankings of a group that `pg_rank` draws."""
-    group_baseline: Literal["standardised", "mean", "leave_one_out"] = "standardised"
-    """Of the rewards in `grpo`: GRPO, Dr.GRPO, RLOO."""
+    group_baseline: Literal["standardised", "mean", "leave_one_out", "optimal", "blended", "sets"] = "standardised"
+    """Of the rewards in `grpo` and `gtpo`: GRPO, Dr.GRPO, RLOO; the one of least variance (OBLR-PO); with ties counting
+    by what they are beside the batch (COPO); of the sets that a variant is in (polychromic objectives)."""
+    set_size: Annotated[int, Bound(2, 1024)] = 2
+    """Variants in a set, where the baseline is that of sets."""
     targets: Literal["both", "worse_only"] = "both"
     granularity: Literal["entry", "pair"] = "entry"
     anchor: Literal["previous", "ema", "fixed"] = "previous"
@@ -67,6 +72,14 @@ class ObjectiveConfig:
     """Preference pairs kept per sequence [P]."""
     pair_weights: Literal["none", "importance"] = "none"
     """What pairs weigh in the terms over pairs: one as much as another, or what `preferences.pair_weights` gives."""
+    group_weights: Literal["none", "importance"] = "none"
+    """What variants weigh in `grpo` and `gtpo`: one as much as another, or what `losses.credit.group_weights` gives."""
+    group_reward: Literal["nll", "contrastive"] = "nll"
+    """What an entry is rewarded with in `span_advantages`: how much better its level came out, or only whether it did,
+    by more than a threshold (group contrastive masking)."""
+    mask: Literal["none", "trust", "informative"] = "none"
+    """What is left of the actions in policy gradients (`grpo`, `gtpo`, `span_advantages`): all, those whose predicted
+    step stays in an interval (CAPO), or of entries those from which most is learned (D3S, second stage)."""
 
     def _check(self) -> None:
         # Entries have no group, and `a_star_po` regresses on the value V* of one context.
@@ -84,11 +97,35 @@ class ObjectiveConfig:
             f"objective.pair_weights {self.pair_weights} needs a preference term over pairs: set objective.name spans "
             f"or mse, got {self.name}",
         )
+        self._check_gradients()
+
+    def _check_gradients(self) -> None:
+        """The parts of a policy gradient mean nothing elsewhere."""
+        variants, entries = ("grpo", "gtpo"), ("gtpo", "span_advantages")
+        objectives = {
+            "group_baseline": variants,
+            "group_weights": variants,
+            "group_reward": ("span_advantages",),
+            "mask": entries if self.mask == "informative" else ("grpo", *entries),
+        }
+        for part, names in objectives.items():
+            value = getattr(self, part)
+            if value == getattr(ObjectiveConfig, part):
+                continue
+            require(
+                self.name in names,
+                f"objective.{part} {value} needs objective.name {' or '.join(names)}, got {self.name}",
+            )
+            require(
+                self.group == "sequence" or value in ("mean", "leave_one_out"),
+                f"objective.{part} {value} is of the variants of one sequence: set objective.group sequence, got "
+                f"{self.group}",
+            )
 
     @property
     def is_over_groups(self) -> bool:
         """Whether the preference term is over the values of variants; else it is over entries."""
-        return self.name not in ("spans", "mse", "span_advantages")
+        return self.name not in ("spans", "mse", "span_advantages", "gtpo")
 
 
 @jax.tree_util.register_dataclass
@@ -137,6 +174,8 @@ class TermInputs:
     """PRNG key, for terms that draw."""
     temperature: ArrayLike
     """float32[]."""
+    informative_share: ArrayLike
+    """float32[]: share of the entries that `objective.mask informative` leaves."""
     hyper: Hyperparameters
     objective: ObjectiveConfig = field(metadata={"static": True})
     geometry: Geometry = field(metadata={"static": True})

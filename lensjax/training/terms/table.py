@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from lensjax import losses
 from lensjax.training.terms import entries, pairs
-from lensjax.training.terms.groups import over_groups
+from lensjax.training.terms.groups import grpo_term, over_groups
 from lensjax.training.terms.inputs import Term
 
 TERMS: Mapping[str, Term] = {
@@ -16,14 +16,8 @@ TERMS: Mapping[str, Term] = {
     "copg": over_groups(losses.copg),
     "cpl": over_groups(losses.cpl, lambda inputs, key: {"alpha": inputs.hyper.beta, "bias": inputs.hyper.cpl_bias}),
     "disco": over_groups(losses.disco, lambda inputs, key: {"tau": inputs.temperature}),
-    "grpo": over_groups(
-        losses.grpo,
-        lambda inputs, key: {
-            "beta": inputs.hyper.beta,
-            "clip": inputs.hyper.clip,
-            "baseline": inputs.objective.group_baseline,
-        },
-    ),
+    "grpo": grpo_term,
+    "gtpo": entries.gtpo_term,
     "hinge": over_groups(losses.hinge),
     "info_nca": over_groups(
         losses.info_nca, lambda inputs, key: {"alpha": inputs.hyper.reward_temperature, "beta": inputs.hyper.beta}
