@@ -32,6 +32,11 @@ class Hyperparameters:
     """How far from 1 the ratio of `grpo` counts (epsilon)."""
     rpo_weight: NonNegative = 0.1
     """Weight of the better variant's own value in `rpo` (eta)."""
+    label_smoothing: Annotated[float, Bound(0, 0.5, high_excluded=True)] = 0.0
+    """Probability that a preference is the wrong way round, in `spans` and `logistic`."""
+    gap_margin: NonNegative = 0.0
+    """How far beyond 0 the difference that a preference of strength 1 asks for must be, in `spans` (by normalised
+    advantages) and `logistic` (by nats). Both are left out of the compiled step where they are 0 in the `Recipe`."""
     adv_norm_beta: Decay = 0.9
     """Decay of the advantage normaliser's moving averages."""
     collapse_weight: NonNegative = 1.0

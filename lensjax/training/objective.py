@@ -216,6 +216,7 @@ def term_inputs(
         hyper=hyper,
         objective=settings,
         geometry=geometry,
+        is_softened=recipe.is_softened,
     )
 
 

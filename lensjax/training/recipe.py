@@ -12,6 +12,10 @@ from lensjax.training.scoring import ContextConfig
 from lensjax.training.terms.inputs import ObjectiveConfig
 
 Part = Literal["base", "gist", "lens", "hypernet"]
+SOFTENING = ("label_smoothing", "gap_margin")
+"""Hyperparameters that soften a logistic loss."""
+COMPILED = ("kl_weight", *SOFTENING)
+"""Hyperparameters that leave something out of the compiled step where they are 0 in a `Recipe`."""
 
 
 @settings()
@@ -72,6 +76,12 @@ class Recipe:
             "context.reward must be mean where trainable names base or gist, whose loss is of all tokens, got "
             f"{self.context.reward}",
         )
+        for name in SOFTENING:
+            require(
+                getattr(self.hyper, name) == 0 or self.objective.name in ("spans", "logistic"),
+                f"hyper.{name} must be 0 where objective.name is {self.objective.name}, which has no logistic loss "
+                f"that it could soften: set objective.name to spans or logistic, got {getattr(self.hyper, name)}",
+            )
         for name in ("context_start", "context_end"):
             self.geometry.length_of_fraction(getattr(self.hyper, name), name=f"hyper.{name}")
         if "hypernet" in self.trainable:
@@ -133,6 +143,11 @@ class Recipe:
     def has_anchor(self) -> bool:
         """Whether the KL term is compiled in: a weight of 0 costs no second forward pass."""
         return self.hyper.kl_weight > 0
+
+    @property
+    def is_softened(self) -> bool:
+        """Whether label smoothing and margins by strength are compiled in."""
+        return any(getattr(self.hyper, name) > 0 for name in SOFTENING)
 
     @property
     def past(self) -> "Recipe":

@@ -140,6 +140,15 @@ class TermInputs:
     hyper: Hyperparameters
     objective: ObjectiveConfig = field(metadata={"static": True})
     geometry: Geometry = field(metadata={"static": True})
+    is_softened: bool = field(default=False, metadata={"static": True})
+    """Whether label smoothing and margins by strength are compiled in."""
+
+    @property
+    def softening(self) -> dict[str, ArrayLike]:
+        """Arguments of a logistic loss by name; none where nothing softens it."""
+        if not self.is_softened:
+            return {}
+        return {"label_smoothing": self.hyper.label_smoothing, "gap_margin": self.hyper.gap_margin}
 
     @property
     def relative_values(self) -> Array:
