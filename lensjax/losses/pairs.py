@@ -23,6 +23,7 @@ def logistic(
     beta: ArrayLike,
     label_smoothing: ArrayLike | None = None,
     gap_margin: ArrayLike | None = None,
+    gap_range: tuple[ArrayLike, ArrayLike] | None = None,
 ) -> Array:
     """Logistic loss of the difference, over all pairs with a better variant i.
 
@@ -38,6 +39,8 @@ def logistic(
       beta: float32[], above 0; large is sharp.
       label_smoothing: float32[] in [0, 1/2), the probability that a preference is the wrong way round; None for 0.
       gap_margin: float32[], at least 0, in 1 / nat: how far beyond 0 a difference of rewards asks for; None for 0.
+      gap_range: float32[] each: a pair counts where its difference of rewards is at least the first and below the
+        second (`stages.gap_range`); None for all.
 
     Returns:
       float32[].
@@ -57,9 +60,12 @@ def logistic(
     softening = {"label_smoothing": label_smoothing, "gap_margin": gap_margin}
     _, kept, _ = cleared(scores, rewards, where)
     gap = kept[:, None] - kept[None, :]
-    return _over_preferences(
-        lambda better, worse: softened(beta * (better - worse), gap, **softening), scores, rewards, where
-    )
+
+    def loss(better: Array, worse: Array) -> Array:
+        return softened(beta * (better - worse), gap, **softening)
+
+    among = None if gap_range is None else (gap >= gap_range[0]) & (gap < gap_range[1])
+    return _over_preferences(loss, scores, rewards, where, among=among)
 
 
 def rpo(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike, *, beta: ArrayLike, weight: ArrayLike) -> Array:
@@ -178,9 +184,15 @@ def cpl(scores: ArrayLike, rewards: ArrayLike, where: ArrayLike, *, alpha: Array
 
 
 def _over_preferences(
-    loss: Callable[[Array, Array], Array], scores: ArrayLike, rewards: ArrayLike, where: ArrayLike
+    loss: Callable[[Array, Array], Array],
+    scores: ArrayLike,
+    rewards: ArrayLike,
+    where: ArrayLike,
+    *,
+    among: Array | None = None,
 ) -> Array:
-    """Mean of `loss(better score, worse score)` over the pairs of different rewards."""
+    """Mean of `loss(better score, worse score)` over the pairs of different rewards, `among` some bool[N, N] or all."""
     scores, rewards, where = cleared(scores, rewards, where)
     won = where[:, None] & where[None, :] & (rewards[:, None] > rewards[None, :])
+    won = won if among is None else won & among
     return or_nan(masked_mean(loss(scores[:, None], scores[None, :]), won), scores, rewards)
