@@ -55,8 +55,8 @@ def easy_gap(gaps: ArrayLike, where: ArrayLike, *, quantile: ArrayLike) -> Array
     """
     where = jnp.asarray(where).ravel()
     ascending = jnp.sort(jnp.where(where, jnp.asarray(gaps).ravel(), jnp.inf))
-    count = jnp.sum(where, dtype=jnp.float32)
-    below = jnp.ceil(jnp.asarray(quantile, jnp.float32) * count - 1e-4).astype(jnp.int32)
+    count = jnp.sum(where, dtype=jnp.int32)
+    below = jnp.ceil(jnp.asarray(quantile, jnp.float32) * count.astype(jnp.float32) - 1e-4).astype(jnp.int32)
     return jnp.where(below < count, jnp.take(ascending, below, mode="clip"), jnp.inf)
 
 
