@@ -38,7 +38,7 @@ class Row:
 
     def __init__(self, scored: ScoredVariants, scores: np.ndarray, anchor: np.ndarray | None, recipe: Recipe) -> None:
         count = len(scored.nll)
-        self.context, self.keep = recipe.context, recipe.objective.keep
+        self.context, self.keep, self.recipe = recipe.context, recipe.objective.keep, recipe
         self.geometry = recipe.geometry
         self.distinct = [v for v in range(count) if scored.distinct[v]]
         self.entries = [
@@ -48,10 +48,25 @@ class Row:
         self.anchor = None if anchor is None else [[float(s) for s in row] for row in anchor]
         self.losses = [float(loss) for loss in scored.nll]
         self.deltas = [loss - self.losses[0] for loss in self.losses]
+        self.worth = None if scored.worth is None else [float(worth) for worth in scored.worth]
 
     @property
     def compared(self) -> list[int]:
         """Variants that are in pairs and groups: of those that may be, the ones whose losses vary most."""
+        return [] if self.is_taught else self.comparable
+
+    @property
+    def is_taught(self) -> bool:
+        """Whether too few of the rollouts are any good for it to learn from them."""
+        if self.recipe.objective.gate == "none":
+            return False
+        rollouts = [v for v in self.comparable if v > 0]
+        good = mean([self.deltas[v] <= -self.recipe.hyper.gate_gain for v in rollouts])
+        return good <= self.recipe.hyper.gate
+
+    @property
+    def comparable(self) -> list[int]:
+        """Variants that would be compared without a teacher."""
         found = [v for v in self.distinct if v > 0 or self.context.local_edits == 0]
         if self.keep is None or self.keep >= len(found):
             return found
@@ -63,6 +78,17 @@ class Row:
 
     def span(self, entry: Entry) -> int:
         return len(reference.covered(entry, self.geometry.block_size))
+
+    def lesson(self) -> float:
+        """How far the scores of the rollouts are from what the teacher says."""
+        assert self.worth is not None
+        size, blocks = self.geometry.block_size, self.geometry.blocks(1)
+        worths, tau, losses = self.worth[:blocks], self.recipe.distill.temperature, []
+        for v in self.distinct[1:]:
+            logits = [math.atanh(score) for score in self.scores[v]]
+            nodes = [reference.node_score((size * b, 1), self.entries[v], logits, size) for b in range(blocks)]
+            losses.append(reference.listwise_distillation(nodes, worths, temperature=tau))
+        return mean(losses)
 
     def balance(self, v: int) -> float:
         free = self.free(v)
@@ -112,13 +138,14 @@ def objective(
     balance_average: float | None,
     temperature: float,
     recipe: Recipe,
+    is_second: bool = False,
 ) -> Report:
     """What `lens_objective` reports.
 
     Moments are debiased, None before the first update. The weights are those of `recipe.hyper`.
     """
     sequences = rows(scored, scores, anchor_scores, recipe)
-    report = _pair_report(sequences, advantage_moments, temperature, recipe)
+    report = _pair_report(sequences, advantage_moments, temperature, recipe, is_second)
     report |= _regularizers(sequences, balance_average, temperature, with_kl=anchor_scores is not None)
     hyper = recipe.hyper
     weights = {
@@ -128,6 +155,20 @@ def objective(
         "smooth": hyper.smooth_weight,
         "kl": hyper.kl_weight,
     }
+    if hyper.attribution_weight:
+        terms = _attribution_terms(sequences, *(advantage_moments or (0.0, 1.0)))
+        report["mc/attribution_loss"], weights["attribution"] = mean(terms), hyper.attribution_weight
+    if recipe.objective.gate == "teacher":
+        taught = [row for row in sequences if row.is_taught]
+        share = len(taught) / len(sequences)
+        masses = [sum(row.worth[: row.geometry.blocks(1)]) for row in taught]
+        report["mc/lesson_loss"] = weighted_mean([row.lesson() for row in taught], masses) if any(masses) else 0.0
+        report["mc/taught_share"] = share
+        weights = {
+            name: weight * (1 - share if name in ("preference", "rank", "attribution") else 1.0)
+            for name, weight in weights.items()
+        }
+        weights["lesson"] = share
     report["mc/lens_loss"] = sum(weight * report.get(f"mc/{name}_loss", 0.0) for name, weight in weights.items())
     average, variance = advantage_moments or (0.0, 1.0)
     report |= {"mc/adv_ema_mean": average, "mc/adv_ema_std": math.sqrt(variance)}
@@ -135,20 +176,17 @@ def objective(
 
 
 def _pair_report(
-    sequences: list[Row], moments: tuple[float, float] | None, temperature: float, recipe: Recipe
+    sequences: list[Row], moments: tuple[float, float] | None, temperature: float, recipe: Recipe, is_second: bool
 ) -> Report:
     hyper, switches = recipe.hyper, recipe.objective
     average, variance = moments or (0.0, 1.0)
     preference, rank, weights, wins, lod_wins, chosen, rejected, ties = [], [], [], [], [], [], [], []
     by_lod: list[list[float]] = [[] for _ in range(recipe.context.max_lod + 1)]
-    for row in sequences:
-        compared = [v in row.compared for v in range(len(row.losses))]
+    for row, pairs in zip(sequences, _pairs(sequences, recipe, is_second), strict=True):
         advantages = [(delta - average) / math.sqrt(variance + EPS) for delta in row.deltas]
         combinations = [(v, w) for v in row.distinct for w in row.distinct if v < w]
         ties.append(mean([row.losses[v] == row.losses[w] for v, w in combinations]))
-        for better, worse, _ in reference.select_pairs(
-            row.losses, compared, hard_negative_ratio=hyper.hard_negative_ratio, max_pairs=switches.max_pairs
-        ):
+        for better, worse, _ in pairs:
             chosen.append(row.value(better))
             rejected.append(row.value(worse))
             entries = row.supervised(better, worse, worse_only=switches.targets == "worse_only")
@@ -159,6 +197,8 @@ def _pair_report(
                 "temperature": temperature,
                 "collapse_weight": hyper.collapse_weight,
                 "form": "squared" if switches.name == "mse" else "logistic",
+                "label_smoothing": hyper.label_smoothing,
+                "gap_margin": hyper.gap_margin,
             }
             picked, targets, lods, spans = zip(*entries, strict=True)
             weights.append(_pair_weight(row, better, worse, recipe))
@@ -186,6 +226,28 @@ def _pair_report(
     }
 
 
+def _pairs(sequences: list[Row], recipe: Recipe, is_second: bool) -> list[list[tuple[int, int, float]]]:
+    """(better, worse, gap) of the pairs of each sequence that are learned from."""
+    ratio, most = recipe.hyper.hard_negative_ratio, recipe.objective.max_pairs
+    found = []
+    for row in sequences:
+        compared = [v in row.compared for v in range(len(row.losses))]
+        options = {"hard_negative_ratio": ratio, "max_pairs": most}
+        found.append(reference.select_pairs(row.losses, compared, **options) if any(compared) else [])
+    if recipe.objective.stages == "one":
+        return found
+    low, high = easy_gaps([gap for pairs in found for *_, gap in pairs], recipe.hyper.easy_quantile, is_second)
+    return [[pair for pair in pairs if low <= pair[2] < high] for pairs in found]
+
+
+def easy_gaps(gaps: list[float], quantile: float, is_second: bool) -> tuple[float, float]:
+    """Gaps that a stage learns from: up to how many of them are smaller, whatever is above is easy."""
+    ranked = sorted(gaps)
+    place = math.ceil(quantile * len(ranked) - 1e-4)
+    easy = ranked[place] if place < len(ranked) else math.inf
+    return (0.0, easy) if is_second else (easy, math.inf)
+
+
 def _pair_weight(row: Row, better: int, worse: int, recipe: Recipe) -> float:
     """Importance weight of the two variants: how much rather the policy draws them than one that draws any."""
     if recipe.objective.pair_weights == "none":
@@ -198,6 +260,25 @@ def _pair_weight(row: Row, better: int, worse: int, recipe: Recipe) -> float:
 def _span_terms(sequences: list[Row], average: float, variance: float) -> list[float]:
     """Of each sequence with entries that have a baseline, minus their policy gradient."""
     terms = []
+    for entries in _spans(sequences, average, variance):
+        total = sum(span * gained * finer * score for span, gained, finer, score in entries)
+        terms.append(-total / sum(span for span, *_ in entries))
+    return terms
+
+
+def _attribution_terms(sequences: list[Row], average: float, variance: float) -> list[float]:
+    """Of each such sequence, how little the scores follow what its spans were worth."""
+    terms = []
+    for entries in _spans(sequences, average, variance):
+        spans, gained, finer, scores = zip(*entries, strict=True)
+        attributions = [a * d for a, d in zip(gained, finer, strict=True)]
+        terms.append(reference.attribution_loss(scores, attributions, spans))
+    return terms
+
+
+def _spans(sequences: list[Row], average: float, variance: float) -> list[list[tuple[float, ...]]]:
+    """(tokens covered, advantage, sign of the level, score) of the entries that have a baseline, by sequence."""
+    found_entries = []
     for row in sequences:
         advantages = [(delta - average) / math.sqrt(variance + EPS) for delta in row.deltas]
         compared = [v in row.compared for v in range(len(row.losses))]
@@ -210,9 +291,8 @@ def _span_terms(sequences: list[Row], average: float, variance: float) -> list[f
             for gained, finer in [one]
         ]
         if entries:
-            total = sum(span * gained * finer * score for span, gained, finer, score in entries)
-            terms.append(-total / sum(span for span, *_ in entries))
-    return terms
+            found_entries.append(entries)
+    return found_entries
 
 
 def _win(margin: float) -> float:

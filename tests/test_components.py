@@ -112,7 +112,7 @@ MOVING = [
             (params, params, params, UNIT),
             "ff",
         )
-        for kind in ("previous", "ema", "fixed")
+        for kind in ("previous", "ema", "fixed", "stage")
     ),
 ]
 PREFERENCES = [

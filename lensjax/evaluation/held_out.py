@@ -77,7 +77,7 @@ def eval_step(
         anchor_scores,
         Statistics(state.normaliser, state.demand, state.hyper.temperature_end),
         state.hyper,
-        recipe=recipe,
+        recipe=recipe.measured,
     ).metrics
     if recipe.context.reward != "mean":
         plain = score(_settings.replace(recipe, **{"context.reward": "mean"}))

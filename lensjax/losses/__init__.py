@@ -5,6 +5,7 @@ Every loss takes `(scores, ..., where, *, hyperparameters)` with one axis of ent
 Where nothing is valid a loss is 0 with gradient 0, and a NaN in a valid score stays a NaN.
 """
 
+from lensjax.losses.attribution import attribution_loss
 from lensjax.losses.distillation import listwise_distillation
 from lensjax.losses.groups import a_star_po, copg, disco, grpo, info_nca, info_nce
 from lensjax.losses.pairs import cpl, hinge, ipo, logistic, rpo
@@ -15,6 +16,7 @@ from lensjax.losses.regularizers import budget_balance, budget_loss, budget_smoo
 
 __all__ = [
     "a_star_po",
+    "attribution_loss",
     "budget_balance",
     "budget_loss",
     "budget_smoothing_loss",

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from lensjax.losses._softened import softened
+
 
 def _cleared(scores: ArrayLike, targets: ArrayLike, where: ArrayLike) -> tuple[Array, Array, Array]:
     """The same arrays, with 0 where nothing is supervised: what stands there reaches neither loss nor gradient."""
@@ -34,11 +36,15 @@ def preference_entry_losses(
     temperature: ArrayLike,
     collapse_weight: ArrayLike,
     form: Literal["logistic", "squared"] = "logistic",
+    label_smoothing: ArrayLike | None = None,
+    gap_margin: ArrayLike | None = None,
 ) -> Array:
     """Loss of each supervised entry of one pair.
 
-        logistic:  c_j a softplus(-t_j s_j g),    a = tanh(gap),    g = max(1, gap) / temperature
-        squared:   c_j a (s_j - t_j)^2
+        logistic:  c_j a softplus(-y_j),    y_j = t_j s_j g - gap_margin gap
+        squared:   c_j a (s_j - t_j)^2      a = tanh(gap),    g = max(1, gap) / temperature
+
+    With `label_smoothing` epsilon, softplus(-y) is (1 - epsilon) softplus(-y) + epsilon softplus(y).
 
     Args:
       scores: float32[M], policy scores of the pair's entries (both variants, flattened).
@@ -48,12 +54,19 @@ def preference_entry_losses(
       temperature: float32[], above 0; small is sharp.
       collapse_weight: float32[], weight c_j of entries whose target is -1.
       form: Bradley-Terry, or regression on the targets, which takes back a score beyond them.
+      label_smoothing: float32[] in [0, 1/2), the probability that a preference is the wrong way round; None for 0.
+      gap_margin: float32[], at least 0, of the margin that a gap of 1 asks for; None for 0. Scores of at most 1 reach
+        g at most.
 
     Returns:
       float32[M], 0 where not supervised.
 
     Raises:
-      ValueError: the form is unknown.
+      ValueError: the form is unknown, or the squared one is to be softened.
+
+    References:
+      Mitchell (2023), conservative DPO, for the smoothing; Amini et al., DPO with an Offset, arXiv:2402.10571, for the
+      margin, whose scaling is linear here. Both are of whole answers there, and of entries here.
 
     Example:
       >>> import jax.numpy as jnp, lensjax as lx
@@ -65,10 +78,16 @@ def preference_entry_losses(
     """
     if form not in ("logistic", "squared"):
         raise ValueError(f"form must be logistic or squared, got {form!r}")
+    softening = {"label_smoothing": label_smoothing, "gap_margin": gap_margin}
+    if form == "squared" and any(value is not None for value in softening.values()):
+        raise ValueError("label_smoothing and gap_margin soften the logistic form, and form is 'squared': pass None")
     scores, targets, where = _cleared(scores, targets, where)
     strength, scale = _strength_and_scale(gap, temperature)
     weight = jnp.where(targets < 0, collapse_weight, 1.0)
-    each = jnp.square(scores - targets) if form == "squared" else jax.nn.softplus(-targets * scores * scale)
+    if form == "squared":
+        each = jnp.square(scores - targets)
+    else:
+        each = softened(targets * scores * scale, jnp.abs(jnp.asarray(gap)), **softening)
     return jnp.where(where, weight * strength * each, 0.0)
 
 
@@ -83,11 +102,13 @@ def preference_loss(
     weights: ArrayLike = 1.0,
     granularity: Literal["entry", "pair"] = "entry",
     form: Literal["logistic", "squared"] = "logistic",
+    label_smoothing: ArrayLike | None = None,
+    gap_margin: ArrayLike | None = None,
 ) -> Array:
     """Loss of one pair: the policy should ask for what the better variant shows.
 
         entry:  sum_j m_j w_j l_j / sum_j m_j w_j,    l_j of `preference_entry_losses`
-        pair:   a softplus(-g sum_j m_j w_j c_j t_j s_j / sum_j m_j w_j c_j)
+        pair:   a softplus(-y),    y = g sum_j m_j w_j c_j t_j s_j / sum_j m_j w_j c_j - gap_margin gap
 
     Args:
       scores: float32[M], policy scores of the pair's entries (both variants, flattened).
@@ -100,12 +121,15 @@ def preference_loss(
         the same, and to answer by the level alone gains nothing (see `preferences.span_targets`).
       granularity: a loss of every entry, or one softplus for the pair's mean margin.
       form: of the entries' losses; a pair's is logistic.
+      label_smoothing: as in `preference_entry_losses`.
+      gap_margin: likewise.
 
     Returns:
       float32[].
 
     Raises:
-      ValueError: the granularity or the form is unknown, or the form is squared and the granularity is pair.
+      ValueError: the granularity or the form is unknown, or the form is squared and the granularity is pair or the
+        loss is to be softened.
 
     References:
       Bradley and Terry (1952); the logistic preference loss as in Christiano et al., arXiv 1706.03741, Eq. 1.
@@ -117,9 +141,17 @@ def preference_loss(
       >>> print(f"{loss:.3f}")
       0.444
     """
+    softening = {"label_smoothing": label_smoothing, "gap_margin": gap_margin}
     if granularity == "entry":
         losses = preference_entry_losses(
-            scores, targets, where, gap=gap, temperature=temperature, collapse_weight=collapse_weight, form=form
+            scores,
+            targets,
+            where,
+            gap=gap,
+            temperature=temperature,
+            collapse_weight=collapse_weight,
+            form=form,
+            **softening,
         )
         return _weighted_mean(losses, jnp.where(jnp.asarray(where), weights, 0.0))
     if granularity != "pair":
@@ -130,7 +162,8 @@ def preference_loss(
     strength, scale = _strength_and_scale(gap, temperature)
     weight = jnp.where(where, weights * jnp.where(targets < 0, collapse_weight, 1.0), 0.0)
     margin = _weighted_mean(targets * scores, weight)
-    return jnp.where(jnp.sum(weight) > 0, strength * jax.nn.softplus(-margin * scale), 0.0)
+    each = softened(margin * scale, jnp.abs(jnp.asarray(gap)), **softening)
+    return jnp.where(jnp.sum(weight) > 0, strength * each, 0.0)
 
 
 def rank_loss(

@@ -20,7 +20,6 @@ from lensjax.training.steps.adaptation import AdaptationConfig, build_hypernet
 from lensjax.training.steps.gists import GistTrainingConfig, gist_capacity
 from lensjax.training.steps.online import OnlineConfig
 from lensjax.training.steps.pretrain import PretrainConfig
-from lensjax.training.teachers import DistillConfig
 
 STEPS = {
     "pretrain": "pretrain.steps",
@@ -98,7 +97,6 @@ class Config(Recipe):
     data: DataConfig = field(default_factory=DataConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     gists: GistTrainingConfig = field(default_factory=GistTrainingConfig)
-    distill: DistillConfig = field(default_factory=DistillConfig)
     online: OnlineConfig = field(default_factory=OnlineConfig)
     adaptation: AdaptationConfig = field(default_factory=AdaptationConfig)
 

@@ -24,7 +24,7 @@ from lensjax.runs.config import Config
 from lensjax.runs.engine import devices
 from lensjax.training.hyperparameters import Hyperparameters
 from lensjax.training.metrics import Metrics
-from lensjax.training.recipe import Recipe
+from lensjax.training.recipe import COMPILED, Recipe
 from lensjax.training.scoring import Batch, ScoredVariants
 from lensjax.training.steps import preference
 from lensjax.training.steps.preference import TrainState
@@ -137,8 +137,8 @@ class SweepState:
 def program(configs: Sequence[Config]) -> Recipe:
     """The recipe that all arms of one program share.
 
-    Its hyperparameters only decide what is compiled in: the longest context of any arm, and the KL term if any arm has
-    a weight for it.
+    Its hyperparameters only decide what is compiled in: the longest context of any arm, and each of what they can leave
+    out (`recipe.COMPILED`) if any arm has it.
 
     Args:
       configs: the arms; they may differ in seed, output folder and hyperparameters.
@@ -158,7 +158,7 @@ def program(configs: Sequence[Config]) -> Recipe:
         raise ValueError(f"a sweep trains LensNet alone, on one frozen base model; got trainable {first.trainable}")
     largest = {
         name: max(getattr(config.hyper, name) for config in configs)
-        for name in ("context_start", "context_end", "kl_weight")
+        for name in ("context_start", "context_end", *COMPILED)
     }
     shared = structure(first).recipe
     return replace(shared, hyper=replace(shared.hyper, **largest))

@@ -32,6 +32,11 @@ class Hyperparameters:
     """How far from 1 the ratio of `grpo` counts (epsilon)."""
     rpo_weight: NonNegative = 0.1
     """Weight of the better variant's own value in `rpo` (eta)."""
+    label_smoothing: Annotated[float, Bound(0, 0.5, high_excluded=True)] = 0.0
+    """Probability that a preference is the wrong way round, in `spans` and `logistic`."""
+    gap_margin: NonNegative = 0.0
+    """How far beyond 0 the difference that a preference of strength 1 asks for must be, in `spans` (by normalised
+    advantages) and `logistic` (by nats). Both are left out of the compiled step where they are 0 in the `Recipe`."""
     adv_norm_beta: Decay = 0.9
     """Decay of the advantage normaliser's moving averages."""
     collapse_weight: NonNegative = 1.0
@@ -42,12 +47,24 @@ class Hyperparameters:
     budget_weight: NonNegative = 0.1
     smooth_weight: NonNegative = 0.0
     budget_smooth_beta: Decay = 0.9
+    attribution_weight: NonNegative = 0.0
+    """Weight of what the scored variants say of each span, beside the preference term (T-REG). 0 in the `Recipe` leaves
+    the term out of the compiled step."""
+    gate: Share = 0.0
+    """Largest share of good rollouts with which a sequence learns from the teacher, for `objective.gate`: 0 where none
+    is good enough."""
+    gate_gain: NonNegative = 0.0
+    """By how many nats per token a good rollout is below recency."""
     kl_weight: NonNegative = 0.0
     """0 in the `Recipe` leaves the term, and the anchor's forward pass, out of the compiled step."""
     anchor_beta: Decay = 0.99
     """Decay of the policy anchor's parameters when the anchor is an EMA."""
     hard_negative_ratio: Share = 1.0
     """Share kept of the pairs that do not hold the best variant, largest difference first."""
+    stage_boundary: Share = 0.5
+    """Share of the run that its first stage takes, for `objective.stages` and for the anchor `stage`."""
+    easy_quantile: Share = 0.5
+    """Share of the pairs of a batch that are not easy, for `objective.stages`: 0 makes all easy, 1 none."""
     high_lod_share: Share = 0.1
     """Probability of each block of LOD 2 or above that the target length leaves open."""
     context_start: Annotated[float, Bound(0, 1, low_excluded=True)] = 0.8

@@ -1,12 +1,15 @@
 """The LensNet objective over a batch of scored variants; calls no model.
 
     L_lens = L_pref + rank_weight L_rank + budget_weight L_budget + smooth_weight L_smooth + kl_weight KL
+             + attribution_weight L_attribution
 
+With a gate, a share T of the sequences is taught: L_lens = (1 - T) (L_pref + ...) + T L_lesson + the other terms.
 L_pref is one of `terms.table.TERMS`, or anyone's.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +18,16 @@ from jax.typing import ArrayLike
 
 from lensjax import losses
 from lensjax._numerics import masked_mean
-from lensjax.context.geometry import Geometry
 from lensjax.losses.advantages import most_varied
-from lensjax.training import agreement, metrics, preferences
+from lensjax.training import agreement, lessons, metrics, preferences, stages
 from lensjax.training.hyperparameters import Hyperparameters
 from lensjax.training.optim import moving
 from lensjax.training.optim.moving import EmaMoments
-from lensjax.training.preferences import PairTargets, PreferencePairs
 from lensjax.training.recipe import Recipe
 from lensjax.training.scoring import ScoredVariants
-from lensjax.training.terms.inputs import ObjectiveConfig, Term, TermInputs, pair_entries, pair_rows
+from lensjax.training.terms.entries import attribution_term
+from lensjax.training.terms.inputs import Term, TermInputs, pair_entries, pair_rows
+from lensjax.training.terms.lessons import lesson_term
 from lensjax.training.terms.pairs import entry_losses, rank_term
 from lensjax.training.terms.table import TERMS
 
@@ -58,6 +61,9 @@ class Statistics:
     """float32[]."""
     informative_share: ArrayLike = 1.0
     """float32[]: share of the entries that `objective.mask informative` leaves."""
+    is_second: ArrayLike | None = None
+    """bool[]: whether the run is in its second stage, which learns from other pairs than the first one (see
+    `objective.stages`); None for all pairs."""
 
 
 def lens_objective(
@@ -117,7 +123,7 @@ def lens_objective(
     smoothing = jax.vmap(jax.vmap(lambda s, w, m: losses.budget_smoothing_loss(s, w, m, average=average)))
     parts["budget"] = masked_mean(balance**2, distinct)
     parts["smooth"] = masked_mean(smoothing(scores, scored.entries.spans, is_free), distinct)
-    weights = {
+    weights: dict[str, Any] = {
         "preference": 1.0,
         "rank": hyper.rank_weight,
         "budget": hyper.budget_weight,
@@ -127,12 +133,23 @@ def lens_objective(
         kl = jax.vmap(jax.vmap(lambda s, a, m: losses.policy_kl(s, a, m, temperature=statistics.temperature)))
         parts["kl"] = masked_mean(kl(scores, anchor_scores, is_free), distinct)
         weights["kl"] = hyper.kl_weight
+    if recipe.has_attribution:
+        parts["attribution"] = attribution_term(inputs)
+        weights["attribution"] = hyper.attribution_weight
+    if inputs.taught is not None and scored.worth is not None:
+        # Each sequence weighs the same, whatever it learns from.
+        share = jnp.mean(inputs.taught, dtype=jnp.float32)
+        preferred = [name for name in ("preference", "rank", "attribution") if name in parts]
+        weights |= {name: (1 - share) * weights[name] for name in preferred}
+        parts["lesson"] = lesson_term(inputs, scored.worth, inputs.taught, temperature=recipe.distill.temperature)
+        weights["lesson"] = share
     loss = sum((weights[name] * part for name, part in parts.items()), jnp.zeros(()))
     loss = _unless_broken(loss, scored)
 
     report = {"mc/lens_loss": loss}
     report |= {f"mc/{name}_loss": part for name, part in parts.items()}
     report |= {"kl": parts["kl"]} if "kl" in parts else {}
+    report |= {"mc/taught_share": weights["lesson"]} if "lesson" in parts else {}
     normaliser = statistics.normaliser
     report |= {"mc/adv_ema_mean": normaliser.mean, "mc/adv_ema_std": jnp.sqrt(normaliser.variance)}
     report |= metrics.advantage_metrics(scored.nll, distinct)
@@ -193,8 +210,26 @@ def term_inputs(
     compared = where
     if settings.keep is not None:
         compared = jax.vmap(functools.partial(most_varied, count=settings.keep))(scored.nll, where)
-    supervise = functools.partial(_supervision, geometry=geometry, settings=settings, hyper=hyper)
-    pairs, targets = jax.vmap(supervise)(scored, compared)
+    taught = None
+    if settings.gate == "teacher":
+        if scored.worth is None:
+            raise ValueError("scored.worth must be given where objective.gate is teacher: call `lessons.with_worths`")
+        gate = functools.partial(lessons.needs_teacher, gain=hyper.gate_gain, most=hyper.gate)
+        taught = jax.vmap(gate)(scored.nll, compared)
+        compared &= ~taught[:, None]
+    select = functools.partial(
+        preferences.select_pairs, hard_negative_ratio=hyper.hard_negative_ratio, max_pairs=settings.max_pairs
+    )
+    pairs, gap_range = jax.vmap(select)(scored.nll, compared), None
+    if settings.stages == "easy_first":
+        if statistics.is_second is None:
+            raise ValueError("statistics.is_second must be given where objective.stages is easy_first, got None")
+        easy = stages.easy_gap(pairs.gap, pairs.valid, quantile=hyper.easy_quantile)
+        gap_range = stages.gap_range(easy, statistics.is_second)
+        is_in = (pairs.gap >= gap_range[0]) & (pairs.gap < gap_range[1])
+        pairs = replace(pairs, valid=pairs.valid & is_in)
+    supervise = functools.partial(preferences.span_targets, worse_only=settings.targets == "worse_only")
+    targets = jax.vmap(lambda variants, of: supervise(variants, of, geometry))(scored.contexts, pairs)
     value = jax.vmap(functools.partial(agreement.variant_values, geometry=geometry))
     values = value(scores, scored.contexts)
     weights = jnp.ones(pairs.valid.shape)
@@ -219,26 +254,15 @@ def term_inputs(
         hyper=hyper,
         objective=settings,
         geometry=geometry,
+        taught=taught,
+        gap_range=gap_range,
+        is_softened=recipe.is_softened,
     )
 
 
 def _unless_broken(loss: Array, scored: ScoredVariants) -> Array:
     """The loss; NaN where a variant's NLL is not finite: such a variant is in no pair, and would be left out unseen."""
     return jnp.where(jnp.all(jnp.isfinite(scored.nll) | ~scored.distinct), loss, jnp.nan)
-
-
-def _supervision(
-    scored: ScoredVariants, compared: Array, *, geometry: Geometry, settings: ObjectiveConfig, hyper: Hyperparameters
-) -> tuple[PreferencePairs, PairTargets]:
-    """Pairs and span targets of one sequence."""
-    pairs = preferences.select_pairs(
-        scored.nll,
-        compared,
-        hard_negative_ratio=hyper.hard_negative_ratio,
-        max_pairs=settings.max_pairs,
-    )
-    worse_only = settings.targets == "worse_only"
-    return pairs, preferences.span_targets(scored.contexts, pairs, geometry, worse_only=worse_only)
 
 
 def _preference_metrics(inputs: TermInputs) -> dict[str, Array]:

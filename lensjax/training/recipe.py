@@ -9,9 +9,14 @@ from lensjax.context.geometry import Geometry
 from lensjax.training.hyperparameters import Hyperparameters
 from lensjax.training.optim.optimizer import OptimizerConfig
 from lensjax.training.scoring import ContextConfig
+from lensjax.training.teachers import DistillConfig
 from lensjax.training.terms.inputs import ObjectiveConfig
 
 Part = Literal["base", "gist", "lens", "hypernet"]
+SOFTENING = ("label_smoothing", "gap_margin")
+"""Hyperparameters that soften a logistic loss."""
+COMPILED = ("kl_weight", "attribution_weight", *SOFTENING)
+"""Hyperparameters that leave something out of the compiled step where they are 0 in a `Recipe`."""
 
 
 @settings()
@@ -33,8 +38,10 @@ class Recipe:
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     focus: FocusConfig = dataclasses.field(default_factory=FocusConfig)
     hyper: Hyperparameters = dataclasses.field(default_factory=Hyperparameters)
-    """Where a `TrainState` starts. What they compile: the capacity, and whether there is a KL term."""
+    """Where a `TrainState` starts. What they compile: the capacity, and what `COMPILED` names."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
+    """A stage of its own; and the teacher of `objective.gate`, its temperature and sharpness."""
 
     def _check(self) -> None:
         require(
@@ -71,7 +78,7 @@ class Recipe:
             not self.objective.is_over_groups or self.hyper.kl_weight == 0 or self.objective.anchor != "previous",
             f"objective.name {self.objective.name} with hyper.kl_weight {self.hyper.kl_weight} compares values with "
             "the anchor's, and objective.anchor previous moves along with the policy, so that nothing is there to "
-            "converge to: set objective.anchor to fixed or ema, or hyper.kl_weight to 0",
+            "converge to: set objective.anchor to fixed, ema or stage, or hyper.kl_weight to 0",
         )
         require(
             self.hyper.gist_delta_weight == 0 or bool({"base", "gist"} & set(self.trainable)),
@@ -82,6 +89,17 @@ class Recipe:
             self.context.reward == "mean" or not {"base", "gist"} & set(self.trainable),
             "context.reward must be mean where trainable names base or gist, whose loss is of all tokens, got "
             f"{self.context.reward}",
+        )
+        for name in SOFTENING:
+            require(
+                getattr(self.hyper, name) == 0 or self.objective.name in ("spans", "logistic"),
+                f"hyper.{name} must be 0 where objective.name is {self.objective.name}, which has no logistic loss "
+                f"that it could soften: set objective.name to spans or logistic, got {getattr(self.hyper, name)}",
+            )
+        require(
+            self.hyper.attribution_weight == 0 or self.objective.name != "span_advantages",
+            "hyper.attribution_weight must be 0 where objective.name is span_advantages, which learns from nothing but "
+            f"the advantages of spans, got {self.hyper.attribution_weight}",
         )
         for name in ("context_start", "context_end"):
             self.geometry.length_of_fraction(getattr(self.hyper, name), name=f"hyper.{name}")
@@ -102,6 +120,11 @@ class Recipe:
             self.objective.pair_weights == "none",
             "objective.pair_weights must be none for the hypernetwork, which learns from pairs of equal weight, got "
             f"{self.objective.pair_weights}",
+        )
+        require(
+            self.objective.gate == "none",
+            "objective.gate must be none for the hypernetwork, which learns from the preferences of every document, "
+            f"got {self.objective.gate}",
         )
         shortest = context.block_size * (context.sink_blocks + 1) + context.recent_tokens + 2 * context.horizon
         require(
@@ -144,6 +167,21 @@ class Recipe:
     def has_anchor(self) -> bool:
         """Whether the KL term is compiled in: a weight of 0 costs no second forward pass."""
         return self.hyper.kl_weight > 0
+
+    @property
+    def is_softened(self) -> bool:
+        """Whether label smoothing and margins by strength are compiled in."""
+        return any(getattr(self.hyper, name) > 0 for name in SOFTENING)
+
+    @property
+    def has_attribution(self) -> bool:
+        """Whether the attribution of spans is compiled in beside the preference term."""
+        return self.hyper.attribution_weight > 0
+
+    @property
+    def measured(self) -> "Recipe":
+        """The recipe that held-out metrics are of: every pair of every sequence, whatever is learned from when."""
+        return dataclasses.replace(self, objective=dataclasses.replace(self.objective, stages="one", gate="none"))
 
     @property
     def past(self) -> "Recipe":

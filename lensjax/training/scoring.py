@@ -103,7 +103,7 @@ class ScoredVariants:
     Example:
       >>> import dataclasses, lensjax as lx
       >>> [field.name for field in dataclasses.fields(lx.ScoredVariants)]
-      ['contexts', 'distinct', 'entries', 'nll']
+      ['contexts', 'distinct', 'entries', 'nll', 'worth']
     """
 
     contexts: WorkingContext
@@ -114,6 +114,9 @@ class ScoredVariants:
     """What models read of them, leading axis V."""
     nll: Array
     """float32[V]: nats per token on the horizon, of those that `ContextConfig.reward` names."""
+    worth: Array | None = None
+    """float32[N]: what a teacher says that each node of the history is worth in full (`lessons.node_worths`); None
+    without `objective.gate`."""
 
 
 def reward_weights(

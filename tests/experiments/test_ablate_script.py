@@ -225,7 +225,7 @@ RECALL = "from lensjax.runs.sweep import Sweep\nSWEEP = Sweep(preset='recall'"
         (RECALL + ", one_at_a_time={'hyper.margin': (-1,)})", "hyper.margin must be at least 0, got -1"),
         (
             RECALL + ", changes={'objective.name': 'ipo'}, one_at_a_time={'hyper.kl_weight': (0.5,)})",
-            "set objective.anchor to fixed or ema, or hyper.kl_weight to 0",
+            "set objective.anchor to fixed, ema or stage, or hyper.kl_weight to 0",
         ),
         (
             RECALL + ", changes={'stopping.patience': 3})",

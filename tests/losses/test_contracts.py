@@ -28,6 +28,11 @@ def preference(name: str, function: Callable[..., Any], **static: str) -> Case:
     return Case(name, call, (SCORES, SIGNS, WHERE, POSITIVE, POSITIVE, POSITIVE), "f")
 
 
+def softly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A preference loss with label smoothing and margins by strength."""
+    return functools.partial(function, label_smoothing=0.1, gap_margin=0.3)
+
+
 def group(function: Callable[..., Any], *hyper: str) -> Case:
     """An objective over a group of variants, with its hyperparameters by name."""
     names = hyper or ("beta",)
@@ -43,6 +48,22 @@ LOSSES = [
     preference("preference_entry_losses", losses.preference_entry_losses),
     preference("preference_loss entry", losses.preference_loss, granularity="entry"),
     preference("preference_loss pair", losses.preference_loss, granularity="pair"),
+    preference("preference_loss softened", softly(losses.preference_loss), granularity="entry"),
+    preference("preference_loss softened pair", softly(losses.preference_loss), granularity="pair"),
+    preference("preference_entry_losses softened", softly(losses.preference_entry_losses)),
+    Case(
+        "logistic softened, of some gaps",
+        lambda s, r, w, b, g: softly(losses.logistic)(s, r, w, beta=b, gap_range=(0.0, g)),
+        (SCORES, SCORES, WHERE, POSITIVE, POSITIVE),
+        "f",
+    ),
+    Case("attribution_loss", losses.attribution_loss, (SCORES, SCORES, WHERE), "f"),
+    Case(
+        "attribution_loss with weights",
+        lambda s, a, w, c: losses.attribution_loss(s, a, w, weights=c),
+        (SCORES, SCORES, WHERE, SPANS),
+        "f",
+    ),
     preference("preference_entry_losses squared", losses.preference_entry_losses, form="squared"),
     preference("preference_loss squared", losses.preference_loss, form="squared"),
     Case("rank_loss", lambda s, t, w, m: losses.rank_loss(s, t, w, margin=m), (SCORES, SIGNS, WHERE, UNIT), "f"),

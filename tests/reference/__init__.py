@@ -42,6 +42,7 @@ from tests.reference.groups import (
     rpo,
 )
 from tests.reference.scalars import (
+    attribution_loss,
     budget_balance,
     ema_mean_var,
     listwise_distillation,
@@ -65,6 +66,7 @@ __all__ = [
     "Entry",
     "Gist",
     "a_star_po",
+    "attribution_loss",
     "budget_balance",
     "children",
     "context_of",

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 
-from tests.reference.scalars import softplus
+from tests.reference.scalars import softened, softplus
 
 Group = Sequence[tuple[float, float]]
 
@@ -18,8 +18,21 @@ def _preferences(group: Group) -> list[tuple[float, float]]:
     return [(s, t) for s, r in group for t, q in group if r > q]
 
 
-def logistic(group: Group, *, beta: float) -> float:
-    return _mean(softplus(-beta * (better - worse)) for better, worse in _preferences(group))
+def logistic(
+    group: Group,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+    gap_margin: float = 0.0,
+    gap_range: tuple[float, float] = (0.0, math.inf),
+) -> float:
+    losses = []
+    for better, high in group:
+        for worse, low in group:
+            if high > low and gap_range[0] <= high - low < gap_range[1]:
+                difference = beta * (better - worse) - gap_margin * (high - low)
+                losses.append(softened(difference, label_smoothing))
+    return _mean(losses)
 
 
 def rpo(group: Group, *, beta: float, weight: float) -> float:

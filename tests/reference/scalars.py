@@ -8,6 +8,14 @@ def softplus(x: float) -> float:
     return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
 
 
+def softened(difference: float, label_smoothing: float) -> float:
+    """Cross-entropy of a preference that is the wrong way round with some probability."""
+    right = sigmoid(difference)
+    if label_smoothing == 0 or min(right, 1 - right) < 1e-300:
+        return (1 - label_smoothing) * softplus(-difference) + label_smoothing * softplus(difference)
+    return -(1 - label_smoothing) * math.log(right) - label_smoothing * math.log(1 - right)
+
+
 def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
@@ -22,6 +30,8 @@ def preference_loss(
     weights: Sequence[float] | None = None,
     granularity: str = "entry",
     form: str = "logistic",
+    label_smoothing: float = 0.0,
+    gap_margin: float = 0.0,
 ) -> float:
     strength, scale = math.tanh(abs(gap)), max(1.0, abs(gap)) / temperature
     spans = [1.0] * len(targets) if weights is None else weights
@@ -31,10 +41,12 @@ def preference_loss(
         return 0.0
     if granularity == "pair":
         margin = sum(c * t * s for c, t, s in zip(weights, targets, scores, strict=True)) / sum(weights)
-        return strength * softplus(-margin * scale)
+        return strength * softened(margin * scale - gap_margin * abs(gap), label_smoothing)
 
     def entry(target: float, score: float) -> float:
-        return (score - target) ** 2 if form == "squared" else softplus(-target * score * scale)
+        if form == "squared":
+            return (score - target) ** 2
+        return softened(target * score * scale - gap_margin * abs(gap), label_smoothing)
 
     losses = [c * strength * entry(t, s) for c, t, s in zip(weights, targets, scores, strict=True)]
     return sum(losses) / sum(spans)
@@ -79,6 +91,11 @@ def listwise_distillation(scores: Sequence[float], targets: Sequence[float], *, 
     shares = [w / sum(worth) for w in worth]
     weights = [math.exp(s / temperature) for s in scores]
     return sum(p * math.log(p * sum(weights) / w) for p, w in zip(shares, weights, strict=True) if p > 0)
+
+
+def attribution_loss(scores: Sequence[float], attributions: Sequence[float], weights: Sequence[float]) -> float:
+    paid = sum(w * (sigmoid(a) - 0.5) * s for w, a, s in zip(weights, attributions, scores, strict=True))
+    return -paid / sum(weights) if sum(weights) else 0.0
 
 
 # Moving averages.

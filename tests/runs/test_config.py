@@ -90,8 +90,8 @@ def test_values_of_variants_are_relative_to_an_anchor_that_does_not_move_with_th
     relative = {"hyper.kl_weight": 0.5, "objective.anchor": "previous"}
     message = (
         "objective.name ipo with hyper.kl_weight 0.5 compares values with the anchor's, and objective.anchor previous "
-        "moves along with the policy, so that nothing is there to converge to: set objective.anchor to fixed or ema, "
-        "or hyper.kl_weight to 0"
+        "moves along with the policy, so that nothing is there to converge to: set objective.anchor to fixed, ema "
+        "or stage, or hyper.kl_weight to 0"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         _settings.replace(Config(), **relative, **{"objective.name": "ipo"})

@@ -176,5 +176,5 @@ def test_the_kl_against_the_previous_policy_is_positive_after_a_step():
 
 
 def test_an_unknown_anchor_is_refused():
-    with pytest.raises(ValueError, match="anchor must be previous, ema or fixed, got 'cache'"):
+    with pytest.raises(ValueError, match="anchor must be previous, ema, fixed or stage, got 'cache'"):
         moving.update_anchor({}, {}, {}, kind="cache", beta=0.9)

@@ -122,8 +122,9 @@ def update_anchor(
     before: Any,
     after: Any,
     *,
-    kind: Literal["previous", "ema", "fixed"],
+    kind: Literal["previous", "ema", "fixed", "stage"],
     beta: ArrayLike,
+    is_new_stage: ArrayLike = False,
 ) -> Any:
     """The anchor policy for the next step.
 
@@ -131,8 +132,10 @@ def update_anchor(
       anchor: parameters of the anchor at this step.
       before: the policy's parameters before this step's update.
       after: and after it.
-      kind: `previous` keeps the parameters before the update, `ema` averages the parameters after it, `fixed` stays.
+      kind: `previous` keeps the parameters before the update, `ema` averages the parameters after it, `fixed` stays,
+        and `stage` stays but for a new stage, which begins with the policy that the one before has made.
       beta: float32[], decay of the average.
+      is_new_stage: bool[], whether a stage begins with the next step; read where the kind is `stage`.
 
     Returns:
       Parameters of the anchor at the next step.
@@ -146,4 +149,6 @@ def update_anchor(
         return jax.tree.map(lambda old, new: beta * old + (1 - beta) * new, anchor, after)
     if kind == "fixed":
         return anchor
-    raise ValueError(f"anchor must be previous, ema or fixed, got {kind!r}")
+    if kind == "stage":
+        return jax.tree.map(lambda old, new: jnp.where(is_new_stage, new, old), anchor, after)
+    raise ValueError(f"anchor must be previous, ema, fixed or stage, got {kind!r}")

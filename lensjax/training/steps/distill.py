@@ -19,13 +19,13 @@ import optax
 from jax import Array
 
 from lensjax import losses
-from lensjax.context import allocator, nodes, refocus, rollouts
+from lensjax.context import allocator, refocus, rollouts
 from lensjax.context import working as contexts
 from lensjax.context.refocus import ScoreFn
 from lensjax.context.working import WorkingContext
 from lensjax.models import Models, Params
 from lensjax.models.decision import build_tree, policy, policy_scores, split
-from lensjax.training import key_tokens, teachers
+from lensjax.training import lessons
 from lensjax.training.metrics import Metrics
 from lensjax.training.optim import schedules
 from lensjax.training.optim.optimizer import make_optimizer
@@ -35,8 +35,6 @@ from lensjax.training.steps.update import Learner, all_parts, gradient_step, ini
 from lensjax.training.teachers import DistillConfig
 
 TRAINED = ("lens",)
-WIDEST = 1 - 1e-6
-"""Scores beyond it are taken for it: what tanh rounds to 1 has no finite inverse."""
 
 
 def init_distill_state(key: Array, *, recipe: Recipe, params: dict[str, Params]) -> tuple[Learner, dict[str, Params]]:
@@ -126,20 +124,15 @@ def _one(
     geometry = recipe.geometry
     window = split(tokens, horizon=recipe.context.horizon)
     known = {name: jax.lax.stop_gradient(params[name]) for name in ("base", "gist")}
-    need = jax.nn.relu(key_tokens.token_gain(models.base, known["base"], window, short=recipe.short).gain)
-    worth = teachers.worth(models.base, known["base"], window, geometry, teacher=settings.teacher, weights=need)
-    targets = jax.lax.stop_gradient(nodes.pool_tokens(worth, geometry))
-    targets = jnp.maximum(targets, 0.0) ** settings.sharpness
+    targets = lessons.node_worths(models.base, known["base"], window, geometry, settings=settings, short=recipe.short)
     tree = build_tree(models, known, window.history, geometry)
-    where = nodes.eligible(geometry, None) & jnp.asarray(nodes.table(geometry).lod == 1)
+    where = lessons.taught_nodes(geometry)
 
     score_fn = policy(models.lens, jax.lax.stop_gradient(params["lens"]), tree)
     seen = _contexts(key, score_fn, recipe, looks=settings.looks)
     entries = jax.vmap(lambda one: contexts.materialise(tree, one))(seen)
     scores = policy_scores(models.lens, params["lens"], entries)
-    # Scores before tanh: with it, whatever all of them have in common would in the end leave no gradient.
-    logits = jnp.arctanh(jnp.clip(scores, -WIDEST, WIDEST))
-    pooled = jax.vmap(lambda row, one: nodes.pool_scores(row, one, geometry))(logits, seen)
+    pooled = jax.vmap(lambda row, one: lessons.node_logits(row, one, geometry))(scores, seen)
     loss = jax.vmap(lambda row: losses.listwise_distillation(row, targets, where, temperature=settings.temperature))(
         pooled
     )

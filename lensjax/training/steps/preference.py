@@ -9,10 +9,9 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from lensjax._numerics import masked_mean
 from lensjax.models import Models, Params
 from lensjax.models.decision import policy_scores
-from lensjax.training import metrics, objective, preferences
+from lensjax.training import lessons, metrics, objective, preferences, stages
 from lensjax.training.hyperparameters import Hyperparameters
 from lensjax.training.metrics import Metrics
 from lensjax.training.objective import Statistics
@@ -24,6 +23,7 @@ from lensjax.training.scoring import Batch, ScoredVariants, score_variants
 from lensjax.training.steps.update import Gradient, Learner, all_parts, gradient_step, init_learner, split_parts
 from lensjax.training.terms.advantages import informative_share
 from lensjax.training.terms.inputs import Term
+from lensjax.training.terms.tokens import token_term
 
 Loss = tuple[Array, tuple[ScoredVariants, Array, Metrics]]
 """The loss; beside it the scored variants, the net demand of each, and scalars by name."""
@@ -211,7 +211,10 @@ def score_batch(
             short=recipe.short,
         )
 
-    return jax.vmap(score)(batch["tokens"], sequence_keys(state, batch))
+    scored = jax.vmap(score)(batch["tokens"], sequence_keys(state, batch))
+    if recipe.objective.gate == "none":
+        return scored
+    return lessons.with_worths(scored, params["base"], batch["tokens"], recipe=recipe, models=models)
 
 
 def sequence_keys(state: Learner, batch: Batch) -> Array:
@@ -247,12 +250,8 @@ def total_loss(
     )
     loss, report = output.loss, output.metrics
     if {"base", "gist"} & set(recipe.trainable):
-        token_loss = masked_mean(scored.nll, scored.distinct)
-        # The baseline is a constant here: a worse one would be the cheapest way to a smaller difference.
-        rises = jax.nn.relu(scored.nll - jax.lax.stop_gradient(scored.nll[:, :1]))
-        gist_delta = masked_mean(rises, scored.distinct)
-        loss = loss + hyper.token_loss_weight * token_loss + hyper.gist_delta_weight * gist_delta
-        report = report | {"token_loss": token_loss, "gist_delta_loss": gist_delta}
+        token_loss, by_name = token_term(scored, hyper)
+        loss, report = loss + token_loss, report | by_name
     return loss, (jax.lax.stop_gradient(scored), output.balance, report)
 
 
@@ -294,6 +293,7 @@ def _take_in(
             after=after.params["lens"],
             kind=recipe.objective.anchor,
             beta=hyper.anchor_beta,
+            is_new_stage=after.step == stages.second_stage(hyper.stage_boundary, recipe.steps),
         )
     deltas = preferences.advantage_deltas(scored.nll)
     after = replace(
@@ -325,8 +325,14 @@ def objective_key(key: Array) -> Array:
 
 def statistics(state: TrainState, *, recipe: Recipe) -> Statistics:
     """What the objective knows of the steps before this one."""
-    share = informative_share(state.step, state.hyper, settings=recipe.objective, steps=recipe.steps)
-    return Statistics(state.normaliser, state.demand, temperature(state, recipe=recipe), informative_share=share)
+    second = stages.second_stage(state.hyper.stage_boundary, recipe.steps)
+    return Statistics(
+        state.normaliser,
+        state.demand,
+        temperature(state, recipe=recipe),
+        informative_share=informative_share(state.step, state.hyper, settings=recipe.objective, steps=recipe.steps),
+        is_second=None if recipe.objective.stages == "one" else state.step >= second,
+    )
 
 
 def temperature(state: TrainState, *, recipe: Recipe) -> Array:

@@ -1,4 +1,4 @@
-"""Terms over the entries of all variants: policy gradients."""
+"""Terms over the entries of all variants: policy gradients, and what each span was worth."""
 
 import jax
 import jax.numpy as jnp
@@ -75,3 +75,19 @@ def _policy_gradient(log_probs: Array, advantages: Array, scored: ScoredVariants
     spans = jnp.where(where, scored.entries.spans, 0.0)
     share = spans / jnp.maximum(masked_mean(spans, where), 1)
     return losses.policy_gradient(*(leaf.ravel() for leaf in (log_probs, share * advantages, where)))
+
+
+def attribution_term(inputs: TermInputs) -> Array:
+    """`losses.attribution_loss` of what the scored variants say of each span; mean over the sequences that say any.
+
+    The attribution of an entry is its advantage over the variants that show its span at another level, positive where
+    it speaks for the finer one, as in `span_term`.
+    """
+
+    def loss(scores: Array, advantages: Array, scored: ScoredVariants, compared: Array) -> tuple[Array, Array]:
+        gained, finer, where = preferences.span_advantages(advantages, scored.contexts, compared, inputs.geometry)
+        spans = jnp.where(where, scored.entries.spans, 0.0)
+        flat = (leaf.ravel() for leaf in (scores, finer * gained, where))
+        return losses.attribution_loss(*flat, weights=spans.ravel()), jnp.any(where)
+
+    return masked_mean(*jax.vmap(loss)(inputs.scores, inputs.advantages, inputs.scored, inputs.compared))

@@ -65,11 +65,18 @@ class ObjectiveConfig:
     """Variants in a set, where the baseline is that of sets."""
     targets: Literal["both", "worse_only"] = "both"
     granularity: Literal["entry", "pair"] = "entry"
-    anchor: Literal["previous", "ema", "fixed"] = "previous"
-    """What the KL term holds the policy to. Objectives over groups, whose values are relative to it where there is such
-    a term, need one that does not move along with the policy: `ema` or `fixed`."""
+    anchor: Literal["previous", "ema", "fixed", "stage"] = "previous"
+    """What the KL term holds the policy to: that of the step before, an average, the one at the start, or the one at
+    the start of the stage that `hyper.stage_boundary` begins. Objectives over groups, whose values are relative to it
+    where there is such a term, need one that does not move along with the policy: any but `previous`."""
     max_pairs: PositiveInt = 8
     """Preference pairs kept per sequence [P]."""
+    stages: Literal["one", "easy_first"] = "one"
+    """Which pairs are learned from: all at any time, or up to `hyper.stage_boundary` those of a large gap, and then the
+    others (MPO). Large is from the quantile `hyper.easy_quantile` of the gaps of the batch's pairs on."""
+    gate: Literal["none", "teacher"] = "none"
+    """Whether sequences with few good rollouts (`hyper.gate`, `hyper.gate_gain`) learn from the teacher of `distill`
+    instead of from their preferences (HPT). The teacher reads each window three times more."""
     pair_weights: Literal["none", "importance"] = "none"
     """What pairs weigh in the terms over pairs: one as much as another, or what `preferences.pair_weights` gives."""
     group_weights: Literal["none", "importance"] = "none"
@@ -96,6 +103,11 @@ class ObjectiveConfig:
             self.pair_weights == "none" or self.name in ("spans", "mse"),
             f"objective.pair_weights {self.pair_weights} needs a preference term over pairs: set objective.name spans "
             f"or mse, got {self.name}",
+        )
+        require(
+            self.stages == "one" or self.name in ("spans", "mse", "logistic"),
+            f"objective.stages {self.stages} chooses among pairs, of which objective.name {self.name} knows none: set "
+            "objective.name to spans, mse or logistic",
         )
         self._check_gradients()
 
@@ -179,6 +191,20 @@ class TermInputs:
     hyper: Hyperparameters
     objective: ObjectiveConfig = field(metadata={"static": True})
     geometry: Geometry = field(metadata={"static": True})
+    taught: Array | None = None
+    """bool[B]: sequences that learn from a teacher instead, none of whose variants is compared; None without one."""
+    gap_range: tuple[Array, Array] | None = None
+    """float32[] each: what the gaps of pairs are that this stage learns from (`stages.gap_range`), in nats; None for
+    all. `pairs` holds no others."""
+    is_softened: bool = field(default=False, metadata={"static": True})
+    """Whether label smoothing and margins by strength are compiled in."""
+
+    @property
+    def softening(self) -> dict[str, ArrayLike]:
+        """Arguments of a logistic loss by name; none where nothing softens it."""
+        if not self.is_softened:
+            return {}
+        return {"label_smoothing": self.hyper.label_smoothing, "gap_margin": self.hyper.gap_margin}
 
     @property
     def relative_values(self) -> Array:

@@ -33,6 +33,7 @@ def pair_term(inputs: TermInputs, *, form: Literal["logistic", "squared"]) -> Ar
             weights=weight,
             granularity=inputs.objective.granularity,
             form=form,
+            **inputs.softening,
         )
 
     of = inputs.pair_entries
@@ -55,9 +56,8 @@ def entry_losses(inputs: TermInputs) -> Array:
 
     def loss(score: Array, target: Array, where: Array, gap: Array) -> Array:
         weight, temperature = inputs.hyper.collapse_weight, inputs.temperature
-        return losses.preference_entry_losses(
-            score, target, where, gap=gap, temperature=temperature, collapse_weight=weight, form=form
-        )
+        hyper = {"gap": gap, "temperature": temperature, "collapse_weight": weight}
+        return losses.preference_entry_losses(score, target, where, **hyper, form=form, **inputs.softening)
 
     of = inputs.pair_entries
     each = jax.vmap(jax.vmap(loss))(jax.lax.stop_gradient(of.scores), of.target, of.where, of.gap)

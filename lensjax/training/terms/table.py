@@ -24,7 +24,10 @@ TERMS: Mapping[str, Term] = {
     ),
     "info_nce": over_groups(losses.info_nce, lambda inputs, key: {"tau": inputs.temperature}),
     "ipo": over_groups(losses.ipo),
-    "logistic": over_groups(losses.logistic),
+    "logistic": over_groups(
+        losses.logistic,
+        lambda inputs, key: {"beta": inputs.hyper.beta, "gap_range": inputs.gap_range, **inputs.softening},
+    ),
     "pg_rank": over_groups(
         losses.pg_rank,
         lambda inputs, key: {"beta": inputs.hyper.beta, "key": key, "samples": inputs.objective.rankings},
