@@ -168,7 +168,7 @@ class Steps:
         embeddings = jnp.where(is_gist, found.gists, tokens)
         blocks = jnp.where(is_gist | is_whole, found.gists, tokens)
         valid = context.valid[:, None]
-        shown = {"embeddings": jnp.where(valid, embeddings, 0), "blocks": jnp.where(valid, blocks, 0)}
+        shown: Changes = {"embeddings": jnp.where(valid, embeddings, 0), "blocks": jnp.where(valid, blocks, 0)}
         return shown | self._read_context(params, replace(view, **shown))
 
     def _read_context(self, params: dict[str, Params], view: View) -> Changes:

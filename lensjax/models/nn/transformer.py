@@ -143,7 +143,10 @@ class Attention(nnx.Module):
         query = self._searched("query", source, own_rotary)
         key = memory[0].at[slots].set(self._searched("key", x, rotary), mode="drop")
         value = memory[1].at[slots].set(self._heads(self.value(x)), mode="drop")
-        return self._mix(query, key, value, rows=own, near=None if own_rotary is None else own_rotary.near), (key, value)
+        return self._mix(query, key, value, rows=own, near=None if own_rotary is None else own_rotary.near), (
+            key,
+            value,
+        )
 
     def weights(self, x: Array, *, rotary: Rotary | None, rows: Array) -> tuple[Array, Array]:
         """What `rows` of x [S, D] attend to, causally, and the norms of unturned keys: [heads, R, S], [kv_heads, S]."""
