@@ -53,7 +53,8 @@ class Session:
       policy: scores the entries in LensNet's place. It is compiled with the session, so it must be pure, and what it
         has learned belongs into `params`. Budget and allocator are the same for every policy.
       streams: how many are read side by side, a token of each at a time (B): tokens, losses, logits and all that is on
-        the device then have a leading axis of that length. None for one stream, without the axis.
+        the device then have a leading axis of that length, dealt over the local devices (`Beside`). None for one
+        stream, without the axis.
 
     Raises:
       ValueError: the base model has no cache, there is no stream, or LensNet reads so long a history of it anew at
