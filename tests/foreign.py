@@ -50,15 +50,20 @@ class ForeignModel:
         return Memories(jnp.zeros((capacity, self.dim)), jnp.zeros((), jnp.int32))
 
     def extend(
-        self, params: Params, cache: Memories, entries: Entries, count: ArrayLike | None = None
+        self,
+        params: Params,
+        cache: Memories,
+        entries: Entries,
+        count: ArrayLike | None = None,
+        rows: ArrayLike | None = None,
     ) -> tuple[Array, Memories]:
         index = jnp.arange(entries.positions.shape[0], dtype=jnp.int32)
         count = jnp.asarray(len(index) if count is None else count, jnp.int32)
         last = jnp.where(cache.length > 0, cache.rows[jnp.maximum(cache.length - 1, 0)], 0.0)
         memories = self._remember(last, entries)
         slots = jnp.where(index < count, cache.length + index, cache.rows.shape[0])
-        rows = cache.rows.at[slots].set(memories, mode="drop")
-        return jnp.dot(memories, params["head"]), Memories(rows, cache.length + count)
+        longer = Memories(cache.rows.at[slots].set(memories, mode="drop"), cache.length + count)
+        return jnp.dot(memories if rows is None else memories[jnp.asarray(rows)], params["head"]), longer
 
     def truncate(self, cache: Memories, length: Array) -> Memories:
         return Memories(cache.rows, length)

@@ -200,7 +200,7 @@ def _session_steps(config: Config, models: Models) -> dict[str, Compiled]:
     )
     return {
         "session.read": (session.read, (params, view, tokens, count), False),
-        "session.decide": (session.decide, (params, view, jax.ShapeDtypeStruct((), bool), None), False),
+        "session.decide": (session.decide, (params, view, None), False),
         "session.show": (session.show, (params, view, found), False),
     }
 

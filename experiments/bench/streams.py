@@ -7,6 +7,7 @@ Both sessions take turns in one process. Says what they take on the clock and of
 all turns: on a machine that others use, the least is what it takes alone.
 """
 
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -85,4 +86,7 @@ def _step(session: lx.Session) -> Callable[[], tuple[float, float]]:
 
 
 if __name__ == "__main__":
+    # Each core of a CPU becomes a device, with streams of its own: one step of one device keeps one core busy.
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
     main()

@@ -3,9 +3,11 @@
 from dataclasses import dataclass, replace
 from typing import Annotated
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.typing import ArrayLike, DTypeLike
 
 from lensjax._settings import Bound, Count, Layers, Positive, PositiveInt, Width, above, require, settings
@@ -137,7 +139,7 @@ class BaseLM(nnx.Module):
         return self._logits(x)
 
     def extend(
-        self, cache: KVCache, embeddings: Array, positions: Array, spans: Array, count: Array
+        self, cache: KVCache, embeddings: Array, positions: Array, spans: Array, count: Array, rows: Array | None
     ) -> tuple[Array, KVCache]:
         """Logits of new entries and the longer cache. See `BaseModel.extend`."""
         slots, embeddings = cache.slots(embeddings.shape[0], count), embeddings.astype(cache.inputs.dtype)
@@ -145,7 +147,10 @@ class BaseLM(nnx.Module):
         x = self._mix(jnp.concatenate([before, embeddings]))[before.shape[0] :]
         memory = (cache.keys, cache.values)
         held = cache.positions.at[slots].set(positions.astype(jnp.float32), mode="drop")
-        x, (keys, values) = self.transformer.extend(x, memory, rotary=self._angles(positions, spans, held), slots=slots)
+        # Kept: a processor would work them out anew for every head of every layer.
+        with set_xla_metadata(inlineable="false"):
+            angles = jax.jit(self._angles)(positions, spans, held)
+        x, (keys, values) = self.transformer.extend(x, memory, rotary=angles, slots=slots, rows=rows)
         inputs = cache.inputs.at[slots].set(embeddings, mode="drop")
         length = jnp.minimum(cache.length + count, cache.capacity)
         return self._logits(x), KVCache(keys, values, inputs, held, length)
@@ -277,6 +282,7 @@ class BaseModel(Functional[BaseLM]):
         cache: KVCache,
         entries: Entries,
         count: ArrayLike | None = None,
+        rows: ArrayLike | None = None,
     ) -> tuple[Array, KVCache]:
         """Reads further entries after those in the cache, at the cost of these alone.
 
@@ -287,9 +293,11 @@ class BaseModel(Functional[BaseLM]):
           cache: from `init_cache` or `extend`, or one of these cut back to a prefix.
           entries: R tokens and gists.
           count: int32[], how many of the R entries are real (the rest is padding and may hold anything); None for all.
+          rows: int32[Q] in [0, R), new entries whose prediction is wanted; None for all.
 
         Returns:
-          Next-token logits float32[R, vocabulary], of which those of padding mean nothing, and the longer cache.
+          Next-token logits float32[Q, vocabulary] (without `rows` of all R), of which those of padding mean nothing,
+          and the longer cache.
 
         Raises:
           ValueError: a shape does not fit, `count` is not in [0, R], or the cache cannot hold so many more. The last
@@ -299,10 +307,10 @@ class BaseModel(Functional[BaseLM]):
         config = self.config
         read = self._read(entries)
         checked("cache.keys", cache.keys, config.layers, None, config.kv_heads, config.head_width)
-        rows = read[0].shape[0]
-        count = checked("count", rows if count is None else count).astype(jnp.int32)
-        cache.check_room(rows, count)
-        return self._bind(params).extend(cache, *read, count)
+        new = read[0].shape[0]
+        count = checked("count", new if count is None else count).astype(jnp.int32)
+        cache.check_room(new, count)
+        return self._bind(params).extend(cache, *read, count, None if rows is None else checked("rows", rows, None))
 
     def attention(self, params: Params, entries: Entries, rows: ArrayLike) -> tuple[Array, Array]:
         """What chosen entries attend to in every layer of `logits`, and how long the keys are there.

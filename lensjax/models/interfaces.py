@@ -69,10 +69,18 @@ class StreamingLanguageModel(LanguageModel, Protocol):
         """An empty cache, a pytree, with room for `capacity` entries."""
         ...
 
-    def extend(self, params: Params, cache: Any, entries: Entries, count: ArrayLike | None = None) -> tuple[Array, Any]:
+    def extend(
+        self,
+        params: Params,
+        cache: Any,
+        entries: Entries,
+        count: ArrayLike | None = None,
+        rows: ArrayLike | None = None,
+    ) -> tuple[Array, Any]:
         """Reads the first `count` of R entries after those in the cache.
 
-        Returns float32[R, vocabulary], the logits of each, and the longer cache; both equal `logits` of all entries.
+        Returns float32[R, vocabulary], the logits of each, or of `rows` int32[Q] in [0, R) alone, and the longer cache;
+        both equal `logits` of all entries.
         """
         ...
 

@@ -136,7 +136,7 @@ def load(folder: str | Path, *, policy: Policy | None = None) -> tuple[Session, 
         tree, _ = checkpoint.restore(folder, step, whole)
     except checkpoint.DamagedError as error:
         raise ValueError(f"session {folder} is damaged: {error.what}; save it anew") from error
-    session.params = tree["params"]
+    session = Session(saved.models, tree["params"], saved.session, policy=policy, streams=saved.streams)
     history = History(
         tokens.append(tree["tokens"]),
         tuple(level.append(tree["gists"][str(lod)]) for lod, level in enumerate(gists, start=1)),

@@ -26,8 +26,8 @@ from lensjax.session.state import Policy, Refocus, SessionConfig, View
 NEAR = 2**16
 """Positions count from a multiple of it: far from where they do, float32 cannot tell neighbouring tokens apart."""
 
-AT_ONCE = 8
-"""Streams of which a processor computes a step at once."""
+Changes = dict[str, Any]
+"""The fields of a `View` that a step changes. What it leaves as it is, it does not copy: a cache is large."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Steps:
             key=key,
         )
 
-    def read(self, params: dict[str, Params], view: View, tokens: Array, count: Array) -> tuple[View, Array, Edge]:
+    def read(self, params: dict[str, Params], view: View, tokens: Array, count: Array) -> tuple[Changes, Array, Edge]:
         """Appends the first `count` of `interval` tokens; their losses float32[interval], and the new gists."""
         base, context = self.base, view.context
         embeddings = base.embed(params["base"], tokens)
@@ -101,18 +101,19 @@ class Steps:
         # Padding starts where nothing else does: starts stay sorted.
         start = jnp.where(valid, start, self.config.geometry.history + self.config.interval)
         grown = edges.append(view.edge, view.held, embeddings, self._gists(params), count=count)
-        view = replace(
-            view,
-            held=view.held + count,
-            edge=grown.edge,
-            context=replace(context, start=start, valid=valid),
-            embeddings=view.embeddings.at[slots].set(embeddings, mode="drop"),
-            blocks=view.blocks.at[slots].set(embeddings, mode="drop"),
-            cache=cache,
-            cached=view.cached + count,
-            logits=jnp.where(count > 0, logits[jnp.maximum(count - 1, 0)], view.logits),
-        )
-        return _with_blocks(view, grown.gists[0], view.held - count), losses, grown.gists
+        context, held = replace(context, start=start, valid=valid), view.held + count
+        blocks = view.blocks.at[slots].set(embeddings, mode="drop")
+        changes = {
+            "held": held,
+            "edge": grown.edge,
+            "context": context,
+            "embeddings": view.embeddings.at[slots].set(embeddings, mode="drop"),
+            "blocks": _with_gists(blocks, grown.gists[0], context, view.held, held, size=view.block_size),
+            "cache": cache,
+            "cached": view.cached + count,
+            "logits": jnp.where(count > 0, logits[jnp.maximum(count - 1, 0)], view.logits),
+        }
+        return changes, losses, grown.gists
 
     def _gists(self, params: dict[str, Params]) -> Callable[[Array], Array]:
         return lambda children: self.models.gist.apply(params["gist"], children)
@@ -137,15 +138,9 @@ class Steps:
         states = trees.lookup_states(tree, view.context.start, before=BLOCKS_BEFORE)
         return jnp.where(view.context.valid[:, None], states, 0)
 
-    def decide(
-        self, params: dict[str, Params], view: View, forgets: Array, tokens: Array | None
-    ) -> tuple[View, Refocus]:
-        """The rows of the next context, and what of the cache is kept; what the rows hold is still to be found.
-
-        Where it `forgets`, bool[], the oldest tokens are dropped before that.
-        """
+    def decide(self, params: dict[str, Params], view: View, tokens: Array | None) -> tuple[Changes, Refocus]:
+        """The rows of the next context, and how much of the cache is kept; what the rows hold is still to be found."""
         geometry, settings = self.config.geometry, self.config.focus
-        view = jax.lax.cond(forgets, self.forget, lambda view: view, view)
         context, cooling, swaps = places.edit(
             view.context,
             view.cooling,
@@ -162,11 +157,9 @@ class Steps:
         kept = jnp.minimum(jnp.argmin(jnp.append(same, False)).astype(jnp.int32), view.cached)
         kept = jnp.where(origin == view.origin, kept, 0)
         rate = refocus.swap_rate(view.context, context, geometry)
-        cache = self.base.truncate(view.cache, kept)
-        view = replace(view, context=context, cooling=cooling, origin=origin, cache=cache, cached=kept)
-        return view, Refocus(rate, swaps, kept)
+        return {"context": context, "cooling": cooling, "origin": origin, "cached": kept}, Refocus(rate, swaps, kept)
 
-    def show(self, params: dict[str, Params], view: View, found: Found) -> View:
+    def show(self, params: dict[str, Params], view: View, found: Found) -> Changes:
         """Takes up what the rows of the context hold, and brings the base model's cache up to their end."""
         context, size = view.context, view.block_size
         tokens = self.base.embed(params["base"], found.tokens)
@@ -175,10 +168,10 @@ class Steps:
         embeddings = jnp.where(is_gist, found.gists, tokens)
         blocks = jnp.where(is_gist | is_whole, found.gists, tokens)
         valid = context.valid[:, None]
-        view = replace(view, embeddings=jnp.where(valid, embeddings, 0), blocks=jnp.where(valid, blocks, 0))
-        return self._read_context(params, view)
+        shown: Changes = {"embeddings": jnp.where(valid, embeddings, 0), "blocks": jnp.where(valid, blocks, 0)}
+        return shown | self._read_context(params, replace(view, **shown))
 
-    def _read_context(self, params: dict[str, Params], view: View) -> View:
+    def _read_context(self, params: dict[str, Params], view: View) -> Changes:
         """Brings the base model's cache up to the end of the context, a chunk at a time."""
         entries = view.entries
         if self.config.geometry.omit:
@@ -197,13 +190,14 @@ class Steps:
             index = cached + jnp.arange(self.config.interval, dtype=jnp.int32)
             count = jnp.minimum(length - cached, self.config.interval)
             rows = jax.tree.map(lambda leaf: jnp.take(leaf, index, axis=0, mode="clip"), entries)
-            logits, cache = self.base.extend(params["base"], cache, rows, count)
-            return cache, cached + count, logits[count - 1]
+            (logits,), cache = self.base.extend(params["base"], cache, rows, count, count[None] - 1)
+            return cache, cached + count, logits
 
-        cache, cached, logits = jax.lax.while_loop(more, chunk, (view.cache, view.cached, view.logits))
-        return replace(view, cache=cache, cached=cached, logits=logits)
+        kept = self.base.truncate(view.cache, view.cached)
+        cache, cached, logits = jax.lax.while_loop(more, chunk, (kept, view.cached, view.logits))
+        return {"cache": cache, "cached": cached, "logits": logits}
 
-    def forget(self, view: View) -> View:
+    def forget(self, view: View) -> Changes:
         """Drops the oldest tokens, whole blocks of the highest level, and the rows that show them."""
         geometry, size = self.config.geometry, self.config.forgotten_at_once
         gone = jnp.sum(view.context.valid & (view.context.start < size), dtype=jnp.int32)
@@ -213,38 +207,22 @@ class Steps:
             return jnp.where(context.valid[:, None], jnp.roll(rows, -gone, axis=0), 0)
 
         # The entries that are left stand elsewhere in the context now, and elsewhere in the window.
-        nothing = jnp.zeros((), jnp.int32)
-        return replace(
-            view,
-            held=view.held - size,
-            forgotten=view.forgotten + size,
-            context=context,
-            embeddings=left(view.embeddings),
-            blocks=left(view.blocks),
-            cooling=cooling,
-            cache=self.base.truncate(view.cache, nothing),
-            cached=nothing,
-        )
+        return {
+            "held": view.held - size,
+            "forgotten": view.forgotten + size,
+            "context": context,
+            "embeddings": left(view.embeddings),
+            "blocks": left(view.blocks),
+            "cooling": cooling,
+            "cached": jnp.zeros((), jnp.int32),
+        }
 
 
-def _with_blocks(view: View, gists: Array, before: Array) -> View:
-    """With the gists of the blocks that became complete since `before` tokens were held beside their tokens."""
-    size, context = view.block_size, view.context
+def _with_gists(
+    blocks: Array, gists: Array, context: WorkingContext, before: Array, held: Array, *, size: int
+) -> Array:
+    """`View.blocks` with the gists of the blocks that became complete since `before` tokens were held."""
     block = context.start // size - before // size
-    is_new = (block >= 0) & ((context.start // size + 1) * size <= view.held) & context.valid & (context.lod == 0)
+    is_new = (block >= 0) & ((context.start // size + 1) * size <= held) & context.valid & (context.lod == 0)
     found = jnp.take(gists, jnp.maximum(block, 0), axis=0, mode="clip")
-    return replace(view, blocks=jnp.where(is_new[:, None], found, view.blocks))
-
-
-def each(step: Callable[..., Any]) -> Callable[..., Any]:
-    """A step of several streams with the same parameters: everything else has a leading axis of streams.
-
-    A processor takes a few at a time, whose scores stay in its cache: all 64 at once take three times as long.
-    """
-
-    def steps(params: dict[str, Params], *of_streams: Any) -> Any:
-        count = jax.tree.leaves(of_streams)[0].shape[0]
-        at_once = min(count, AT_ONCE) if jax.default_backend() == "cpu" else count
-        return jax.lax.map(lambda of_one: step(params, *of_one), of_streams, batch_size=at_once)
-
-    return steps
+    return jnp.where(is_new[:, None], found, blocks)

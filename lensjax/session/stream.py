@@ -24,6 +24,8 @@ tokens, gists and all: a working context of W entries reaches W K**L tokens at m
 """
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,9 +37,10 @@ from lensjax.context import edge as edges
 from lensjax.context.working import WorkingContext
 from lensjax.models import Models, Params
 from lensjax.session import history as histories
+from lensjax.session.beside import Beside
 from lensjax.session.history import History
 from lensjax.session.state import Policy, Refocus, SessionConfig, SessionState, View
-from lensjax.session.steps import Steps, each
+from lensjax.session.steps import Steps
 
 
 class Session:
@@ -50,7 +53,8 @@ class Session:
       policy: scores the entries in LensNet's place. It is compiled with the session, so it must be pure, and what it
         has learned belongs into `params`. Budget and allocator are the same for every policy.
       streams: how many are read side by side, a token of each at a time (B): tokens, losses, logits and all that is on
-        the device then have a leading axis of that length. None for one stream, without the axis.
+        the device then have a leading axis of that length, dealt over the local devices (`Beside`). None for one
+        stream, without the axis.
 
     Raises:
       ValueError: the base model has no cache, there is no stream, or LensNet reads so long a history of it anew at
@@ -80,8 +84,12 @@ class Session:
             raise ValueError(f"streams must be at least 1, or None for one without an axis, got {streams}")
         self.models, self.params, self.config, self.streams = models, params, config, streams
         self.steps = steps = Steps(models, config, policy)
-        compiled = (jax.jit(step if streams is None else each(step)) for step in (steps.read, steps.decide, steps.show))
-        self._read, self._decide, self._show = compiled
+        compiled: Callable[..., Callable[..., Any]] = jax.jit
+        if streams is not None:
+            beside = Beside(streams)
+            self.params, compiled = beside.on_all(params), beside.each
+        self._read, self._decide, self._show = (compiled(step) for step in (steps.read, steps.decide, steps.show))
+        self._forget = compiled(lambda _, view: steps.forget(view))
 
     def init(self, seed: int = 0) -> SessionState:
         """A session that has read nothing; `seed` matters only where the allocator samples, stream i has `seed` + i."""
@@ -132,7 +140,8 @@ class Session:
         geometry, history, (*axis, count) = self.config.geometry, state.history, tokens.shape
         chunk = np.zeros((*axis, self.config.interval), np.int32)
         chunk[..., :count] = tokens
-        view, losses, gists = self._read(self.params, state.view, chunk, np.full(axis, count, np.int32))
+        changes, losses, gists = self._read(self.params, state.view, chunk, np.full(axis, count, np.int32))
+        view = replace(state.view, **changes)
         report = context = None
         forgets = history.held + count > geometry.history
         if (state.read + count) % self.config.interval == 0:
@@ -169,14 +178,16 @@ class Session:
             room = self.config.geometry.history + self.config.interval
             held = np.pad(held, ((0, 0), (0, room - held.shape[1])))
             held = held[0] if self.streams is None else held
-        decided: tuple[View, Refocus] = self._decide(self.params, view, np.full(view.held.shape, forgets), held)
-        return decided
+        if forgets:
+            view = replace(view, **self._forget(self.params, view))
+        changes, report = self._decide(self.params, view, held)
+        return replace(view, **changes), report
 
     def _show_rows(self, state: SessionState, context: WorkingContext, *, forgets: bool) -> SessionState:
         """Finds what the rows of a context hold, on the host."""
         history = state.history.forget(self.config.forgotten_at_once) if forgets else state.history
         found = history.find(*map(np.asarray, (context.start, context.lod, context.valid)))
-        return SessionState(self._show(self.params, state.view, found), history)
+        return SessionState(replace(state.view, **self._show(self.params, state.view, found)), history)
 
     def predict(self, state: SessionState) -> Array:
         """Logits float32[..., vocabulary] of the next token.

@@ -216,3 +216,13 @@ def test_what_is_held_survives_an_overflow_under_jit() -> None:
     np.testing.assert_array_equal(overflowed.inputs[: S - 1], cache.inputs[: S - 1])
     np.testing.assert_array_equal(overflowed.keys[:, : S - 1], cache.keys[:, : S - 1])
     np.testing.assert_array_equal(overflowed.inputs[S - 1], entries_of(7, 2).embeddings[0])
+
+
+@pytest.mark.parametrize("name", ["six taps"])
+def test_some_rows_get_what_all_get(name):
+    model = BaseModel(BASES[name])
+    params, cache, three = trained(model), model.init_cache(6), entries_of(7, 3)
+    read = jax.jit(model.extend)
+    (all_, longer), (some, same) = (read(params, cache, three, np.int32(3), rows) for rows in (None, np.array([2, 0])))
+    np.testing.assert_allclose(some, all_[np.array([2, 0])], atol=1e-5)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6), longer, same)

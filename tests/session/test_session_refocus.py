@@ -96,7 +96,7 @@ def showing(session, state, context):
     cooling = jax.tree.map(jnp.zeros_like, state.view.cooling)
     view = dataclasses.replace(state.view, context=context, cooling=cooling, **empty)
     found = state.history.find(*map(np.asarray, (context.start, context.lod, context.valid)))
-    return dataclasses.replace(state, view=session._show(session.params, view, found))
+    return dataclasses.replace(state, view=dataclasses.replace(view, **session._show(session.params, view, found)))
 
 
 def focus_of(session, view):

@@ -11,7 +11,8 @@ from lensjax.session import Session
 from tests.session.streams import assert_close, assert_same, session_of
 from tests.small import VOCABULARY
 
-COUNT = 3
+COUNT = 4
+"""Dealt over two devices."""
 TOKENS = np.random.default_rng(5).integers(0, VOCABULARY, (COUNT, 75))
 
 
@@ -74,7 +75,7 @@ def test_streams_are_saved_together(tmp_path):
 
 def test_tokens_are_those_of_all_streams():
     session = side_by_side("sampled")
-    with pytest.raises(ValueError, match=r"integers \[3, n\], got int64\[75\]"):
+    with pytest.raises(ValueError, match=r"integers \[4, n\], got int64\[75\]"):
         session.append(session.init(), TOKENS[0])
     wrong = TOKENS.copy()
     wrong[1, 4] = VOCABULARY

@@ -115,7 +115,7 @@ def test_a_session_lowers_for_accelerators(run):
     )
     for function, inputs in (
         (session._read, (chunk, count)),
-        (session._decide, (jax.ShapeDtypeStruct((), bool), held if session.steps.reads_base else None)),
+        (session._decide, (held if session.steps.reads_base else None,)),
         (session._show, (found,)),
     ):
         exported = export.export(function, platforms=PLATFORMS)(session.params, shapes, *inputs)

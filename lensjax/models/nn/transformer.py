@@ -132,12 +132,21 @@ class Attention(nnx.Module):
         near = None if own_rotary is None else own_rotary.near
         return self._mix(query, key, self._heads(self.value(x)), rows=rows, valid=key_mask, near=near)
 
-    def extend(self, x: Array, memory: Memory, *, rotary: Rotary | None, slots: Array) -> tuple[Array, Memory]:
-        """Writes x [R, D] to `slots` int32[R] of the memory and attends to all slots up to each: [R, D], memory."""
-        query = self._searched("query", x, rotary)
+    def extend(
+        self, x: Array, memory: Memory, *, rotary: Rotary | None, slots: Array, rows: Array | None = None
+    ) -> tuple[Array, Memory]:
+        """Writes x [R, D] to `slots` int32[R] of the memory and attends to all slots up to each: [R, D], memory.
+
+        Of `rows` int32[Q] alone, where these are given: [Q, D].
+        """
+        source, own_rotary, own = (x, rotary, slots) if rows is None else (*_take((x, rotary), rows), slots[rows])
+        query = self._searched("query", source, own_rotary)
         key = memory[0].at[slots].set(self._searched("key", x, rotary), mode="drop")
         value = memory[1].at[slots].set(self._heads(self.value(x)), mode="drop")
-        return self._mix(query, key, value, rows=slots, near=None if rotary is None else rotary.near), (key, value)
+        return self._mix(query, key, value, rows=own, near=None if own_rotary is None else own_rotary.near), (
+            key,
+            value,
+        )
 
     def weights(self, x: Array, *, rotary: Rotary | None, rows: Array) -> tuple[Array, Array]:
         """What `rows` of x [S, D] attend to, causally, and the norms of unturned keys: [heads, R, S], [kv_heads, S]."""
@@ -215,10 +224,12 @@ class Block(nnx.Module):
         mixed = self.attention(self.attention_norm(x), rotary=rotary, key_mask=key_mask, rows=rows)
         return self._add(x if rows is None else x[rows], mixed)
 
-    def extend(self, x: Array, memory: Memory, *, rotary: Rotary | None, slots: Array) -> tuple[Array, Memory]:
-        """Maps new entries x [R, D] to [R, D] and the memory of this layer to a longer one."""
-        mixed, memory = self.attention.extend(self.attention_norm(x), memory, rotary=rotary, slots=slots)
-        return self._add(x, mixed), memory
+    def extend(
+        self, x: Array, memory: Memory, *, rotary: Rotary | None, slots: Array, rows: Array | None = None
+    ) -> tuple[Array, Memory]:
+        """Maps new entries x [R, D] to [R, D], or [Q, D] of `rows`, and the memory of this layer to a longer one."""
+        mixed, memory = self.attention.extend(self.attention_norm(x), memory, rotary=rotary, slots=slots, rows=rows)
+        return self._add(x if rows is None else x[rows], mixed), memory
 
     def _add(self, x: Array, mixed: Array) -> Array:
         if not self.config.post_norms:
@@ -272,7 +283,13 @@ class Transformer(nnx.Module):
         return x
 
     def extend(
-        self, x: Array, memory: Memory, *, rotary: Rotary | list[Rotary] | None, slots: Array
+        self,
+        x: Array,
+        memory: Memory,
+        *,
+        rotary: Rotary | list[Rotary] | None,
+        slots: Array,
+        rows: Array | None = None,
     ) -> tuple[Array, Memory]:
         """Runs the blocks of a causal stack on new entries after those that it remembers.
 
@@ -282,13 +299,18 @@ class Transformer(nnx.Module):
           rotary: where the new entries stand, for all blocks or for each; None for no positions.
           slots: int32[R], rising, where the new entries go; S for padding, which is not written. An entry attends to
             all slots up to its own.
+          rows: int32[Q] in [0, R), the outputs wanted; None for all. The last block computes queries and MLP for
+            these alone.
 
         Returns:
-          [R, D] and the memory with the new entries.
+          [R, D], or [Q, D] when `rows` are given, and the memory with the new entries.
         """
-        keys, values = memory
-        for layer, (block, own) in enumerate(self._blocks(rotary)):
-            x, (key, value) = block.extend(x, (keys[layer], values[layer]), rotary=own, slots=slots)
+        (keys, values), blocks = memory, self._blocks(rotary)
+        if not blocks and rows is not None:
+            x = x[rows]
+        for layer, (block, own) in enumerate(blocks):
+            wanted = rows if layer == len(blocks) - 1 else None
+            x, (key, value) = block.extend(x, (keys[layer], values[layer]), rotary=own, slots=slots, rows=wanted)
             keys, values = keys.at[layer].set(key), values.at[layer].set(value)
         return x, (keys, values)
 
