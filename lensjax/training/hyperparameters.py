@@ -50,6 +50,8 @@ class Hyperparameters:
     """Share kept of the pairs that do not hold the best variant, largest difference first."""
     high_lod_share: Share = 0.1
     """Probability of each block of LOD 2 or above that the target length leaves open."""
+    own_temperature: Positive = 0.1
+    """Of the swaps of `context.own_rollouts`, in units of scores: how far the policy's own draws explore."""
     context_start: Annotated[float, Bound(0, 1, low_excluded=True)] = 0.8
     """Length of a working context at step 0, as a fraction of the history. The larger of the two lengths in the
     `Recipe` is the compiled capacity, which bounds them in a state."""

@@ -197,8 +197,12 @@ def term_inputs(
     values = value(scores, scored.contexts)
     weights = jnp.ones(pairs.valid.shape)
     if settings.pair_weights == "importance":
-        weigh = functools.partial(preferences.pair_weights, beta=hyper.beta, most=MOST_PAIR_WEIGHT)
-        weights = jax.vmap(weigh)(values, pairs, compared)
+        if scored.log_ratio is None:
+            weigh = functools.partial(preferences.pair_weights, beta=hyper.beta, most=MOST_PAIR_WEIGHT)
+            weights = jax.vmap(weigh)(values, pairs, compared)
+        else:
+            known = functools.partial(preferences.drawn_pair_weights, most=MOST_PAIR_WEIGHT)
+            weights = jax.vmap(known)(scored.log_ratio, pairs)
     advantages = moving.normalise(statistics.normaliser, preferences.advantage_deltas(scored.nll))
     return TermInputs(
         scores=scores,

@@ -92,6 +92,11 @@ class Recipe:
             "objective.pair_weights must be none for the hypernetwork, which learns from pairs of equal weight, got "
             f"{self.objective.pair_weights}",
         )
+        require(
+            context.own_rollouts == 0,
+            "context.own_rollouts must be 0 for the hypernetwork, whose policy is another one for each document, got "
+            f"{context.own_rollouts}",
+        )
         shortest = context.block_size * (context.sink_blocks + 1) + context.recent_tokens + 2 * context.horizon
         require(
             context.window >= shortest,

@@ -16,8 +16,8 @@ from lensjax.context.geometry import HIGHEST_LOD, Geometry
 from lensjax.context.rollouts import collapses_for_length, is_distinct, sample_cut, sample_rollouts
 from lensjax.context.working import Entries, WorkingContext
 from lensjax.models import Models, Params
-from lensjax.models.decision import Window, build_tree, split
-from lensjax.training import key_tokens, nll
+from lensjax.models.decision import Window, build_tree, policy, split
+from lensjax.training import key_tokens, nll, own_rollouts
 from lensjax.training.key_tokens import KeyConfig
 
 
@@ -51,6 +51,9 @@ class ContextConfig:
     local_edits: Count = 0
     """Above 0 the rollouts of a sequence are one random cut and N - 1 that differ from it by so many swaps: then a
     preference concerns few spans. The baseline, which differs from them everywhere, is in no pair."""
+    own_rollouts: Count = 0
+    """Of the rollouts but the first, how many the policy itself draws, at `hyper.own_temperature`; the others then draw
+    each legal swap alike, so that all probabilities are known. Needs `local_edits`. Held-out variants stay random."""
     reward: Literal["mean", "key"] = "mean"
     """Whose loss a variant is rewarded for: `mean` of all tokens of the horizon, or `key` of those that old history
     helps to predict, of all where there are none. Losses in the rows of training are then of these."""
@@ -62,6 +65,16 @@ class ContextConfig:
             self.local_edits == 0 or self.rollouts >= 2,
             "context.rollouts must be at least 2 where context.local_edits compares them with each other, got "
             f"{self.rollouts}",
+        )
+        require(
+            self.own_rollouts == 0 or self.local_edits > 0,
+            "context.own_rollouts needs context.local_edits, the swaps that the policy draws: set context.local_edits "
+            f"to 1 or more, or context.own_rollouts to 0, got {self.own_rollouts}",
+        )
+        require(
+            self.own_rollouts < self.rollouts,
+            f"context.own_rollouts must be below context.rollouts {self.rollouts}, whose first is the random cut that "
+            f"they start from, got {self.own_rollouts}",
         )
         require(
             not self.omit or self.max_lod == 1,
@@ -103,7 +116,7 @@ class ScoredVariants:
     Example:
       >>> import dataclasses, lensjax as lx
       >>> [field.name for field in dataclasses.fields(lx.ScoredVariants)]
-      ['contexts', 'distinct', 'entries', 'nll']
+      ['contexts', 'distinct', 'entries', 'nll', 'log_ratio']
     """
 
     contexts: WorkingContext
@@ -114,6 +127,9 @@ class ScoredVariants:
     """What models read of them, leading axis V."""
     nll: Array
     """float32[V]: nats per token on the horizon, of those that `ContextConfig.reward` names."""
+    log_ratio: Array | None = None
+    """float32[V]: log of how probable the policy finds a variant, beside what drew it (`own_rollouts.draw`); 0 for
+    recency and the first rollout. None where the policy draws none."""
 
 
 def reward_weights(
@@ -152,12 +168,13 @@ def score_variants(
     context: ContextConfig,
     capacity: int,
     short: int | None = None,
+    own_temperature: ArrayLike | None = None,
 ) -> ScoredVariants:
     """Draws the variants of one history and measures each on the horizon behind it.
 
     Args:
       key: PRNG key, consumed.
-      params: parameters of `base` and `gist`.
+      params: parameters of `base` and `gist`, and of `lens` where `context.own_rollouts` is above 0.
       tokens: int32[T].
       length: int32[], entries of every variant, at most `capacity`; may be traced.
       high_lod_share: float32[], see `rollouts.sample_cut`.
@@ -165,9 +182,13 @@ def score_variants(
       context: the window, what is rewarded, and how variants are drawn.
       capacity: static number of entries W.
       short: static, see `reward_weights`; read where key tokens are rewarded.
+      own_temperature: float32[], above 0, of the policy's own draws, through which no gradient passes.
 
     Returns:
       `ScoredVariants` with V = N + 1.
+
+    Raises:
+      ValueError: the policy draws rollouts, and `own_temperature` is None.
 
     Example:
       >>> import functools, jax, jax.numpy as jnp, lensjax as lx
@@ -183,7 +204,24 @@ def score_variants(
     window = split(tokens, horizon=context.horizon)
     tree = build_tree(models, params, window.history, geometry)
     recency = contexts.recency(length, geometry, capacity=capacity)
-    if context.local_edits:
+    log_ratio = None
+    if context.own_rollouts:
+        if own_temperature is None:
+            raise ValueError("own_temperature must be given where context.own_rollouts is above 0")
+        drawn, ratios = own_rollouts.draw(
+            key,
+            policy(models.lens, jax.lax.stop_gradient(params["lens"]), tree),
+            length,
+            high_lod_share,
+            rollouts=context.rollouts,
+            own=context.own_rollouts,
+            draws=context.local_edits,
+            temperature=own_temperature,
+            geometry=geometry,
+            capacity=capacity,
+        )
+        log_ratio = jnp.append(0.0, ratios)
+    elif context.local_edits:
         drawn, _ = local_rollouts(
             key,
             length,
@@ -202,7 +240,7 @@ def score_variants(
     measured, entries = nll.variant_nll(models.base, params["base"], tree, variants, window.horizon, geometry, weights)
     # A rollout may be recency, too: where nothing has to be collapsed each of them is.
     cuts = jax.vmap(lambda variant: contexts.to_cut(variant, geometry))(variants)
-    return ScoredVariants(variants, is_distinct(cuts), entries, measured)
+    return ScoredVariants(variants, is_distinct(cuts), entries, measured, log_ratio)
 
 
 def local_rollouts(

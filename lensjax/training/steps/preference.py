@@ -186,7 +186,7 @@ def score_batch(
     """The variants of a batch, scored; of the state only step, key and hyperparameters are read.
 
     Args:
-      params: parameters of `base` and `gist`.
+      params: parameters of `base` and `gist`, and of `lens` where it draws rollouts itself.
       state: the state before the step.
       batch: `tokens` int32[B, T].
       recipe: static.
@@ -208,6 +208,7 @@ def score_batch(
             context=recipe.context,
             capacity=recipe.capacity,
             short=recipe.short,
+            own_temperature=state.hyper.own_temperature,
         )
 
     return jax.vmap(score)(batch["tokens"], sequence_keys(state, batch))

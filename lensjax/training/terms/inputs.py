@@ -66,7 +66,8 @@ class ObjectiveConfig:
     max_pairs: PositiveInt = 8
     """Preference pairs kept per sequence [P]."""
     pair_weights: Literal["none", "importance"] = "none"
-    """What pairs weigh in the terms over pairs: one as much as another, or what `preferences.pair_weights` gives."""
+    """What pairs weigh in the terms over pairs: one as much as another, or what `preferences.pair_weights` gives; with
+    `context.own_rollouts`, whose probabilities are known, what `preferences.drawn_pair_weights` gives."""
 
     def _check(self) -> None:
         # Entries have no group, and `a_star_po` regresses on the value V* of one context.
