@@ -23,7 +23,8 @@ from lensjax.training.objective import Statistics
 from lensjax.training.recipe import Recipe
 from lensjax.training.scoring import Batch, ScoredVariants, reward_weights, score_variants
 from lensjax.training.steps.adaptation import adapted, document_deltas, score_supports
-from lensjax.training.steps.preference import TrainState, current_length, objective_key
+from lensjax.training.steps.difficulty import current_length, hardest_share
+from lensjax.training.steps.preference import TrainState, objective_key
 from lensjax.training.steps.update import all_parts
 
 
@@ -111,7 +112,7 @@ def _score(
     length: Array,
     recipe: Recipe,
 ) -> ScoredVariants:
-    share = state.hyper.high_lod_share
+    share = hardest_share(state.hyper, recipe)
     return score_variants(
         key,
         params,

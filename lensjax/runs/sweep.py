@@ -2,8 +2,8 @@
 
 What `Hyperparameters` holds differs from arm to arm as data. Arms that draw the same rollouts (same seed, same lengths,
 same share of LOD 2) read the same scored variants: the base model's passes are paid once for all of them. Where the
-policy draws rollouts itself, each arm draws its own, and only those that are the same run share them. With several
-devices each takes some of the arms, and nothing passes between them.
+policy draws rollouts itself, or its success decides how hard they are, only arms that are the same run share them. With
+several devices each takes some of the arms, and nothing passes between them.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from lensjax.training.steps.preference import TrainState
 Setting = dict[str, Any]
 """Changed fields of a config by dotted name; empty for the default."""
 ROLLOUT_SETTINGS = ("context_start", "context_end", "high_lod_share")
-"""What decides, beside the seed, which rollouts an arm draws; with `context.own_rollouts` every hyperparameter does."""
+"""What decides, beside the seed, which rollouts an arm draws; where the policy has a say, every hyperparameter does."""
 _OWN = {"seed", "output_dir", "base_run"}
 
 
@@ -212,7 +212,7 @@ def _draw(config: Config) -> tuple[float, ...]:
     """What an arm has in common with those that draw the same rollouts, the seed first."""
     # What a policy draws depends on what it has learned, and so on all that it learns with.
     every = [item.name for item in dataclasses.fields(Hyperparameters)]
-    names = every if config.context.own_rollouts else ROLLOUT_SETTINGS
+    names = every if config.recipe.draws_by_policy else ROLLOUT_SETTINGS
     return (config.seed, *(getattr(config.hyper, name) for name in names))
 
 

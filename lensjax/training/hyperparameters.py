@@ -57,6 +57,10 @@ class Hyperparameters:
     `Recipe` is the compiled capacity, which bounds them in a state."""
     context_end: Annotated[float, Bound(0, 1, low_excluded=True)] = 0.75
     """Length of a working context at the end of the curriculum, as a fraction of the history."""
+    success_target: Share = 0.7
+    """Share of the sequences whose best variant the policy should ask for, which `curriculum` self_play keeps to."""
+    success_beta: Decay = 0.9
+    """Decay of each level's moving average of that share."""
     token_loss_weight: NonNegative = 1.0
     """Weight of mean_v nll(v) when the base model or GistNet is trained."""
     gist_delta_weight: NonNegative = 0.0

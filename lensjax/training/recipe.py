@@ -7,6 +7,7 @@ from lensjax._settings import Count, require, settings
 from lensjax.context.allocator import FocusConfig
 from lensjax.context.geometry import Geometry
 from lensjax.training.hyperparameters import Hyperparameters
+from lensjax.training.optim.ladder import CurriculumConfig
 from lensjax.training.optim.optimizer import OptimizerConfig
 from lensjax.training.scoring import ContextConfig
 from lensjax.training.terms.inputs import ObjectiveConfig
@@ -35,6 +36,7 @@ class Recipe:
     hyper: Hyperparameters = dataclasses.field(default_factory=Hyperparameters)
     """Where a `TrainState` starts. What they compile: the capacity, and whether there is a KL term."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    curriculum: CurriculumConfig = dataclasses.field(default_factory=CurriculumConfig)
 
     def _check(self) -> None:
         require(
@@ -74,8 +76,21 @@ class Recipe:
         )
         for name in ("context_start", "context_end"):
             self.geometry.length_of_fraction(getattr(self.hyper, name), name=f"hyper.{name}")
+        self._check_curriculum()
         if "hypernet" in self.trainable:
             self._check_hypernet()
+
+    def _check_curriculum(self) -> None:
+        require(
+            not self.curriculum.climbs or self.optimizer.curriculum_steps is None,
+            "optimizer.curriculum_steps must be None with curriculum.name self_play, whose ladder decides how hard a "
+            f"step is, got {self.optimizer.curriculum_steps}",
+        )
+        require(
+            self.curriculum.high_lod_share is None or self.context.max_lod > 1,
+            "curriculum.high_lod_share needs context.max_lod above 1, a level that it is a share of, got "
+            f"{self.curriculum.high_lod_share}",
+        )
 
     def _check_hypernet(self) -> None:
         context = self.context
@@ -91,6 +106,11 @@ class Recipe:
             self.objective.pair_weights == "none",
             "objective.pair_weights must be none for the hypernetwork, which learns from pairs of equal weight, got "
             f"{self.objective.pair_weights}",
+        )
+        require(
+            not self.curriculum.climbs,
+            "curriculum.name must be fixed for the hypernetwork, whose support is as long as the step says, got "
+            f"{self.curriculum.name}",
         )
         require(
             context.own_rollouts == 0,
@@ -133,6 +153,11 @@ class Recipe:
         """
         shortest = min(self.hyper.context_start, self.hyper.context_end)
         return self.context.key.tokens(self.geometry.length_of_fraction(shortest))
+
+    @property
+    def draws_by_policy(self) -> bool:
+        """Whether what a step draws depends on what the policy has learned."""
+        return self.context.own_rollouts > 0 or self.curriculum.climbs
 
     @property
     def has_anchor(self) -> bool:

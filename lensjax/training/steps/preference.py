@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.typing import ArrayLike
 
 from lensjax._numerics import masked_mean
 from lensjax.models import Models, Params
@@ -17,10 +16,12 @@ from lensjax.training.hyperparameters import Hyperparameters
 from lensjax.training.metrics import Metrics
 from lensjax.training.objective import Statistics
 from lensjax.training.optim import moving, schedules
+from lensjax.training.optim.ladder import Ladder, init_ladder
 from lensjax.training.optim.moving import EmaMoments
 from lensjax.training.optim.optimizer import make_optimizer
 from lensjax.training.recipe import Recipe
 from lensjax.training.scoring import Batch, ScoredVariants, score_variants
+from lensjax.training.steps.difficulty import climb, of_step
 from lensjax.training.steps.update import Gradient, Learner, all_parts, gradient_step, init_learner, split_parts
 from lensjax.training.terms.inputs import Term
 
@@ -51,6 +52,8 @@ class TrainState(Learner):
     """Moving moments of the net demand for detail."""
     hyper: Hyperparameters
     """float32[] each."""
+    ladder: Ladder | None
+    """Level of the self-play curriculum; None with the fixed one."""
 
 
 def init_train_state(
@@ -104,6 +107,7 @@ def init_train_state(
         anchor=moving.init_anchor((trained | frozen)["lens"]) if recipe.has_anchor else None,
         demand=moving.init_moments(),
         hyper=jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), recipe.hyper),
+        ladder=init_ladder(recipe.curriculum.levels) if recipe.curriculum.climbs else None,
     )
     return state, frozen
 
@@ -195,7 +199,7 @@ def score_batch(
     Returns:
       `ScoredVariants` with leading axis B.
     """
-    length, share = current_length(state.step, state.hyper, recipe=recipe), state.hyper.high_lod_share
+    length, share = of_step(state.step, state.hyper, state.ladder, recipe=recipe)
 
     def score(tokens: Array, key: Array) -> ScoredVariants:
         return score_variants(
@@ -301,16 +305,19 @@ def _take_in(
         normaliser=moving.update_moments(state.normaliser, deltas, scored.distinct, hyper.adv_norm_beta),
         anchor=anchor,
         demand=moving.update_moments(state.demand, balance, scored.distinct, hyper.budget_smooth_beta),
+        ladder=climb(state.ladder, report, hyper, recipe=recipe),
     )
     report |= {
         "loss": seen.loss,
         "grad_norm": optax.tree.norm(seen.grads),
         "temperature": temperature(state, recipe=recipe),
-        "context_length": current_length(state.step, hyper, recipe=recipe).astype(jnp.float32),
+        "context_length": of_step(state.step, hyper, state.ladder, recipe=recipe)[0].astype(jnp.float32),
         "mc/adv_histogram": metrics.histogram(
             deltas[:, 1:], scored.distinct[:, 1:], metrics.HISTOGRAMS["mc/adv_histogram"]
         ),
     }
+    if after.ladder is not None:
+        report |= {"curriculum/level": after.ladder.level.astype(jnp.float32), "curriculum/success": after.ladder.rate}
     # Another optimizer has its own rate, which nothing here knows.
     if "learning_rate" in getattr(after.opt_state, "hyperparams", {}):
         report["lr"] = rate
@@ -332,17 +339,4 @@ def temperature(state: TrainState, *, recipe: Recipe) -> Array:
     """Temperature of the step; float32[]."""
     return schedules.linear(
         state.step, start=state.hyper.temperature, end=state.hyper.temperature_end, steps=recipe.steps
-    )
-
-
-def current_length(step: ArrayLike, hyper: Hyperparameters, *, recipe: Recipe) -> Array:
-    """Entries of every working context at a step of the curriculum, int32[]."""
-    steps = recipe.optimizer.curriculum_steps
-    return schedules.context_length(
-        step,
-        start=hyper.context_start,
-        end=hyper.context_end,
-        steps=recipe.steps // 2 if steps is None else steps,
-        geometry=recipe.geometry,
-        capacity=recipe.capacity,
     )
