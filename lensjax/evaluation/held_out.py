@@ -68,7 +68,7 @@ def eval_step(
         one = functools.partial(_score, models, params, state)
         return jax.vmap(lambda tokens, row: one(tokens, row, length, recipe))(batch["tokens"], keys)
 
-    scored = score(_settings.replace(recipe, **{"context.own_rollouts": 0}))
+    scored = score(_settings.replace(recipe, **{"context.own_rollouts": 0, "context.proposed_rollouts": 0}))
     scores = policy_scores(models.lens, params["lens"], scored.entries)
     anchor_scores = None if state.anchor is None else policy_scores(models.lens, state.anchor, scored.entries)
     report = objective.lens_objective(

@@ -273,7 +273,7 @@ def step(
 
     def score(one: tuple[Array, Array]) -> ScoredVariants:
         arm = jax.tree.map(lambda leaf: leaf[one[0]], state.arms)
-        params = {**frozen, **arm.params} if recipe.context.own_rollouts else frozen
+        params = {**frozen, **arm.params} if recipe.context.asks_policy else frozen
         return preference.score_batch(params, arm, {"tokens": batch["tokens"][one[1]]}, recipe=recipe, models=models)
 
     scored = jax.lax.map(score, (state.reader, state.row), batch_size=at_once)

@@ -113,9 +113,9 @@ class Recipe:
             f"{self.curriculum.name}",
         )
         require(
-            context.own_rollouts == 0,
-            "context.own_rollouts must be 0 for the hypernetwork, whose policy is another one for each document, got "
-            f"{context.own_rollouts}",
+            not context.asks_policy,
+            "context.own_rollouts and context.proposed_rollouts must be 0 for the hypernetwork, whose policy differs "
+            f"from document to document, got {context.own_rollouts} and {context.proposed_rollouts}",
         )
         shortest = context.block_size * (context.sink_blocks + 1) + context.recent_tokens + 2 * context.horizon
         require(
@@ -157,7 +157,7 @@ class Recipe:
     @property
     def draws_by_policy(self) -> bool:
         """Whether what a step draws depends on what the policy has learned."""
-        return self.context.own_rollouts > 0 or self.curriculum.climbs
+        return self.context.asks_policy or self.curriculum.climbs
 
     @property
     def has_anchor(self) -> bool:

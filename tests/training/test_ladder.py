@@ -169,7 +169,6 @@ def test_arms_with_ladders_share_only_their_own_draws():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"levels": 4}, "curriculum.levels and curriculum.patience are of curriculum.name self_play"),
         ({"high_lod_share": 0.5}, "curriculum.high_lod_share is of curriculum.name self_play"),
         ({"name": "self_play", "levels": 1}, "curriculum.levels must be in"),
     ],

@@ -17,9 +17,9 @@ class CurriculumConfig:
 
     Example:
       >>> import lensjax as lx
-      >>> lx.CurriculumConfig(levels=4)
+      >>> lx.CurriculumConfig(high_lod_share=0.5)
       Traceback (most recent call last):
-      ValueError: curriculum.levels and curriculum.patience are of curriculum.name self_play: name it, or leave them out
+      ValueError: curriculum.high_lod_share is of curriculum.name self_play: name it, or leave it out, got 0.5
     """
 
     name: Literal["fixed", "self_play"] = "fixed"
@@ -33,14 +33,8 @@ class CurriculumConfig:
     """`hyper.high_lod_share` at the hardest level; None keeps it the same at all levels."""
 
     def _check(self) -> None:
-        if self.climbs:
-            return
         require(
-            self.levels == 8 and self.patience == 10,
-            "curriculum.levels and curriculum.patience are of curriculum.name self_play: name it, or leave them out",
-        )
-        require(
-            self.high_lod_share is None,
+            self.climbs or self.high_lod_share is None,
             f"curriculum.high_lod_share is of curriculum.name self_play: name it, or leave it out, got "
             f"{self.high_lod_share}",
         )

@@ -9,10 +9,13 @@ from collections.abc import Mapping
 from jax import Array
 from jax.typing import ArrayLike
 
+from lensjax.training import adversary
+from lensjax.training.adversary import RegretHead
 from lensjax.training.hyperparameters import Hyperparameters
 from lensjax.training.optim import schedules
 from lensjax.training.optim.ladder import Ladder, update_ladder
 from lensjax.training.recipe import Recipe
+from lensjax.training.scoring import ScoredVariants
 
 
 def current_length(step: ArrayLike, hyper: Hyperparameters, *, recipe: Recipe) -> Array:
@@ -54,6 +57,16 @@ def climb(
         beta=hyper.success_beta,
         patience=recipe.curriculum.patience,
     )
+
+
+def learn_regrets(
+    head: RegretHead | None, scored: ScoredVariants, *, recipe: Recipe
+) -> tuple[RegretHead | None, dict[str, Array]]:
+    """The adversary after a batch, and what the policy regrets in it, by name; nothing without an adversary."""
+    if head is None or scored.features is None:
+        return head, {}
+    proposed = recipe.context.proposed_rollouts
+    return adversary.take_in(head, scored.features, scored.nll[:, 1:], scored.distinct[:, 1:], proposed=proposed)
 
 
 def hardest_share(hyper: Hyperparameters, recipe: Recipe) -> ArrayLike:

@@ -11,7 +11,8 @@ from jax import Array
 from lensjax._numerics import masked_mean
 from lensjax.models import Models, Params
 from lensjax.models.decision import policy_scores
-from lensjax.training import metrics, objective, preferences
+from lensjax.training import adversary, metrics, objective, preferences
+from lensjax.training.adversary import RegretHead
 from lensjax.training.hyperparameters import Hyperparameters
 from lensjax.training.metrics import Metrics
 from lensjax.training.objective import Statistics
@@ -21,7 +22,7 @@ from lensjax.training.optim.moving import EmaMoments
 from lensjax.training.optim.optimizer import make_optimizer
 from lensjax.training.recipe import Recipe
 from lensjax.training.scoring import Batch, ScoredVariants, score_variants
-from lensjax.training.steps.difficulty import climb, of_step
+from lensjax.training.steps.difficulty import climb, learn_regrets, of_step
 from lensjax.training.steps.update import Gradient, Learner, all_parts, gradient_step, init_learner, split_parts
 from lensjax.training.terms.inputs import Term
 
@@ -54,6 +55,8 @@ class TrainState(Learner):
     """float32[] each."""
     ladder: Ladder | None
     """Level of the self-play curriculum; None with the fixed one."""
+    head: RegretHead | None
+    """What the adversary expects; None where none proposes rollouts."""
 
 
 def init_train_state(
@@ -108,6 +111,7 @@ def init_train_state(
         demand=moving.init_moments(),
         hyper=jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), recipe.hyper),
         ladder=init_ladder(recipe.curriculum.levels) if recipe.curriculum.climbs else None,
+        head=adversary.init_head(models) if recipe.context.proposed_rollouts else None,
     )
     return state, frozen
 
@@ -213,6 +217,7 @@ def score_batch(
             capacity=recipe.capacity,
             short=recipe.short,
             own_temperature=state.hyper.own_temperature,
+            head=state.head,
         )
 
     return jax.vmap(score)(batch["tokens"], sequence_keys(state, batch))
@@ -300,14 +305,16 @@ def _take_in(
             beta=hyper.anchor_beta,
         )
     deltas = preferences.advantage_deltas(scored.nll)
+    head, regrets = learn_regrets(state.head, scored, recipe=recipe)
     after = replace(
         after,
         normaliser=moving.update_moments(state.normaliser, deltas, scored.distinct, hyper.adv_norm_beta),
         anchor=anchor,
         demand=moving.update_moments(state.demand, balance, scored.distinct, hyper.budget_smooth_beta),
         ladder=climb(state.ladder, report, hyper, recipe=recipe),
+        head=head,
     )
-    report |= {
+    report |= regrets | {
         "loss": seen.loss,
         "grad_norm": optax.tree.norm(seen.grads),
         "temperature": temperature(state, recipe=recipe),
