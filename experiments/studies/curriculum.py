@@ -1,7 +1,7 @@
 """Does a curriculum that fights back reach 8x on recall with fewer passes of the base model than a fixed one?
 
     python -m experiments.studies.curriculum
-    python -m experiments.studies.curriculum --steps 4000 --target 0.6 --seeds 5 6 7 8 9 --output-dir runs/curriculum-2
+    python -m experiments.studies.curriculum --steps 2000 --target 0.95 --seeds 5 6 7 8 9 --output-dir runs/curriculum-2
 
 One base model is pretrained and shared. Then LensNet is trained by preferences alone, in each arm for each seed:
 `fixed`, whose length falls with the steps; `self_play`, whose length falls while the policy is right often enough;
@@ -24,7 +24,7 @@ from experiments.studies.recall import run_once
 from experiments.tables import write_csv, write_json
 from experiments.train import load_preset
 from lensjax import _settings
-from lensjax._settings import Count, Seed, Share, require, settings
+from lensjax._settings import Count, PositiveInt, Seed, Share, require, settings
 from lensjax.evaluation import statistics
 from lensjax.runs.config import Config
 from lensjax.runs.store.log import read_rows
@@ -44,13 +44,15 @@ class Arguments:
     seeds: tuple[Seed, ...] = (0, 1, 2, 3, 4)
     resume: bool = False
     """Go on in a folder that is there already."""
-    steps: Count = 2000
+    steps: Count = 600
     """LensNet training steps of each run."""
+    eval_steps: PositiveInt = 10
+    """Steps from one held-out measurement to the next: how exactly the passes are known."""
     start: Share = 0.5
     """Length of a working context at the mildest, as a fraction of the history."""
     end: Share = 0.125
     """And at the hardest, at which all is measured."""
-    target: Share = 0.5
+    target: Share = 0.9
     """Share of the held-out sequences whose answer is to be shown."""
     success_target: Share = 0.7
     """Of the ladder."""
@@ -111,6 +113,7 @@ def configs(arguments: Arguments) -> tuple[Config, dict[tuple[str, int], Config]
             preset,
             seed=seed,
             steps=arguments.steps,
+            eval_steps=arguments.eval_steps,
             base_run=base.output_dir,
             output_dir=str(folder / f"{arm}-{seed}"),
             **changes[arm],
