@@ -36,6 +36,7 @@ from lensjax.session import Session, SessionConfig
 from lensjax.training.hyperparameters import Hyperparameters
 from lensjax.training.nll import variant_nll
 from lensjax.training.objective import lens_objective
+from lensjax.training.optim.ladder import CurriculumConfig
 from lensjax.training.optim.optimizer import OptimizerConfig, make_optimizer
 from lensjax.training.preferences import PreferencePairs, select_pairs, span_targets
 from lensjax.training.recipe import Recipe
@@ -47,6 +48,7 @@ __all__ = [
     "BaseConfig",
     "Config",
     "ContextConfig",
+    "CurriculumConfig",
     "Entries",
     "FocusConfig",
     "FocusState",

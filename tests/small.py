@@ -25,7 +25,7 @@ from lensjax.training.hyperparameters import Hyperparameters
 from lensjax.training.metrics import Metrics
 from lensjax.training.optim.optimizer import OptimizerConfig
 from lensjax.training.scoring import Batch, ContextConfig, ScoredVariants
-from lensjax.training.steps import preference
+from lensjax.training.steps import difficulty, preference
 from lensjax.training.steps.preference import TrainState
 from tests.foreign import ForeignModel
 
@@ -109,7 +109,7 @@ class Run:
     ) -> tuple[ScoredVariants, np.ndarray, np.ndarray | None]:
         """What the objective of the next step is given: variants, and scores of the policy and of its anchor."""
         keys = jax.random.split(jax.random.fold_in(state.key, state.step), tokens["tokens"].shape[0])
-        length = preference.current_length(state.step, state.hyper, recipe=self.recipe)
+        length = difficulty.current_length(state.step, state.hyper, recipe=self.recipe)
         params = {**(self.frozen() if frozen is None else frozen), **state.params}
         scored = self.score_variants(params, tokens["tokens"], keys, length, state.hyper.high_lod_share)
         scores = self.policy_scores(params["lens"], scored.entries)

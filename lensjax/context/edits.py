@@ -10,8 +10,10 @@ allocator does (`focus.swap` without thresholds), but for a gist inside of the v
 made in two choices, e or nothing first and then c, and both are ordinary categorical distributions.
 
 One refocus step draws several swaps from one set of scores. What cools, and what the step itself made, is left alone.
+Where it may not keep the context, each draw is a swap, as long as one is legal: the same probabilities, given a swap.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +73,7 @@ def draw(
     draws: int,
     temperature: ArrayLike,
     cooldown: int,
+    may_keep: bool = True,
 ) -> tuple[FocusState, Swaps]:
     """Samples and makes the swaps of one refocus step.
 
@@ -82,6 +85,7 @@ def draw(
       draws: static number M.
       temperature: float32[], above 0, in units of scores.
       cooldown: refocus steps for which an edited node is left alone.
+      may_keep: static; whether a draw may keep the context where a swap is legal.
 
     Returns:
       The state after the swaps, its cool-down counted on by one step, and what was drawn.
@@ -89,10 +93,11 @@ def draw(
     logits = jnp.asarray(scores) / temperature
     legal = _legal(state, geometry)
     none = logits.shape[0]
+    expansion = functools.partial(_expansion_logits, may_keep=may_keep)
 
     def one(collapsed: Array, key: Array) -> tuple[Array, Swaps]:
         first, second = jax.random.split(key)
-        node = jax.random.categorical(first, _expansion_logits(collapsed, legal, logits, geometry)).astype(jnp.int32)
+        node = jax.random.categorical(first, expansion(collapsed, legal, logits, geometry)).astype(jnp.int32)
         after = collapsed.at[node].set(False, mode="drop")
         block = jax.random.categorical(second, _collapse_logits(after, legal, logits, geometry)).astype(jnp.int32)
         block = jnp.where(node == none, none, block)
@@ -111,6 +116,7 @@ def log_prob(
     *,
     temperature: ArrayLike,
     reference: ArrayLike | None = None,
+    may_keep: bool = True,
 ) -> ActionStats:
     """How probable a policy finds the swaps of one refocus step; differentiable in the scores.
 
@@ -124,6 +130,7 @@ def log_prob(
       geometry: the history.
       temperature: float32[], above 0.
       reference: float32[N], scores of the reference policy, constants; None for none.
+      may_keep: static, as for `draw`.
 
     Returns:
       `ActionStats`.
@@ -131,6 +138,7 @@ def log_prob(
     logits = jnp.asarray(scores) / temperature
     others = logits if reference is None else jax.lax.stop_gradient(jnp.asarray(reference)) / temperature
     legal = _legal(state, geometry)
+    expansion = functools.partial(_expansion_logits, may_keep=may_keep)
 
     def one(collapsed: Array, swap: Swaps) -> tuple[Array, ActionStats]:
         def both(choice: Any, where: Array) -> tuple[Array, Array]:
@@ -139,7 +147,7 @@ def log_prob(
 
         after = collapsed.at[swap.expanded].set(False, mode="drop")
         first, second = (
-            _stats(*both(_expansion_logits, collapsed), swap.expanded),
+            _stats(*both(expansion, collapsed), swap.expanded),
             _stats(*both(_collapse_logits, after), swap.collapsed),
         )
         whole = jax.tree.map(lambda a, b: a + jnp.where(swap.changes, b, 0.0), first, second)
@@ -167,7 +175,9 @@ def _legal(state: FocusState, geometry: Geometry) -> tuple[Array, Array]:
     return is_warm & nodes.shown(state.collapsed, geometry), is_warm & blocks
 
 
-def _expansion_logits(collapsed: Array, legal: tuple[Array, Array], logits: Array, geometry: Geometry) -> Array:
+def _expansion_logits(
+    collapsed: Array, legal: tuple[Array, Array], logits: Array, geometry: Geometry, *, may_keep: bool
+) -> Array:
     """float32[N + 1]: of expanding each node, with all that may be collapsed for it, and of keeping the context."""
     up = legal[0] & nodes.shown(collapsed, geometry)
     down = nodes.collapsible(collapsed, legal[1], geometry)
@@ -178,6 +188,8 @@ def _expansion_logits(collapsed: Array, legal: tuple[Array, Array], logits: Arra
     up = up & (partners > 0)
     pairs = jnp.sum(jnp.where(up, partners, 0))
     keep = jnp.log(jnp.maximum(pairs, 1).astype(jnp.float32))
+    if not may_keep:
+        keep = jnp.where(pairs > 0, _NEVER, keep)
     return jnp.append(jnp.where(up, logits + rest, _NEVER), keep)
 
 

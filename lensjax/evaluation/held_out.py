@@ -23,7 +23,8 @@ from lensjax.training.objective import Statistics
 from lensjax.training.recipe import Recipe
 from lensjax.training.scoring import Batch, ScoredVariants, reward_weights, score_variants
 from lensjax.training.steps.adaptation import adapted, document_deltas, score_supports
-from lensjax.training.steps.preference import TrainState, current_length, objective_key
+from lensjax.training.steps.difficulty import current_length, hardest_share
+from lensjax.training.steps.preference import TrainState, objective_key
 from lensjax.training.steps.update import all_parts
 
 
@@ -67,7 +68,7 @@ def eval_step(
         one = functools.partial(_score, models, params, state)
         return jax.vmap(lambda tokens, row: one(tokens, row, length, recipe))(batch["tokens"], keys)
 
-    scored = score(recipe)
+    scored = score(_settings.replace(recipe, **{"context.own_rollouts": 0, "context.proposed_rollouts": 0}))
     scores = policy_scores(models.lens, params["lens"], scored.entries)
     anchor_scores = None if state.anchor is None else policy_scores(models.lens, state.anchor, scored.entries)
     report = objective.lens_objective(
@@ -111,7 +112,7 @@ def _score(
     length: Array,
     recipe: Recipe,
 ) -> ScoredVariants:
-    share = state.hyper.high_lod_share
+    share = hardest_share(state.hyper, recipe)
     return score_variants(
         key,
         params,

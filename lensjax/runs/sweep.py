@@ -1,10 +1,12 @@
 """Many settings and seeds of one run in one compiled program: the arms of a sweep are a batch axis.
 
 What `Hyperparameters` holds differs from arm to arm as data. Arms that draw the same rollouts (same seed, same lengths,
-same share of LOD 2) read the same scored variants: the base model's passes are paid once for all of them. With several
-devices each takes some of the arms, and nothing passes between them.
+same share of LOD 2) read the same scored variants: the base model's passes are paid once for all of them. Where the
+policy draws rollouts itself, or its success decides how hard they are, only arms that are the same run share them. With
+several devices each takes some of the arms, and nothing passes between them.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -32,7 +34,7 @@ from lensjax.training.steps.preference import TrainState
 Setting = dict[str, Any]
 """Changed fields of a config by dotted name; empty for the default."""
 ROLLOUT_SETTINGS = ("context_start", "context_end", "high_lod_share")
-"""What decides, beside the seed, which rollouts an arm draws."""
+"""What decides, beside the seed, which rollouts an arm draws; where the policy has a say, every hyperparameter does."""
 _OWN = {"seed", "output_dir", "base_run"}
 
 
@@ -208,7 +210,10 @@ def init(
 
 def _draw(config: Config) -> tuple[float, ...]:
     """What an arm has in common with those that draw the same rollouts, the seed first."""
-    return (config.seed, *(getattr(config.hyper, name) for name in ROLLOUT_SETTINGS))
+    # What a policy draws depends on what it has learned, and so on all that it learns with.
+    every = [item.name for item in dataclasses.fields(Hyperparameters)]
+    names = every if config.recipe.draws_by_policy else ROLLOUT_SETTINGS
+    return (config.seed, *(getattr(config.hyper, name) for name in names))
 
 
 def split(configs: Sequence[Config], parts: int) -> list[list[int]]:
@@ -268,7 +273,8 @@ def step(
 
     def score(one: tuple[Array, Array]) -> ScoredVariants:
         arm = jax.tree.map(lambda leaf: leaf[one[0]], state.arms)
-        return preference.score_batch(frozen, arm, {"tokens": batch["tokens"][one[1]]}, recipe=recipe, models=models)
+        params = {**frozen, **arm.params} if recipe.context.asks_policy else frozen
+        return preference.score_batch(params, arm, {"tokens": batch["tokens"][one[1]]}, recipe=recipe, models=models)
 
     scored = jax.lax.map(score, (state.reader, state.row), batch_size=at_once)
 

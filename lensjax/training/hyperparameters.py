@@ -67,11 +67,17 @@ class Hyperparameters:
     """Share of the pairs of a batch that are not easy, for `objective.stages`: 0 makes all easy, 1 none."""
     high_lod_share: Share = 0.1
     """Probability of each block of LOD 2 or above that the target length leaves open."""
+    own_temperature: Positive = 0.1
+    """Of the swaps of `context.own_rollouts`, in units of scores: how far the policy's own draws explore."""
     context_start: Annotated[float, Bound(0, 1, low_excluded=True)] = 0.8
     """Length of a working context at step 0, as a fraction of the history. The larger of the two lengths in the
     `Recipe` is the compiled capacity, which bounds them in a state."""
     context_end: Annotated[float, Bound(0, 1, low_excluded=True)] = 0.75
     """Length of a working context at the end of the curriculum, as a fraction of the history."""
+    success_target: Share = 0.7
+    """Share of the sequences whose best variant the policy should ask for, which `curriculum` self_play keeps to."""
+    success_beta: Decay = 0.9
+    """Decay of each level's moving average of that share."""
     token_loss_weight: NonNegative = 1.0
     """Weight of mean_v nll(v) when the base model or GistNet is trained."""
     gist_delta_weight: NonNegative = 0.0

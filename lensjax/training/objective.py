@@ -154,7 +154,7 @@ def lens_objective(
     report |= {"mc/adv_ema_mean": normaliser.mean, "mc/adv_ema_std": jnp.sqrt(normaliser.variance)}
     report |= metrics.advantage_metrics(scored.nll, distinct)
     report |= metrics.score_metrics(scores, variants.lod, is_free, max_lod=geometry.max_lod)
-    report |= _preference_metrics(inputs)
+    report |= _preference_metrics(inputs, tells_success=recipe.curriculum.climbs)
     picked_lods = jax.vmap(pair_rows)(variants.lod, inputs.pairs)
     by_entry = entry_losses(inputs)
     report |= metrics.lod_loss_metrics(by_entry, picked_lods, inputs.targets.where, max_lod=geometry.max_lod)
@@ -234,8 +234,12 @@ def term_inputs(
     values = value(scores, scored.contexts)
     weights = jnp.ones(pairs.valid.shape)
     if settings.pair_weights == "importance":
-        weigh = functools.partial(preferences.pair_weights, beta=hyper.beta, most=MOST_PAIR_WEIGHT)
-        weights = jax.vmap(weigh)(values, pairs, compared)
+        if scored.log_ratio is None:
+            weigh = functools.partial(preferences.pair_weights, beta=hyper.beta, most=MOST_PAIR_WEIGHT)
+            weights = jax.vmap(weigh)(values, pairs, compared)
+        else:
+            known = functools.partial(preferences.drawn_pair_weights, most=MOST_PAIR_WEIGHT)
+            weights = jax.vmap(known)(scored.log_ratio, pairs)
     advantages = moving.normalise(statistics.normaliser, preferences.advantage_deltas(scored.nll))
     return TermInputs(
         scores=scores,
@@ -265,11 +269,12 @@ def _unless_broken(loss: Array, scored: ScoredVariants) -> Array:
     return jnp.where(jnp.all(jnp.isfinite(scored.nll) | ~scored.distinct), loss, jnp.nan)
 
 
-def _preference_metrics(inputs: TermInputs) -> dict[str, Array]:
+def _preference_metrics(inputs: TermInputs, *, tells_success: bool) -> dict[str, Array]:
     """Does the policy ask for what was measured to be better?"""
     scored, pairs, targets, values = inputs.scored, inputs.pairs, inputs.targets, inputs.values
     supervised = jnp.any(targets.where, axis=(-2, -1))
-    share, count = agreement.agreement(jax.vmap(agreement.pair_margins)(inputs.scores, targets, pairs), supervised)
+    margins = jax.vmap(agreement.pair_margins)(inputs.scores, targets, pairs)
+    share, count = agreement.agreement(margins, supervised)
     control = jax.vmap(agreement.pair_margins)(agreement.lod_only_scores(scored.contexts), targets, pairs)
     control_share, _ = agreement.agreement(control, supervised)
 
@@ -282,6 +287,10 @@ def _preference_metrics(inputs: TermInputs) -> dict[str, Array]:
         "mc/preference_pair_count": count.astype(jnp.float32),
         "mc/preference_tie_share": jnp.mean(jax.vmap(preferences.tie_share)(scored.nll, scored.distinct)),
     }
+    if tells_success:
+        # Of each sequence its first pair, the best variant and the worst.
+        success, sequences = agreement.agreement(margins[:, 0], supervised[:, 0])
+        report |= {"mc/preference_success": success, "mc/preference_success_count": sequences.astype(jnp.float32)}
     report |= metrics.correlation_metrics(correlations, defined)
     report |= metrics.reward_metrics(take(values, pairs.better), take(values, pairs.worse), pairs.valid)
     return report

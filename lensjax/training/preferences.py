@@ -222,7 +222,7 @@ def pair_weights(
         min(most, rho_b rho_w),    rho_v = n pi(v),    pi = softmax(beta h) over the n variants that are compared
 
     A pair is two draws. The sampler is taken to draw each of the variants at hand as readily as any other: its density
-    is not kept, and the baseline has none.
+    is not kept, and the baseline has none. Where the policy draws some itself, `drawn_pair_weights` knows better.
 
     Args:
       values: float32[V], the policy's value of each variant; constants.
@@ -238,3 +238,23 @@ def pair_weights(
     log_policy = jax.nn.log_softmax(jnp.where(where, jnp.asarray(beta) * jnp.asarray(values), -1e30))
     log_sampler = -jnp.log(jnp.maximum(jnp.sum(where, dtype=jnp.float32), 1))
     return importance_weights(log_policy[pairs.better] + log_policy[pairs.worse], 2 * log_sampler, most=most)
+
+
+def drawn_pair_weights(log_ratio: ArrayLike, pairs: PreferencePairs, *, most: ArrayLike) -> Array:
+    """Importance weights of pairs of variants whose probabilities are known.
+
+        min(most, rho_b rho_w),    rho_v = exp(log_ratio_v)
+
+    A pair is two draws, taken as independent: how many of a sequence's draws are the policy's own is fixed, which for
+    n draws is a difference of order 1 / n.
+
+    Args:
+      log_ratio: float32[V], of `ScoredVariants`; constants.
+      pairs: P pairs.
+      most: float32[], above 0, bound on a weight.
+
+    Returns:
+      float32[P].
+    """
+    log_ratio = jnp.asarray(log_ratio)
+    return importance_weights(log_ratio[pairs.better] + log_ratio[pairs.worse], 0.0, most=most)

@@ -7,6 +7,7 @@ from lensjax._settings import Count, require, settings
 from lensjax.context.allocator import FocusConfig
 from lensjax.context.geometry import Geometry
 from lensjax.training.hyperparameters import Hyperparameters
+from lensjax.training.optim.ladder import CurriculumConfig
 from lensjax.training.optim.optimizer import OptimizerConfig
 from lensjax.training.scoring import ContextConfig
 from lensjax.training.teachers import DistillConfig
@@ -42,6 +43,7 @@ class Recipe:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
     """A stage of its own; and the teacher of `objective.gate`, its temperature and sharpness."""
+    curriculum: CurriculumConfig = dataclasses.field(default_factory=CurriculumConfig)
 
     def _check(self) -> None:
         require(
@@ -103,8 +105,21 @@ class Recipe:
         )
         for name in ("context_start", "context_end"):
             self.geometry.length_of_fraction(getattr(self.hyper, name), name=f"hyper.{name}")
+        self._check_curriculum()
         if "hypernet" in self.trainable:
             self._check_hypernet()
+
+    def _check_curriculum(self) -> None:
+        require(
+            not self.curriculum.climbs or self.optimizer.curriculum_steps is None,
+            "optimizer.curriculum_steps must be None with curriculum.name self_play, whose ladder decides how hard a "
+            f"step is, got {self.optimizer.curriculum_steps}",
+        )
+        require(
+            self.curriculum.high_lod_share is None or self.context.max_lod > 1,
+            "curriculum.high_lod_share needs context.max_lod above 1, a level that it is a share of, got "
+            f"{self.curriculum.high_lod_share}",
+        )
 
     def _check_hypernet(self) -> None:
         context = self.context
@@ -125,6 +140,16 @@ class Recipe:
             self.objective.gate == "none",
             "objective.gate must be none for the hypernetwork, which learns from the preferences of every document, "
             f"got {self.objective.gate}",
+        )
+        require(
+            not self.curriculum.climbs,
+            "curriculum.name must be fixed for the hypernetwork, whose support is as long as the step says, got "
+            f"{self.curriculum.name}",
+        )
+        require(
+            not context.asks_policy,
+            "context.own_rollouts and context.proposed_rollouts must be 0 for the hypernetwork, whose policy differs "
+            f"from document to document, got {context.own_rollouts} and {context.proposed_rollouts}",
         )
         shortest = context.block_size * (context.sink_blocks + 1) + context.recent_tokens + 2 * context.horizon
         require(
@@ -162,6 +187,11 @@ class Recipe:
         """
         shortest = min(self.hyper.context_start, self.hyper.context_end)
         return self.context.key.tokens(self.geometry.length_of_fraction(shortest))
+
+    @property
+    def draws_by_policy(self) -> bool:
+        """Whether what a step draws depends on what the policy has learned."""
+        return self.context.asks_policy or self.curriculum.climbs
 
     @property
     def has_anchor(self) -> bool:

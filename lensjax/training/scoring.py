@@ -16,8 +16,9 @@ from lensjax.context.geometry import HIGHEST_LOD, Geometry
 from lensjax.context.rollouts import collapses_for_length, is_distinct, sample_cut, sample_rollouts
 from lensjax.context.working import Entries, WorkingContext
 from lensjax.models import Models, Params
-from lensjax.models.decision import Window, build_tree, split
-from lensjax.training import key_tokens, nll
+from lensjax.models.decision import Window, build_tree, policy, split
+from lensjax.training import adversary, key_tokens, nll, own_rollouts
+from lensjax.training.adversary import RegretHead
 from lensjax.training.key_tokens import KeyConfig
 
 
@@ -51,6 +52,14 @@ class ContextConfig:
     local_edits: Count = 0
     """Above 0 the rollouts of a sequence are one random cut and N - 1 that differ from it by so many swaps: then a
     preference concerns few spans. The baseline, which differs from them everywhere, is in no pair."""
+    own_rollouts: Count = 0
+    """Of the rollouts but the first, how many the policy itself draws, at `hyper.own_temperature`; the others then draw
+    each legal swap alike, so that all probabilities are known. Needs `local_edits`. Held-out variants stay random."""
+    proposed_rollouts: Count = 0
+    """Of the rollouts, how many an adversary chooses out of `candidates` random ones: those that it expects the policy
+    to be most wrong about. Held-out variants stay random."""
+    candidates: Variants = 32
+    """Cuts that the adversary chooses from; each costs a pass of LensNet, and none of the base model."""
     reward: Literal["mean", "key"] = "mean"
     """Whose loss a variant is rewarded for: `mean` of all tokens of the horizon, or `key` of those that old history
     helps to predict, of all where there are none. Losses in the rows of training are then of these."""
@@ -62,6 +71,31 @@ class ContextConfig:
             self.local_edits == 0 or self.rollouts >= 2,
             "context.rollouts must be at least 2 where context.local_edits compares them with each other, got "
             f"{self.rollouts}",
+        )
+        require(
+            self.own_rollouts == 0 or self.local_edits > 0,
+            "context.own_rollouts needs context.local_edits, the swaps that the policy draws: set context.local_edits "
+            f"to 1 or more, or context.own_rollouts to 0, got {self.own_rollouts}",
+        )
+        require(
+            self.own_rollouts < self.rollouts,
+            f"context.own_rollouts must be below context.rollouts {self.rollouts}, whose first is the random cut that "
+            f"they start from, got {self.own_rollouts}",
+        )
+        require(
+            self.proposed_rollouts < self.rollouts,
+            f"context.proposed_rollouts must be below context.rollouts {self.rollouts}, of which one at least is drawn "
+            f"at random, got {self.proposed_rollouts}",
+        )
+        require(
+            self.proposed_rollouts <= self.candidates,
+            f"context.candidates must be at least context.proposed_rollouts {self.proposed_rollouts}, which are chosen "
+            f"of them, got {self.candidates}",
+        )
+        require(
+            self.proposed_rollouts == 0 or self.own_rollouts == 0,
+            "context.own_rollouts must be 0 with context.proposed_rollouts, how probable which are nobody knows, got "
+            f"{self.own_rollouts}",
         )
         require(
             not self.omit or self.max_lod == 1,
@@ -79,6 +113,11 @@ class ContextConfig:
             f"context.window must hold {block}, context.recent_tokens and context.horizon, at least {shortest}, got "
             f"{self.window}",
         )
+
+    @property
+    def asks_policy(self) -> bool:
+        """Whether LensNet has a say in which variants are drawn."""
+        return self.own_rollouts > 0 or self.proposed_rollouts > 0
 
     @property
     def history(self) -> int:
@@ -103,7 +142,7 @@ class ScoredVariants:
     Example:
       >>> import dataclasses, lensjax as lx
       >>> [field.name for field in dataclasses.fields(lx.ScoredVariants)]
-      ['contexts', 'distinct', 'entries', 'nll', 'worth']
+      ['contexts', 'distinct', 'entries', 'nll', 'worth', 'log_ratio', 'features']
     """
 
     contexts: WorkingContext
@@ -117,6 +156,11 @@ class ScoredVariants:
     worth: Array | None = None
     """float32[N]: what a teacher says that each node of the history is worth in full (`lessons.node_worths`); None
     without `objective.gate`."""
+    log_ratio: Array | None = None
+    """float32[V]: log of how probable the policy finds a variant, beside what drew it (`own_rollouts.draw`); 0 for
+    recency and the first rollout. None where the policy draws none."""
+    features: Array | None = None
+    """float32[N, F]: what an adversary knew of each rollout, its proposals last. None without one."""
 
 
 def reward_weights(
@@ -155,12 +199,14 @@ def score_variants(
     context: ContextConfig,
     capacity: int,
     short: int | None = None,
+    own_temperature: ArrayLike | None = None,
+    head: RegretHead | None = None,
 ) -> ScoredVariants:
     """Draws the variants of one history and measures each on the horizon behind it.
 
     Args:
       key: PRNG key, consumed.
-      params: parameters of `base` and `gist`.
+      params: parameters of `base` and `gist`, and of `lens` where `context.asks_policy`.
       tokens: int32[T].
       length: int32[], entries of every variant, at most `capacity`; may be traced.
       high_lod_share: float32[], see `rollouts.sample_cut`.
@@ -168,9 +214,14 @@ def score_variants(
       context: the window, what is rewarded, and how variants are drawn.
       capacity: static number of entries W.
       short: static, see `reward_weights`; read where key tokens are rewarded.
+      own_temperature: float32[], above 0, of the policy's own draws, through which no gradient passes.
+      head: the adversary, which proposes rollouts.
 
     Returns:
       `ScoredVariants` with V = N + 1.
+
+    Raises:
+      ValueError: the policy draws rollouts and `own_temperature` is None, or the adversary does and `head` is None.
 
     Example:
       >>> import functools, jax, jax.numpy as jnp, lensjax as lx
@@ -186,26 +237,51 @@ def score_variants(
     window = split(tokens, horizon=context.horizon)
     tree = build_tree(models, params, window.history, geometry)
     recency = contexts.recency(length, geometry, capacity=capacity)
-    if context.local_edits:
-        drawn, _ = local_rollouts(
+    log_ratio = known = None
+    at_random = context.rollouts - context.proposed_rollouts
+    rollouts = at_random + context.candidates if context.proposed_rollouts else context.rollouts
+    if context.own_rollouts:
+        if own_temperature is None:
+            raise ValueError("own_temperature must be given where context.own_rollouts is above 0")
+        drawn, ratios = own_rollouts.draw(
             key,
+            policy(models.lens, jax.lax.stop_gradient(params["lens"]), tree),
             length,
             high_lod_share,
             rollouts=context.rollouts,
+            own=context.own_rollouts,
+            draws=context.local_edits,
+            temperature=own_temperature,
+            geometry=geometry,
+            capacity=capacity,
+        )
+        log_ratio = jnp.append(0.0, ratios)
+    elif context.local_edits:
+        drawn, distinct = local_rollouts(
+            key,
+            length,
+            high_lod_share,
+            rollouts=rollouts,
             edits=context.local_edits,
             geometry=geometry,
             capacity=capacity,
         )
     else:
-        drawn, _ = sample_rollouts(
-            key, length, high_lod_share, rollouts=context.rollouts, geometry=geometry, capacity=capacity
+        drawn, distinct = sample_rollouts(
+            key, length, high_lod_share, rollouts=rollouts, geometry=geometry, capacity=capacity
         )
+    if context.proposed_rollouts:
+        if head is None:
+            raise ValueError("head must be given where context.proposed_rollouts is above 0")
+        known = adversary.features(models, params["lens"], tree, drawn, geometry)
+        chosen = adversary.propose(head, known, distinct, random=at_random, proposed=context.proposed_rollouts)
+        drawn, known = jax.tree.map(lambda leaf: leaf[chosen], (drawn, known))
     variants = jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), recency, drawn)
     weights = reward_weights(models, params, window, context, short)
     measured, entries = nll.variant_nll(models.base, params["base"], tree, variants, window.horizon, geometry, weights)
     # A rollout may be recency, too: where nothing has to be collapsed each of them is.
     cuts = jax.vmap(lambda variant: contexts.to_cut(variant, geometry))(variants)
-    return ScoredVariants(variants, is_distinct(cuts), entries, measured)
+    return ScoredVariants(variants, is_distinct(cuts), entries, measured, log_ratio=log_ratio, features=known)
 
 
 def local_rollouts(

@@ -11,7 +11,7 @@ from lensjax.context import working as contexts
 from lensjax.context.geometry import Geometry
 from lensjax.models.decision import build_tree, policy_scores
 from lensjax.training.scoring import local_rollouts
-from lensjax.training.steps import preference
+from lensjax.training.steps import difficulty
 from tests import reference
 from tests.small import FULL, OTHER, SMALL, Run, batch, jit
 
@@ -23,7 +23,7 @@ def observed(run=OTHER, step=4):
     """A batch of variants under a base model whose loss the reference can compute, and the policy's scores."""
     state = run.state(step=step, high_lod_share=0.5)
     scored, scores, _ = run.observe(state, batch())
-    length = int(preference.current_length(state.step, state.hyper, recipe=run.recipe))
+    length = int(difficulty.current_length(state.step, state.hyper, recipe=run.recipe))
     return state, length, scored, np.asarray(scores)
 
 

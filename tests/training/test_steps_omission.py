@@ -11,7 +11,7 @@ from lensjax import _settings
 from lensjax.context import working as contexts
 from lensjax.training.metrics import HISTOGRAMS, MAY_BE_UNDEFINED
 from lensjax.training.recipe import Recipe
-from lensjax.training.steps import online, preference, pretrain
+from lensjax.training.steps import difficulty, online, preference, pretrain
 from tests.small import OMITTING, SMALL, batch, jit
 
 CONFIG, RECIPE, MODELS, GEOMETRY = OMITTING.config, OMITTING.recipe, OMITTING.models, OMITTING.config.geometry
@@ -56,7 +56,7 @@ def test_all_variants_have_the_length_and_the_policy_sees_a_map_and_what_the_bas
     state = OMITTING.state()
     for step in (0, 3, 11):
         scored, scores, _ = OMITTING.observe(OMITTING.state(step=step), batch())
-        length = int(preference.current_length(jnp.int32(step), state.hyper, recipe=RECIPE))
+        length = int(difficulty.current_length(jnp.int32(step), state.hyper, recipe=RECIPE))
         check = functools.partial(contexts.invariants, geometry=GEOMETRY, length=length)
         for name, ok in jax.vmap(jax.vmap(check))(scored.contexts).items():
             assert np.all(ok), name

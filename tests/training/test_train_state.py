@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lensjax import _settings
-from lensjax.training.steps import preference
+from lensjax.training.steps import difficulty, preference
 from tests.small import LENS, SMALL, Run, batch, jit
 
 STATIC = {"recipe": LENS.recipe, "models": LENS.models}
@@ -40,7 +40,7 @@ def test_lengths_of_the_curriculum_are_reachable_and_monotone(changes, start, en
     recipe = _settings.replace(SMALL.recipe, **changes, **{"hyper.context_start": start, "hyper.context_end": end})
     hyper = jax.tree.map(jnp.float32, recipe.hyper)
     steps, geometry = np.arange(recipe.steps, dtype=np.int32), recipe.geometry
-    lengths = jax.vmap(lambda step: preference.current_length(step, hyper, recipe=recipe))(steps).tolist()
+    lengths = jax.vmap(lambda step: difficulty.current_length(step, hyper, recipe=recipe))(steps).tolist()
     assert all(geometry.length(length) == length for length in lengths)
     assert lengths[0] == geometry.length_of_fraction(start)
     # The default curriculum is half of the run, which is 6 steps here as well.

@@ -29,11 +29,11 @@ from lensjax.training import objective
 from lensjax.training.metrics import Metrics
 from lensjax.training.recipe import Recipe
 from lensjax.training.scoring import Batch, ScoredVariants, score_variants
+from lensjax.training.steps.difficulty import current_length
 from lensjax.training.steps.preference import (
     Loss,
     TrainState,
     apply_loss,
-    current_length,
     init_train_state,
     score_batch,
     sequence_keys,

@@ -7,19 +7,21 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.typing import ArrayLike
 
 from lensjax.models import Models, Params
 from lensjax.models.decision import policy_scores
-from lensjax.training import lessons, metrics, objective, preferences, stages
+from lensjax.training import adversary, lessons, metrics, objective, preferences, stages
+from lensjax.training.adversary import RegretHead
 from lensjax.training.hyperparameters import Hyperparameters
 from lensjax.training.metrics import Metrics
 from lensjax.training.objective import Statistics
 from lensjax.training.optim import moving, schedules
+from lensjax.training.optim.ladder import Ladder, init_ladder
 from lensjax.training.optim.moving import EmaMoments
 from lensjax.training.optim.optimizer import make_optimizer
 from lensjax.training.recipe import Recipe
 from lensjax.training.scoring import Batch, ScoredVariants, score_variants
+from lensjax.training.steps.difficulty import climb, learn_regrets, of_step
 from lensjax.training.steps.update import Gradient, Learner, all_parts, gradient_step, init_learner, split_parts
 from lensjax.training.terms.advantages import informative_share
 from lensjax.training.terms.inputs import Term
@@ -52,6 +54,10 @@ class TrainState(Learner):
     """Moving moments of the net demand for detail."""
     hyper: Hyperparameters
     """float32[] each."""
+    ladder: Ladder | None
+    """Level of the self-play curriculum; None with the fixed one."""
+    head: RegretHead | None
+    """What the adversary expects; None where none proposes rollouts."""
 
 
 def init_train_state(
@@ -105,6 +111,8 @@ def init_train_state(
         anchor=moving.init_anchor((trained | frozen)["lens"]) if recipe.has_anchor else None,
         demand=moving.init_moments(),
         hyper=jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), recipe.hyper),
+        ladder=init_ladder(recipe.curriculum.levels) if recipe.curriculum.climbs else None,
+        head=adversary.init_head(models) if recipe.context.proposed_rollouts else None,
     )
     return state, frozen
 
@@ -187,7 +195,7 @@ def score_batch(
     """The variants of a batch, scored; of the state only step, key and hyperparameters are read.
 
     Args:
-      params: parameters of `base` and `gist`.
+      params: parameters of `base` and `gist`, and of `lens` where it draws rollouts itself.
       state: the state before the step.
       batch: `tokens` int32[B, T].
       recipe: static.
@@ -196,7 +204,7 @@ def score_batch(
     Returns:
       `ScoredVariants` with leading axis B.
     """
-    length, share = current_length(state.step, state.hyper, recipe=recipe), state.hyper.high_lod_share
+    length, share = of_step(state.step, state.hyper, state.ladder, recipe=recipe)
 
     def score(tokens: Array, key: Array) -> ScoredVariants:
         return score_variants(
@@ -209,6 +217,8 @@ def score_batch(
             context=recipe.context,
             capacity=recipe.capacity,
             short=recipe.short,
+            own_temperature=state.hyper.own_temperature,
+            head=state.head,
         )
 
     scored = jax.vmap(score)(batch["tokens"], sequence_keys(state, batch))
@@ -296,21 +306,26 @@ def _take_in(
             is_new_stage=after.step == stages.second_stage(hyper.stage_boundary, recipe.steps),
         )
     deltas = preferences.advantage_deltas(scored.nll)
+    head, regrets = learn_regrets(state.head, scored, recipe=recipe)
     after = replace(
         after,
         normaliser=moving.update_moments(state.normaliser, deltas, scored.distinct, hyper.adv_norm_beta),
         anchor=anchor,
         demand=moving.update_moments(state.demand, balance, scored.distinct, hyper.budget_smooth_beta),
+        ladder=climb(state.ladder, report, hyper, recipe=recipe),
+        head=head,
     )
-    report |= {
+    report |= regrets | {
         "loss": seen.loss,
         "grad_norm": optax.tree.norm(seen.grads),
         "temperature": temperature(state, recipe=recipe),
-        "context_length": current_length(state.step, hyper, recipe=recipe).astype(jnp.float32),
+        "context_length": of_step(state.step, hyper, state.ladder, recipe=recipe)[0].astype(jnp.float32),
         "mc/adv_histogram": metrics.histogram(
             deltas[:, 1:], scored.distinct[:, 1:], metrics.HISTOGRAMS["mc/adv_histogram"]
         ),
     }
+    if after.ladder is not None:
+        report |= {"curriculum/level": after.ladder.level.astype(jnp.float32), "curriculum/success": after.ladder.rate}
     # Another optimizer has its own rate, which nothing here knows.
     if "learning_rate" in getattr(after.opt_state, "hyperparams", {}):
         report["lr"] = rate
@@ -339,17 +354,4 @@ def temperature(state: TrainState, *, recipe: Recipe) -> Array:
     """Temperature of the step; float32[]."""
     return schedules.linear(
         state.step, start=state.hyper.temperature, end=state.hyper.temperature_end, steps=recipe.steps
-    )
-
-
-def current_length(step: ArrayLike, hyper: Hyperparameters, *, recipe: Recipe) -> Array:
-    """Entries of every working context at a step of the curriculum, int32[]."""
-    steps = recipe.optimizer.curriculum_steps
-    return schedules.context_length(
-        step,
-        start=hyper.context_start,
-        end=hyper.context_end,
-        steps=recipe.steps // 2 if steps is None else steps,
-        geometry=recipe.geometry,
-        capacity=recipe.capacity,
     )

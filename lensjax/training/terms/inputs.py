@@ -78,7 +78,8 @@ class ObjectiveConfig:
     """Whether sequences with few good rollouts (`hyper.gate`, `hyper.gate_gain`) learn from the teacher of `distill`
     instead of from their preferences (HPT). The teacher reads each window three times more."""
     pair_weights: Literal["none", "importance"] = "none"
-    """What pairs weigh in the terms over pairs: one as much as another, or what `preferences.pair_weights` gives."""
+    """What pairs weigh in the terms over pairs: one as much as another, or what `preferences.pair_weights` gives; with
+    `context.own_rollouts`, whose probabilities are known, what `preferences.drawn_pair_weights` gives."""
     group_weights: Literal["none", "importance"] = "none"
     """What variants weigh in `grpo` and `gtpo`: one as much as another, or what `losses.credit.group_weights` gives."""
     group_reward: Literal["nll", "contrastive"] = "nll"

@@ -1,0 +1,183 @@
+"""Does a curriculum that fights back reach 8x on recall with fewer passes of the base model than a fixed one?
+
+    python -m experiments.studies.curriculum
+    python -m experiments.studies.curriculum --steps 2000 --target 0.95 --seeds 5 6 7 8 9 --output-dir runs/curriculum-2
+
+One base model is pretrained and shared. Then LensNet is trained by preferences alone, in each arm for each seed:
+`fixed`, whose length falls with the steps; `self_play`, whose length falls while the policy is right often enough;
+`adversary`, the same with half of the rollouts proposed by an adversary; `own`, the fixed one with half of the rollouts
+drawn by the policy. All go from `--start` to `--end` of the history, with as many rollouts a step, so that a step costs
+every arm the same passes. What is measured at the end's length, on held-out sequences as training goes on: how many
+passes it took until the policy showed the answer as often as `--target` says, and what it came to. Passes of LensNet
+are not counted. Prints a table, and writes `summary.json` and `curriculum.csv`, one row an arm and seed.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from experiments import command
+from experiments.studies.recall import run_once
+from experiments.tables import write_csv, write_json
+from experiments.train import load_preset
+from lensjax import _settings
+from lensjax._settings import Count, PositiveInt, Seed, Share, require, settings
+from lensjax.evaluation import statistics
+from lensjax.runs.config import Config
+from lensjax.runs.store.log import read_rows
+
+Arm = Literal["fixed", "self_play", "adversary", "own"]
+
+
+@settings()
+class Arguments:
+    """What to run; finished runs in the folder are kept and interrupted ones go on."""
+
+    output_dir: Path = Path("runs/curriculum")
+    preset: str = "recall_long"
+    """Name or path of the config that all runs start from; its rollouts must be local for `own`."""
+    arms: tuple[Arm, ...] = ("fixed", "self_play", "adversary", "own")
+    """The first is what the others are compared with."""
+    seeds: tuple[Seed, ...] = (0, 1, 2, 3, 4)
+    resume: bool = False
+    """Go on in a folder that is there already."""
+    steps: Count = 600
+    """LensNet training steps of each run."""
+    eval_steps: PositiveInt = 10
+    """Steps from one held-out measurement to the next: how exactly the passes are known."""
+    start: Share = 0.5
+    """Length of a working context at the mildest, as a fraction of the history."""
+    end: Share = 0.125
+    """And at the hardest, at which all is measured."""
+    target: Share = 0.9
+    """Share of the held-out sequences whose answer is to be shown."""
+    success_target: Share = 0.7
+    """Of the ladder."""
+
+
+def main(words: list[str] | None = None) -> None:
+    """Command line."""
+    command.program(compare, Arguments, words, description=__doc__)
+
+
+def compare(arguments: Arguments) -> dict[str, Any]:
+    """Runs every arm for every seed, and returns what `summary.json` holds."""
+    console = Console()
+    command.check_free(arguments.output_dir, resume=arguments.resume)
+    base, lens = configs(arguments)
+    run_once(base, console)
+    rows = []
+    for (arm, seed), config in lens.items():
+        run_once(config, console)
+        rows.append({"arm": arm, "seed": seed} | outcome(config, arguments.target))
+    summary = {
+        "target": arguments.target,
+        "passes_per_step": passes_per_step(base),
+        "steps": arguments.steps,
+        "seeds": list(arguments.seeds),
+        "arms": {arm: _of_arm([row for row in rows if row["arm"] == arm]) for arm in arguments.arms},
+        "differences": _differences(rows, arguments),
+    }
+    write_json(summary, arguments.output_dir / "summary.json")
+    write_csv(rows, arguments.output_dir / "curriculum.csv")
+    _print(console, summary)
+    return summary
+
+
+def configs(arguments: Arguments) -> tuple[Config, dict[tuple[str, int], Config]]:
+    """The base model's run, and LensNet's by arm and seed: all of them are checked before the first one starts."""
+    for name in ("arms", "seeds"):
+        values = getattr(arguments, name)
+        require(0 < len(values) == len(set(values)), f"{name} must name one or more different {name}, got {values}")
+    preset = load_preset(arguments.preset)
+    require(
+        preset.data.task == "recall",
+        f"preset {arguments.preset} has data.task {preset.data.task!r}: expected one for recall",
+    )
+    ends = {"hyper.context_start": arguments.start, "hyper.context_end": arguments.end}
+    preset = _settings.replace(preset, **ends, **{"distill.steps": 0})
+    folder, half = arguments.output_dir, preset.context.rollouts // 2
+    base = _settings.replace(preset, steps=0, base_run=None, output_dir=str(folder / "base"))
+    climbs = {"curriculum.name": "self_play", "hyper.success_target": arguments.success_target}
+    changes: dict[str, dict[str, Any]] = {
+        "fixed": {},
+        "self_play": climbs,
+        "adversary": {**climbs, "context.proposed_rollouts": half},
+        "own": {"context.own_rollouts": half, "objective.pair_weights": "importance"},
+    }
+    lens = {
+        (arm, seed): _settings.replace(
+            preset,
+            seed=seed,
+            steps=arguments.steps,
+            eval_steps=arguments.eval_steps,
+            base_run=base.output_dir,
+            output_dir=str(folder / f"{arm}-{seed}"),
+            **changes[arm],
+        )
+        for seed in arguments.seeds
+        for arm in arguments.arms
+    }
+    return base, {key: lens[key] for key in sorted(lens, key=lambda key: arguments.arms.index(key[0]))}
+
+
+def passes_per_step(config: Config) -> int:
+    """Contexts that the base model reads in one training step: of each sequence, recency and the rollouts."""
+    return config.batch_size * (config.context.rollouts + 1)
+
+
+def outcome(config: Config, target: float) -> dict[str, Any]:
+    """What a finished run came to: passes until the target, None where it was missed, and its last measurements."""
+    rows = [row for row in read_rows(config.output_dir) if row["phase"] == "lens"]
+    measured = [row for row in rows if "eval/hit_rate" in row]
+    there = [row["step"] for row in measured if row["eval/hit_rate"] >= target]
+    levels = [row["curriculum/level"] for row in rows if "curriculum/level" in row]
+    return {
+        "passes": there[0] * passes_per_step(config) if there else None,
+        "hit_rate": measured[-1]["eval/hit_rate"],
+        "nll_policy": measured[-1]["eval/nll_policy"],
+        "nll_baseline": measured[-1]["eval/nll_baseline"],
+        "agreement": measured[-1]["eval/mc/preference_agreement"],
+        "level": levels[-1] if levels else None,
+    }
+
+
+def _of_arm(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    return {name: [row[name] for row in rows] for name in rows[0] if name != "arm"}
+
+
+def _differences(rows: list[dict[str, Any]], arguments: Arguments) -> dict[str, dict[str, float]]:
+    """Hit rates beside those of the first arm, seed by seed; none with a single seed."""
+    if len(arguments.seeds) < 2:
+        return {}
+    rates = {arm: np.asarray([row["hit_rate"] for row in rows if row["arm"] == arm]) for arm in arguments.arms}
+    first, *others = arguments.arms
+    return {arm: vars(statistics.estimate(rates[arm] - rates[first])) for arm in others}
+
+
+def _print(console: Console, summary: dict[str, Any]) -> None:
+    seeds = summary["seeds"]
+    title = f"recall, {summary['steps']} steps of {summary['passes_per_step']} passes, seeds {seeds}, held out"
+    heads = (f"passes until {summary['target']:.2f}", "reached", "shows the answer", "nats per token", "level")
+    table = Table("arm", *heads, title=title)
+    for arm, of in summary["arms"].items():
+        there = [passes for passes in of["passes"] if passes is not None]
+        levels = [level for level in of["level"] if level is not None]
+        cells = (
+            f"{np.mean(there):,.0f}" if there else "-",
+            f"{len(there)} of {len(seeds)}",
+            f"{np.mean(of['hit_rate']):.3f}",
+            f"{np.mean(of['nll_policy']):.3f}",
+            f"{np.mean(levels):.1f}" if levels else "-",
+        )
+        table.add_row(arm, *cells)
+    console.print(table)
+    for arm, one in summary["differences"].items():
+        console.out(f"{arm}: shows the answer {one['mean']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}] more often")
+
+
+if __name__ == "__main__":
+    main()
