@@ -41,7 +41,8 @@ from lensjax.training.optim.optimizer import OptimizerConfig, make_optimizer
 from lensjax.training.preferences import PreferencePairs, select_pairs, span_targets
 from lensjax.training.recipe import Recipe
 from lensjax.training.scoring import ContextConfig, ScoredVariants, score_variants
-from lensjax.training.steps.preference import TrainState, init_train_state, train_step
+from lensjax.training.steps.preference import train_step
+from lensjax.training.steps.train_state import TrainState, init_train_state
 from lensjax.training.terms.inputs import ObjectiveConfig
 
 __all__ = [

@@ -26,7 +26,7 @@ from lensjax.training.metrics import Metrics
 from lensjax.training.optim.optimizer import OptimizerConfig
 from lensjax.training.scoring import Batch, ContextConfig, ScoredVariants
 from lensjax.training.steps import difficulty, preference
-from lensjax.training.steps.preference import TrainState
+from lensjax.training.steps.train_state import TrainState, init_train_state
 from tests.foreign import ForeignModel
 
 VOCABULARY = 16
@@ -87,7 +87,7 @@ class Run:
 
     @functools.cache  # noqa: B019
     def _fresh(self, seed: int) -> tuple[TrainState, dict[str, Params]]:
-        return preference.init_train_state(jax.random.key(seed), recipe=self.recipe, models=self.models)
+        return init_train_state(jax.random.key(seed), recipe=self.recipe, models=self.models)
 
     def history(
         self, state: TrainState, steps: int, frozen: dict[str, Params] | None = None

@@ -41,6 +41,7 @@ from lensjax.runs.config import Config
 from lensjax.session.history import Found
 from lensjax.session.steps import Steps
 from lensjax.training.steps import online, preference, pretrain
+from lensjax.training.steps.train_state import init_train_state
 
 Target = Literal["h100", "v5e"]
 Program = Literal["pretrain", "train", "floor", "online", "session"]
@@ -155,7 +156,7 @@ def steps(program: Program, config: Config, models: Models) -> dict[str, Compile
         static["settings"] = config.pretrain
         state, frozen = jax.eval_shape(partial(pretrain.init_pretrain_state, **static), key)
         return {"pretrain_step": (partial(pretrain.pretrain_step, **static), (state, batch, frozen), True)}
-    train_state, frozen = jax.eval_shape(partial(preference.init_train_state, **static), key)
+    train_state, frozen = jax.eval_shape(partial(init_train_state, **static), key)
     if program == "train":
         return {"train_step": (partial(preference.train_step, **static), (train_state, batch, frozen), True)}
     params = {**frozen, **train_state.params}

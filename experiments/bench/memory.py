@@ -28,6 +28,7 @@ from lensjax.models.decision import split
 from lensjax.runs import pretrained
 from lensjax.runs.config import Config
 from lensjax.training.steps import distill, preference
+from lensjax.training.steps.train_state import init_train_state
 from lensjax.training.steps.update import Learner
 
 
@@ -69,7 +70,7 @@ def measure(config: Config) -> dict[str, float]:
     """
     recipe, models = config.recipe, config.build_models()
     static: dict[str, Any] = {"recipe": recipe, "models": models}
-    state, frozen = jax.eval_shape(functools.partial(preference.init_train_state, **static), jax.random.key(0))
+    state, frozen = jax.eval_shape(functools.partial(init_train_state, **static), jax.random.key(0))
     if "base" in frozen:
         frozen = {**frozen, "base": _as_loaded(frozen["base"], config)}
     params = {**frozen, **state.params}

@@ -24,7 +24,7 @@ from lensjax.training.objective import Statistics
 from lensjax.training.optim import optimizer
 from lensjax.training.scoring import Batch, ContextConfig, ScoredVariants
 from lensjax.training.steps import preference
-from lensjax.training.steps.preference import TrainState
+from lensjax.training.steps.train_state import TrainState, init_train_state
 
 Program = Callable[[], Any]
 """Runs what it measures once, on the arguments that it holds, and returns arrays to wait for."""
@@ -65,7 +65,7 @@ class Step:
     def __init__(self, config: Config, models: Models) -> None:
         self.config, self.models, recipe = config, models, config.recipe
         key = jax.random.key(0)
-        self.state, self._frozen = preference.init_train_state(key, recipe=recipe, models=models)
+        self.state, self._frozen = init_train_state(key, recipe=recipe, models=models)
         shape = (config.batch_size, config.context.window)
         self.batch = {"tokens": jax.random.randint(key, shape, 0, config.base.vocab_size, jnp.int32)}
         self.params = {**self._frozen, **jax.tree.map(jnp.copy, self.state.params)}

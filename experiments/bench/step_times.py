@@ -25,6 +25,7 @@ from lensjax import _settings
 from lensjax._settings import BatchSize, PositiveInt, settings
 from lensjax.runs.config import Config
 from lensjax.training.steps import online, preference
+from lensjax.training.steps.train_state import init_train_state
 from lensjax.training.terms.inputs import ObjectiveConfig
 
 OBJECTIVES: tuple[str, ...] = typing.get_args(typing.get_type_hints(ObjectiveConfig)["name"])
@@ -78,7 +79,7 @@ def _step(config: Config) -> Program:
     """A compiled step on random tokens; on own edits where the config has them."""
     models, recipe, key = config.build_models(), config.recipe, jax.random.key(0)
     state: Any
-    state, frozen = preference.init_train_state(key, recipe=recipe, models=models)
+    state, frozen = init_train_state(key, recipe=recipe, models=models)
     step: Callable[..., Any] = preference.train_step
     if config.online.steps:
         params = {**frozen, **state.params}

@@ -36,7 +36,7 @@ from lensjax.runs.fit import EVALUATION_SEED
 from lensjax.runs.load import load_params
 from lensjax.runs.store import config_file, files, run_folder
 from lensjax.training.metrics import Metrics
-from lensjax.training.steps import preference
+from lensjax.training.steps.train_state import init_train_state
 
 START, ON, GAE = "start", "preferences", "gae"
 """The arm that the others go on from, the one that goes on as it began, and the one on own edits with the defaults."""
@@ -156,7 +156,7 @@ def _on_test(config: Config) -> Callable[[Path], list[Metrics]]:
 
     def measure(folder: Path) -> list[Metrics]:
         params = load_params(folder, config, models, ("base", "gist", "lens"))
-        state, frozen = preference.init_train_state(key, recipe=config.recipe, models=models, params=params)
+        state, frozen = init_train_state(key, recipe=config.recipe, models=models, params=params)
         return [
             jax.device_get(step(jax.random.fold_in(key, index), state, batch, frozen))
             for index, batch in enumerate(batches)

@@ -38,6 +38,7 @@ from lensjax.runs.data import batches as data
 from lensjax.runs.fit import EVALUATION_SEED, LENS_STREAM, stream
 from lensjax.runs.load import load_start
 from lensjax.training.steps import distill, preference
+from lensjax.training.steps.train_state import init_train_state
 
 Method = Literal["preferences", "distilled", "both"]
 View = Literal["entries", "map", "map and states", "map and attention"]
@@ -157,7 +158,7 @@ def train(config: Config, models: Models, base: dict[str, Params], *, rate: floa
     settings, recipe = replace(config.distill, learning_rate=rate), config.recipe
     key, batches = stream(config, LENS_STREAM), _batches(config)
     started = replace(recipe, hyper=replace(recipe.hyper, learning_rate=rate))
-    state, frozen = preference.init_train_state(key, recipe=started, models=models, params=base)
+    state, frozen = init_train_state(key, recipe=started, models=models, params=base)
     if settings.steps:
         learner, _ = distill.init_distill_state(key, recipe=recipe, params={**frozen, **state.params})
         step = compiled(distill.distill_step, recipe=recipe, settings=settings, models=models)

@@ -24,7 +24,7 @@ from lensjax.training.recipe import Recipe
 from lensjax.training.scoring import Batch, ScoredVariants, reward_weights, score_variants
 from lensjax.training.steps.adaptation import adapted, document_deltas, score_supports
 from lensjax.training.steps.difficulty import current_length, hardest_share
-from lensjax.training.steps.preference import TrainState, objective_key
+from lensjax.training.steps.train_state import TrainState, objective_key
 from lensjax.training.steps.update import all_parts
 
 

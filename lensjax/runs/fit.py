@@ -28,7 +28,7 @@ from lensjax.runs.store import paths, run_folder
 from lensjax.runs.store.log import RunLogger
 from lensjax.training.steps import adaptation, distill, online, preference, pretrain
 from lensjax.training.steps.gists import init_gists_state
-from lensjax.training.steps.preference import TrainState
+from lensjax.training.steps.train_state import TrainState, init_train_state
 from lensjax.training.steps.update import Learner, all_parts
 
 Batches = list[dict[str, Array]]
@@ -200,7 +200,7 @@ def _train(
     config, report, seconds = job.config, evaluator(job.config, job.models, job.hypernet), 0.0
     key, recipe, models = stream(config, LENS_STREAM), config.recipe, job.models
     if job.hypernet is None:
-        learning = preference.init_train_state(key, recipe=recipe, models=models, params=params)
+        learning = init_train_state(key, recipe=recipe, models=models, params=params)
     else:
         learning = adaptation.init_adaptation_state(
             key, recipe=recipe, models=models, hypernet=job.hypernet, params=params

@@ -20,7 +20,7 @@ from lensjax.runs.data.tokenizers import read_tokenizer
 from lensjax.runs.engine import devices, loop
 from lensjax.runs.store import checkpoint, run_folder
 from lensjax.runs.store.log import read_rows, with_undefined
-from lensjax.training.steps.preference import TrainState
+from lensjax.training.steps.train_state import TrainState
 
 MAPPED_SEQUENCES = 4
 SHOWN_TEXT = 48

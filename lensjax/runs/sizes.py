@@ -13,6 +13,7 @@ from lensjax.models import HyperLoRAModel, Models
 from lensjax.runs.config import Config
 from lensjax.runs.engine import memory
 from lensjax.training.steps import adaptation, distill, gists, online, preference, pretrain
+from lensjax.training.steps.train_state import init_train_state
 
 HELD_OUT = 2
 """Splits whose batches are in memory while a run lasts: validation and test."""
@@ -98,7 +99,7 @@ def _programs(config: Config, models: Models, hypernet: HyperLoRAModel | None) -
         of = static | {"settings": config.distill}
         yield "distill", size, from_parts(distill.init_distill_state), functools.partial(distill.distill_step, **of)
     if config.steps and hypernet is None:
-        started = from_parts(preference.init_train_state, models=models)
+        started = from_parts(init_train_state, models=models)
         yield "lens", size, started, functools.partial(preference.train_step, **static)
     if config.steps and hypernet is not None:
         of = static | {"hypernet": hypernet}

@@ -29,7 +29,7 @@ from lensjax.training.metrics import Metrics
 from lensjax.training.recipe import COMPILED, Recipe
 from lensjax.training.scoring import Batch, ScoredVariants
 from lensjax.training.steps import preference
-from lensjax.training.steps.preference import TrainState
+from lensjax.training.steps.train_state import TrainState, init_train_state
 
 Setting = dict[str, Any]
 """Changed fields of a config by dotted name; empty for the default."""
@@ -191,10 +191,7 @@ def init(
     Returns:
       `SweepState`; and parameters of `base` and `gist`, which all arms share, as they are.
     """
-    fresh = {
-        seed: preference.init_train_state(key, recipe=recipe, models=models, params=params)[0]
-        for seed, key in keys.items()
-    }
+    fresh = {seed: init_train_state(key, recipe=recipe, models=models, params=params)[0] for seed, key in keys.items()}
     arms = [replace(fresh[arm.seed], hyper=jax.tree.map(jnp.float32, arm.hyper)) for arm in configs]
     draws = [_draw(arm) for arm in configs]
     different = list(dict.fromkeys(draws))

@@ -14,6 +14,7 @@ from experiments.bench.cost import step_cost
 from lensjax import _settings
 from lensjax.context.working import Entries
 from lensjax.training.steps import preference
+from lensjax.training.steps.train_state import init_train_state
 from tests.small import SMALL
 
 TINY = _settings.replace(SMALL, **{"hyper.kl_weight": 0.1, "base.vocab_size": 509, "data.task": "recall"})
@@ -69,7 +70,7 @@ def test_the_cost_on_paper_is_what_the_compiler_counts(shape):
     batch = {"tokens": jnp.zeros((1, config.context.window), jnp.int32)}
 
     def scored(key):
-        state, frozen = preference.init_train_state(key, **static)
+        state, frozen = init_train_state(key, **static)
         return preference.score_batch(frozen, state, batch, **static)
 
     entries = jax.eval_shape(scored, jax.random.key(0)).entries
@@ -135,7 +136,7 @@ def test_no_repetition_is_refused(capsys):
 def test_the_compiled_step_holds_no_logits_of_all_entries():
     models = TINY.build_models()
     state, frozen = jax.eval_shape(
-        functools.partial(preference.init_train_state, recipe=TINY.recipe, models=models), jax.random.key(0)
+        functools.partial(init_train_state, recipe=TINY.recipe, models=models), jax.random.key(0)
     )
     batch = {"tokens": jax.ShapeDtypeStruct((TINY.batch_size, TINY.context.window), jnp.int32)}
     step = functools.partial(preference.train_step, recipe=TINY.recipe, models=models)

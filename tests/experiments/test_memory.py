@@ -11,6 +11,7 @@ import pytest
 from experiments.bench import memory
 from lensjax import _settings
 from lensjax.training.steps import preference
+from lensjax.training.steps.train_state import init_train_state
 from tests.small import LENS, SMALL, batch
 
 LARGE = _settings.replace(SMALL, batch_size=1, **{"base.vocab_size": 20_000, "base.dim": 64, "gist.heads": 2})
@@ -54,7 +55,7 @@ def test_what_is_frozen_is_neither_donated_nor_copied():
     for index in range(2):
         state, _ = LENS.train_step(state, batch(index), frozen)
     assert jax.tree.map(lambda leaf: leaf.unsafe_buffer_pointer(), frozen) == places
-    given = preference.init_train_state(jax.random.key(0), recipe=LENS.recipe, models=LENS.models, params=frozen)[1]
+    given = init_train_state(jax.random.key(0), recipe=LENS.recipe, models=LENS.models, params=frozen)[1]
     assert jax.tree.map(lambda leaf: leaf.unsafe_buffer_pointer(), given) == places
 
 

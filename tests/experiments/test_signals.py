@@ -16,6 +16,7 @@ from lensjax.runs.fit import EVALUATION_SEED, LENS_STREAM, stream
 from lensjax.runs.store import checkpoint, config_file, run_folder
 from lensjax.training import nll
 from lensjax.training.steps import distill, preference
+from lensjax.training.steps.train_state import init_train_state
 from tests.runs import TINY, contents
 from tests.small import jit
 
@@ -243,7 +244,7 @@ def test_both_signals_take_half_of_the_steps_each_and_all_windows_are_fresh(
     config = replace(script.cell_config(of, method, script.VIEWS["map"]), seed=8)
     models = config.build_models()
     found = script.train(config, models, base_params(config), rate=0.25)
-    fresh, _ = preference.init_train_state(stream(config, LENS_STREAM), recipe=config.recipe, models=models)
+    fresh, _ = init_train_state(stream(config, LENS_STREAM), recipe=config.recipe, models=models)
     for one, drawn in zip(jax.tree.leaves(found), jax.tree.leaves(fresh.params["lens"]), strict=True):
         np.testing.assert_allclose(one, expected(drawn), rtol=1e-6)
     assert rates == [0.25] * steps
@@ -258,7 +259,7 @@ def test_a_rate_that_is_data_is_that_of_a_recipe(workplace):
     models, base = config.build_models(), base_params(config)
     found = script.train(config, models, base, rate=RATES[1])
     recipe = replace(config.recipe, hyper=replace(config.hyper, learning_rate=RATES[1]))
-    fresh, frozen = preference.init_train_state(stream(config, LENS_STREAM), recipe=recipe, models=models, params=base)
+    fresh, frozen = init_train_state(stream(config, LENS_STREAM), recipe=recipe, models=models, params=base)
     state = fresh
     step = jit(functools.partial(preference.train_step, recipe=recipe, models=models))
     batches = data.make_iterator(config, "train", seed=LENS_STREAM, batch_size=2)

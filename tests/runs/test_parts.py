@@ -13,6 +13,7 @@ from lensjax.runs.fit import fit
 from lensjax.runs.store import checkpoint, run_folder
 from lensjax.runs.store.log import read_rows
 from lensjax.training.steps import preference
+from lensjax.training.steps.train_state import init_train_state
 from tests.runs import (
     ALL,
     OWN_EDITS,
@@ -187,7 +188,7 @@ def test_a_base_run_is_taken_and_left_as_it_is(cheap, whole, tmp_path, monkeypat
 def test_start_from_takes_the_models_of_another_run(cheap, whole, tmp_path, monkeypatch, changes, phase):
     before, source = contents(whole), saved_arrays(whole, "online", 5)
     started = []
-    make = preference.init_train_state
+    make = init_train_state
 
     def spy(*arguments, **keywords):
         state, frozen = make(*arguments, **keywords)

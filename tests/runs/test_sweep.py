@@ -11,6 +11,7 @@ from lensjax.runs import sweep
 from lensjax.runs.engine import devices
 from lensjax.training.recipe import Recipe
 from lensjax.training.steps import preference
+from lensjax.training.steps.train_state import init_train_state
 from tests.small import SMALL, batch, jit
 
 STEPS = 50
@@ -68,7 +69,7 @@ def arm_of(state, index):
 def test_an_arm_is_a_run_of_its_own(index):
     config = ARMS[index]
     step = jit(functools.partial(preference.train_step, recipe=config.recipe, models=models()), donate_argnums=0)
-    state, _ = preference.init_train_state(KEYS[config.seed], recipe=config.recipe, models=models(), params=params())
+    state, _ = init_train_state(KEYS[config.seed], recipe=config.recipe, models=models(), params=params())
     swept_state, reports = swept()
     for done in range(STEPS):
         state, alone = step(state, {"tokens": tokens_of(config.seed, done)}, params())
@@ -129,7 +130,7 @@ def test_the_states_of_several_devices_have_one_shape():
 def test_the_initial_state_of_an_arm_is_that_of_its_run():
     state = start()
     for index, config in enumerate(ARMS):
-        alone, _ = preference.init_train_state(KEYS[config.seed], recipe=PROGRAM, models=models(), params=params())
+        alone, _ = init_train_state(KEYS[config.seed], recipe=PROGRAM, models=models(), params=params())
         alone = replace(alone, hyper=jax.tree.map(jnp.float32, config.hyper))
         jax.tree.map(np.testing.assert_array_equal, replace(arm_of(state, index), key=None), replace(alone, key=None))
 

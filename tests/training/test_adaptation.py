@@ -16,7 +16,8 @@ from lensjax.models.lensnet import LensConfig
 from lensjax.training import agreement, objective
 from lensjax.training.objective import Statistics
 from lensjax.training.scoring import score_variants
-from lensjax.training.steps import adaptation, preference
+from lensjax.training.steps import adaptation
+from lensjax.training.steps.train_state import init_train_state
 from tests import slow_objective
 from tests.small import SMALL, Run, batch, jit
 
@@ -275,7 +276,7 @@ def test_what_it_picks_is_measured_beside_what_lensnet_picks():
 
 
 def test_only_a_recipe_that_names_it_takes_a_hypernetwork_and_such_a_one_must_have_it():
-    init = functools.partial(preference.init_train_state, jax.random.key(0), models=HYPER.models)
+    init = functools.partial(init_train_state, jax.random.key(0), models=HYPER.models)
     with pytest.raises(ValueError, match="params may hold base, gist, lens and trainable parts, got hypernet"):
         init(recipe=SMALL.recipe, params={"hypernet": {}})
     with pytest.raises(ValueError, match=r"params must hold hypernet, which recipe\.trainable names"):

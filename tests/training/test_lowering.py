@@ -17,6 +17,7 @@ from lensjax.training.steps import distill, gists, online, preference, pretrain
 from lensjax.training.steps.gists import GistTrainingConfig
 from lensjax.training.steps.online import OnlineConfig
 from lensjax.training.steps.pretrain import PretrainConfig
+from lensjax.training.steps.train_state import init_train_state
 from lensjax.training.teachers import DistillConfig
 from tests import lowered
 from tests.small import FULL, HALF_PRECISION, OMITTING, Run, batch
@@ -29,7 +30,7 @@ KEY = jax.random.key(0)
 
 def by_preferences(run: Run):
     step = functools.partial(preference.train_step, recipe=run.recipe, models=run.models)
-    return step, preference.init_train_state(KEY, recipe=run.recipe, models=run.models)
+    return step, init_train_state(KEY, recipe=run.recipe, models=run.models)
 
 
 def by_next_tokens(run: Run):

@@ -10,8 +10,9 @@ import pytest
 
 from lensjax import _settings
 from lensjax.runs.engine import devices
-from lensjax.training.steps import episodes, online, preference
+from lensjax.training.steps import episodes, online
 from lensjax.training.steps.online import OnlineConfig
+from lensjax.training.steps.train_state import init_train_state
 from tests.losses.test_advantages import slow_gae
 from tests.small import SMALL, batch, jit
 
@@ -44,7 +45,7 @@ class Played:
         self.loss = jit(functools.partial(online.episode_loss, geometry=self.config.geometry, **of_phase))
 
     def state(self, seed=0):
-        start, frozen = preference.init_train_state(jax.random.key(seed), recipe=self.config.recipe, models=self.models)
+        start, frozen = init_train_state(jax.random.key(seed), recipe=self.config.recipe, models=self.models)
         params = {**frozen, **start.params}
         state, self.frozen = online.init_online_state(jax.random.key(seed + 1), params=params, **self.static)
         return state

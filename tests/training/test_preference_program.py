@@ -10,6 +10,7 @@ import pytest
 
 from lensjax.training.metrics import HISTOGRAMS
 from lensjax.training.steps import preference
+from lensjax.training.steps.train_state import init_train_state
 from tests.small import FULL, LENS, OTHER, SMALL, Run, batch
 
 PARTS = ("base", "gist", "lens")
@@ -46,7 +47,7 @@ def test_the_names_of_the_report(run, extra):
 def test_a_state_holds_what_is_trained_for_every_choice_of_trainable_parts(trainable):
     """Read off the program: every leaf of the state's parameters is computed anew, and nothing else comes out of it."""
     static = {"recipe": replace(LENS.recipe, trainable=trainable), "models": LENS.models}
-    state, frozen = preference.init_train_state(jax.random.key(0), **static)
+    state, frozen = init_train_state(jax.random.key(0), **static)
     assert set(state.params) == set(trainable) and set(frozen) == set(PARTS) - set(trainable)
     step = functools.partial(preference.train_step, **static)
     program, (after, _) = jax.make_jaxpr(step, return_shape=True)(state, batch(), frozen)

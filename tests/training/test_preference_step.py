@@ -11,6 +11,7 @@ import pytest
 
 from lensjax.training.metrics import HISTOGRAMS, MAY_BE_UNDEFINED
 from lensjax.training.steps import preference
+from lensjax.training.steps.train_state import init_train_state
 from tests import reference, slow_objective
 from tests.foreign import ForeignModel
 from tests.small import FULL, HALF_PRECISION, OTHER, SMALL, Run, batch, jit
@@ -108,7 +109,7 @@ def test_the_rate_is_that_of_the_schedule():
 
 def fresh_frozen(run):
     """What the steps were given of the frozen parts, drawn once more."""
-    return preference.init_train_state(jax.random.key(0), recipe=run.recipe, models=run.models)[1]
+    return init_train_state(jax.random.key(0), recipe=run.recipe, models=run.models)[1]
 
 
 @pytest.mark.parametrize("run", [FULL, pytest.param(OTHER, marks=pytest.mark.slow), HALF_PRECISION])
@@ -310,9 +311,7 @@ def test_padding_changes_nothing():
 def test_given_parts_outlive_a_donated_state():
     for run in (FULL, HALF_PRECISION):
         params = jax.tree.map(jnp.copy, run.params())
-        state, frozen = preference.init_train_state(
-            jax.random.key(0), recipe=run.recipe, models=run.models, params=params
-        )
+        state, frozen = init_train_state(jax.random.key(0), recipe=run.recipe, models=run.models, params=params)
         with jax.numpy_dtype_promotion("standard"):
             run.train_step(state, batch(), frozen)
         assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((params, frozen)))

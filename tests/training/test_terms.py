@@ -15,6 +15,7 @@ from lensjax.models.decision import policy_scores
 from lensjax.training import agreement
 from lensjax.training.objective import Statistics, term_inputs
 from lensjax.training.steps import preference
+from lensjax.training.steps.train_state import init_train_state
 from lensjax.training.terms.inputs import ObjectiveConfig
 from lensjax.training.terms.table import TERMS
 from tests import reference, slow_objective
@@ -198,7 +199,7 @@ def test_a_step_with_anyones_term_and_optimizer_goes_down_the_gradient_of_the_te
     alone = dict.fromkeys(["rank_weight", "budget_weight", "smooth_weight"], 0.0)
     tx, rate = optax.sgd(0.5), 0.5
     static = {"recipe": LENS.recipe, "models": LENS.models}
-    fresh, frozen = preference.init_train_state(jax.random.key(0), tx=tx, **static)
+    fresh, frozen = init_train_state(jax.random.key(0), tx=tx, **static)
     state = replace(fresh, hyper=replace(fresh.hyper, **{name: jnp.zeros(()) for name in alone}))
     step = jit(functools.partial(preference.train_step, tx=tx, term=squared_values, **static))
     after, report = step(state, batch(), frozen)

@@ -30,16 +30,8 @@ from lensjax.training.metrics import Metrics
 from lensjax.training.recipe import Recipe
 from lensjax.training.scoring import Batch, ScoredVariants, score_variants
 from lensjax.training.steps.difficulty import current_length
-from lensjax.training.steps.preference import (
-    Loss,
-    TrainState,
-    apply_loss,
-    init_train_state,
-    score_batch,
-    sequence_keys,
-    statistics,
-    total_loss,
-)
+from lensjax.training.steps.preference import Loss, apply_loss, score_batch, total_loss
+from lensjax.training.steps.train_state import TrainState, init_train_state, sequence_keys, statistics
 from lensjax.training.steps.update import all_parts
 
 
