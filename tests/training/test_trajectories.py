@@ -168,3 +168,19 @@ def test_a_policy_that_reads_the_whole_stream_is_refused():
     window = split(tokens(), horizon=2)
     with pytest.raises(ValueError, match=r"lens.reads must be nothing where what was dropped is gone, got attention"):
         trajectories.run(reading, params(), window, None, GEOMETRY, settings=SETTINGS)
+
+
+def test_a_policy_sees_the_tokens_held_and_their_age_since_the_last_one_read():
+    held, read = jnp.asarray(np.isin(np.arange(BLOCKS), [0, 2, 5, 6])), jnp.asarray(7, jnp.int32)
+    tree = trajectories.stream(models(), params(), split(tokens(), horizon=2), GEOMETRY)
+    seen = []
+
+    def score(context, entries):
+        seen.append(context.start.tolist())
+        assert bool(entries.valid.all()) and entries.lods.tolist() == [0] * 8
+        return entries.distances
+
+    found = trajectories._scores(score, tree, held, read, GEOMETRY, SETTINGS.window)
+    assert seen == [[0, 1, 4, 5, 10, 11, 12, 13]]
+    # Of 14 tokens read the last one is 0 old; a block has the mean of its two.
+    assert found[np.asarray([0, 2, 5, 6])].tolist() == [12.5, 8.5, 2.5, 0.5]
