@@ -8,7 +8,7 @@ L_pref is one of `terms.table.TERMS`, or anyone's.
 """
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import jax
@@ -59,6 +59,7 @@ class Statistics:
     """Moments of the net demand for detail before this batch."""
     temperature: ArrayLike
     """float32[]."""
+    _: KW_ONLY
     informative_share: ArrayLike = 1.0
     """float32[]: share of the entries that `objective.mask informative` leaves."""
     is_second: ArrayLike | None = None

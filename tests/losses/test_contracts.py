@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lensjax import losses
-from lensjax.losses import advantages, credit, curvature, sets
+from lensjax.losses import advantages, credit, curvature, sets, trajectories
 from tests.cases import POSITIVE, UNIT, Case, choice, key, mask, stack, uniform
 
 COUNT = 20
@@ -184,6 +184,14 @@ ADVANTAGES = [
         "f",
     ),
     Case("bernoulli_entropy", credit.bernoulli_entropy, (SCORES,), "f"),
+    Case("diverging", trajectories.diverging, (uniform(3, 4), mask(3)), "b"),
+    Case("amplified", lambda a, f: trajectories.amplified(a, factor=f), (SCORES, POSITIVE), "f"),
+    Case(
+        "shared_advantages",
+        lambda r, w, t: trajectories.shared_advantages(r, w, t, baseline="standardised"),
+        (SCORES, WHERE, mask(COUNT, 4)),
+        "f",
+    ),
 ]
 every_loss = pytest.mark.parametrize("case", LOSSES, ids=lambda case: case.name)
 

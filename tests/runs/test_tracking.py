@@ -170,3 +170,35 @@ def test_a_task_that_does_not_fit_is_refused(changes, shape, message):
     fitting = {"vocab_size": VOCABULARY, "split": "train", "seed": 0, "hops": 2}
     with pytest.raises(ValueError, match=message):
         TrackingSource(replace(context(hops=2), **shape), **(fitting | changes))
+
+
+@pytest.mark.parametrize(("hops", "chains", "quiet"), [(2, 4, 16), (2, 0, 16), (3, 5, 49), (2, 3, 0)])
+def test_a_quiet_end_belongs_to_no_chain(hops, chains, quiet):
+    one = TrackingSource(context(hops=hops), VOCABULARY, "train", 0, hops, chains=chains, quiet=quiet)
+    first = set()
+    for index in range(30):
+        example = one[index]
+        tokens = example["tokens"].tolist()
+        found, _ = read(tokens[:256], 4)
+        values, starts = solve(found, tokens[257])
+        assert values == tokens[258:] and starts == example["answers"].tolist() and len(starts) == hops
+        used = [start for value, start in found.values() if value in found]
+        assert len(used) == (chains or (64 - quiet) // hops) * (hops - 1)
+        assert max(starts + used) < (64 - quiet) * 4
+        first.add(min(starts))
+    assert len(first) > 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"quiet": -1}, "quiet must be 0 in pretraining, and else leave 2 of 64 statements to a chain, got -1"),
+        ({"quiet": 63}, "leave 2 of 64 statements to a chain, got 63"),
+        ({"quiet": 1, "pretraining": True}, "quiet must be 0 in pretraining, .* got 1"),
+        ({"quiet": 60, "chains": 3}, "chains of 2 statements must fit into 4: at most 2, got 3"),
+        ({"chains": -1}, "chains of 2 statements must fit into 64: at most 32, got -1"),
+    ],
+)
+def test_chains_that_do_not_fit_before_a_quiet_end_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TrackingSource(context(hops=2), VOCABULARY, "train", 0, 2, **changes)

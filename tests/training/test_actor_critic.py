@@ -38,3 +38,12 @@ def test_the_loss_by_hand(whiten, policy_loss):
     expected = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": 0.75, "entropy_coefficient": 0.1}
     expected |= {"advantages": 2.0, "kl_divergence": 0.2, "total_loss": float(total)}
     np.testing.assert_allclose([float(report[f"rl/{name}"]) for name in expected], list(expected.values()), rtol=1e-5)
+
+
+def test_advantages_above_0_are_amplified_once_they_are_whitened():
+    """Whitened they are 1 and -1, of which the first counts three times."""
+    parts = {name: jnp.asarray(values) for name, values in PARTS.items()}
+    settings = OnlineConfig(whiten=True, **SETTINGS)
+    where = jnp.asarray([True, True, False])
+    _, report = actor_critic.loss(jnp.zeros((), jnp.int32), **parts, where=where, settings=settings, amplification=3.0)
+    assert float(report["rl/policy_loss"]) == pytest.approx((3 * 1 - 2) / 2, rel=1e-5)

@@ -14,6 +14,7 @@ from lensjax.training.steps import episodes, online
 from lensjax.training.steps.online import OnlineConfig
 from lensjax.training.steps.train_state import init_train_state
 from tests.losses.test_advantages import slow_gae
+from tests.losses.test_trajectories import slow_diverging
 from tests.small import SMALL, batch, jit
 
 REPORT = {
@@ -29,6 +30,7 @@ GAE = {
     "online.entropy_decay": 0.5,
     "online.entropy_floor": 0.002,
 }
+CREDIT = {"online.credit": "diverging", "online.amplification": 3.0}
 GROUP = {"online.advantages": "leave_one_out", "online.episodes": 3, "online.whiten": False}
 
 
@@ -214,3 +216,49 @@ def test_a_single_episode_has_none_to_be_compared_with():
     message = "online.episodes must be at least 2 where online.advantages standardised compares .*, got 1"
     with pytest.raises(ValueError, match=message):
         OnlineConfig(advantages="standardised")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", ["credit", "amplification"])
+def test_episodes_are_compared_by_what_they_drew(setting):
+    """All episodes of the first sequence begin as its first one: at least that step is not credited."""
+    one = run("group")
+    state = one.state()
+    played = one.play(state, one.batch())
+    first = jax.tree.map(lambda leaf: leaf.at[0, :, 0].set(leaf[0, 0, 0]), played.swaps)
+    played = replace(played, swaps=first)
+    settings = replace(one.settings, **{setting: CREDIT[f"online.{setting}"]})
+    loss = functools.partial(online.episode_loss, geometry=one.config.geometry, settings=settings, models=one.models)
+    report = jit(lambda *arguments: loss(*arguments)[1])(state.params, state, played)
+    log_prob = functools.partial(
+        episodes.log_prob, one.models, state.params["lens"], geometry=one.config.geometry, settings=settings
+    )
+    stats, _ = jit(jax.vmap(jax.vmap(log_prob)))(played)
+    losses, count = np.asarray(played.nll, np.float64), np.asarray(played.swaps.count)
+    advantages, _ = slow_advantages(losses[..., :-1] - losses[..., 1:] - settings.edit_cost * count, None, settings)
+    where = np.ones(advantages.shape, bool)
+    if setting == "credit":
+        drawn = np.stack([played.swaps.expanded, played.swaps.collapsed], axis=-1)
+        where = np.stack([slow_diverging(group, [True] * 3) for group in drawn])
+        assert not where[0, :, 0].any() and where[:, :, 2].any()
+        assert float(report["rl/credited"]) == pytest.approx(where.mean())
+    else:
+        advantages = np.where(advantages > 0, 3 * advantages, advantages)
+    assert float(report["rl/policy_loss"]) == pytest.approx(
+        -(advantages * np.asarray(stats.log_prob))[where].mean(), rel=2e-3
+    )
+
+
+def test_credit_for_parting_needs_others_to_part_from():
+    message = "online.episodes must be at least 2 where online.credit diverging asks where those .* part, got 1"
+    with pytest.raises(ValueError, match=message):
+        OnlineConfig(credit="diverging")
+
+
+@pytest.mark.slow
+def test_one_compile_serves_all_steps_of_credited_episodes():
+    one = Played(**GROUP, **CREDIT)
+    state = one.state()
+    for index in range(2):
+        state, report = one.step(state, one.batch(index), one.frozen)
+    assert one.step._cache_size() == 1 and 0 < float(report["rl/credited"]) <= 1

@@ -42,7 +42,7 @@ def compiled(**changes):
 
     @jit
     def call(scored, scores, anchor, hyper, is_second):
-        statistics = Statistics(MOMENTS, one_update(-0.2, 0.06), hyper.temperature, is_second)
+        statistics = Statistics(MOMENTS, one_update(-0.2, 0.06), hyper.temperature, is_second=is_second)
         return lens_objective(KEY, scored, scores, anchor, statistics, hyper, recipe=recipe)
 
     return recipe, call
@@ -104,7 +104,9 @@ def test_a_term_of_variants_knows_the_stage_and_how_strong_a_preference_is():
 
     @jit
     def term(is_second):
-        inputs = gather(KEY, scored, scores, None, Statistics(EMPTY, EMPTY, 1.0, is_second), as_arrays(recipe.hyper))
+        inputs = gather(
+            KEY, scored, scores, None, Statistics(EMPTY, EMPTY, 1.0, is_second=is_second), as_arrays(recipe.hyper)
+        )
         return TERMS["logistic"](inputs)
 
     rows = slow_objective.rows(scored, scores, None, recipe)

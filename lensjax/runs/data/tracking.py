@@ -50,6 +50,9 @@ class TrackingSource:
       seed: seed of the examples.
       hops: statements in a chain.
       pretraining: whether sequences are for pretraining.
+      chains: chains in a sequence; 0 for as many as fit.
+      quiet: statements at the end of a history none of which belongs to a chain: who keeps the last ones alone cannot
+        answer. Not for pretraining.
 
     Raises:
       ValueError: the task does not fit the context.
@@ -61,6 +64,8 @@ class TrackingSource:
     seed: int
     hops: int
     pretraining: bool = False
+    chains: int = 0
+    quiet: int = 0
 
     def __post_init__(self) -> None:
         size, history = self.context.block_size, self.context.history
@@ -90,6 +95,16 @@ class TrackingSource:
                 f"tracking needs room for a chain of data.hops {self.hops} statements: context.window must be at least "
                 f"{self.hops * size + _QUERY + self.hops}, got {self.context.window}"
             )
+        room = self._statements - self.quiet
+        if self.quiet < 0 or (self.pretraining and self.quiet) or room < self.hops:
+            raise ValueError(
+                f"quiet must be 0 in pretraining, and else leave {self.hops} of {self._statements} statements to a "
+                f"chain, got {self.quiet}"
+            )
+        if not 0 <= self.chains * self.hops <= room:
+            raise ValueError(
+                f"chains of {self.hops} statements must fit into {room}: at most {room // self.hops}, got {self.chains}"
+            )
         if self._names < self._statements:
             raise ValueError(
                 f"tracking needs {self._statements} names and as many values beside {_WORDS} words: base.vocab_size "
@@ -115,14 +130,14 @@ class TrackingSource:
         rng = np.random.default_rng([self.seed, SPLITS.index(self.split), int(self.pretraining), index])
         size, hops = self.context.block_size, self.hops
         blocks = -(-(_QUERY + hops) // size)  # of a question; the last one stands behind the cursor
-        chains, questions = self._statements // hops, 1
+        chains, questions = self.chains or (self._statements - self.quiet) // hops, 1
         if self.pretraining:
             chains = int((chains + 1) ** rng.random())
             questions += (self._statements - chains * hops) // blocks
         count = self._statements - (questions - 1) * blocks
         names, values = self._definitions(rng, count, chains)
 
-        order = rng.permutation(count)
+        order = self._order(rng, count, chains * hops)
         statements = np.full((count, size), END, np.int32)
         statements[:, :3] = np.stack([np.full(count, VAR), names[order], values[order]], axis=1)
 
@@ -139,6 +154,14 @@ class TrackingSource:
         if self.pretraining:
             return {"tokens": tokens}
         return {"tokens": tokens, "answers": (np.argsort(order)[needed[0]] * size).astype(np.int32)}
+
+    def _order(self, rng: np.random.Generator, count: int, used: int) -> np.ndarray:
+        """Which statement stands in each place, int[count]; the first `used` are those of chains."""
+        if self.quiet == 0:
+            return rng.permutation(count)
+        early = rng.permutation(count - self.quiet)
+        rest = np.concatenate([early[used:], np.arange(count - self.quiet, count)])
+        return np.argsort(np.concatenate([early[:used], rng.permutation(rest)]))
 
     def _definitions(self, rng: np.random.Generator, count: int, chains: int) -> tuple[np.ndarray, np.ndarray]:
         """Names and right-hand sides int[count]; each `hops` in turn are a chain, those left over literals."""

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from lensjax import losses
 from lensjax._numerics import masked_mean, masked_std
-from lensjax.losses import advantages
+from lensjax.losses import advantages, trajectories
 from lensjax.training.metrics import Metrics
 from lensjax.training.optim import schedules
 
@@ -64,6 +64,7 @@ def loss(
     returns: Array,
     where: Array,
     settings: Settings,
+    amplification: float = 1.0,
 ) -> tuple[Array, Metrics]:
     """The loss of a batch of actions.
 
@@ -77,12 +78,15 @@ def loss(
       returns: float32[...], constants: what the values should have been.
       where: bool[...], actions that count.
       settings: weights.
+      amplification: static factor of advantages above 0, once they are whitened.
 
     Returns:
       float32[], and its parts by the names under which they are logged.
     """
     spread = masked_std(advantages, where) + 1e-8
     used = (advantages - masked_mean(advantages, where)) / spread if settings.whiten else advantages
+    if amplification != 1:
+        used = trajectories.amplified(used, factor=amplification)
     policy_loss = losses.policy_gradient(log_probs, used, where)
     value_loss = losses.value_loss(values, returns, where)
     weight = schedules.exponential(

@@ -17,7 +17,7 @@ from jax import Array
 from lensjax._numerics import masked_mean
 from lensjax._settings import Count, NonNegative, Positive, Repeats, Share, Variants, require, settings
 from lensjax.context.geometry import Geometry
-from lensjax.losses import advantages
+from lensjax.losses import advantages, trajectories
 from lensjax.models import Models, Params, ValueModel
 from lensjax.models.decision import split
 from lensjax.training.metrics import Metrics
@@ -62,12 +62,21 @@ class OnlineConfig:
     entropy_floor: NonNegative = 0.001
     kl_weight: NonNegative = 0.0
     """Weight of the KL divergence from LensNet as this phase found it; 0 leaves it and its forward pass out."""
+    credit: Literal["all", "diverging"] = "all"
+    """Steps that the loss is a mean of: `diverging` leaves out those before the episodes of a sequence first differ."""
+    amplification: Positive = 1.0
+    """Factor of advantages above 0."""
 
     def _check(self) -> None:
         require(
             self.advantages == "gae" or self.episodes >= 2,
             f"online.episodes must be at least 2 where online.advantages {self.advantages} compares those of one "
             f"sequence, got {self.episodes}",
+        )
+        require(
+            self.credit == "all" or self.episodes >= 2,
+            f"online.episodes must be at least 2 where online.credit {self.credit} asks where those of one sequence "
+            f"part, got {self.episodes}",
         )
 
 
@@ -230,7 +239,8 @@ def episode_loss(
     values = jax.vmap(jax.vmap(jax.vmap(value)))(features)
     rewards = played.rewards(edit_cost=settings.edit_cost)
     raw, returns = _advantages(rewards, values, settings)
-    where = jnp.ones(rewards.shape, bool)
+    every = jnp.ones(rewards.shape, bool)
+    where = _parted(played) if settings.credit == "diverging" else every
     loss, report = actor_critic.loss(
         state.step,
         log_probs=stats.log_prob,
@@ -241,14 +251,23 @@ def episode_loss(
         returns=returns,
         where=where,
         settings=settings,
+        amplification=settings.amplification,
     )
     more = {
         "rl/reward": jnp.mean(jnp.sum(rewards, axis=-1)),
-        "rl/swaps": masked_mean(played.swaps.count.astype(jnp.float32), where),
+        "rl/swaps": masked_mean(played.swaps.count.astype(jnp.float32), every),
         "rl/nll_start": jnp.mean(played.nll[..., 0]),
         "rl/nll_end": jnp.mean(played.nll[..., -1]),
     }
+    if settings.credit == "diverging":
+        more["rl/credited"] = jnp.mean(where.astype(jnp.float32))
     return loss, report | jax.lax.stop_gradient(more)
+
+
+def _parted(played: Episode) -> Array:
+    """bool[B, G, S]: steps from the first one on in which not all episodes of a sequence drew the same swaps."""
+    drawn = jnp.stack([played.swaps.expanded, played.swaps.collapsed], axis=-1)
+    return jax.vmap(trajectories.diverging)(drawn, jnp.ones(drawn.shape[:2], bool))
 
 
 def _advantages(rewards: Array, values: Array, settings: OnlineConfig) -> tuple[Array, Array]:
