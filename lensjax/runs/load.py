@@ -131,7 +131,10 @@ def load_params(
                 f"{folder} has no checkpoint: let it finish its pretraining first",
             )
         else:
-            require(name in held, f"{folder} has no checkpoint of {what}: let it train first (steps above 0)")
+            require(
+                name in held,
+                f"{folder} has no checkpoint of {what}: let it train first (--resume {folder}, or steps above 0)",
+            )
     params: dict[str, Params] = {}
     for name in parts:
         if name in held:
