@@ -70,7 +70,7 @@ class Arguments:
     """Of the files in the run's folder; those of an evaluation that came to its end are not overwritten."""
     suite: bool = False
     """Measure on the suite of questions with known answers."""
-    budgets: tuple[PositiveInt, ...] = (2, 4, 8, 16)
+    budgets: tuple[PositiveInt, ...] = (2, 4)
     """History over entries: 4 means a quarter of the history, rounded down to a length that some cut has."""
     window: PositiveInt | None = None
     """Tokens in the windows to measure on; None as in training. They may be longer than those trained on."""

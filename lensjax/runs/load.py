@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Trained:
 
     config: Config
     models: Models
-    params: dict[str, Params]
+    params: dict[str, Params] = field(repr=False)
     """Parameters of `base`, `gist` and `lens`, and of `hypernet` where it was trained."""
     summary: dict[str, Any]
     """What `summary.json` holds: the test metrics; empty while the run is not finished."""

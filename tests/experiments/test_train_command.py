@@ -31,7 +31,7 @@ def test_presets_write_to_folders_of_their_own():
     assert len({script.load_preset(name).output_dir for name in PRESETS}) == len(PRESETS)
 
 
-@pytest.mark.parametrize("name", ["demo", "recall_long", "stdlib", "tracking"])
+@pytest.mark.parametrize("name", ["demo", "notes", "recall_long", "stdlib", "tracking"])
 def test_presets_that_omit_distil_from_recency_and_know_what_comes_first(name):
     preset = script.load_preset(name)
     assert preset.context.omit and preset.context.max_lod == 1
@@ -150,8 +150,8 @@ BAD_COMMANDS = [
         "recall --start-from {tmp}/base --context.max-lod 2",
         "max_lod of start_from {tmp}/base is 1, this run has 2: use the same",
     ),
-    ("nosuch", "no config .*nosuch.py; name a file, or one of: demo, recall"),
-    ("{tmp}/none.json", "no config {tmp}/none.json; name a file, or one of: demo, recall"),
+    ("nosuch", "no config .*nosuch.py; name a file, or one of: demo, notes, recall"),
+    ("{tmp}/none.json", "no config {tmp}/none.json; name a file, or one of: demo, notes, recall"),
     ("{tmp}/torn.json", "{tmp}/torn.json is not JSON"),
     ("{tmp}/typo.json", "{tmp}/typo.json: unknown key stepps; known keys: adaptation, attention, base"),
     ("{tmp}/old.json", "{tmp}/old.json has format None, and this version of lensjax reads format 2: use the version"),

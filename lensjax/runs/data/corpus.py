@@ -38,8 +38,6 @@ Stamp = tuple[int, int]
 """Size and time of a file, while which it does not change."""
 SEPARATOR = b"\0"
 """Stands between two files of a split that is read as bytes."""
-_FIRST = 2**13
-"""Bytes of a file that tell whether it is text."""
 
 _NOT_STDLIB = ("site-packages", "dist-packages", "__pycache__")
 
@@ -166,8 +164,6 @@ def _members(data: DataConfig, names: dict[str, Path], split: Split) -> list[tup
     files = {name: (name, path, _stamp(path)) for name, path in names.items()}
     if data.task == "text":
         _require_memory(data, sum(size for *_, (size, _) in files.values()))
-        for _, path, stamp in files.values():
-            _require_text(path, stamp)
     if data.split_by == "folder":
         _require_apart(tuple(files.values()))
         splits = {name: name.split("/")[0] for name in names}
@@ -204,17 +200,6 @@ def _require_memory(data: DataConfig, size: int) -> None:
         f"{memory / 2**30:,.1f} GiB of memory: name fewer files, write them as rows of JSON lines, or set "
         "data.split_by folder and data.tokenizer",
     )
-
-
-@functools.lru_cache(maxsize=100_000)
-def _require_text(path: Path, _stamp: object) -> None:
-    """Text has no zero byte, and nearly every other file has one near its beginning."""
-    with path.open("rb") as file:
-        require(
-            b"\0" not in file.read(_FIRST),
-            f"data.path: {str(path)!r} is no text, there are zero bytes in it: name the files that are by a glob, such "
-            "as 'folder/**/*.txt', and write text in UTF-8",
-        )
 
 
 @functools.lru_cache(maxsize=1)
