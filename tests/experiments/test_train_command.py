@@ -111,7 +111,10 @@ BAD_COMMANDS = [
     ("--data.path {tmp}", "data.path is read only where data.task is text: set data.task text, got 'stdlib'"),
     ("--data.task text --data.path {tmp}/empty", "no file with text in it under {tmp}/empty"),
     ("--data.task text --data.path {tmp}/none", "'{tmp}/none' does not exist; expected a folder, a file or a glob"),
-    ("--data.task text --data.path {tmp}/one.txt", "holds 0 tokens in 0 of 1 files, and one window takes 256. .* add files"),
+    (
+        "--data.task text --data.path {tmp}/one.txt",
+        "holds 0 tokens in 0 of 1 files, and one window takes 256. .* add files",
+    ),
     (
         "--data.task text --data.path {tmp}/corpus --context.window 64 --batch-size 50",
         "holds 4 windows of 64 tokens, and 400 are needed; lower batch_size",

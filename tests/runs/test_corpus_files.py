@@ -256,7 +256,7 @@ def test_a_corpus_larger_than_memory_is_refused_at_once(notes):
 
 def test_too_little_text_says_how_many_files_are_alike(tmp_path):
     for index in range(20):
-        (tmp_path / f"{index}.txt").write_text(f"note {index}: buy milk, and a line that all of them have\n")
+        (tmp_path / f"{index}.txt").write_text(f"note {index}\nbuy milk, which is a line that all of them have\n")
     config = replace(TINY, data=DataConfig(task="text", path=str(tmp_path)))
     with pytest.raises(ValueError, match=r"holds 0 tokens in 0 of 20 files, in 1 families of alike ones, and one"):
         for split in SPLITS:

@@ -190,5 +190,5 @@ def test_a_folder_without_a_run_names_one_around_it(tmp_path):
         near.mkdir(exist_ok=True)
         with pytest.raises(FileNotFoundError, match=rf"holds no run .*: name the folder of a run, such as {run}$"):
             run_folder.config_path(near)
-    with pytest.raises(FileNotFoundError, match="name the folder of a run$"):
+    with pytest.raises(FileNotFoundError, match=r"name the folder of a run$"):
         run_folder.config_path(tmp_path)

@@ -207,6 +207,8 @@ def test_start_from_takes_the_models_of_another_run(cheap, whole, tmp_path, monk
 
 def test_start_from_needs_a_lensnet(whole, tmp_path):
     start(tiny_config(tmp_path / "base", steps=0))
-    with pytest.raises(ValueError, match=r"base has no checkpoint of LensNet: let it train first \(--resume .*base, or steps above 0\)"):
+    with pytest.raises(
+        ValueError, match=r"base has no checkpoint of LensNet: let it train first \(--resume .*base, or steps above 0\)"
+    ):
         start(tiny_config(tmp_path / "run", start_from=str(tmp_path / "base")))
     assert not (tmp_path / "run").exists()
