@@ -102,10 +102,11 @@ def evaluate(
         measure = dealing.on_each(_compiled(suite.config.recipe, models, length, draws), mesh)
         at_budget: list[Row] = []
         for task, batches in suite.tasks.items():
-            found = dealing.over_batches(
-                *(measure, [_with_keys(index, batch) for index, batch in enumerate(batches)], params),
-                **{"mesh": mesh, "console": console, "title": f"{task}, {length} entries"},
+            keyed, title = (
+                [_with_keys(index, batch) for index, batch in enumerate(batches)],
+                f"{task}, {length} entries",
             )
+            found = dealing.over_batches(measure, keyed, params, mesh=mesh, console=console, title=title)
             at_budget += _rows(suite.config, task, found, ratio=ratio, length=length)
         print_table(console, at_budget, ratio=ratio, length=length, history=suite.config.context.history)
         rows += at_budget
