@@ -2,16 +2,19 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
 
 import pytest
 
+from experiments import evaluate
 from experiments import train as script
 from lensjax import _settings
 from lensjax.runs import sizes
 from lensjax.runs.config import Config
 from lensjax.runs.engine import loop
 from lensjax.runs.store import config_file, identity, run_folder
-from tests.runs import tiny_config, write_corpus
+from tests.runs import ROOT, tiny_config, write_corpus
 
 PRESETS = sorted(path.stem for path in script.PRESETS.glob("*.py"))
 
@@ -244,3 +247,18 @@ def test_m5_a_file_is_no_output_folder(capsys):
 def test_m6_a_preset_that_comes_late_is_told_so(words):
     with pytest.raises(ValueError, match=r"^recall is no flag: a preset comes first, and alone; flags follow it$"):
         script.parse(words)
+
+
+def test_a_python_without_the_packages_is_told_which_one_has_them():
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "experiments.train", "demo"], cwd=ROOT, env={}, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "has no jax: use .venv/bin/python, which make venv makes, or pip install" in done.stderr
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_has_contexts_of_the_budgets_that_an_evaluation_takes_by_itself(name):
+    geometry = script.load_preset(name).context.geometry
+    for ratio in evaluate.Arguments(runs=()).budgets:
+        assert geometry.length(geometry.history // ratio) > geometry.recent_tokens

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from lensjax.runs import load
+from lensjax.runs.config import Config
 from lensjax.runs.fit import fit
 from lensjax.runs.store import checkpoint, run_folder
 from lensjax.runs.store.log import read_rows
@@ -212,3 +213,8 @@ def test_start_from_needs_a_lensnet(whole, tmp_path):
     ):
         start(tiny_config(tmp_path / "run", start_from=str(tmp_path / "base")))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_shows_no_parameters_where_it_is_printed():
+    config = Config()
+    assert "secret" not in repr(load.Trained(config, config.build_models(), {"secret": {}}, {}))
