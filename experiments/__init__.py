@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+from importlib.util import find_spec
 from typing import Any
 
 INTERRUPTED = 130
@@ -23,6 +24,12 @@ def end(*signal_and_frame: Any, advice: str = "") -> None:
         os.write(2, "; ".join(filter(None, ("interrupted", advice))).encode(errors="backslashreplace") + b"\n")
     os._exit(INTERRUPTED)
 
+
+if sys.argv[:1] == ["-m"] and (missing := [name for name in ("jax", "rich", "tyro") if find_spec(name) is None]):
+    sys.exit(
+        f"error: {sys.executable} has no {missing[0]}: use .venv/bin/python, which make venv makes, or "
+        "pip install -e '.[train,plots,scripts]'"
+    )
 
 # In a process that is one of the programs, from now on: its imports take seconds, and Ctrl-C may come then.
 if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:

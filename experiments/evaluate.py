@@ -7,7 +7,7 @@
 Leaves `evaluation.csv`, `evaluation.json` and `evaluation.png` in each run's folder: one row a policy and budget. With
 several runs, `--merged` also writes all of their rows into one table and one picture. All devices share the
 batches, those of several processes too. With `--suite` the tasks of `experiments.suite` take the place of held-out
-data, in one process, and the files are `evaluation-suite.*`.
+data, and the files are `evaluation-suite.*`.
 
 The row of LensNet's last step also says whether its focus is faithful (`lensjax.evaluation.faithfulness`): how far its
 entries are from those of recency, what is lost without it or with another sequence's, whether its scores tell good
@@ -27,11 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax import Array
-from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import Progress
 
-from experiments import command, quality
+from experiments import command, dealing, quality
 from experiments import suite as suites
 from experiments.quality import Row
 from experiments.suite import Suite
@@ -48,7 +46,6 @@ from lensjax.plots import style
 from lensjax.runs.config import Config
 from lensjax.runs.data import batches as data
 from lensjax.runs.engine import devices
-from lensjax.runs.engine.progress import has_bars
 from lensjax.runs.fit import EVALUATION_SEED
 from lensjax.runs.load import load_params
 from lensjax.runs.store import config_file, run_folder
@@ -70,7 +67,7 @@ class Arguments:
     """Of the files in the run's folder; those of an evaluation that came to its end are not overwritten."""
     suite: bool = False
     """Measure on the suite of questions with known answers."""
-    budgets: tuple[PositiveInt, ...] = (2, 4, 8, 16)
+    budgets: tuple[PositiveInt, ...] = (2, 4)
     """History over entries: 4 means a quarter of the history, rounded down to a length that some cut has."""
     window: PositiveInt | None = None
     """Tokens in the windows to measure on; None as in training. They may be longer than those trained on."""
@@ -99,10 +96,8 @@ def evaluate(arguments: Arguments) -> list[Row]:
     """Measures every run and returns the rows of all tables; everything is checked before the first is measured."""
     if not arguments.runs:
         raise ValueError("name one or more run folders")
-    if arguments.suite and jax.process_count() > 1:
-        raise ValueError(
-            f"--suite is measured by one process, and this is one of {jax.process_count()}: start it alone"
-        )
+    if arguments.suite:
+        _require_meaning(arguments)
     if not arguments.budgets:
         raise ValueError("name one or more budgets, such as --budgets 2 4: none came")
     if arguments.sequences % arguments.batch_size:
@@ -126,6 +121,17 @@ def evaluate(arguments: Arguments) -> list[Row]:
     if merged is not None:
         devices.in_first(functools.partial(merged.write, rows))
     return rows
+
+
+def _require_meaning(arguments: Arguments) -> None:
+    """The suite has its own questions, no search on the loss and no check of the focus."""
+    usual = Arguments(runs=())
+    given = [
+        name for name in ("split", "oracle_rounds", "faithfulness") if getattr(arguments, name) != getattr(usual, name)
+    ]
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"--suite takes no {flags}: leave it out, or measure held-out data without --suite")
 
 
 @dataclass(frozen=True)
@@ -212,7 +218,8 @@ def _evaluate_suite(job: _Job, arguments: Arguments, output: _Output, console: C
     started = time.perf_counter()
     rows = suites.evaluate(job.data, job.models, job.params, job.lengths, draws=arguments.draws, console=console)
     report = {**_origin(job, arguments, started), "left_out": job.data.left_out, "rows": rows}
-    output.write(rows, report, title=f"{job.config.data.task}, seed {job.config.seed}")
+    title = f"{job.config.data.task}, seed {job.config.seed}"
+    devices.in_first(lambda: output.write(rows, report, title=title))
     console.out(f"table, intervals and picture are in {job.folder}/{output.name}.*", highlight=False)
     return rows
 
@@ -266,32 +273,27 @@ def _measure(job: _Job, arguments: Arguments, length: int, console: Console) -> 
     Each device, of whatever process, measures whole batches by itself; all processes get all that was measured.
     """
     recipe, models, mesh = job.config.recipe, job.models, devices.make_mesh({})
-    measure = _on_each(compiled_measure(recipe, models, length, arguments.draws, arguments.oracle_rounds), mesh)
-    measure_foreign = _on_each(_compiled_foreign(recipe, models, length), mesh)
+    measure = dealing.on_each(compiled_measure(recipe, models, length, arguments.draws, arguments.oracle_rounds), mesh)
+    measure_foreign = dealing.on_each(_compiled_foreign(recipe, models, length), mesh)
     key = jax.random.fold_in(jax.random.key(EVALUATION_SEED), length)
     assert not isinstance(job.data, Suite)
-    params = devices.place(job.params, mesh, split=False)
-    measured: list[tuple[Comparison, Measured, np.ndarray]] = []
-    with Progress(console=console, transient=True, disable=not has_bars(console)) as progress:
-        groups = range(0, len(job.data), mesh.size)
-        for first in progress.track(groups, description=f"{length} entries"):
-            own = range(first, min(first + mesh.size, len(job.data)))
-            places = [*own, *[own[-1]] * (mesh.size - len(own))]  # one program: the last ones measure what another does
-            batches = [job.data[place] for place in places]
-            keys = [jax.random.split(jax.random.fold_in(key, place), arguments.batch_size) for place in places]
-            rows = [(batch["tokens"], batch.get("answers")) for batch in batches]
-            sequences, streams = devices.deal(rows, mesh), devices.deal(keys, mesh)
-            found = measure((*sequences, streams), params)
-            whole = devices.to_host((found, *measure_foreign((*sequences, found), params)))
-            measured += [jax.tree.map(lambda leaf, place=place: leaf[place], whole) for place in range(len(own))]
-    together: tuple[Comparison, Measured, np.ndarray] = jax.tree.map(lambda *leaves: np.concatenate(leaves), *measured)
-    return together
+    rows = [
+        (
+            (batch["tokens"], batch.get("answers")),
+            jax.random.split(jax.random.fold_in(key, place), arguments.batch_size),
+        )
+        for place, batch in enumerate(job.data)
+    ]
 
+    def both(dealt: Any, params: dict[str, Params]) -> tuple[Comparison, Measured, Array]:
+        sequences, streams = dealt
+        found = measure((*sequences, streams), params)
+        return (found, *measure_foreign((*sequences, found), params))
 
-@functools.cache
-def _on_each(program: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """A program of parameters and rows, on rows that each device has of its own; compiled once for equal arguments."""
-    return may_be_nan(jax.jit(devices.on_each(lambda rows, params: program(params, *rows), mesh)))
+    measured: tuple[Comparison, Measured, np.ndarray] = dealing.over_batches(
+        both, rows, job.params, mesh=mesh, console=console, title=f"{length} entries"
+    )
+    return measured
 
 
 @functools.cache

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from jax import Array
 from rich.console import Console
-from rich.progress import Progress
 
+from experiments import dealing
 from experiments.quality import Row
 from lensjax import _settings
 from lensjax._numerics import may_be_nan
@@ -32,7 +32,7 @@ from lensjax.runs.data import suite as puzzles
 from lensjax.runs.data.suite.source import stacked
 from lensjax.runs.data.suite.windows import Form, Text, Words, fill
 from lensjax.runs.data.tokenizers import read_tokenizer
-from lensjax.runs.engine.progress import has_bars
+from lensjax.runs.engine import devices
 from lensjax.training.recipe import Recipe
 
 Batch = dict[str, np.ndarray]
@@ -97,15 +97,17 @@ def evaluate(
     """
     for task, why in suite.left_out.items():
         console.out(f"left out: {task}: {why}", highlight=False)
-    rows: list[Row] = []
+    mesh, rows = devices.make_mesh({}), list[Row]()
     for ratio, length in lengths.items():
-        measure = _compiled(suite.config.recipe, models, length, draws)
+        measure = dealing.on_each(_compiled(suite.config.recipe, models, length, draws), mesh)
         at_budget: list[Row] = []
-        with Progress(console=console, transient=True, disable=not has_bars(console)) as progress:
-            for task in progress.track(suite.tasks, description=f"{length} entries"):
-                found = [_measured(measure, params, index, batch) for index, batch in enumerate(suite.tasks[task])]
-                together = jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
-                at_budget += _rows(suite.config, task, together, ratio=ratio, length=length)
+        for task, batches in suite.tasks.items():
+            keyed, title = (
+                [_with_keys(index, batch) for index, batch in enumerate(batches)],
+                f"{task}, {length} entries",
+            )
+            found = dealing.over_batches(measure, keyed, params, mesh=mesh, console=console, title=title)
+            at_budget += _rows(suite.config, task, found, ratio=ratio, length=length)
         print_table(console, at_budget, ratio=ratio, length=length, history=suite.config.context.history)
         rows += at_budget
     return rows
@@ -154,14 +156,9 @@ def _compiled(recipe: Recipe, models: Models, length: int, draws: int) -> Callab
     return may_be_nan(jax.jit(lambda params, *batch: jax.lax.map(lambda row: one(params, *row), batch)))
 
 
-def _measured(
-    measure: Callable[..., dict[str, Answered]], params: dict[str, Params], index: int, batch: Batch
-) -> dict[str, Answered]:
+def _with_keys(index: int, batch: Batch) -> tuple[np.ndarray | Array, ...]:
     keys = jax.random.split(jax.random.fold_in(jax.random.key(0), index), len(batch["tokens"]))
-    found: dict[str, Answered] = jax.device_get(
-        measure(params, batch["tokens"], batch["answers"], batch["scored"], keys)
-    )
-    return found
+    return batch["tokens"], batch["answers"], batch["scored"], keys
 
 
 def _rows(config: Config, task: str, found: dict[str, Answered], *, ratio: int, length: int) -> list[Row]:

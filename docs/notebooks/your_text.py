@@ -64,12 +64,12 @@ run = lx.fit(config)
 # %% [markdown]
 # ## What came out
 #
-# `nll_policy` is the loss with LensNet's choice, `nll_baseline` with the last 56 bytes, `nll_full` with the whole
+# `nll_policy` is the loss with LensNet's choice, `nll_baseline` with the last 56 bytes, `nll_full_tail` with the whole
 # history, `nll_oracle` with the passage that is quoted. All on held-out files, in nats a byte.
 
 # %%
 summary = json.loads((FOLDER / "summary.json").read_text())
-names = ("nll_baseline", "nll_policy", "nll_oracle", "nll_full")
+names = ("nll_baseline", "nll_policy", "nll_oracle", "nll_full_tail")
 for name in names:
     print(f"{name:<16}{summary[name]:.3f}")
 
@@ -107,5 +107,5 @@ print(bytes(np.asarray(tokens, np.uint8)).decode(errors="replace"))
 # %% [markdown]
 # The same from the command line, with all policies of the literature beside it and intervals:
 #
-#     python -m experiments.train demo --data.task text --data.path '~/notes/**/*.md' --output-dir runs/notes
+#     python -m experiments.train notes --data.path '~/notes/**/*.md'
 #     python -m experiments.evaluate runs/notes --budgets 2 4

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Trained:
 
     config: Config
     models: Models
-    params: dict[str, Params]
+    params: dict[str, Params] = field(repr=False)
     """Parameters of `base`, `gist` and `lens`, and of `hypernet` where it was trained."""
     summary: dict[str, Any]
     """What `summary.json` holds: the test metrics; empty while the run is not finished."""
@@ -131,7 +131,10 @@ def load_params(
                 f"{folder} has no checkpoint: let it finish its pretraining first",
             )
         else:
-            require(name in held, f"{folder} has no checkpoint of {what}: let it train first (steps above 0)")
+            require(
+                name in held,
+                f"{folder} has no checkpoint of {what}: let it train first (--resume {folder}, or steps above 0)",
+            )
     params: dict[str, Params] = {}
     for name in parts:
         if name in held:

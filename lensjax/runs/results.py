@@ -26,7 +26,7 @@ MAPPED_SEQUENCES = 4
 SHOWN_TEXT = 48
 """Characters on either side of a cursor."""
 SHOWN = (
-    *("nll_full", "nll_policy", "nll_baseline", "nll_rollout_mean", "nll_rollout_best", "nll_oracle", "hit_rate"),
+    *("nll_full_tail", "nll_policy", "nll_baseline", "nll_rollout_mean", "nll_rollout_best", "nll_oracle", "hit_rate"),
     *("preference_agreement", "preference_agreement_lod_only", "preference_corr_mean", "seconds"),
 )
 """Lines of a summary that the terminal shows."""

@@ -7,7 +7,7 @@ import pytest
 
 from experiments import cluster, train
 from lensjax.runs.store import config_file
-from tests.runs import ROOT, TINY, cheap_programs, tiny_config
+from tests.runs import ROOT, TINY, cheap_programs, tiny_config, write_corpus
 
 
 def test_a_process_is_told_who_it_is(monkeypatch):
@@ -76,6 +76,16 @@ evaluate.main(sys.argv[1:])
 """
 
 
+ASK = """
+import sys
+from lensjax.runs.data.suite import puzzles
+for task in list(puzzles.TASKS)[2:]:
+    del puzzles.TASKS[task]
+from experiments import evaluate
+evaluate.main(sys.argv[1:])
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.long
 def test_several_processes_measure_what_one_measures(workplace, monkeypatch):
@@ -85,6 +95,21 @@ def test_several_processes_measure_what_one_measures(workplace, monkeypatch):
     for count in (2, 1):
         cluster.go_on((*words, "--name", f"by-{count}"), count, arguments, name=f"evaluate-{count}")
     one, two = (json.loads((workplace / "run" / f"by-{count}.json").read_text()) for count in (1, 2))
+    assert one["rows"] == two["rows"] and (one["environment"]["processes"], two["environment"]["processes"]) == (1, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_several_processes_ask_what_one_asks(workplace, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    run = workplace / "text"
+    with cheap_programs():
+        train.run(tiny_config(run, write_corpus(workplace / "corpus"), **{"context.window": 98, "eval_batches": 1}))
+    arguments = cluster.Arguments(output_dir=workplace, devices=1, patience=900)
+    words = ("-c", ASK, str(run), "--suite", "--budgets", "3", "--sequences", "6", "--batch-size", "2", "--draws", "2")
+    for count in (2, 1):
+        cluster.go_on((*words, "--name", f"by-{count}"), count, arguments, name=f"suite-{count}")
+    one, two = (json.loads((run / f"by-{count}-suite.json").read_text()) for count in (1, 2))
     assert one["rows"] == two["rows"] and (one["environment"]["processes"], two["environment"]["processes"]) == (1, 2)
 
 

@@ -253,6 +253,11 @@ def test_nan_is_an_error_that_names_the_policy(runs, known, monkeypatch):
         ),
         ("{runs}/recall-0 --budgets 2 --draws 0", "draws must be in [1, 1024], got 0"),
         ("{runs}/recall-0 --budgets 2 --sequences 4 --batch-size 1", "batch_size must be in [2, 65536], got 1"),
+        (
+            "{runs}/text --suite --split validation --oracle-rounds 0",
+            "--suite takes no --split, --oracle-rounds: leave it",
+        ),
+        ("{runs}/text --suite --faithfulness.ablation 0.5", "--suite takes no --faithfulness: leave it out"),
         ("{runs}/recall-0 --budgets 2 --window 6", "context.window must hold a block, context.recent_tokens and"),
         ("{runs}/text --budgets 2 --sequences 4096", "windows of 32 tokens, and 4096 are needed"),
     ],

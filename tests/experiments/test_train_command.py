@@ -2,16 +2,19 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
 
 import pytest
 
+from experiments import evaluate
 from experiments import train as script
 from lensjax import _settings
 from lensjax.runs import sizes
 from lensjax.runs.config import Config
 from lensjax.runs.engine import loop
 from lensjax.runs.store import config_file, identity, run_folder
-from tests.runs import tiny_config, write_corpus
+from tests.runs import ROOT, tiny_config, write_corpus
 
 PRESETS = sorted(path.stem for path in script.PRESETS.glob("*.py"))
 
@@ -31,7 +34,7 @@ def test_presets_write_to_folders_of_their_own():
     assert len({script.load_preset(name).output_dir for name in PRESETS}) == len(PRESETS)
 
 
-@pytest.mark.parametrize("name", ["demo", "recall_long", "stdlib", "tracking"])
+@pytest.mark.parametrize("name", ["demo", "notes", "recall_long", "stdlib", "tracking"])
 def test_presets_that_omit_distil_from_recency_and_know_what_comes_first(name):
     preset = script.load_preset(name)
     assert preset.context.omit and preset.context.max_lod == 1
@@ -111,7 +114,10 @@ BAD_COMMANDS = [
     ("--data.path {tmp}", "data.path is read only where data.task is text: set data.task text, got 'stdlib'"),
     ("--data.task text --data.path {tmp}/empty", "no file with text in it under {tmp}/empty"),
     ("--data.task text --data.path {tmp}/none", "'{tmp}/none' does not exist; expected a folder, a file or a glob"),
-    ("--data.task text --data.path {tmp}/one.txt", "holds 0 tokens in 0 files, and one window takes 256. .* add files"),
+    (
+        "--data.task text --data.path {tmp}/one.txt",
+        "holds 0 tokens in 0 of 1 files, and one window takes 256. .* add files",
+    ),
     (
         "--data.task text --data.path {tmp}/corpus --context.window 64 --batch-size 50",
         "holds 4 windows of 64 tokens, and 400 are needed; lower batch_size",
@@ -150,8 +156,8 @@ BAD_COMMANDS = [
         "recall --start-from {tmp}/base --context.max-lod 2",
         "max_lod of start_from {tmp}/base is 1, this run has 2: use the same",
     ),
-    ("nosuch", "no config .*nosuch.py; name a file, or one of: demo, recall"),
-    ("{tmp}/none.json", "no config {tmp}/none.json; name a file, or one of: demo, recall"),
+    ("nosuch", "no config .*nosuch.py; name a file, or one of: demo, notes, recall"),
+    ("{tmp}/none.json", "no config {tmp}/none.json; name a file, or one of: demo, notes, recall"),
     ("{tmp}/torn.json", "{tmp}/torn.json is not JSON"),
     ("{tmp}/typo.json", "{tmp}/typo.json: unknown key stepps; known keys: adaptation, attention, base"),
     ("{tmp}/old.json", "{tmp}/old.json has format None, and this version of lensjax reads format 2: use the version"),
@@ -241,3 +247,18 @@ def test_m5_a_file_is_no_output_folder(capsys):
 def test_m6_a_preset_that_comes_late_is_told_so(words):
     with pytest.raises(ValueError, match=r"^recall is no flag: a preset comes first, and alone; flags follow it$"):
         script.parse(words)
+
+
+def test_a_python_without_the_packages_is_told_which_one_has_them():
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "experiments.train", "demo"], cwd=ROOT, env={}, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "has no jax: use .venv/bin/python, which make venv makes, or pip install" in done.stderr
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_has_contexts_of_the_budgets_that_an_evaluation_takes_by_itself(name):
+    geometry = script.load_preset(name).context.geometry
+    for ratio in evaluate.Arguments(runs=()).budgets:
+        assert geometry.length(geometry.history // ratio) > geometry.recent_tokens

@@ -252,3 +252,12 @@ def test_a_corpus_larger_than_memory_is_refused_at_once(notes):
     with (notes / "huge.txt").open("wb") as file:
         file.truncate(2**42)  # a hole, which takes no room
     refuses(notes, "4,096", "GiB of text", "of memory: name fewer files")
+
+
+def test_too_little_text_says_how_many_files_are_alike(tmp_path):
+    for index in range(20):
+        (tmp_path / f"{index}.txt").write_text(f"note {index}\nbuy milk, which is a line that all of them have\n")
+    config = replace(TINY, data=DataConfig(task="text", path=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"holds 0 tokens in 0 of 20 files, in 1 families of alike ones, and one"):
+        for split in SPLITS:
+            batches.fixed_batches(config, split, batch_size=1, count=1, seed=0)

@@ -12,6 +12,7 @@ from lensjax._settings import replace
 from lensjax.runs.config import Config
 from lensjax.runs.store import run_folder
 from lensjax.runs.store.config_file import load
+from tests.runs import TINY
 
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 
@@ -181,3 +182,13 @@ def test_damaged_files_of_notes_stop_no_run(tmp_path, text):
     (folder / "summary.json").write_text(text)
     assert run_folder.add_environment(folder, config) == [] and run_folder.read_summary(folder) == {}
     assert len(json.loads((folder / "environment.json").read_text())) == 1
+
+
+def test_a_folder_without_a_run_names_one_around_it(tmp_path):
+    run = run_folder.create_run(tmp_path / "runs" / "mine", TINY)
+    for near in (tmp_path / "runs", run / "checkpoints"):
+        near.mkdir(exist_ok=True)
+        with pytest.raises(FileNotFoundError, match=rf"holds no run .*: name the folder of a run, such as {run}$"):
+            run_folder.config_path(near)
+    with pytest.raises(FileNotFoundError, match=r"name the folder of a run$"):
+        run_folder.config_path(tmp_path)

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from lensjax.runs import load
+from lensjax.runs.config import Config
 from lensjax.runs.fit import fit
 from lensjax.runs.store import checkpoint, run_folder
 from lensjax.runs.store.log import read_rows
@@ -208,6 +209,13 @@ def test_start_from_takes_the_models_of_another_run(cheap, whole, tmp_path, monk
 
 def test_start_from_needs_a_lensnet(whole, tmp_path):
     start(tiny_config(tmp_path / "base", steps=0))
-    with pytest.raises(ValueError, match=r"base has no checkpoint of LensNet: let it train first \(steps above 0\)"):
+    with pytest.raises(
+        ValueError, match=r"base has no checkpoint of LensNet: let it train first \(--resume .*base, or steps above 0\)"
+    ):
         start(tiny_config(tmp_path / "run", start_from=str(tmp_path / "base")))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_shows_no_parameters_where_it_is_printed():
+    config = Config()
+    assert "secret" not in repr(load.Trained(config, config.build_models(), {"secret": {}}, {}))

@@ -218,7 +218,9 @@ def test_a_vocabulary_that_the_model_lacks_is_refused_before_anything_is_made(co
 
 def test_too_little_text_is_refused(config):
     wide = replace(config, context=replace(config.context, window=40_000))
-    with pytest.raises(ValueError, match=r"'test' holds \d+ tokens in 3 files.*takes 40000\. The folders train, valid"):
+    with pytest.raises(
+        ValueError, match=r"'test' holds \d+ tokens in 3 of \d+ files.*takes 40000\. The folders train, valid"
+    ):
         batches.make_iterator(wide, "test", seed=0, batch_size=1)
     empty = replace(config, data=replace(config.data, path=f"{config.data.path}/train"))
     with pytest.raises(ValueError, match=r"no file with text in it under .*\{train,validation,test\}"):

@@ -23,6 +23,7 @@ _WHO_DECIDES = {
     "file": "Whole documents, with all that are like them, go to train, validation and test, 90/5/5 by a hash of names",
     "folder": "The folders train, validation and test say what is in which split",
 }
+_OR_MORE_FILES = ", or raise data.max_files"
 
 
 def make_iterator(
@@ -213,8 +214,8 @@ def _windows(config: Windows, split: Split) -> np.ndarray:
     if len(row) < length:
         raise ValueError(
             f"split {split!r} holds {len(row)} tokens in {described(config.data, split)}, and one window "
-            f"takes {length}. {_WHO_DECIDES[config.data.split_by]}: add files, cut long ones into several, raise "
-            "data.max_files, or lower context.window"
+            f"takes {length}. {_WHO_DECIDES[config.data.split_by]}: add files, cut long ones into several"
+            f"{_OR_MORE_FILES if config.data.max_files else ''}, or lower context.window"
         )
     count = len(row) // length
     return row[: count * length].reshape(count, length)
@@ -225,7 +226,8 @@ def _require_windows(config: Windows, split: Split, *, found: int, needed: int) 
         other = "pretrain.batch_size" if split == "train" else "eval_batches"
         raise ValueError(
             f"split {split!r} holds {found} windows of {config.context.window} tokens, and {needed} are "
-            f"needed; lower batch_size, {other} or context.window, add files, or raise data.max_files"
+            f"needed; lower batch_size, {other} or context.window, or add files"
+            f"{_OR_MORE_FILES if config.data.max_files else ''}"
         )
 
 

@@ -112,8 +112,14 @@ def _rows(data: DataConfig, names: dict[str, Path]) -> Files:
 
 def described(data: DataConfig, split: Split) -> str:
     """What a split is made of, for messages."""
-    rows = _rows(data, _names(data))
-    return f"the rows of {len(rows)} files" if rows else f"{len(corpus_files(data, split))} files"
+    names = _names(data)
+    if rows := _rows(data, names):
+        return f"the rows of {len(rows)} files"
+    found = f"{len(corpus_files(data, split))} of {len(names)} files"
+    if data.split_by == "folder":
+        return found
+    count = len(set(_families(tuple((name, path, _stamp(path)) for name, path in names.items())).values()))
+    return found if count == len(names) else f"{found}, in {count} families of alike ones"
 
 
 def corpus_files(data: DataConfig, split: Split) -> list[Path]:

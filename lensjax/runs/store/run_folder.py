@@ -105,6 +105,8 @@ def config_path(run_dir: str | Path) -> Path:
         left = {entry.name for entry in path.parent.iterdir()} if path.parent.is_dir() else set()
         is_cut_short = bool(left) and left <= _BEFORE_A_RUN
         fix = "it never began; start it without --resume" if is_cut_short else "name the folder of a run"
+        around = (path.parent.parent / _ENVIRONMENT, *sorted(path.parent.glob(f"*/{_ENVIRONMENT}")))
+        fix += next((f", such as {one.parent}" for one in around if one.is_file()), "")
         raise FileNotFoundError(f"{run_dir} holds no run ({_CONFIG} is missing): {fix}")
     return path
 
