@@ -8,7 +8,7 @@ L_pref is one of `terms.table.TERMS`, or anyone's.
 """
 
 import functools
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 import jax
