@@ -25,7 +25,7 @@ SMOL_FLAGS := --draws 2 --batch-size 2 --oracle-rounds 0
 # The preset of `make smol`: the larger one where there is a GPU or TPU. SMOL=smol_large names one.
 SMOL ?= $(shell $(RUN) -c 'import jax; print("smol" if jax.default_backend() == "cpu" else "smol_large")')
 
-.PHONY: help venv corpus demo recall query signals evaluate-recall evaluate-tracking evaluate-stdlib evaluate-suite stream stream-long ablate rlan arc adapt quiet-star cluster \
+.PHONY: help venv corpus demo recall query signals evaluate-recall evaluate-tracking evaluate-stdlib evaluate-suite stream stream-long ablate literature rlan arc adapt quiet-star cluster \
     smol evaluate-smol smollm2 test test-slow test-all test-matrix docs site notebooks lint format release constraints aot clean
 
 help: ## List the targets
@@ -119,6 +119,13 @@ ablate: $(STAMP) ## What each knob changes, on recall and on the standard librar
 	$(RUN) -m experiments.studies.ablate recall --base-run runs/ablations/recall-base --output-dir runs/ablations/recall
 	$(RUN) -m experiments.train demo --distill.steps 0 --output-dir runs/ablations/stdlib-base
 	$(RUN) -m experiments.studies.ablate stdlib --base-run runs/ablations/stdlib-base --output-dir runs/ablations/stdlib
+
+literature: $(STAMP) ## What methods of the literature change, on recall, variable tracking and text, into runs/literature
+	$(RUN) -m experiments.train recall --steps 0 --output-dir runs/literature/recall-base
+	$(RUN) -m experiments.train tracking --distill.steps 0 --output-dir runs/literature/tracking-base
+	$(RUN) -m experiments.train demo --distill.steps 0 --output-dir runs/literature/text-base
+	for task in recall tracking text; do $(RUN) -m experiments.studies.ablate literature_$$task \
+	    --base-run runs/literature/$$task-base --output-dir runs/literature/$$task || exit 1; done
 
 rlan: $(STAMP) ## A grid model adapted per task, on held-out rules of colours, objects and moves, into runs/rlan
 	for seed in 0 1 2; do $(RUN) -m experiments.rlan.train --seed $$seed --output-dir runs/rlan/$$seed || exit 1; done
