@@ -1,6 +1,6 @@
 """What methods of the literature change, on text that quotes itself; see `literature_recall`.
 
-    make literature
+make literature
 """
 
 from experiments.sweeps.literature_recall import methods

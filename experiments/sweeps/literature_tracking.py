@@ -1,6 +1,6 @@
 """What methods of the literature change, on variable tracking with two hops; see `literature_recall`.
 
-    make literature
+make literature
 """
 
 from experiments.sweeps.literature_recall import methods

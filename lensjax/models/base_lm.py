@@ -263,18 +263,9 @@ class BaseModel(Functional[BaseLM]):
         Raises:
           ValueError: there is room for none.
         """
-        if capacity < 1:
-            raise ValueError(f"capacity must be at least 1 entry, got {capacity}")
         config = self.config
-        shape, dtype = (config.layers, capacity, config.kv_heads, config.head_width), jnp.dtype(self.dtype)
-        # Distinct buffers: a donated cache may not hold one buffer twice.
-        return KVCache(
-            keys=jnp.zeros(shape, dtype),
-            values=jnp.zeros(shape, dtype),
-            inputs=jnp.zeros((capacity, config.dim), jnp.float32),
-            positions=jnp.zeros(capacity, jnp.float32),
-            length=jnp.zeros((), jnp.int32),
-        )
+        shape = (config.layers, capacity, config.kv_heads, config.head_width)
+        return KVCache.empty(*shape, inputs=config.dim, dtype=self.dtype)
 
     def extend(
         self,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 
 @jax.tree_util.register_dataclass
@@ -26,6 +27,23 @@ class KVCache:
     """float32[S]: where the entries stand, for those that see near ones alone."""
     length: Array
     """int32[]: entries held."""
+
+    @classmethod
+    def empty(
+        cls, layers: int, capacity: int, kv_heads: int, head_dim: int, *, inputs: int, dtype: DTypeLike
+    ) -> "KVCache":
+        """A cache of nothing, for embeddings of width `inputs`; raises ValueError if there is room for none."""
+        if capacity < 1:
+            raise ValueError(f"capacity must be at least 1 entry, got {capacity}")
+        shape = (layers, capacity, kv_heads, head_dim)
+        # Distinct buffers: a donated cache may not hold one buffer twice.
+        return cls(
+            keys=jnp.zeros(shape, dtype),
+            values=jnp.zeros(shape, dtype),
+            inputs=jnp.zeros((capacity, inputs), jnp.float32),
+            positions=jnp.zeros(capacity, jnp.float32),
+            length=jnp.zeros((), jnp.int32),
+        )
 
     @property
     def capacity(self) -> int:
