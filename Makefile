@@ -126,6 +126,7 @@ literature: $(STAMP) ## What methods of the literature change, on recall, variab
 	$(RUN) -m experiments.train demo --distill.steps 0 --output-dir runs/literature/text-base
 	for task in recall tracking text; do $(RUN) -m experiments.studies.ablate literature_$$task \
 	    --base-run runs/literature/$$task-base --output-dir runs/literature/$$task || exit 1; done
+	$(RUN) -m experiments.studies.ablate_table runs/literature/recall runs/literature/tracking runs/literature/text
 
 rlan: $(STAMP) ## A grid model adapted per task, on held-out rules of colours, objects and moves, into runs/rlan
 	for seed in 0 1 2; do $(RUN) -m experiments.rlan.train --seed $$seed --output-dir runs/rlan/$$seed || exit 1; done
