@@ -170,7 +170,7 @@ def _with_keys(index: int, batch: Batch) -> tuple[np.ndarray | Array, ...]:
 def _parts(found: dict[str, Answered], count: int) -> list[dict[str, Answered]]:
     """What was measured of tasks one after the other, each with as many questions, by task."""
     leaves, tree = jax.tree.flatten(found)
-    return [tree.unflatten(own) for own in zip(*(np.split(leaf, count) for leaf in leaves), strict=True)]
+    return [jax.tree.unflatten(tree, own) for own in zip(*(np.split(leaf, count) for leaf in leaves), strict=True)]
 
 
 def _rows(config: Config, task: str, found: dict[str, Answered], *, ratio: int, length: int) -> list[Row]:
