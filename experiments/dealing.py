@@ -12,7 +12,7 @@ from rich.console import Console
 from lensjax._numerics import may_be_nan
 from lensjax.models import Params
 from lensjax.runs.engine import devices
-from lensjax.runs.engine.progress import StepBar
+from lensjax.runs.engine.progress import StepBar, has_bars
 
 Tree = TypeVar("Tree")
 
@@ -39,7 +39,7 @@ def over_batches(
       batches: pytrees of one shape.
       params: parameters by part.
       mesh: the devices.
-      console: shows a bar, or a line a minute where there is no terminal.
+      console: shows a bar; where there is no terminal, a line at the beginning and one a minute.
       title: of these.
 
     Returns:
@@ -47,6 +47,8 @@ def over_batches(
     """
     placed, measured = devices.place(params, mesh, split=False), list[Any]()
     starts = range(0, len(batches), mesh.size)
+    if not has_bars(console):
+        console.out(f"{title}: {len(starts)} steps, of which the first compiles, too", highlight=False)
     with StepBar(console, title, len(starts), done=0) as bar:
         for first in starts:
             own = range(first, min(first + mesh.size, len(batches)))

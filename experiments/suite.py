@@ -109,7 +109,7 @@ def evaluate(
     for ratio, length in lengths.items():
         measure = dealing.on_each(_compiled(suite.config.recipe, models, length, draws), mesh)
         keyed = [_with_keys(index, batch) for own in suite.tasks.values() for index, batch in enumerate(own)]
-        title = f"{len(suite.tasks)} tasks, {length} entries"
+        title = f"suite, {length} entries"
         found = dealing.over_batches(measure, keyed, params, mesh=mesh, console=console, title=title)
         at_budget: list[Row] = []
         for task, own in zip(suite.tasks, _parts(found, len(suite.tasks)), strict=True):
