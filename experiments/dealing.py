@@ -8,12 +8,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import Progress
 
 from lensjax._numerics import may_be_nan
 from lensjax.models import Params
 from lensjax.runs.engine import devices
-from lensjax.runs.engine.progress import has_bars
+from lensjax.runs.engine.progress import StepBar, has_bars
 
 Tree = TypeVar("Tree")
 
@@ -40,17 +39,21 @@ def over_batches(
       batches: pytrees of one shape.
       params: parameters by part.
       mesh: the devices.
-      console: shows a bar.
-      title: of the bar.
+      console: shows a bar; where there is no terminal, a line at the beginning and one a minute.
+      title: of these.
 
     Returns:
       What was measured in the order of the batches, as one tree of host arrays, the same in all processes.
     """
     placed, measured = devices.place(params, mesh, split=False), list[Any]()
-    with Progress(console=console, transient=True, disable=not has_bars(console)) as progress:
-        for first in progress.track(range(0, len(batches), mesh.size), description=title):
+    starts = range(0, len(batches), mesh.size)
+    if not has_bars(console):
+        console.out(f"{title}: {len(starts)} steps, of which the first compiles, too", highlight=False)
+    with StepBar(console, title, len(starts), done=0) as bar:
+        for first in starts:
             own = range(first, min(first + mesh.size, len(batches)))
             places = [*own, *[own[-1]] * (mesh.size - len(own))]  # one program: the last ones measure what another does
             whole = devices.to_host(measure(devices.deal([batches[place] for place in places], mesh), placed))
             measured += [jax.tree.map(lambda leaf, place=place: leaf[place], whole) for place in range(len(own))]
+            bar.advance()
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *measured)

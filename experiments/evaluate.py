@@ -36,7 +36,7 @@ from experiments.suite import Suite
 from experiments.tables import write_csv, write_json
 from lensjax import _settings
 from lensjax._numerics import may_be_nan
-from lensjax._settings import Bound, PositiveInt, Variants, settings
+from lensjax._settings import Bound, PositiveInt, Variants, require, settings
 from lensjax.context.allocator import FocusConfig
 from lensjax.evaluation import compare
 from lensjax.evaluation.compare import FOREIGN, FULL, Comparison, Measured
@@ -45,6 +45,7 @@ from lensjax.models import Models, Params
 from lensjax.plots import style
 from lensjax.runs.config import Config
 from lensjax.runs.data import batches as data
+from lensjax.runs.data.suite import TASKS
 from lensjax.runs.engine import devices
 from lensjax.runs.fit import EVALUATION_SEED
 from lensjax.runs.load import load_params
@@ -67,6 +68,8 @@ class Arguments:
     """Of the files in the run's folder; those of an evaluation that came to its end are not overwritten."""
     suite: bool = False
     """Measure on the suite of questions with known answers."""
+    tasks: tuple[str, ...] = tuple(TASKS)
+    """Of the suite."""
     budgets: tuple[PositiveInt, ...] = (2, 4)
     """History over entries: 4 means a quarter of the history, rounded down to a length that some cut has."""
     window: PositiveInt | None = None
@@ -94,16 +97,13 @@ def main(words: list[str] | None = None) -> None:
 
 def evaluate(arguments: Arguments) -> list[Row]:
     """Measures every run and returns the rows of all tables; everything is checked before the first is measured."""
-    if not arguments.runs:
-        raise ValueError("name one or more run folders")
-    if arguments.suite:
-        _require_meaning(arguments)
-    if not arguments.budgets:
-        raise ValueError("name one or more budgets, such as --budgets 2 4: none came")
-    if arguments.sequences % arguments.batch_size:
-        raise ValueError(
-            f"sequences must be a multiple of batch_size {arguments.batch_size}, got {arguments.sequences}"
-        )
+    require(bool(arguments.runs), "name one or more run folders")
+    _require_meaning(arguments)
+    require(bool(arguments.budgets), "name one or more budgets, such as --budgets 2 4: none came")
+    require(
+        arguments.sequences % arguments.batch_size == 0,
+        f"sequences must be a multiple of batch_size {arguments.batch_size}, got {arguments.sequences}",
+    )
     name, draw = arguments.name, quality.draw
     if arguments.suite:
         name, draw = f"{name}-suite", suites.draw
@@ -124,14 +124,17 @@ def evaluate(arguments: Arguments) -> list[Row]:
 
 
 def _require_meaning(arguments: Arguments) -> None:
-    """The suite has its own questions, no search on the loss and no check of the focus."""
-    usual = Arguments(runs=())
-    given = [
-        name for name in ("split", "oracle_rounds", "faithfulness") if getattr(arguments, name) != getattr(usual, name)
-    ]
-    if given:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ValueError(f"--suite takes no {flags}: leave it out, or measure held-out data without --suite")
+    """The suite has its own questions, no search on the loss and no check of the focus; held-out data have no tasks."""
+    usual, others = Arguments(runs=()), ("split", "oracle_rounds", "faithfulness")
+    given = [f"--{name.replace('_', '-')}" for name in others if getattr(arguments, name) != getattr(usual, name)]
+    require(
+        not (arguments.suite and given),
+        f"--suite takes no {', '.join(given)}: leave it out, or measure held-out data without --suite",
+    )
+    require(
+        arguments.suite or arguments.tasks == usual.tasks,
+        "--tasks are those of the suite: leave it out, or add --suite",
+    )
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,8 @@ def _prepare(run: Path, arguments: Arguments) -> _Job:
     sequences, batch_size = arguments.sequences, arguments.batch_size
     found: list[dict[str, np.ndarray]] | Suite
     if arguments.suite:
-        found = suites.prepare(config, sequences=sequences, batch_size=batch_size, seed=EVALUATION_SEED)
+        tasks = arguments.tasks
+        found = suites.prepare(config, tasks, sequences=sequences, batch_size=batch_size, seed=EVALUATION_SEED)
     else:
         count = sequences // batch_size
         found = data.fixed_batches(config, arguments.split, batch_size=batch_size, count=count, seed=EVALUATION_SEED)

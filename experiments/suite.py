@@ -7,7 +7,7 @@ history is as long as in training, and the horizon as the longest answer.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from experiments import dealing
 from experiments.quality import Row
 from lensjax import _settings
 from lensjax._numerics import may_be_nan
-from lensjax._settings import require
+from lensjax._settings import require, shown
 from lensjax.evaluation import questions, rivals
 from lensjax.evaluation.compare import FULL
 from lensjax.evaluation.questions import Answered
@@ -50,25 +50,33 @@ class Suite:
     """Why, by the name of each task that does not fit."""
 
 
-def prepare(config: Config, *, sequences: int, batch_size: int, seed: int) -> Suite:
-    """Draws the questions of all tasks.
+def prepare(
+    config: Config, chosen: Collection[str] = tuple(puzzles.TASKS), *, sequences: int, batch_size: int, seed: int
+) -> Suite:
+    """Draws the questions of tasks, in windows of the whole suite: a task has the same rows alone and among others.
 
     Args:
       config: the run's.
+      chosen: the tasks.
       sequences: questions a task, a multiple of `batch_size`.
       batch_size: questions measured at a time.
       seed: decides them.
 
     Raises:
-      ValueError: the run reads neither text nor the suite's words, or no task fits its history.
+      ValueError: a task is none of the suite or comes twice, the run reads neither text nor the suite's words, or no
+        task fits its history.
     """
+    known = bool(chosen) and len(set(chosen)) == len(chosen) and set(chosen) <= set(puzzles.TASKS)
+    require(known, f"tasks must be different ones of {', '.join(puzzles.TASKS)}, got {shown(chosen)}")
     form, history = _form(config), config.context.history
     drawn = {task: puzzles.draw(task, sequences, seed=seed) for task in puzzles.TASKS}
     horizon = max(len(form.answer(puzzle.answer)) for some in drawn.values() for puzzle, _ in some)
     tasks, left_out = {}, {}
-    for task, some in drawn.items():
+    for task in chosen:
         try:
-            examples = [fill(puzzle, form, rng, history=history, horizon=horizon, name=task) for puzzle, rng in some]
+            examples = [
+                fill(puzzle, form, rng, history=history, horizon=horizon, name=task) for puzzle, rng in drawn[task]
+            ]
         except ValueError as error:
             left_out[task] = str(error)
             continue
@@ -100,14 +108,12 @@ def evaluate(
     mesh, rows = devices.make_mesh({}), list[Row]()
     for ratio, length in lengths.items():
         measure = dealing.on_each(_compiled(suite.config.recipe, models, length, draws), mesh)
+        keyed = [_with_keys(index, batch) for own in suite.tasks.values() for index, batch in enumerate(own)]
+        title = f"suite, {length} entries"
+        found = dealing.over_batches(measure, keyed, params, mesh=mesh, console=console, title=title)
         at_budget: list[Row] = []
-        for task, batches in suite.tasks.items():
-            keyed, title = (
-                [_with_keys(index, batch) for index, batch in enumerate(batches)],
-                f"{task}, {length} entries",
-            )
-            found = dealing.over_batches(measure, keyed, params, mesh=mesh, console=console, title=title)
-            at_budget += _rows(suite.config, task, found, ratio=ratio, length=length)
+        for task, own in zip(suite.tasks, _parts(found, len(suite.tasks)), strict=True):
+            at_budget += _rows(suite.config, task, own, ratio=ratio, length=length)
         print_table(console, at_budget, ratio=ratio, length=length, history=suite.config.context.history)
         rows += at_budget
     return rows
@@ -159,6 +165,12 @@ def _compiled(recipe: Recipe, models: Models, length: int, draws: int) -> Callab
 def _with_keys(index: int, batch: Batch) -> tuple[np.ndarray | Array, ...]:
     keys = jax.random.split(jax.random.fold_in(jax.random.key(0), index), len(batch["tokens"]))
     return batch["tokens"], batch["answers"], batch["scored"], keys
+
+
+def _parts(found: dict[str, Answered], count: int) -> list[dict[str, Answered]]:
+    """What was measured of tasks one after the other, each with as many questions, by task."""
+    leaves, tree = jax.tree.flatten(found)
+    return [jax.tree.unflatten(tree, own) for own in zip(*(np.split(leaf, count) for leaf in leaves), strict=True)]
 
 
 def _rows(config: Config, task: str, found: dict[str, Answered], *, ratio: int, length: int) -> list[Row]:

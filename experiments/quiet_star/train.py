@@ -113,7 +113,7 @@ def run(config: QuietStarConfig, *, resume: bool = False, console: Console | Non
         summary = about | run_logging.with_undefined(summary) | {"seconds": round(time.perf_counter() - started, 1)}
         claim.require()
         devices.in_first(lambda: run_folder.write_summary(folder, summary))
-    devices.in_first(lambda: _draw(folder, summary["task"]))
+        devices.in_first(lambda: _draw(folder, summary["task"], logger))
     for name, value in summary.items():
         console.out(f"  {name:<40}{value:>9.3f}" if isinstance(value, float) else f"  {name:<40}{value!s:>9}")
     return summary
@@ -288,11 +288,12 @@ def load_start(config: QuietStarConfig, model: ThoughtModel, *, own: Path | None
     return checkpoint.restore_subtree(directory, step, like, path=("params", "lm"))
 
 
-def _draw(folder: Path, title: str) -> None:
+def _draw(folder: Path, title: str, logger: RunLogger) -> None:
     with style.attempt(folder / "training.png") as path:
         rows = run_logging.read_rows(folder)
         if any(row["phase"] == RL for row in rows):
             pictures.training({"this run": [rows]}, path, title=title)
+            logger.show(path)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from lensjax.runs.data.splits import Split
 from lensjax.runs.engine import devices, loop, memory, numerics
 from lensjax.runs.folder import open_run, require_unused
 from lensjax.runs.store import paths, run_folder
+from lensjax.runs.store.log import RunLogger
 from lensjax.training.steps.update import Learner
 
 PHASE = "meta"
@@ -111,7 +112,7 @@ def run(config: RlanConfig, *, resume: bool = False, console: Console | None = N
         summary["seconds"] = round(time.perf_counter() - started, 1)
         claim.require()
         devices.in_first(lambda: run_folder.write_summary(folder, summary))
-    devices.in_first(lambda: _draw(folder, shown_tasks(models, params, test[:SHOWN_TASKS])))
+        devices.in_first(lambda: _draw(folder, shown_tasks(models, params, test[:SHOWN_TASKS]), logger))
     for name, value in summary.items():
         console.out(f"  {name:<32}{value:>9.3f}" if isinstance(value, float) else f"  {name:<32}{value:>9}")
     return summary
@@ -228,9 +229,10 @@ def shown_tasks(models: RlanModels, params: dict[str, Params], rows: list[Task])
     ]
 
 
-def _draw(folder: Path, shown: list[dict[str, np.ndarray]]) -> None:
+def _draw(folder: Path, shown: list[dict[str, np.ndarray]], logger: RunLogger) -> None:
     with style.attempt(folder / "predictions.png") as path:
         pictures.predictions(shown, path, title="Held-out tasks, last step, one view")
+        logger.show(path)
 
 
 if __name__ == "__main__":

@@ -101,11 +101,11 @@ def fit(config: Config, *, resume: bool = False, console: Console | None = None)
         summary = results.summary(config, summary, training_seconds=seconds, seconds=whole)
         claim.require()
         devices.in_first(lambda: run_folder.write_summary(folder, summary))
-    maps: list[VariantMap] = []
-    if config.trains_lens:
-        key = jax.random.key(EVALUATION_SEED)
-        maps = results.variant_maps(state, inputs.test[0], key, frozen, config=config, models=models)
-    devices.in_first(lambda: results.draw(folder, maps))
+        maps: list[VariantMap] = []
+        if config.trains_lens:
+            key = jax.random.key(EVALUATION_SEED)
+            maps = results.variant_maps(state, inputs.test[0], key, frozen, config=config, models=models)
+        devices.in_first(lambda: results.draw(folder, maps, logger))
     results.print_summary(console, folder, summary)
     return Trained(config, models, params, summary, folder)
 

@@ -19,7 +19,7 @@ from lensjax.runs.config import PHASES, Config
 from lensjax.runs.data.tokenizers import read_tokenizer
 from lensjax.runs.engine import devices, loop
 from lensjax.runs.store import checkpoint, run_folder
-from lensjax.runs.store.log import read_rows, with_undefined
+from lensjax.runs.store.log import RunLogger, read_rows, with_undefined
 from lensjax.training.steps.train_state import TrainState
 
 MAPPED_SEQUENCES = 4
@@ -109,13 +109,15 @@ def summary(config: Config, report: Mapping[str, float], *, training_seconds: fl
     }
 
 
-def draw(folder: Path, maps: Sequence[VariantMap]) -> None:
-    """The pictures of a finished run."""
+def draw(folder: Path, maps: Sequence[VariantMap], logger: RunLogger) -> None:
+    """The pictures of a finished run, in its folder and on its boards."""
     if maps:
         with style.attempt(folder / "maps.png") as path:
             lod_maps(maps, path)
+            logger.show(path)
     with style.attempt(folder / "training.png") as path:
         curves.training_curves(read_rows(folder), path)
+        logger.show(path)
 
 
 def print_summary(console: Console, folder: Path, report: Mapping[str, Any]) -> None:

@@ -1,23 +1,30 @@
 """The suite on a run's models: what its tables say, and what is refused."""
 
 import csv
+import io
 import json
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from experiments import evaluate, train
 from experiments import suite as suites
 from lensjax._settings import replace
 from lensjax.evaluation import compare, questions
+from lensjax.evaluation.questions import Answered
 from lensjax.models.decision import split
 from lensjax.runs.data import suite as tasks
 from lensjax.runs.data.task import DataConfig
+from lensjax.runs.engine import progress
 from lensjax.training import nll
 from tests.runs import TINY, cheap_programs, tiny_config, write_corpus
 from tests.small import VOCABULARY, Run, jit
+
+WORDS = replace(TINY, data=DataConfig(task="suite"), **{"base.vocab_size": 512, "context.window": 210})
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +93,44 @@ def test_tasks_that_do_not_fit_are_left_out_by_name():
         suites.prepare(TINY, sequences=2, batch_size=2, seed=0)
 
 
+def test_a_task_has_the_same_windows_alone_as_among_others():
+    whole = suites.prepare(WORDS, sequences=2, batch_size=2, seed=0)
+    some = suites.prepare(WORDS, ("tracking_1", "needle"), sequences=2, batch_size=2, seed=0)
+    assert list(some.tasks) == ["tracking_1", "needle"] and some.config == whole.config and some.left_out == {}
+    jax.tree.map(np.testing.assert_array_equal, some.tasks, {name: whole.tasks[name] for name in some.tasks})
+
+
+@pytest.mark.parametrize("chosen", [(), ("needle", "haystack"), ("needle", "needle")])
+def test_tasks_that_are_not_different_ones_of_the_suite_are_refused(chosen):
+    message = rf"tasks must be different ones of mqar_keys, .*_words, got {re.escape(str(chosen))}"
+    with pytest.raises(ValueError, match=message):
+        suites.prepare(TINY, chosen, sequences=2, batch_size=2, seed=0)
+
+
+def test_tasks_without_the_suite_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="--tasks are those of the suite: leave it out, or add --suite"):
+        evaluate.evaluate(evaluate.Arguments((tmp_path,), tasks=("needle",)))
+
+
+def test_each_task_gets_what_was_measured_of_it_and_a_line_says_how_far_that_is(monkeypatch):
+    """Three batches a task on two devices, which share one of each: the loss of a question is the sum of its tokens."""
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+
+    def measured(params, tokens, *others):
+        loss = tokens.sum(-1).astype(jnp.float32)
+        return {name: Answered(loss, 0 * loss, 0 * loss) for name in ("recency", "full")}
+
+    monkeypatch.setattr(suites, "_compiled", lambda *shapes: measured)
+    suite, output = suites.prepare(WORDS, ("needle", "tracking_1"), sequences=6, batch_size=2, seed=0), io.StringIO()
+    rows = suites.evaluate(suite, None, {}, {4: 22}, draws=2, console=Console(file=output))
+    sums = {task: np.concatenate([one["tokens"].sum(-1) for one in own]) for task, own in suite.tasks.items()}
+    assert {row["task"]: row["nll"] for row in rows} == {task: own.mean() for task, own in sums.items()}
+    first, *lines = [line.split("  ")[0] for line in output.getvalue().splitlines()]
+    steps = -(-6 // jax.device_count())
+    assert first == f"suite, 22 entries: {steps} steps, of which the first compiles, too"
+    assert lines[:steps] == [f"suite, 22 entries {done} of {steps}" for done in range(1, steps + 1)]
+
+
 @pytest.mark.slow
 def test_a_run_of_text_is_measured_on_the_suite(tmp_path, capsys):
     with cheap_programs():
@@ -116,5 +161,9 @@ def test_a_run_of_text_is_measured_on_the_suite(tmp_path, capsys):
     report = json.loads((tmp_path / "run" / "evaluation-suite.json").read_text())
     assert "tracking_4" in report["left_out"] and len(report["rows"]) == len(rows)
     assert (tmp_path / "run" / "evaluation-suite.png").stat().st_size > 1000
+    evaluate.main([*words, "--name", "one", "--tasks", "needle"])
+    one = list(csv.DictReader((tmp_path / "run" / "one-suite.csv").read_text().splitlines()))
+    assert one == [row for row in rows if row["task"] == "needle"]
+    assert (tmp_path / "run" / "one-suite.png").stat().st_size > 1000
     with pytest.raises(SystemExit):
         evaluate.main(words)

@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from lensjax._settings import replace
+from lensjax.plots import curves, style
 from lensjax.runs.config import STEPS, Config
 from lensjax.runs.folder import open_run
 from lensjax.runs.store import config_file, identity, sinks
@@ -79,7 +80,9 @@ def wandb_points(folder: Path) -> dict[tuple[str, int], list[float]]:
         for content in records(path):
             record = messages.Record.FromString(content)
             items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
-            items = {name: json.loads(value) for name, value in items.items() if not name.startswith("_")}
+            items = {
+                name: json.loads(value) for name, value in items.items() if not name.startswith(("_", "pictures/"))
+            }
             step = next((value for name, value in items.items() if name.endswith("/step")), None)
             for name, value in items.items():
                 if isinstance(value, int | float) and not name.endswith("/step"):
@@ -138,13 +141,56 @@ def test_a_board_holds_each_number_once_however_often_a_run_goes_on(tmp_path, po
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning")
 @pytest.mark.parametrize("points", ["wandb", "mlflow files"], indirect=True)
-def test_a_whole_run_is_on_the_board_of_its_config(tmp_path, points, request):
+def test_a_whole_run_is_on_the_board_of_its_config(tmp_path, points, request, drawn):
     board = request.node.callspec.params["points"].split()[0]
     config = replace(tiny_config(tmp_path / "run"), logging=LoggingConfig(sinks=(board,), project="mine"))
-    with cheap_programs():
-        start(config)
+    start(config)
     assert points(tmp_path / "run") == expected(tmp_path / "run")
     assert not (tmp_path / "run/tensorboard").exists()
+    assert pictures(tmp_path, request.node.callspec.params["points"]) == [(tmp_path / "run/training.png").read_bytes()]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning")
+@pytest.mark.parametrize("points", ["mlflow"], indirect=True)
+def test_pictures_are_in_the_folder_of_a_run_that_has_its_own_database(tmp_path, points, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for resume in (None, ("lens", 2)):  # what is drawn again takes the place of what was there
+        logging = LoggingConfig(sinks=("mlflow",), project="mine")
+        values = identity.flat(TINY)
+        with RunLogger(tmp_path / "run", resume=resume, phases=PHASES, logging=logging, values=values) as logger:
+            logger.log("lens", 1 if resume is None else 3, {"loss": 1.0})
+            draw(tmp_path / "run/training.png")
+            logger.show(tmp_path / "run/training.png")
+    assert pictures(tmp_path, "mlflow") == [(tmp_path / "run/training.png").read_bytes()]
+    assert points(tmp_path / "run") == expected(tmp_path / "run")
+    assert not list((tmp_path / "elsewhere").rglob("*.png"))
+
+
+# Pictures
+
+
+def draw(path: Path) -> None:
+    style.write(style.new_figure(1, 1), path)
+
+
+def pictures(folder: Path, board: str) -> list[bytes]:
+    """Those that a board keeps of the run in `folder / "run"`, with a name like `training.png`."""
+    kept = {
+        "wandb": "run/wandb/offline-run-*/files/media/images/pictures/training_*.png",
+        "mlflow": "run/mlartifacts/*/artifacts/training.png",
+        "mlflow files": "mlruns/*/*/artifacts/training.png",
+    }
+    return [path.read_bytes() for path in folder.glob(kept[board])]
+
+
+@pytest.fixture
+def drawn():
+    """Runs of cheap programs end with a small picture."""
+    with cheap_programs(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curves, "training_curves", lambda rows, path: draw(path))
+        yield
 
 
 # Without the packages
@@ -154,10 +200,14 @@ class Fake:
     """A board that keeps what it is told."""
 
     def __init__(self, folder, **options):
-        self.options, self.written, self.closed = options, [], False
+        self.options, self.written, self.shown, self.closed = options, [], [], False
 
     def write(self, phase, step, metrics, histograms):
         self.written.append((phase, step, dict(metrics), list(histograms)))
+
+    def show(self, picture):
+        assert not self.closed
+        self.shown.append((picture.name, picture.exists()))
 
     def flush(self):
         pass
@@ -199,6 +249,24 @@ def test_a_sink_is_told_every_row_and_what_earlier_starts_have_sent(tmp_path, fa
         ("lens", 2, names),
         ("lens", 2, frozenset({"eval/nll"})),
     }
+
+
+@pytest.mark.slow
+def test_pictures_of_a_run_are_shown_before_its_boards_are_closed(tmp_path, fakes, drawn):
+    start(replace(tiny_config(tmp_path / "run"), logging=LoggingConfig(sinks=("tensorboard", "mlflow"))))
+    (fake,) = fakes
+    assert fake.shown == [("training.png", True)] and fake.closed
+
+
+def test_a_board_that_refuses_a_picture_costs_a_warning(tmp_path, fakes, monkeypatch, capsys):
+    def refuse(picture):
+        raise OSError("no room\nfor it")
+
+    with RunLogger(tmp_path, phases=PHASES, logging=LoggingConfig(sinks=BOARDS)) as logger:
+        fakes[0].show = refuse
+        logger.show(tmp_path / "maps.png")
+    assert capsys.readouterr().err == f"warning: {tmp_path}/maps.png is not on Fake: no room\n"
+    assert fakes[1].shown == [("maps.png", False)]
 
 
 def opened(config, *, resume=False):

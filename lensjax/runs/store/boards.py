@@ -5,7 +5,7 @@ with the same one there. What they have they keep: rows that a run writes again 
 are sent once.
 
 Where they are, their own variables say: `WANDB_MODE` (`offline` writes below the run's folder, for `wandb sync`),
-`MLFLOW_TRACKING_URI` (without it, the file `mlflow.db` in the run's folder).
+`MLFLOW_TRACKING_URI` (without it, the file `mlflow.db` in the run's folder, with pictures in `mlartifacts`).
 """
 
 import json
@@ -58,7 +58,7 @@ def open_boards(
 class WandB:
     """A run of Weights & Biases (extra `wandb`).
 
-    Metrics stand under `<phase>/<name>`, over the step of that phase.
+    Metrics stand under `<phase>/<name>`, over the step of that phase, pictures under `pictures/<name>`.
 
     Args:
       folder: the run's, whose name the board shows.
@@ -94,11 +94,15 @@ class WandB:
         """See `Sink`."""
         if (phase, step, frozenset(metrics)) in self._known:
             return
-        pictures = {
+        bins = {
             f"{phase}/{name}": self._wandb.Histogram(np_histogram=(counts, HISTOGRAMS[name]))
             for name, counts in histograms.items()
         }
-        self._run.log({**defined(metrics, f"{phase}/"), **pictures, f"{phase}/step": step})
+        self._run.log({**defined(metrics, f"{phase}/"), **bins, f"{phase}/step": step})
+
+    def show(self, picture: Path) -> None:
+        """See `Sink`."""
+        self._run.log({f"pictures/{picture.stem}": self._wandb.Image(str(picture))})
 
     def flush(self) -> None:
         """Nothing waits: a process of its own sends."""
@@ -111,7 +115,7 @@ class WandB:
 class MLflow:
     """A run of MLflow (extra `mlflow`), which has no histograms of this kind.
 
-    Metrics stand under `<phase>/<name>`, at the step of that phase.
+    Metrics stand under `<phase>/<name>`, at the step of that phase; pictures are artifacts.
 
     Args:
       folder: the run's, whose name the board shows.
@@ -125,12 +129,13 @@ class MLflow:
 
         self._entities = entities
         self._waiting: list[object] = []
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.absolute() / 'mlflow.db'}"
-        self._client = MlflowClient(tracking_uri=uri)
+        given, own = os.environ.get("MLFLOW_TRACKING_URI"), folder.absolute()
+        self._client = MlflowClient(tracking_uri=given or f"sqlite:///{own / 'mlflow.db'}")
+        artifacts = None if given else (own / "mlartifacts").as_uri()  # else they would be below the working directory
 
         def create() -> str:
             found = self._client.get_experiment_by_name(project)
-            experiment = self._client.create_experiment(project) if found is None else found.experiment_id
+            experiment = self._client.create_experiment(project, artifacts) if found is None else found.experiment_id
             return str(self._client.create_run(experiment, run_name=folder.name).info.run_id)
 
         self._run, is_new = _id(folder, "mlflow", create)
@@ -151,6 +156,10 @@ class MLflow:
             self._entities.Metric(name, float(value), now, step)
             for name, value in defined(metrics, f"{phase}/").items()
         ]
+
+    def show(self, picture: Path) -> None:
+        """See `Sink`."""
+        self._client.log_artifact(self._run, str(picture))
 
     def flush(self) -> None:
         """Sends what waits."""

@@ -7,6 +7,7 @@ it, so the device runs on undisturbed in between. No other thread writes: what `
 import json
 import math
 import os
+import sys
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -111,6 +112,15 @@ class RunLogger:
             sink.flush()
         return rows
 
+    def show(self, picture: Path) -> None:
+        """Shows a picture on the boards; one that refuses it costs a warning, as the file is in the run's folder."""
+        for sink in self._sinks:
+            try:
+                sink.show(picture)
+            except Exception as error:
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                print(f"warning: {picture} is not on {type(sink).__name__}: {reason}", file=sys.stderr)
+
     def sync(self) -> None:
         """Returns when all that was written is on the disk, where a checkpoint that follows it may count on it."""
         if self._lines is not None:
@@ -170,6 +180,9 @@ class _Lines:
         with files.naming(self._path):
             self._file.write(line)
         self._count(phase, line)
+
+    def show(self, picture: Path) -> None:
+        """Nothing: the file holds numbers alone."""
 
     def flush(self) -> None:
         with files.naming(self._path):

@@ -2,12 +2,14 @@
 
 class Sink(Protocol):
     def write(self, phase, step, metrics, histograms): ...
+    def show(self, picture): ...
     def flush(self): ...
     def close(self): ...
 """
 
 from collections.abc import Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -34,6 +36,9 @@ class Sink(Protocol):
           metrics: numbers by name; `"n/a"` where one is undefined.
           histograms: counts by name, of the bins of `lensjax.training.metrics.HISTOGRAMS`.
         """
+
+    def show(self, picture: Path) -> None:
+        """Takes a picture of the run, a PNG file in its folder; does nothing where there is no place for one."""
 
     def flush(self) -> None:
         """Sends what was written."""

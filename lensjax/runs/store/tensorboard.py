@@ -34,6 +34,9 @@ class TensorBoard:
         with files.naming(self._folder):
             self._board(phase).write(_event(step, metrics, histograms).SerializeToString())
 
+    def show(self, picture: Path) -> None:
+        """Nothing: it stands beside the pictures in the run's folder."""
+
     def flush(self) -> None:
         """Writes to the disk."""
         with files.naming(self._folder):
