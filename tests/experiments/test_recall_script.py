@@ -171,7 +171,7 @@ def test_results_of_another_configuration_are_not_taken(whole, preset):
     ("command", "message"),
     [
         ("--preset demo", "preset demo has data.task 'stdlib': expected one for recall"),
-        ("--preset nosuch", "no config .*nosuch.py; name a file, or one of: demo, recall"),
+        ("--preset nosuch", "no config .*nosuch.py; name a file, or one of: demo, notes, recall"),
         ("--query 8", "context.horizon must be at least 1, got 0"),
         ("--steps 3", "steps must be above optimizer.warmup_steps 20, got 3"),
         ("--steps 0", "there is nothing to do; raise steps or drop base_run"),

@@ -13,7 +13,6 @@ from lensjax.runs.config import Config
 from lensjax.runs.fit import fit
 from lensjax.runs.store import checkpoint, run_folder
 from lensjax.runs.store.log import read_rows
-from lensjax.training.steps import preference
 from lensjax.training.steps.train_state import init_train_state
 from tests.runs import (
     ALL,
@@ -197,7 +196,7 @@ def test_start_from_takes_the_models_of_another_run(cheap, whole, tmp_path, monk
             started.append((jax.device_get(state), frozen))  # the run gives its buffers away
         return state, frozen
 
-    monkeypatch.setattr(preference, "init_train_state", spy)
+    monkeypatch.setattr("lensjax.runs.fit.init_train_state", spy)
     start(tiny_config(tmp_path / "run", seed=8, start_from=str(whole), **changes))
     ((state, frozen),) = started
     assert_saved(state.params["lens"], source, "lens")
