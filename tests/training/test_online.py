@@ -14,7 +14,7 @@ from lensjax.training.steps import episodes, online
 from lensjax.training.steps.online import OnlineConfig
 from lensjax.training.steps.train_state import init_train_state
 from tests.losses.test_advantages import slow_gae
-from tests.losses.test_trajectories import slow_diverging
+from tests.losses.test_trajectory_losses import slow_diverging
 from tests.small import SMALL, batch, jit
 
 REPORT = {
