@@ -134,6 +134,8 @@ def _trained(arguments: Arguments, groups: Sequence["_Group"], console: Console)
         for arm in group.arms:
             if (key := _measured_on(arm.config)) not in bounds:
                 bounds[key] = ablate_arms.bounds(arm.config, group.params)
+        # Compiled programs stay in memory, of which many small pieces are all that a process may have.
+        jax.clear_caches()
     return bounds
 
 
