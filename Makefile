@@ -126,6 +126,7 @@ literature: $(STAMP) ## What methods of the literature change, on recall, variab
 	$(RUN) -m experiments.train demo --distill.steps 0 --output-dir runs/literature/text-base
 	for task in recall tracking text; do $(RUN) -m experiments.studies.ablate literature_$$task \
 	    --base-run runs/literature/$$task-base --output-dir runs/literature/$$task || exit 1; done
+	$(RUN) -m experiments.studies.ablate literature_again --base-run runs/literature/recall-base --output-dir runs/literature/again
 	$(RUN) -m experiments.studies.ablate_table runs/literature/recall runs/literature/tracking runs/literature/text
 
 rlan: $(STAMP) ## A grid model adapted per task, on held-out rules of colours, objects and moves, into runs/rlan
