@@ -246,7 +246,7 @@ def test_a_bad_sweep_ends_the_command_before_anything_is_written(text, message, 
 def test_an_unknown_name_lists_the_sweeps():
     with pytest.raises(
         FileNotFoundError,
-        match=r"no sweep .*none.py; name a Python file, or one of: literature_recall, .*, temperature",
+        match=r"no sweep .*none.py; name a Python file, or one of: .*, objectives, query, recall, stdlib, temp",
     ):
         script.load_sweep("none")
 
