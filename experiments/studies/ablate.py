@@ -134,7 +134,7 @@ def _trained(arguments: Arguments, groups: Sequence["_Group"], console: Console)
         for arm in group.arms:
             if (key := _measured_on(arm.config)) not in bounds:
                 bounds[key] = ablate_arms.bounds(arm.config, group.params)
-        # Compiled programs stay in memory, of which many small pieces are all that a process may have.
+        # Compiled programs stay mapped into memory, and a process may hold only so many mappings.
         jax.clear_caches()
     return bounds
 

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AT_ONCE = 8
-"""Streams of which a processor computes a step at once: with all 64 a decision takes twice as long."""
+"""Streams of which a processor computes a step at once, so that their scores stay in its cache."""
 AXIS = "streams"
 
 
