@@ -4,9 +4,9 @@
     python -m experiments.studies.curriculum --steps 2000 --target 0.95 --seeds 5 6 7 8 9 --output-dir runs/curriculum-2
 
 One base model is pretrained and shared. Then LensNet is trained by preferences alone, in each arm for each seed:
-`fixed`, whose length falls with the steps; `self_play`, whose length falls while the policy is right often enough;
+`fixed`, whose length falls with the steps; `none`, as short as at the end from the first step on; `self_play`, whose length falls while the policy is right often enough;
 `adversary`, the same with half of the rollouts proposed by an adversary; `own`, the fixed one with half of the rollouts
-drawn by the policy. All go from `--start` to `--end` of the history, with as many rollouts a step, so that a step costs
+drawn by the policy. All but `none` go from `--start` to `--end` of the history, with as many rollouts a step, so that a step costs
 every arm the same passes. What is measured at the end's length, on held-out sequences as training goes on: how many
 passes it took until the policy showed the answer as often as `--target` says, and what it came to. Passes of LensNet
 are not counted. Prints a table, and writes `summary.json` and `curriculum.csv`, one row an arm and seed.
@@ -29,7 +29,7 @@ from lensjax.evaluation import statistics
 from lensjax.runs.config import Config
 from lensjax.runs.store.log import read_rows
 
-Arm = Literal["fixed", "self_play", "adversary", "own"]
+Arm = Literal["fixed", "none", "self_play", "adversary", "own"]
 
 
 @settings()
@@ -39,7 +39,7 @@ class Arguments:
     output_dir: Path = Path("runs/curriculum")
     preset: str = "recall_long"
     """Name or path of the config that all runs start from; its rollouts must be local for `own`."""
-    arms: tuple[Arm, ...] = ("fixed", "self_play", "adversary", "own")
+    arms: tuple[Arm, ...] = ("fixed", "none", "self_play", "adversary", "own")
     """The first is what the others are compared with."""
     seeds: tuple[Seed, ...] = (0, 1, 2, 3, 4)
     resume: bool = False
@@ -104,6 +104,7 @@ def configs(arguments: Arguments) -> tuple[Config, dict[tuple[str, int], Config]
     climbs = {"curriculum.name": "self_play", "hyper.success_target": arguments.success_target}
     changes: dict[str, dict[str, Any]] = {
         "fixed": {},
+        "none": {"hyper.context_start": arguments.end},
         "self_play": climbs,
         "adversary": {**climbs, "context.proposed_rollouts": half},
         "own": {"context.own_rollouts": half, "objective.pair_weights": "importance"},

@@ -4,9 +4,10 @@
     python -m experiments.studies.online --base-run runs/online/base --output-dir runs/online/arms
 
 Every seed trains a LensNet on preferences (`start`). From there it goes on with as many steps, on preferences or on its
-own edits with one of three kinds of advantages; another one learns from its own edits alone, for as many steps in all.
-Differences of the loss at budget are paired: to `start`, to going on with preferences, and to GAE. Leaves a run folder
-an arm and seed, `arms.csv`, `report.md`, `effects.csv` and `effects.png`.
+own edits with one of three kinds of advantages, the last of them also with the credit and the amplification of R3L;
+another one learns from its own edits alone, for as many steps in all. Differences of the loss at budget are paired: to
+`start`, to going on with preferences, to GAE and to RLOO. Leaves a run folder an arm and seed, `arms.csv`, `report.md`,
+`effects.csv` and `effects.png`.
 """
 
 import functools
@@ -38,12 +39,15 @@ from lensjax.runs.store import config_file, files, run_folder
 from lensjax.training.metrics import Metrics
 from lensjax.training.steps.train_state import init_train_state
 
-START, ON, GAE = "start", "preferences", "gae"
-"""The arm that the others go on from, the one that goes on as it began, and the one on own edits with the defaults."""
+START, ON, GAE, GROUP = "start", "preferences", "gae", "rloo"
+"""The arm that the others go on from, the one that goes on as it began, the one on own edits with the defaults, and the
+one whose episodes are each other's baseline."""
 OWN_EDITS: Mapping[str, Mapping[str, Any]] = {
     GAE: {},
     "one_step": {"online.discount": 0.0},
-    "rloo": {"online.advantages": "leave_one_out"},
+    GROUP: {"online.advantages": "leave_one_out"},
+    "diverging": {"online.advantages": "leave_one_out", "online.credit": "diverging"},
+    "amplified": {"online.advantages": "leave_one_out", "online.amplification": 2.0},
 }
 """Arms that go on with own edits."""
 ALONE = "alone"
@@ -61,8 +65,8 @@ class Arguments:
     seeds: tuple[Seed, ...] = (0, 1, 2, 3, 4)
     steps: PositiveInt = 150
     """Steps of each of the two halves."""
-    arms: tuple[Literal["preferences", "gae", "one_step", "rloo", "alone"], ...] = (
-        *("preferences", "gae", "one_step", "rloo"),
+    arms: tuple[Literal["preferences", "gae", "one_step", "rloo", "diverging", "amplified", "alone"], ...] = (
+        *("preferences", "gae", "one_step", "rloo", "diverging", "amplified"),
         "alone",
     )
     """What to compare with each other and with `start`."""
@@ -178,8 +182,8 @@ def _report(arguments: Arguments, rows: list[dict[str, Any]], losses: dict[str, 
         f"--steps {arguments.steps} --seeds {' '.join(map(str, arguments.seeds))} --arms {' '.join(arguments.arms)}"
     )
     reports = []
-    # The second and third say whether own edits beat more preferences, and other advantages those of GAE.
-    for default in (name for name in (START, ON, GAE) if name in losses):
+    # The others say whether own edits beat more preferences, other advantages those of GAE, and R3L its own baseline.
+    for default in (name for name in (START, ON, GAE, GROUP) if name in losses):
         others = [measured(name, {"arm": name}) for name in losses if name != default]
         differences = effects.effects([measured(default, {}), *others])
         title = f"recall, differences to: {default}"

@@ -68,7 +68,7 @@ def eval_step(
         one = functools.partial(_score, models, params, state)
         return jax.vmap(lambda tokens, row: one(tokens, row, length, recipe))(batch["tokens"], keys)
 
-    scored = score(_settings.replace(recipe, **{"context.own_rollouts": 0, "context.proposed_rollouts": 0}))
+    scored = score(recipe)
     scores = policy_scores(models.lens, params["lens"], scored.entries)
     anchor_scores = None if state.anchor is None else policy_scores(models.lens, state.anchor, scored.entries)
     report = objective.lens_objective(
@@ -112,15 +112,16 @@ def _score(
     length: Array,
     recipe: Recipe,
 ) -> ScoredVariants:
-    share = hardest_share(state.hyper, recipe)
+    # All policies are measured on random variants: none chooses what it is asked.
+    context = _settings.replace(recipe.context, own_rollouts=0, proposed_rollouts=0)
     return score_variants(
         key,
         params,
         tokens,
         length,
-        share,
+        hardest_share(state.hyper, recipe),
         models=models,
-        context=recipe.context,
+        context=context,
         capacity=recipe.capacity,
         short=recipe.short,
     )

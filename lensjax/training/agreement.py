@@ -39,13 +39,43 @@ def agreement(margins: ArrayLike, valid: ArrayLike) -> tuple[Array, Array]:
     Returns:
       float32[] share over all pairs given (0 without pairs), int32[] number of pairs.
     """
-    margins, valid = jnp.asarray(margins), jnp.asarray(valid)
+    valid = jnp.asarray(valid)
+    count = jnp.sum(valid, dtype=jnp.int32)
+    return jnp.sum(jnp.where(valid, _wins(margins), 0.0)) / jnp.maximum(count, 1).astype(jnp.float32), count
+
+
+def success(margins: ArrayLike, gaps: ArrayLike, valid: ArrayLike) -> Array:
+    """Share of the measured differences, in nats, in which the policy asks for the winner.
+
+        success = sum_p gap_p win_p / sum_p gap_p,    win 1, 1/2 where undecided, or 0
+
+    A difference that is hardly one decides nothing, where `agreement` counts it as much as any other.
+
+    Args:
+      margins: float[..., P], from `pair_margins`.
+      gaps: float[..., P], differences of the losses, >= 0.
+      valid: bool[..., P], pairs with at least one supervised entry.
+
+    Returns:
+      float32[], 0 without any difference.
+
+    Example:
+      >>> from lensjax.training.agreement import success
+      >>> float(success([0.5, -0.5], [3.0, 1.0], [True, True]))
+      0.75
+    """
+    gaps, valid = jnp.asarray(gaps), jnp.asarray(valid)
+    total = jnp.sum(jnp.where(valid, gaps, 0.0))
+    return jnp.sum(jnp.where(valid, gaps * _wins(margins), 0.0)) / jnp.where(total > 0, total, 1.0)
+
+
+def _wins(margins: ArrayLike) -> Array:
+    """1 where the policy asks for the measured winner, 1/2 where it is undecided, else 0."""
+    margins = jnp.asarray(margins)
     # Scores that depend on the level alone cancel exactly in exact arithmetic; in float32 they leave rounding noise.
     undecided = jnp.abs(margins) < 1e-6
     # Unlike a comparison, the sign of a NaN is a NaN.
-    wins = 0.5 + 0.5 * jnp.sign(jnp.where(undecided, 0.0, margins))
-    count = jnp.sum(valid, dtype=jnp.int32)
-    return jnp.sum(jnp.where(valid, wins, 0.0)) / jnp.maximum(count, 1).astype(jnp.float32), count
+    return 0.5 + 0.5 * jnp.sign(jnp.where(undecided, 0.0, margins))
 
 
 def lod_only_scores(variants: WorkingContext) -> Array:

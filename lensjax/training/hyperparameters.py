@@ -75,7 +75,8 @@ class Hyperparameters:
     context_end: Annotated[float, Bound(0, 1, low_excluded=True)] = 0.75
     """Length of a working context at the end of the curriculum, as a fraction of the history."""
     success_target: Share = 0.7
-    """Share of the sequences whose best variant the policy should ask for, which `curriculum` self_play keeps to."""
+    """Share of the differences between best and worst variants, in nats, in which the policy should ask for the best
+    one, which `curriculum` self_play keeps to."""
     success_beta: Decay = 0.9
     """Decay of each level's moving average of that share."""
     token_loss_weight: NonNegative = 1.0

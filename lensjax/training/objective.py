@@ -290,8 +290,9 @@ def _preference_metrics(inputs: TermInputs, *, tells_success: bool) -> dict[str,
     }
     if tells_success:
         # Of each sequence its first pair, the best variant and the worst.
-        success, sequences = agreement.agreement(margins[:, 0], supervised[:, 0])
-        report |= {"mc/preference_success": success, "mc/preference_success_count": sequences.astype(jnp.float32)}
+        first = margins[:, 0], pairs.gap[:, 0], supervised[:, 0]
+        report["mc/preference_success"] = agreement.success(*first)
+        report["mc/preference_success_count"] = jnp.sum(supervised[:, 0], dtype=jnp.float32)
     report |= metrics.correlation_metrics(correlations, defined)
     report |= metrics.reward_metrics(take(values, pairs.better), take(values, pairs.worse), pairs.valid)
     return report

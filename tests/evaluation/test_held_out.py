@@ -244,6 +244,26 @@ def test_only_correlations_may_be_undefined_in_a_mean():
     assert math.isnan(found["nll_policy"]) and math.isnan(found["mc/preference_corr_mean"])
 
 
+@pytest.mark.parametrize(
+    "drawn", [{"own_rollouts": 2, "local_edits": 1}, {"proposed_rollouts": 2, "candidates": 2, "local_edits": 1}]
+)
+@pytest.mark.parametrize("reward", ["mean", "key"])
+def test_whoever_draws_the_variants_of_training_they_are_measured_on_random_ones(drawn, reward):
+    changes = {f"context.{name}": value for name, value in drawn.items()}
+    trained, plain = (
+        _settings.replace(SMALL, **{"context.reward": reward, "context.rollouts": 4, **more})
+        for more in (changes, {"context.local_edits": 1})
+    )
+    state = jax.eval_shape(RUN.state)
+    for measure, given in ((held_out.eval_step, batch()), (held_out.variant_maps, batch()["tokens"])):
+        order = (KEY, state, given) if measure is held_out.eval_step else (state, given, KEY)
+        programs = [
+            str(jax.make_jaxpr(functools.partial(measure, recipe=one.recipe, models=RUN.models))(*order, RUN.frozen()))
+            for one in (trained, plain)
+        ]
+        assert programs[0] == programs[1]
+
+
 # Maps.
 
 

@@ -27,10 +27,10 @@ def preset(tmp_path_factory):
 
 def test_every_arm_costs_the_same_passes(preset, tmp_path):
     base, lens = curriculum.configs(Arguments(output_dir=tmp_path, preset=preset, seeds=(0, 1), end=0.4))
-    assert base.steps == 0 and len(lens) == 8 and [arm for arm, _ in lens][:2] == ["fixed", "fixed"]
+    assert base.steps == 0 and len(lens) == 10 and [arm for arm, _ in lens][:2] == ["fixed", "fixed"]
     assert {curriculum.passes_per_step(config) for config in lens.values()} == {2 * 5}
     assert lens["own", 1].context.own_rollouts == lens["adversary", 0].context.proposed_rollouts == 2
-    assert [config.curriculum.climbs for (_, seed), config in lens.items() if seed == 0] == [False, True, True, False]
+    assert [config.curriculum.climbs for (_, seed), config in lens.items() if seed == 0] == [False, False, True, True, False]
     assert {config.budget for config in lens.values()} == {base.budget}
 
 
@@ -60,7 +60,7 @@ def test_the_study_runs_with_one_command(preset, tmp_path):
     with cheap_programs():
         curriculum.main(["--output-dir", str(folder), *words])
     summary = json.loads((folder / "summary.json").read_text())
-    assert list(summary["arms"]) == ["fixed", "self_play", "adversary", "own"]
+    assert list(summary["arms"]) == ["fixed", "none", "self_play", "adversary", "own"]
     assert all(passes is not None for of in summary["arms"].values() for passes in of["passes"])
     with (folder / "curriculum.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == 8
+        assert len(list(csv.DictReader(file))) == 10

@@ -118,5 +118,5 @@ def test_the_tables_say_what_was_measured(tmp_path, monkeypatch):
         differences = {row["value"]: float(row["difference"]) for row in csv.DictReader(file)}
     assert differences == pytest.approx({"": 0.0} | {name: -0.1 * rank for rank, name in enumerate(arms) if rank})
     report = (tmp_path / "arms" / "report.md").read_text()
-    assert all(f"differences to: {name}\n" in report for name in (online.START, online.ON, online.GAE))
+    assert all(f"differences to: {name}\n" in report for name in (online.START, online.ON, online.GAE, online.GROUP))
     assert (tmp_path / "arms" / "effects.png").stat().st_size > 0

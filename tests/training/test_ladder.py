@@ -136,7 +136,7 @@ def test_a_run_climbs_where_it_is_right_and_goes_on_from_a_checkpoint(tmp_path):
     assert_same_bits((restored.ladder, restored.params), (states[4].ladder, states[4].params))
 
 
-def test_success_is_the_share_of_sequences_whose_best_variant_is_asked_for():
+def test_success_is_the_share_of_nats_between_best_and_worst_in_which_the_best_is_asked_for():
     recipe, _ = scored.objective()
     variants, scores, _ = jax.tree.map(jnp.asarray, scored.random_case(1))
 
@@ -151,13 +151,14 @@ def test_success_is_the_share_of_sequences_whose_best_variant_is_asked_for():
 
     for values in (scores, -scores):
         report, pairs, margins = measure(values)
-        wins = []
+        wins, gaps = [], []
         for row in range(scored.BATCH):
             nll = np.where(variants.distinct[row], variants.nll[row], np.nan)
             ends = (np.nanargmin(nll), np.nanargmax(nll))
             place = list(zip(pairs.better[row].tolist(), pairs.worse[row].tolist(), strict=True)).index(ends)
             wins.append(margins[row, place] > 0)
-        assert float(report["mc/preference_success"]) == pytest.approx(np.mean(wins))
+            gaps.append(np.nanmax(nll) - np.nanmin(nll))
+        assert float(report["mc/preference_success"]) == pytest.approx(np.dot(wins, gaps) / np.sum(gaps))
         assert int(report["mc/preference_success_count"]) == scored.BATCH
 
 
