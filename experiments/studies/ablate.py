@@ -17,7 +17,7 @@ import json
 import math
 import os
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,9 @@ REPORTED = (
 """Further columns of the report, where the table has them."""
 
 Row = dict[str, Any]
+UNTRAINED = {"steps": 0}
+"""How the control appears among the settings: the LensNet that the default starts from, of each seed. What training
+has not made better than that has learned nothing."""
 
 
 @settings()
@@ -154,7 +157,7 @@ def load_sweep(name: str) -> Sweep:
 
 
 def _arms(plan: Sweep, base_run: Path) -> list[Arm]:
-    """Every setting with every seed, the default first.
+    """Every setting with every seed, the default first, and last what the default starts from.
 
     Raises:
       ValueError: a setting is not valid, has patience, or is measured on one batch alone.
@@ -175,13 +178,13 @@ def _arms(plan: Sweep, base_run: Path) -> list[Arm]:
             raise ValueError(
                 f"intervals are over held-out batches: eval_batches must be 2 or more, got {arm.config.eval_batches}"
             )
-    return arms
+    return arms + [replace(arm, setting=UNTRAINED, is_trained=False) for arm in arms[: len(plan.seeds)]]
 
 
 def _by_structure(arms: Sequence[Arm]) -> list[list[Arm]]:
-    groups: dict[Config, list[Arm]] = {}
+    groups: dict[Hashable, list[Arm]] = {}
     for arm in arms:
-        groups.setdefault(sweep.structure(arm.config), []).append(arm)
+        groups.setdefault((arm.is_trained, sweep.structure(arm.config)), []).append(arm)
     return list(groups.values())
 
 
@@ -234,10 +237,10 @@ def _row(arm: Arm, bounds: tuple[float, float], swept: Sequence[str], folder: Pa
     stored = json.loads(arm.file(folder).read_text())
     metrics, diverged = stored["metrics"], stored["diverged"]
     gap = None if diverged else compare.gap_closed(metrics["nll_policy"], *bounds)
-    row: Row = {name: _value(arm.config, name) for name in swept}
+    row: Row = {name: arm.setting.get(name, _value(arm.config, name)) for name in swept}
     row |= {"seed": arm.config.seed, "nll": metrics["nll_policy"], "gap_closed_oracle": gap}
     row |= {column: metrics[name] for column, name in METRICS.items() if name in metrics}
-    return row | {"diverged": diverged, "steps": arm.config.steps}
+    return row | {"diverged": diverged, "steps": arm.config.steps if arm.is_trained else 0}
 
 
 def _measured_on(config: Config) -> Hashable:

@@ -44,11 +44,14 @@ class Arm:
 
     setting: Setting
     config: Config
+    is_trained: bool = True
+    """False for the control: LensNet as training would find it."""
 
     @property
     def name(self) -> str:
         """Names the arm's file; the same for the same config."""
-        return hashlib.sha256(config_file.to_json(self.config).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(config_file.to_json(self.config).encode()).hexdigest()[:16]
+        return digest if self.is_trained else f"{digest}-untrained"
 
     def file(self, folder: Path) -> Path:
         """Where a sweep's folder has what the arm has come to."""
@@ -61,7 +64,7 @@ def train(
     """Trains and measures some arms in one program, and writes one file for each.
 
     Args:
-      arms: of one `sweep.structure`.
+      arms: of one `sweep.structure`; all are trained, or none.
       params: parameters of `base` and `gist`, which they share.
       folder: the sweep's.
       at_once: arms computed together; None computes one after the other.
@@ -82,7 +85,8 @@ def train(
     ]
     frozen = devices.place({name: params[name] for name in ("base", "gist")}, program.mesh, split=False)
     start = sweep.stack(states, program.mesh)
-    state, finite = _steps(program, start, frozen, seeds, config=shared, console=console)
+    steps = shared.steps if arms[0].is_trained else 0
+    state, finite = _steps(program, start, frozen, seeds, config=shared, steps=steps, console=console)
     evaluation = jax.random.key(EVALUATION_SEED)
     reports = [
         devices.to_host(program.evaluate(state, batch, jax.random.fold_in(evaluation, index), frozen))
@@ -167,21 +171,22 @@ def _steps(
     seeds: Sequence[int],
     *,
     config: Config,
+    steps: int,
     console: Console,
 ) -> tuple[SweepState, np.ndarray]:
-    """All training steps; and for each arm, bool[devices, arms of each], whether all of its losses were finite."""
+    """All training steps, if any; and for each arm, bool[devices, arms of each], whether all losses were finite."""
     batches = [
         data.make_iterator(config, "train", seed=2 * seed + LENS_STREAM, batch_size=config.batch_size) for seed in seeds
     ]
     finite: list[Array] = []
     with Progress(console=console, transient=True, disable=not has_bars(console)) as progress:
-        for _ in progress.track(range(config.steps), description=f"{state.draw.size} arms"):
+        for _ in progress.track(range(steps), description=f"{state.draw.size} arms"):
             batch = {"tokens": np.stack([next(one)["tokens"] for one in batches])}
             state, report = program.step(state, devices.place(batch, program.mesh, split=False), frozen)
             if finite:
                 finite[-1].block_until_ready()  # one step in flight: the bar tells the truth, no device waits
             finite.append(jnp.isfinite(report["loss"] + report["grad_norm"]))
-    return state, np.all(devices.to_host(finite), axis=0)
+    return state, np.all(devices.to_host([np.ones(state.draw.shape, bool), *finite]), axis=0)
 
 
 def _held_out(config: Config) -> list[data.Batch]:

@@ -18,6 +18,11 @@ from lensjax._settings import settings
 from lensjax.evaluation.effects import DEFAULT, holm
 from lensjax.evaluation.statistics import LEVEL
 
+UNTRAINED = "untrained"
+"""The row of the control that `ablate` adds."""
+SHARES = ("context.own_rollouts", "context.proposed_rollouts")
+"""Settings whose value is a share of `context.rollouts`, which is each sweep's own."""
+
 
 @settings()
 class Arguments:
@@ -64,9 +69,13 @@ def read(folder: Path) -> dict[str, Cell]:
 def _name(row: dict[str, str]) -> str:
     if row["knob"] == DEFAULT:
         return DEFAULT
-    # A number of steps makes arms cost the same, which is not the same number in every sweep.
-    parts = zip(row["knob"].split(" + "), row["value"].split(", "), strict=True)
-    return ", ".join(f"{knob} {value}" for knob, value in parts if knob != "steps")
+    parts = dict(zip(row["knob"].split(" + "), row["value"].split(", "), strict=True))
+    if parts == {"steps": "0"}:
+        return UNTRAINED
+    # Steps make arms cost the same, and a share of the rollouts is another number where there are more of them.
+    own = {"steps": None} | {knob: "n" for knob in SHARES}
+    named = {knob: own.get(knob, value) for knob, value in parts.items()}
+    return ", ".join(f"{knob} {value}" for knob, value in named.items() if value is not None)
 
 
 def _text(row: dict[str, str]) -> str:

@@ -24,7 +24,8 @@ from lensjax.runs.sweep import Sweep
 
 SWEEP = Sweep(preset="{preset}", seeds=(0, 4), one_at_a_time={{"hyper.temperature": (0.5, 2.0)}})
 """
-ARMS = 6
+ARMS = 8
+"""Three settings and the control, with two seeds each."""
 
 
 @pytest.fixture(scope="module")
@@ -62,16 +63,36 @@ def table(folder: Path):
         return list(csv.DictReader(file))
 
 
+def name_of(row):
+    return row["hyper.temperature"], row["steps"], row["seed"]
+
+
 @pytest.mark.slow
 def test_one_row_an_arm(whole):
     rows = table(whole)
-    assert [(row["hyper.temperature"], row["seed"]) for row in rows] == [
-        (temperature, seed) for temperature in ("1", "0.5", "2") for seed in ("0", "4")
+    assert [name_of(row) for row in rows] == [
+        (temperature, steps, seed)
+        for temperature, steps in (("1", "5"), ("0.5", "5"), ("2", "5"), ("1", "0"))
+        for seed in ("0", "4")
     ]
     assert {"nll", "gap_closed_oracle", "swap_rate", "diverged", "steps"} <= set(rows[0])
     assert all(np.isfinite(float(row[name])) for row in rows for name in ("nll", "gap_closed_oracle", "swap_rate"))
-    assert {row["diverged"] for row in rows} == {"False"} and {row["steps"] for row in rows} == {"5"}
+    assert {row["diverged"] for row in rows} == {"False"}
     assert len({row["policy_score_abs_mean"] for row in rows}) == ARMS
+
+
+@pytest.mark.slow
+def test_the_control_is_lensnet_as_training_finds_it(whole, workplace):
+    """And so what the default of that seed has after steps that change nothing."""
+    plan = workplace / "still.py"
+    still = {"hyper.learning_rate": 1e-12, "optimizer.warmup_steps": 0}
+    plan.write_text((workplace / "small.py").read_text().replace("one_at_a_time", f"changes={still}, one_at_a_time"))
+    script.ablate(arguments(workplace, workplace / "still", sweep=str(plan)))
+    controls = [[row for row in table(folder) if row["steps"] == "0"] for folder in (whole, workplace / "still")]
+    trained = [row for row in table(workplace / "still") if name_of(row)[:2] == ("1", "5")]
+    for own, other, after in zip(*controls, trained, strict=True):
+        assert own["nll"] == other["nll"] and own["swap_rate"] == other["swap_rate"]
+        assert float(after["nll"]) == pytest.approx(float(own["nll"]), abs=1e-6)
 
 
 @pytest.mark.slow
@@ -82,9 +103,9 @@ def test_the_report_compares_each_setting_with_the_default(whole):
     assert (whole / "effects.png").stat().st_size > 5000
     with (whole / "effects.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["knob"] for row in rows] == ["default", "hyper.temperature", "hyper.temperature"]
-    by_arm = {(row["hyper.temperature"], row["seed"]): float(row["nll"]) for row in table(whole)}
-    for row in rows[1:]:
+    assert [row["knob"] for row in rows] == ["default", "hyper.temperature", "hyper.temperature", "steps"]
+    by_arm = {(row["hyper.temperature"], row["seed"]): float(row["nll"]) for row in table(whole) if row["steps"] == "5"}
+    for row in rows[1:-1]:
         value = f"{float(row['value']):g}"
         expected = np.mean([by_arm[value, seed] - by_arm["1", seed] for seed in ("0", "4")])
         assert float(row["difference"]) == pytest.approx(expected, abs=2e-5)
@@ -140,7 +161,7 @@ def test_what_is_killed_loses_the_chunk_in_flight_and_no_more(whole, workplace, 
 
     monkeypatch.setattr(ablate_arms, "train", spy)
     script.ablate(arguments(workplace, folder, chunk=4, resume=True))
-    assert trained == [3]
+    assert trained == [3, 2]
     assert contents(folder / "arms").items() >= before.items()
     for name in ("arms.csv", "effects.csv"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
@@ -149,7 +170,8 @@ def test_what_is_killed_loses_the_chunk_in_flight_and_no_more(whole, workplace, 
 @pytest.mark.slow
 def test_one_compile_serves_all_chunks(whole_and_compiled):
     names = whole_and_compiled[1]
-    assert names.count("jit(on_devices)") == 2  # one for the steps, one for the evaluation
+    # One for the steps and one for the evaluation; that of the control, which has fewer arms, is another.
+    assert names.count("jit(on_devices)") == 3
 
 
 @pytest.mark.slow
@@ -159,14 +181,14 @@ def test_an_arm_that_diverges_is_said_to_and_disturbs_no_other(whole, workplace)
         (workplace / "small.py").read_text().replace("(0.5, 2.0)", '(0.5,), "hyper.learning_rate": (1e30,)')
     )
     script.ablate(arguments(workplace, folder, sweep=str(file), chunk=6))
-    rows, expected = table(folder), {(row["hyper.temperature"], row["seed"]): row for row in table(whole)}
+    rows, expected = table(folder), {name_of(row): row for row in table(whole)}
     diverged = [row for row in rows if row["hyper.learning_rate"] == "1e+30"]
     assert [row["diverged"] for row in diverged] == ["True", "True"]
     assert [row["gap_closed_oracle"] for row in diverged] == ["", ""]
     others = [row for row in rows if row not in diverged]
-    assert len(others) == 4
+    assert len(others) == 6
     for row in others:
-        alone = expected[row["hyper.temperature"], row["seed"]]
+        alone = expected[name_of(row)]
         assert row["diverged"] == "False"
         for name in ("nll", "swap_rate", "policy_score_abs_mean"):
             assert float(row[name]) == pytest.approx(float(alone[name]), rel=1e-5)
@@ -211,6 +233,7 @@ def test_structures_are_separate_programs():
         [{}, {"hyper.kl_weight": 0.5}],
         [{"objective.granularity": "pair"}],
         [{"context.rollouts": 2}],
+        [script.UNTRAINED],
     ]
 
 
@@ -283,7 +306,7 @@ def test_d4_a_sweep_on_another_base_model_or_preset_is_refused(whole, workplace)
 @pytest.mark.parametrize("name", sorted(path.stem for path in script.SWEEPS.glob("*.py")))
 def test_the_sweeps_that_come_with_it_are_valid(name):
     plan = script.load_sweep(name)
-    assert len(script._arms(plan, Path("base"))) == len(plan.settings()) * len(plan.seeds)
+    assert len(script._arms(plan, Path("base"))) == (len(plan.settings()) + 1) * len(plan.seeds)
 
 
 def test_the_sweep_of_text_is_the_demo_by_preferences_alone():

@@ -44,3 +44,14 @@ def test_the_correction_is_over_all_sweeps(tmp_path):
 def test_a_folder_without_a_sweep_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no finished sweep"):
         script.read(tmp_path)
+
+
+def test_settings_that_each_sweep_counts_in_its_own_numbers_share_a_row(tmp_path):
+    one, two = (
+        sweep(tmp_path / name, [f"context.own_rollouts,{own},5,1,0.25,,,", "steps,0,5,1,0.5,,,"])
+        for name, own in (("one", 3), ("two", 2))
+    )
+    assert script.show(script.Arguments((one, two))).splitlines()[3:] == [
+        "| `context.own_rollouts n` | +0.250 | +0.250 |",
+        "| `untrained` | +0.500 | +0.500 |",
+    ]

@@ -30,7 +30,13 @@ def test_every_arm_costs_the_same_passes(preset, tmp_path):
     assert base.steps == 0 and len(lens) == 10 and [arm for arm, _ in lens][:2] == ["fixed", "fixed"]
     assert {curriculum.passes_per_step(config) for config in lens.values()} == {2 * 5}
     assert lens["own", 1].context.own_rollouts == lens["adversary", 0].context.proposed_rollouts == 2
-    assert [config.curriculum.climbs for (_, seed), config in lens.items() if seed == 0] == [False, False, True, True, False]
+    assert [config.curriculum.climbs for (_, seed), config in lens.items() if seed == 0] == [
+        False,
+        False,
+        True,
+        True,
+        False,
+    ]
     assert {config.budget for config in lens.values()} == {base.budget}
 
 
