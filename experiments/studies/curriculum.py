@@ -1,17 +1,19 @@
 """Does a curriculum that fights back reach 8x on recall with fewer passes of the base model than a fixed one?
 
     python -m experiments.studies.curriculum
-    python -m experiments.studies.curriculum --steps 2000 --target 0.95 --seeds 5 6 7 8 9 --output-dir runs/curriculum-2
+    python -m experiments.studies.curriculum --steps 2000 --seeds 5 6 7 8 9 --output-dir runs/curriculum-2
 
 One base model is pretrained and shared. Then LensNet is trained by preferences alone, in each arm for each seed:
-`fixed`, whose length falls with the steps; `none`, as short as at the end from the first step on; `self_play`, whose length falls while the policy is right often enough;
-`adversary`, the same with half of the rollouts proposed by an adversary; `own`, the fixed one with half of the rollouts
-drawn by the policy. All but `none` go from `--start` to `--end` of the history, with as many rollouts a step, so that a step costs
-every arm the same passes. What is measured at the end's length, on held-out sequences as training goes on: how many
-passes it took until the policy showed the answer as often as `--target` says, and what it came to. Passes of LensNet
-are not counted. Prints a table, and writes `summary.json` and `curriculum.csv`, one row an arm and seed.
+`fixed`, whose length falls with the steps; `none`, as short as at the end from the first step on; `self_play`, whose
+length falls while the policy is right often enough; `adversary`, the same with half of the rollouts proposed by an
+adversary; `own`, the fixed one with half of the rollouts drawn by the policy. All but `none` go from `--start` to
+`--end` of the history, with as many rollouts a step, so that a step costs every arm the same passes. What is measured at
+the end's length, on held-out sequences, before the first step and as training goes on: how many passes it took until
+the policy showed the answer as often as `--target` says, and what it came to. Passes of LensNet are not counted. Prints
+a table, and writes `summary.json`, `curriculum.csv`, one row an arm and seed, and `curriculum.png`.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,9 +28,21 @@ from experiments.train import load_preset
 from lensjax import _settings
 from lensjax._settings import Count, PositiveInt, Seed, Share, require, settings
 from lensjax.evaluation import statistics
+from lensjax.plots import style
 from lensjax.runs.config import Config
+from lensjax.runs.data import batches as data
+from lensjax.runs.fit import EVALUATION_SEED, LENS_STREAM, evaluator, stream
+from lensjax.runs.load import load_start
 from lensjax.runs.store.log import read_rows
+from lensjax.training.steps.train_state import init_train_state
 
+MEASURED = {
+    "hit_rate": "hit_rate",
+    "nll_policy": "nll_policy",
+    "nll_baseline": "nll_baseline",
+    "agreement": "mc/preference_agreement",
+}
+"""What is measured, by the names of `held_out.eval_step`."""
 Arm = Literal["fixed", "none", "self_play", "adversary", "own"]
 
 
@@ -52,7 +66,7 @@ class Arguments:
     """Length of a working context at the mildest, as a fraction of the history."""
     end: Share = 0.125
     """And at the hardest, at which all is measured."""
-    target: Share = 0.9
+    target: Share = 0.95
     """Share of the held-out sequences whose answer is to be shown."""
     success_target: Share = 0.7
     """Of the ladder."""
@@ -69,20 +83,27 @@ def compare(arguments: Arguments) -> dict[str, Any]:
     command.check_free(arguments.output_dir, resume=arguments.resume)
     base, lens = configs(arguments)
     run_once(base, console)
-    rows = []
+    before = untrained(lens)
+    rows: list[dict[str, Any]] = []
+    ways: dict[str, list[list[float]]] = {arm: [] for arm in arguments.arms}
     for (arm, seed), config in lens.items():
         run_once(config, console)
-        rows.append({"arm": arm, "seed": seed} | outcome(config, arguments.target))
+        measured = {0: before[seed]} | measurements(config)
+        ways[arm].append([one["hit_rate"] for one in measured.values()])
+        rows.append({"arm": arm, "seed": seed} | outcome(config, measured, arguments.target))
     summary = {
         "target": arguments.target,
         "passes_per_step": passes_per_step(base),
         "steps": arguments.steps,
         "seeds": list(arguments.seeds),
+        "untrained": {name: [one[name] for one in before.values()] for name in MEASURED},
         "arms": {arm: _of_arm([row for row in rows if row["arm"] == arm]) for arm in arguments.arms},
         "differences": _differences(rows, arguments),
     }
     write_json(summary, arguments.output_dir / "summary.json")
     write_csv(rows, arguments.output_dir / "curriculum.csv")
+    with style.attempt(arguments.output_dir / "curriculum.png") as path:
+        picture({arm: np.asarray(way) for arm, way in ways.items()}, list(measured), arguments.target, path)
     _print(console, summary)
     return summary
 
@@ -107,7 +128,7 @@ def configs(arguments: Arguments) -> tuple[Config, dict[tuple[str, int], Config]
         "none": {"hyper.context_start": arguments.end},
         "self_play": climbs,
         "adversary": {**climbs, "context.proposed_rollouts": half},
-        "own": {"context.own_rollouts": half, "objective.pair_weights": "importance"},
+        "own": {"context.own_rollouts": half},
     }
     lens = {
         (arm, seed): _settings.replace(
@@ -130,20 +151,53 @@ def passes_per_step(config: Config) -> int:
     return config.batch_size * (config.context.rollouts + 1)
 
 
-def outcome(config: Config, target: float) -> dict[str, Any]:
-    """What a finished run came to: passes until the target, None where it was missed, and its last measurements."""
-    rows = [row for row in read_rows(config.output_dir) if row["phase"] == "lens"]
-    measured = [row for row in rows if "eval/hit_rate" in row]
-    there = [row["step"] for row in measured if row["eval/hit_rate"] >= target]
-    levels = [row["curriculum/level"] for row in rows if "curriculum/level" in row]
+def untrained(lens: Mapping[tuple[str, int], Config]) -> dict[int, dict[str, float]]:
+    """What is measured of LensNet as each seed's runs find it, before their first step."""
+    configs = {seed: config for (_, seed), config in lens.items()}
+    first = next(iter(lens.values()))
+    models, size = first.build_models(), first.batch_size
+    count = first.eval_batches
+    batches = data.fixed_batches(first, "validation", batch_size=size, count=count, seed=EVALUATION_SEED)
+    params, report = load_start(first, models), evaluator(first, models)
+    found = {}
+    for seed, config in configs.items():
+        key = stream(config, LENS_STREAM)
+        state, frozen = init_train_state(key, recipe=first.recipe, models=models, params=params)
+        row = report(state, frozen, batches)
+        found[seed] = {name: row[place] for name, place in MEASURED.items()}
+    return found
+
+
+def measurements(config: Config) -> dict[int, dict[str, float]]:
+    """What a finished run measured on held-out sequences, by step."""
+    rows = [row for row in read_rows(config.output_dir) if row["phase"] == "lens" and "eval/hit_rate" in row]
+    return {row["step"]: {name: row[f"eval/{place}"] for name, place in MEASURED.items()} for row in rows}
+
+
+def outcome(config: Config, measured: Mapping[int, Mapping[str, float]], target: float) -> dict[str, Any]:
+    """What a run came to: passes until the target, None where it was missed, its last measurements and its level."""
+    there = [step for step, one in measured.items() if one["hit_rate"] >= target]
+    levels = [row["curriculum/level"] for row in read_rows(config.output_dir) if "curriculum/level" in row]
     return {
         "passes": there[0] * passes_per_step(config) if there else None,
-        "hit_rate": measured[-1]["eval/hit_rate"],
-        "nll_policy": measured[-1]["eval/nll_policy"],
-        "nll_baseline": measured[-1]["eval/nll_baseline"],
-        "agreement": measured[-1]["eval/mc/preference_agreement"],
+        **measured[max(measured)],
         "level": levels[-1] if levels else None,
     }
+
+
+@style.own_look()
+def picture(ways: Mapping[str, np.ndarray], steps: Sequence[int], target: float, path: Path) -> None:
+    """How often each arm shows the answer as its steps go by, mean over seeds and its 95 % interval."""
+    figure = style.new_figure(2.4 * len(ways), 2.6)
+    axes = np.atleast_1d(figure.subplots(1, len(ways), sharey=True)).ravel()
+    for ax, (arm, way) in zip(axes, ways.items(), strict=True):
+        ax.axhline(target, color=style.MUTED, linewidth=0.8, linestyle="--")
+        if len(way) > 1:
+            low, high = np.transpose([statistics.estimate(at).interval for at in way.T])
+            ax.fill_between(steps, low, high, color=style.COLORS[0], alpha=0.25, linewidth=0)
+        ax.plot(steps, way.mean(axis=0), color=style.COLORS[0], linewidth=1.4)
+        style.dress(ax, arm, "step", "shows the answer" if ax is axes[0] else "")
+    style.write(figure, path)
 
 
 def _of_arm(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
@@ -164,6 +218,8 @@ def _print(console: Console, summary: dict[str, Any]) -> None:
     title = f"recall, {summary['steps']} steps of {summary['passes_per_step']} passes, seeds {seeds}, held out"
     heads = (f"passes until {summary['target']:.2f}", "reached", "shows the answer", "nats per token", "level")
     table = Table("arm", *heads, title=title)
+    before = summary["untrained"]
+    table.add_row("untrained", "", "", f"{np.mean(before['hit_rate']):.3f}", f"{np.mean(before['nll_policy']):.3f}", "")
     for arm, of in summary["arms"].items():
         there = [passes for passes in of["passes"] if passes is not None]
         levels = [level for level in of["level"] if level is not None]

@@ -30,23 +30,22 @@ def test_every_arm_costs_the_same_passes(preset, tmp_path):
     assert base.steps == 0 and len(lens) == 10 and [arm for arm, _ in lens][:2] == ["fixed", "fixed"]
     assert {curriculum.passes_per_step(config) for config in lens.values()} == {2 * 5}
     assert lens["own", 1].context.own_rollouts == lens["adversary", 0].context.proposed_rollouts == 2
-    assert [config.curriculum.climbs for (_, seed), config in lens.items() if seed == 0] == [
-        False,
-        False,
-        True,
-        True,
-        False,
-    ]
+    climbs = {arm for (arm, _), config in lens.items() if config.curriculum.climbs}
+    assert climbs == {"self_play", "adversary"}
+    assert lens["none", 0].hyper.context_start == lens["none", 0].hyper.context_end == 0.4
     assert {config.budget for config in lens.values()} == {base.budget}
 
 
-@pytest.mark.parametrize(("target", "passes"), [(0.4, 20 * 6), (0.9, None)])
+@pytest.mark.parametrize(("target", "passes"), [(0.2, 0), (0.4, 20 * 6), (0.9, None)])
 def test_passes_are_those_before_the_first_measurement_that_reaches_the_target(monkeypatch, target, passes):
     more = {"eval/nll_policy": 1.0, "eval/nll_baseline": 2.0, "eval/mc/preference_agreement": 0.5}
     rows = [{"phase": "lens", "step": step, "eval/hit_rate": rate, **more} for step, rate in ((10, 0.1), (20, 0.5))]
     rows += [{"phase": "lens", "step": 30, "eval/hit_rate": 0.3, **more}, {"phase": "lens", "step": 40}]
     monkeypatch.setattr(curriculum, "read_rows", lambda folder: [{"phase": "pretrain", "step": 1}, *rows])
-    found = curriculum.outcome(TINY, target)
+    before = dict.fromkeys(curriculum.MEASURED, 0.25)
+    measured = {0: before} | curriculum.measurements(TINY)
+    assert list(measured) == [0, 10, 20, 30]
+    found = curriculum.outcome(TINY, measured, target)
     assert (found["passes"], found["hit_rate"], found["level"]) == (passes, 0.3, None)
 
 
@@ -62,10 +61,11 @@ def test_what_cannot_be_compared_is_refused(changes, message):
 @pytest.mark.slow
 def test_the_study_runs_with_one_command(preset, tmp_path):
     folder = tmp_path / "study"
-    words = ["--preset", preset, "--seeds", "0", "1", "--end", "0.4", "--steps", "4", "--target", "0.0"]
+    words = ["--preset", preset, "--seeds", "0", "1", "--end", "0.4", "--steps", "4", "--target", "0.0", "--eval-steps", "2"]
     with cheap_programs():
         curriculum.main(["--output-dir", str(folder), *words])
     summary = json.loads((folder / "summary.json").read_text())
+    assert len(summary["untrained"]["hit_rate"]) == 2 and (folder / "curriculum.png").stat().st_size > 5000
     assert list(summary["arms"]) == ["fixed", "none", "self_play", "adversary", "own"]
     assert all(passes is not None for of in summary["arms"].values() for passes in of["passes"])
     with (folder / "curriculum.csv").open() as file:
