@@ -127,6 +127,8 @@ literature: $(STAMP) ## What methods of the literature change, on recall, variab
 	for task in recall tracking text; do $(RUN) -m experiments.studies.ablate literature_$$task \
 	    --base-run runs/literature/$$task-base --output-dir runs/literature/$$task || exit 1; done
 	$(RUN) -m experiments.studies.ablate literature_again --base-run runs/literature/recall-base --output-dir runs/literature/again
+	$(RUN) -m experiments.studies.ablate literature_again_tracking --base-run runs/literature/tracking-base \
+	    --output-dir runs/literature/again-tracking
 	$(RUN) -m experiments.studies.ablate_table runs/literature/recall runs/literature/tracking runs/literature/text
 
 rlan: $(STAMP) ## A grid model adapted per task, on held-out rules of colours, objects and moves, into runs/rlan

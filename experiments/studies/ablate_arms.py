@@ -186,7 +186,8 @@ def _steps(
             if finite:
                 finite[-1].block_until_ready()  # one step in flight: the bar tells the truth, no device waits
             finite.append(jnp.isfinite(report["loss"] + report["grad_norm"]))
-    return state, np.all(devices.to_host([np.ones(state.draw.shape, bool), *finite]), axis=0)
+    seen: list[Any] = [np.ones(state.draw.shape, bool), *devices.to_host(finite)]
+    return state, np.all(seen, axis=0)
 
 
 def _held_out(config: Config) -> list[data.Batch]:

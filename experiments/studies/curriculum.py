@@ -7,8 +7,8 @@ One base model is pretrained and shared. Then LensNet is trained by preferences 
 `fixed`, whose length falls with the steps; `none`, as short as at the end from the first step on; `self_play`, whose
 length falls while the policy is right often enough; `adversary`, the same with half of the rollouts proposed by an
 adversary; `own`, the fixed one with half of the rollouts drawn by the policy. All but `none` go from `--start` to
-`--end` of the history, with as many rollouts a step, so that a step costs every arm the same passes. What is measured at
-the end's length, on held-out sequences, before the first step and as training goes on: how many passes it took until
+`--end` of the history, with as many rollouts a step, so that a step costs every arm the same passes. What is measured
+at the end's length, on held-out sequences, before the first step and as training goes on: how many passes it took until
 the policy showed the answer as often as `--target` says, and what it came to. Passes of LensNet are not counted. Prints
 a table, and writes `summary.json`, `curriculum.csv`, one row an arm and seed, and `curriculum.png`.
 """
@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -58,11 +60,11 @@ class Arguments:
     seeds: tuple[Seed, ...] = (0, 1, 2, 3, 4)
     resume: bool = False
     """Go on in a folder that is there already."""
-    steps: Count = 600
+    steps: Count = 200
     """LensNet training steps of each run."""
-    eval_steps: PositiveInt = 10
+    eval_steps: PositiveInt = 25
     """Steps from one held-out measurement to the next: how exactly the passes are known."""
-    start: Share = 0.5
+    start: Share = 0.25
     """Length of a working context at the mildest, as a fraction of the history."""
     end: Share = 0.125
     """And at the hardest, at which all is measured."""
@@ -91,6 +93,7 @@ def compare(arguments: Arguments) -> dict[str, Any]:
         measured = {0: before[seed]} | measurements(config)
         ways[arm].append([one["hit_rate"] for one in measured.values()])
         rows.append({"arm": arm, "seed": seed} | outcome(config, measured, arguments.target))
+    rows.sort(key=lambda row: arguments.arms.index(row["arm"]))
     summary = {
         "target": arguments.target,
         "passes_per_step": passes_per_step(base),
@@ -130,7 +133,7 @@ def configs(arguments: Arguments) -> tuple[Config, dict[tuple[str, int], Config]
         "adversary": {**climbs, "context.proposed_rollouts": half},
         "own": {"context.own_rollouts": half},
     }
-    lens = {
+    lens: dict[tuple[str, int], Config] = {
         (arm, seed): _settings.replace(
             preset,
             seed=seed,
@@ -143,7 +146,7 @@ def configs(arguments: Arguments) -> tuple[Config, dict[tuple[str, int], Config]
         for seed in arguments.seeds
         for arm in arguments.arms
     }
-    return base, {key: lens[key] for key in sorted(lens, key=lambda key: arguments.arms.index(key[0]))}
+    return base, lens
 
 
 def passes_per_step(config: Config) -> int:
@@ -157,7 +160,8 @@ def untrained(lens: Mapping[tuple[str, int], Config]) -> dict[int, dict[str, flo
     first = next(iter(lens.values()))
     models, size = first.build_models(), first.batch_size
     count = first.eval_batches
-    batches = data.fixed_batches(first, "validation", batch_size=size, count=count, seed=EVALUATION_SEED)
+    rows = data.fixed_batches(first, "validation", batch_size=size, count=count, seed=EVALUATION_SEED)
+    batches = jax.tree.map(jnp.asarray, rows)
     params, report = load_start(first, models), evaluator(first, models)
     found = {}
     for seed, config in configs.items():

@@ -8,11 +8,12 @@ keeps the last statements alone has nothing to answer with, and who keeps the fi
 gone. Every seed trains a LensNet on the late reward (`late`), and one on per-step rewards (`steps`), which need a
 measurement after every refocus step. Both are measured on the same test streams, dropping as many statements as they
 may in each step, the lowest scored first, beside policies that learn nothing and one that knows the answer. Leaves
-`remember.csv` and `report.md`.
+`remember.csv`, `report.md` and what was measured of each policy, in `policies`.
 """
 
 import dataclasses
 import functools
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,8 @@ class Arguments:
     examples: BatchSize = 512
     """Test streams."""
     supo: SupoConfig = dataclasses.field(default_factory=SupoConfig)
+    resume: bool = False
+    """Go on with an interrupted study: policies that were measured are not trained again."""
 
 
 class Measured(NamedTuple):
@@ -87,36 +90,58 @@ def remember(arguments: Arguments) -> list[dict[str, Any]]:
         raise ValueError(f"seeds must name two or more different seeds, got {arguments.seeds}")
     folder, console = arguments.output_dir, Console()
     config, models, params = _start(arguments)
-    command.check_free(folder, resume=False)
+    command.check_free(folder, resume=arguments.resume)
+    _open(arguments)
     test = _streams(arguments, config, "test", EVALUATION_SEED, range(arguments.examples))
     measure = jax.jit(functools.partial(_measure, models=models, config=config, settings=arguments.supo))
     found: dict[str, list[Measured]] = {}
     rows: list[dict[str, Any]] = []
 
-    def note(name: str, seed: int, own: dict[str, Params], fixed: Array | None, passes: int, seconds: float) -> None:
-        one = Measured(*jax.device_get(measure(own, test, fixed)))
-        found.setdefault(name, []).append(one)
-        means = {"nll": one.nll.mean(), "accuracy": one.right.mean(), "kept": one.kept.mean()}
-        row = {"policy": name, "seed": seed, **{key: float(value) for key, value in means.items()}}
-        rows.append(row | {"passes_per_step": passes, "seconds_per_step": seconds})
-        console.out(", ".join(f"{key} {value}" for key, value in rows[-1].items()), highlight=False)
+    def result(name: str, seed: int) -> dict[str, Any]:
+        """What `policies` holds of a policy: its measurements, and what a step of its training took."""
+        key = jax.random.key(seed)
+        own, fixed, passes, seconds = params | {"lens": models.lens.init(jax.random.fold_in(key, 0))}, None, 0, 0.0
+        if name in FIXED:
+            fixed = _worth(name, test, config, jax.random.fold_in(key, 1))
+        elif name in arguments.arms:
+            chosen = dataclasses.replace(arguments.supo, reward=name)
+            own["lens"], seconds = _train(arguments, chosen, config, models, own, seed)
+            measured = 1 if name == "late" else chosen.refocus_steps + 1
+            passes = arguments.batch_size * chosen.trajectories * measured
+        values = {part: array.tolist() for part, array in zip(Measured._fields, measure(own, test, fixed), strict=True)}
+        return {**values, "passes_per_step": passes, "seconds_per_step": seconds / arguments.supo.steps}
 
     for seed in arguments.seeds:
-        key = jax.random.key(seed)
-        own = params | {"lens": models.lens.init(jax.random.fold_in(key, 0))}
-        for name in FIXED:
-            note(name, seed, own, _worth(name, test, config, jax.random.fold_in(key, 1)), 0, 0.0)
-        note("untrained", seed, own, None, 0, 0.0)
-        for arm in arguments.arms:
-            chosen = dataclasses.replace(arguments.supo, reward=arm)
-            lens, seconds = _train(arguments, chosen, config, models, own, seed)
-            measured = 1 if arm == "late" else chosen.refocus_steps + 1
-            passes = arguments.batch_size * chosen.trajectories * measured
-            note(arm, seed, own | {"lens": lens}, None, passes, seconds / chosen.steps)
-    folder.mkdir(parents=True, exist_ok=True)
+        for name in (*FIXED, "untrained", *arguments.arms):
+            file = folder / "policies" / f"{name}-{seed}.json"
+            if not file.is_file():
+                files.write_text(file, json.dumps(result(name, seed)) + "\n")
+            stored = json.loads(file.read_text())
+            one = Measured(*(np.asarray(stored.pop(part)) for part in Measured._fields))
+            found.setdefault(name, []).append(one)
+            means = {"nll": one.nll.mean(), "accuracy": one.right.mean(), "kept": one.kept.mean()}
+            rows.append({"policy": name, "seed": seed, **{key: float(mean) for key, mean in means.items()}, **stored})
+            console.out(", ".join(f"{key} {value}" for key, value in rows[-1].items()), highlight=False)
     write_csv(rows, folder / "remember.csv")
     files.write_text(folder / "report.md", _report(arguments, found, rows))
     return rows
+
+
+def _open(arguments: Arguments) -> None:
+    """Makes the study's folder, or checks that it was begun with the same arguments."""
+    folder = arguments.output_dir
+    given = {
+        name: value for name, value in dataclasses.asdict(arguments).items() if name not in ("output_dir", "resume")
+    }
+    text, file = json.dumps(given, indent=2, default=str) + "\n", folder / "config.json"
+    if file.is_file() and (before := file.read_text()) != text:
+        changed = sorted(name for name, value in json.loads(text).items() if json.loads(before).get(name) != value)
+        raise ValueError(
+            f"{folder} was begun with other values of {', '.join(changed)}: choose another --output-dir, or take the "
+            "change back"
+        )
+    (folder / "policies").mkdir(parents=True, exist_ok=True)
+    files.write_text(file, text)
 
 
 def _start(arguments: Arguments) -> tuple[Config, Models, dict[str, Params]]:

@@ -26,8 +26,8 @@ def preset(tmp_path_factory):
 
 
 def test_every_arm_costs_the_same_passes(preset, tmp_path):
-    base, lens = curriculum.configs(Arguments(output_dir=tmp_path, preset=preset, seeds=(0, 1), end=0.4))
-    assert base.steps == 0 and len(lens) == 10 and [arm for arm, _ in lens][:2] == ["fixed", "fixed"]
+    base, lens = curriculum.configs(Arguments(output_dir=tmp_path, preset=preset, seeds=(0, 1), start=0.5, end=0.4))
+    assert base.steps == 0 and len(lens) == 10 and [seed for _, seed in lens] == [0] * 5 + [1] * 5
     assert {curriculum.passes_per_step(config) for config in lens.values()} == {2 * 5}
     assert lens["own", 1].context.own_rollouts == lens["adversary", 0].context.proposed_rollouts == 2
     climbs = {arm for (arm, _), config in lens.items() if config.curriculum.climbs}
@@ -61,7 +61,21 @@ def test_what_cannot_be_compared_is_refused(changes, message):
 @pytest.mark.slow
 def test_the_study_runs_with_one_command(preset, tmp_path):
     folder = tmp_path / "study"
-    words = ["--preset", preset, "--seeds", "0", "1", "--end", "0.4", "--steps", "4", "--target", "0.0", "--eval-steps", "2"]
+    words = [
+        "--preset",
+        preset,
+        "--seeds",
+        "0",
+        "1",
+        "--end",
+        "0.4",
+        "--steps",
+        "4",
+        "--target",
+        "0.0",
+        "--eval-steps",
+        "2",
+    ]
     with cheap_programs():
         curriculum.main(["--output-dir", str(folder), *words])
     summary = json.loads((folder / "summary.json").read_text())
@@ -69,4 +83,5 @@ def test_the_study_runs_with_one_command(preset, tmp_path):
     assert list(summary["arms"]) == ["fixed", "none", "self_play", "adversary", "own"]
     assert all(passes is not None for of in summary["arms"].values() for passes in of["passes"])
     with (folder / "curriculum.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == 10
+        rows = [(row["arm"], row["seed"]) for row in csv.DictReader(file)]
+    assert rows == [(arm, seed) for arm in summary["arms"] for seed in ("0", "1")]

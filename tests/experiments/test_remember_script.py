@@ -22,11 +22,18 @@ def arguments(folder, base, **changes):
     return Arguments(base, folder / "out", **{**given, **changes})
 
 
-@pytest.mark.slow
-def test_all_policies_are_measured_on_the_same_streams(tmp_path):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder with a base run and a study of it, and the study's rows."""
+    folder = tmp_path_factory.mktemp("remember")
     with cheap_programs():
-        train.run(tiny_config(tmp_path / "base", steps=0, **TRACKING))
-        rows = remember.remember(arguments(tmp_path, tmp_path / "base"))
+        train.run(tiny_config(folder / "base", steps=0, **TRACKING))
+    return folder, remember.remember(arguments(folder, folder / "base"))
+
+
+@pytest.mark.slow
+def test_all_policies_are_measured_on_the_same_streams(whole):
+    folder, rows = whole
     names = ["last", "first", "random", "hindsight", "untrained", "late", "steps"]
     assert [(row["policy"], row["seed"]) for row in rows] == [(name, seed) for seed in (0, 1) for name in names]
     kept = {name: np.mean([row["kept"] for row in rows if row["policy"] == name]) for name in names}
@@ -34,10 +41,32 @@ def test_all_policies_are_measured_on_the_same_streams(tmp_path):
     # One measurement of each of four trajectories, or one more than there are refocus steps.
     assert [row["passes_per_step"] for row in rows[:7]] == [0, 0, 0, 0, 0, 4, 20]
     assert all(np.isfinite(row["nll"]) for row in rows)
-    with (tmp_path / "out" / "remember.csv").open(newline="") as file:
+    with (folder / "out" / "remember.csv").open(newline="") as file:
         assert [row["policy"] for row in csv.DictReader(file)] == names * 2
-    report = (tmp_path / "out" / "report.md").read_text()
+    report = (folder / "out" / "report.md").read_text()
     assert all(f"| `{name}` |" in report for name in names) and "--supo.window 3" in report
+
+
+@pytest.mark.slow
+def test_an_interrupted_study_goes_on_with_what_is_missing(whole, tmp_path, monkeypatch):
+    base, trained, train_one = whole[0] / "base", [], remember._train
+
+    def dies(arguments, chosen, *rest):
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        trained.append(chosen.reward)
+        return train_one(arguments, chosen, *rest)
+
+    monkeypatch.setattr(remember, "_train", dies)
+    with pytest.raises(KeyboardInterrupt):
+        remember.remember(arguments(tmp_path, base))
+    trained.clear()
+    with pytest.raises(ValueError, match="was begun with other values of chains: choose"):
+        remember.remember(arguments(tmp_path, base, chains=1, resume=True))
+    rows = remember.remember(arguments(tmp_path, base, resume=True))
+    assert trained == ["late", "steps"]
+    for row, expected in zip(rows, whole[1], strict=True):
+        assert row | {"seconds_per_step": 0} == expected | {"seconds_per_step": 0}
 
 
 BAD = {

@@ -32,19 +32,13 @@ SUMMARY_KEYS = {
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """Compiled programs that the processes of all tests share."""
-    return tmp_path_factory.getbasetemp() / "compiled"
-
-
-@pytest.fixture(scope="module")
-def real(tmp_path_factory, cache):
+def real(tmp_path_factory, programs):
     """A finished run on text files through all phases, with a curriculum, and what it printed."""
     folder = tmp_path_factory.mktemp("real")
     curriculum = {"hyper.context_start": 0.95, "optimizer.curriculum_steps": 3}
     config = tiny_config(folder / "run", write_corpus(folder / "corpus"), **curriculum, **ALL)
     (folder / "config.json").write_text(config_file.to_json(config))
-    done = run_script(folder / "config.json", cache=cache, JAX_LOG_COMPILES="1")
+    done = run_script(folder / "config.json", cache=programs, JAX_LOG_COMPILES="1")
     assert done.returncode == 0, done.stderr
     return folder / "run", done
 
@@ -122,11 +116,11 @@ def test_a_base_model_that_is_not_trained_stays_frozen(real):
 
 
 @pytest.mark.slow
-def test_a_base_run_gives_its_base_model(real, cache, tmp_path):
+def test_a_base_run_gives_its_base_model(real, programs, tmp_path):
     folder, _ = real
     before = outcome(folder)
     words = [folder / "config.json", "--output-dir", tmp_path / "run", "--base-run", folder, "--seed", "1"]
-    done = run_script(*words, cache=cache)
+    done = run_script(*words, cache=programs)
     assert done.returncode == 0, done.stderr
     assert outcome(folder) == before
     theirs, ours = (lx.load(run).params for run in (folder, tmp_path / "run"))
@@ -137,11 +131,11 @@ def test_a_base_run_gives_its_base_model(real, cache, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_learning_rate_that_explodes_stops_the_command(real, cache, tmp_path):
+def test_a_learning_rate_that_explodes_stops_the_command(real, programs, tmp_path):
     folder, _ = real
     words = [folder / "config.json", "--output-dir", tmp_path / "run", "--base-run", folder]
     words += ["--hyper.learning-rate", "1e38"]
-    done = run_script(*words, cache=cache)
+    done = run_script(*words, cache=programs)
     assert done.returncode == 1
     assert re.search(r"^error: phase lens, step \d: .* = (nan|inf|-inf)[,;].* checkpoint", done.stderr, re.MULTILINE)
     assert "Traceback" not in done.stderr
@@ -156,17 +150,17 @@ SIGNALS = [
 
 
 @pytest.mark.slow
-def test_a_run_that_gets_signals_ends_as_if_nothing_had_happened(cache, tmp_path):
+def test_a_run_that_gets_signals_ends_as_if_nothing_had_happened(programs, tmp_path):
     """Real programs, in processes that a signal ends."""
     config = tiny_config(tmp_path / "whole", **{"distill.steps": 5})
     (tmp_path / "config.json").write_text(config_file.to_json(config))
-    whole = run_script(tmp_path / "config.json", cache=cache)
+    whole = run_script(tmp_path / "config.json", cache=programs)
     assert whole.returncode == 0, whole.stderr
     folder = tmp_path / "run"
     words: list[str | Path] = [tmp_path / "config.json", "--output-dir", folder]
     for place, phase, step, number in SIGNALS:
         interrupt = (place, phase, step, int(number))
-        done = run_script(*words, cache=cache, interrupt=interrupt)
+        done = run_script(*words, cache=programs, interrupt=interrupt)
         if number == signal.SIGTERM:
             assert done.returncode == 143, done.stderr
             assert f"stopped at {phase} step {step}; go on with --resume {folder}\n" in done.stdout
@@ -174,6 +168,6 @@ def test_a_run_that_gets_signals_ends_as_if_nothing_had_happened(cache, tmp_path
         else:
             assert done.returncode == -signal.SIGKILL, done.stderr
         words = ["--resume", folder]
-    done = run_script(*words, cache=cache)
+    done = run_script(*words, cache=programs)
     assert done.returncode == 0, done.stderr
     assert outcome(folder) == outcome(tmp_path / "whole")

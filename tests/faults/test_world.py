@@ -149,11 +149,11 @@ def test_d15_a_full_disk_is_one_line_with_the_way_on(capsys):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
+def tiny(tmp_path_factory, programs):
     """A file with the tiny run's settings, and a folder for compiled programs."""
     folder = tmp_path_factory.mktemp("world")
     (folder / "tiny.json").write_text(config_file.to_json(tiny_config(folder / "never")))
-    return folder / "tiny.json", tmp_path_factory.getbasetemp() / "compiled"
+    return folder / "tiny.json", programs
 
 
 @pytest.mark.slow

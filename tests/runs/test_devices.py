@@ -83,9 +83,8 @@ def test_process_numbers_that_are_none_are_refused(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def train(tmp_path_factory):
+def train(tmp_path_factory, programs):
     """Trains on a number of devices, of one process or shared by several; returns the run's folder."""
-    cache = tmp_path_factory.mktemp("cache")
 
     def start(name, count, *words, processes=1, interrupt=None, **changes):
         folder = tmp_path_factory.getbasetemp() / name
@@ -101,7 +100,7 @@ def train(tmp_path_factory):
         def run(process):
             # The signal reaches the last process alone; all must stop.
             own = interrupt if process == processes - 1 else None
-            return run_script(*words, cache=cache, interrupt=own, JAX_PROCESS_ID=str(process), **flags)
+            return run_script(*words, cache=programs, interrupt=own, JAX_PROCESS_ID=str(process), **flags)
 
         with ThreadPoolExecutor() as pool:
             done = list(pool.map(run, range(processes)))

@@ -144,14 +144,14 @@ def test_e6_a_run_whose_folder_is_gone_stops(cheap, tmp_path, monkeypatch, how):
 
 
 @pytest.mark.slow
-def test_d6_1_two_processes_on_one_run(tmp_path):
-    config, cache = tmp_path / "run", tmp_path / "cache"
+def test_d6_1_two_processes_on_one_run(tmp_path, programs):
+    config = tmp_path / "run"
     with cheap_programs():
         start(tiny_config(config))
     shutil.rmtree(config / "checkpoints" / "lens" / "5")
     held = lock.take(config)
-    refused = run_script("--resume", config, cache=cache)
+    refused = run_script("--resume", config, cache=programs)
     assert refused.returncode == 1 and f"is in use by process {os.getpid()} on" in refused.stderr
     assert refused.stderr.count("\n") == 1
     held.release()
-    assert run_script("--resume", config, cache=cache).returncode == 0
+    assert run_script("--resume", config, cache=programs).returncode == 0

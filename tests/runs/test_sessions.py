@@ -61,15 +61,16 @@ def test_history_in_several_blocks_and_with_some_of_them_gone(tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_stopped_in_one_process_and_gone_on_with_in_others(tmp_path):
+def test_stopped_in_one_process_and_gone_on_with_in_others(tmp_path, programs):
     """Three stops; what is read in between is one stream."""
     session, place, folder = session_of("omission"), 0, tmp_path / "0"
     _, last, losses = read_at_once("omission")
     lx.save_session(session, session.init(), folder)
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(programs)}
     for number, end in enumerate((19, 33, 60, len(STREAM)), start=1):
         np.save(tmp_path / "tokens.npy", STREAM[place:end])
         words = [sys.executable, "-c", GO_ON, folder, tmp_path / "tokens.npy", tmp_path / str(number)]
-        done = subprocess.run(words, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
+        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip() == hashlib.sha256(losses[place:end].tobytes()).hexdigest()
         place, folder = end, tmp_path / str(number)
