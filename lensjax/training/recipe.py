@@ -105,9 +105,23 @@ class Recipe:
         )
         for name in ("context_start", "context_end"):
             self.geometry.length_of_fraction(getattr(self.hyper, name), name=f"hyper.{name}")
+        self._check_weights()
         self._check_curriculum()
         if "hypernet" in self.trainable:
             self._check_hypernet()
+
+    def _check_weights(self) -> None:
+        context = self.context
+        require(
+            self.objective.pair_weights == "none" or context.proposed_rollouts == 0,
+            "context.proposed_rollouts must be 0 where objective.pair_weights is importance, which must know how "
+            f"probable a rollout was: set one of them back, got {context.proposed_rollouts}",
+        )
+        require(
+            self.objective.group_weights == "none" or not context.asks_policy,
+            "context.own_rollouts and context.proposed_rollouts must be 0 where objective.group_weights is importance, "
+            f"which takes all rollouts as drawn alike, got {context.own_rollouts} and {context.proposed_rollouts}",
+        )
 
     def _check_curriculum(self) -> None:
         require(

@@ -51,6 +51,7 @@ def test_the_past_is_the_recipe_one_horizon_earlier():
 
 HYPERNET = {"trainable": ("lens", "hypernet")}
 ANCHORED = {"objective.name": "ipo", "hyper.kl_weight": 0.5}
+GROUPS = {"objective.name": "grpo"}
 SETS = {"objective.name": "grpo", "objective.group_baseline": "sets"}
 TRUST = {"objective.name": "gtpo", "objective.mask": "trust"}
 
@@ -101,6 +102,16 @@ TRUST = {"objective.name": "gtpo", "objective.mask": "trust"}
         ),
         (HYPERNET | {"objective.name": "mse"}, "objective.name must be spans for the hypernetwork", HYPERNET),
         (HYPERNET | {"objective.pair_weights": "importance"}, "objective.pair_weights must be none", HYPERNET),
+        (
+            {"objective.pair_weights": "importance", "context.proposed_rollouts": 1},
+            "context.proposed_rollouts must be 0 where objective.pair_weights is importance",
+            {"objective.pair_weights": "importance", "context.own_rollouts": 1, "context.local_edits": 1},
+        ),
+        (
+            GROUPS | {"objective.group_weights": "importance", "context.own_rollouts": 1, "context.local_edits": 1},
+            "context.own_rollouts and context.proposed_rollouts must be 0 where objective.group_weights is importance",
+            GROUPS | {"context.own_rollouts": 1, "context.local_edits": 1},
+        ),
         (
             HYPERNET | {"context.window": 15, "hyper.context_end": 1.0},
             "context.window must hold a block, context.recent_tokens and two horizons for the hypernetwork",
