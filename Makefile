@@ -124,12 +124,10 @@ literature: $(STAMP) ## What methods of the literature change, on recall, variab
 	$(RUN) -m experiments.train recall --steps 0 --output-dir runs/literature/recall-base
 	$(RUN) -m experiments.train tracking --distill.steps 0 --output-dir runs/literature/tracking-base
 	$(RUN) -m experiments.train demo --distill.steps 0 --output-dir runs/literature/text-base
-	for task in recall tracking text; do $(RUN) -m experiments.studies.ablate literature_$$task \
-	    --base-run runs/literature/$$task-base --output-dir runs/literature/$$task || exit 1; done
-	$(RUN) -m experiments.studies.ablate literature_again --base-run runs/literature/recall-base --output-dir runs/literature/again
-	$(RUN) -m experiments.studies.ablate literature_again_tracking --base-run runs/literature/tracking-base \
-	    --output-dir runs/literature/again-tracking
+	for task in recall tracking text; do for part in $$task again_$$task; do $(RUN) -m experiments.studies.ablate \
+	    literature_$$part --base-run runs/literature/$$task-base --output-dir runs/literature/$$part || exit 1; done; done
 	$(RUN) -m experiments.studies.ablate_table runs/literature/recall runs/literature/tracking runs/literature/text
+	$(RUN) -m experiments.studies.ablate_table runs/literature/again_recall runs/literature/again_tracking runs/literature/again_text
 
 rlan: $(STAMP) ## A grid model adapted per task, on held-out rules of colours, objects and moves, into runs/rlan
 	for seed in 0 1 2; do $(RUN) -m experiments.rlan.train --seed $$seed --output-dir runs/rlan/$$seed || exit 1; done

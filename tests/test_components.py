@@ -166,6 +166,7 @@ PREFERENCES = [
     ),
     Case("pair_margins", agreement.pair_margins, (uniform(VARIANTS, CAPACITY), pair_targets, pairs), "f"),
     Case("agreement", agreement.agreement, (uniform(PAIRS), mask(PAIRS)), "fi"),
+    Case("success", agreement.success, (uniform(PAIRS), uniform(PAIRS), mask(PAIRS)), "f"),
     Case("lod_only_scores", agreement.lod_only_scores, (variants,), "f"),
     Case(
         "variant_values",

@@ -49,6 +49,18 @@ def test_agreement_by_hand():
     assert (float(share), int(count)) == (0.0, 0)
 
 
+def test_success_weighs_a_pair_by_its_difference():
+    """Of 4 + 1 + 2 + 1 nats it asks for the winner in the 4, is undecided in the 2, and the last pair does not count."""
+    margins, gaps = np.float32([0.3, -0.2, 0, 0.5]), np.float32([4, 1, 2, 1])
+    valid = np.array([True, True, True, False])
+    assert float(agreement.success(margins, gaps, valid)) == pytest.approx((4 + 1) / 7)
+    assert float(agreement.success(margins, gaps, np.zeros(4, bool))) == 0
+    assert float(agreement.success(margins, np.zeros(4, np.float32), valid)) == 0
+    margins[3] = np.nan
+    assert float(agreement.success(margins, gaps, valid)) == pytest.approx(5 / 7)
+    assert np.isnan(agreement.success(margins, gaps, np.ones(4, bool)))
+
+
 def agreement_of(scores, targets, pairs):
     margins = pair_margins(scores, targets, pairs)
     share, count = agreement.agreement(margins, targets.where.any(axis=(1, 2)))
