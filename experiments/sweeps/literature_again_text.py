@@ -1,4 +1,4 @@
-"""The default of `literature_text` without its budget term, with seeds that chose nothing; see `literature_again_recall`.
+"""The default of `literature_text` without its budget term, with other seeds; `literature_again_recall` says why.
 
 make literature
 """

@@ -50,7 +50,7 @@ def test_agreement_by_hand():
 
 
 def test_success_weighs_a_pair_by_its_difference():
-    """Of 4 + 1 + 2 + 1 nats it asks for the winner in the 4, is undecided in the 2, and the last pair does not count."""
+    """It asks for the winner in 4 of 7 nats and is undecided in 2; the last pair does not count."""
     margins, gaps = np.float32([0.3, -0.2, 0, 0.5]), np.float32([4, 1, 2, 1])
     valid = np.array([True, True, True, False])
     assert float(agreement.success(margins, gaps, valid)) == pytest.approx((4 + 1) / 7)
