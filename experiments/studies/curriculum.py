@@ -6,11 +6,12 @@
 One base model is pretrained and shared. Then LensNet is trained by preferences alone, in each arm for each seed:
 `fixed`, whose length falls with the steps; `none`, as short as at the end from the first step on; `self_play`, whose
 length falls while the policy is right often enough; `adversary`, the same with half of the rollouts proposed by an
-adversary; `own`, the fixed one with half of the rollouts drawn by the policy. All but `none` go from `--start` to
-`--end` of the history, with as many rollouts a step, so that a step costs every arm the same passes. What is measured
-at the end's length, on held-out sequences, before the first step and as training goes on: how many passes it took until
-the policy showed the answer as often as `--target` says, and what it came to. Passes of LensNet are not counted. Prints
-a table, and writes `summary.json`, `curriculum.csv`, one row an arm and seed, and `curriculum.png`.
+adversary; `own` and `own_self_play`, `fixed` and `self_play` with half of the rollouts drawn by the policy. All but
+`none` go from `--start` to `--end` of the history, with as many rollouts a step, so that a step costs every arm the same
+passes. What is measured at the end's length, on held-out sequences, before the first step and as training goes on: how
+many passes it took until the policy showed the answer as often as `--target` says, and what it came to. Passes of
+LensNet are not counted. Prints a table, and writes `summary.json`, `curriculum.csv`, one row an arm and seed, and
+`curriculum.png`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,7 +46,7 @@ MEASURED = {
     "agreement": "mc/preference_agreement",
 }
 """What is measured, by the names of `held_out.eval_step`."""
-Arm = Literal["fixed", "none", "self_play", "adversary", "own"]
+Arm = Literal["fixed", "none", "self_play", "adversary", "own", "own_self_play"]
 
 
 @settings()
@@ -55,7 +56,7 @@ class Arguments:
     output_dir: Path = Path("runs/curriculum")
     preset: str = "recall_long"
     """Name or path of the config that all runs start from; its rollouts must be local for `own`."""
-    arms: tuple[Arm, ...] = ("fixed", "none", "self_play", "adversary", "own")
+    arms: tuple[Arm, ...] = ("fixed", "none", "self_play", "adversary", "own", "own_self_play")
     """The first is what the others are compared with."""
     seeds: tuple[Seed, ...] = (0, 1, 2, 3, 4)
     resume: bool = False
@@ -132,6 +133,7 @@ def configs(arguments: Arguments) -> tuple[Config, dict[tuple[str, int], Config]
         "self_play": climbs,
         "adversary": {**climbs, "context.proposed_rollouts": half},
         "own": {"context.own_rollouts": half},
+        "own_self_play": {**climbs, "context.own_rollouts": half},
     }
     lens: dict[tuple[str, int], Config] = {
         (arm, seed): _settings.replace(

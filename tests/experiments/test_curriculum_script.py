@@ -27,11 +27,11 @@ def preset(tmp_path_factory):
 
 def test_every_arm_costs_the_same_passes(preset, tmp_path):
     base, lens = curriculum.configs(Arguments(output_dir=tmp_path, preset=preset, seeds=(0, 1), start=0.5, end=0.4))
-    assert base.steps == 0 and len(lens) == 10 and [seed for _, seed in lens] == [0] * 5 + [1] * 5
+    assert base.steps == 0 and len(lens) == 12 and [seed for _, seed in lens] == [0] * 6 + [1] * 6
     assert {curriculum.passes_per_step(config) for config in lens.values()} == {2 * 5}
     assert lens["own", 1].context.own_rollouts == lens["adversary", 0].context.proposed_rollouts == 2
     climbs = {arm for (arm, _), config in lens.items() if config.curriculum.climbs}
-    assert climbs == {"self_play", "adversary"}
+    assert climbs == {"self_play", "adversary", "own_self_play"}
     assert lens["none", 0].hyper.context_start == lens["none", 0].hyper.context_end == 0.4
     assert {config.budget for config in lens.values()} == {base.budget}
 
@@ -80,7 +80,7 @@ def test_the_study_runs_with_one_command(preset, tmp_path):
         curriculum.main(["--output-dir", str(folder), *words])
     summary = json.loads((folder / "summary.json").read_text())
     assert len(summary["untrained"]["hit_rate"]) == 2 and (folder / "curriculum.png").stat().st_size > 5000
-    assert list(summary["arms"]) == ["fixed", "none", "self_play", "adversary", "own"]
+    assert list(summary["arms"]) == ["fixed", "none", "self_play", "adversary", "own", "own_self_play"]
     assert all(passes is not None for of in summary["arms"].values() for passes in of["passes"])
     with (folder / "curriculum.csv").open() as file:
         rows = [(row["arm"], row["seed"]) for row in csv.DictReader(file)]
