@@ -7,9 +7,9 @@ One base model is pretrained and shared. Then LensNet is trained by preferences 
 `fixed`, whose length falls with the steps; `none`, as short as at the end from the first step on; `self_play`, whose
 length falls while the policy is right often enough; `adversary`, the same with half of the rollouts proposed by an
 adversary; `own` and `own_self_play`, `fixed` and `self_play` with half of the rollouts drawn by the policy. All but
-`none` go from `--start` to `--end` of the history, with as many rollouts a step, so that a step costs every arm the same
-passes. What is measured at the end's length, on held-out sequences, before the first step and as training goes on: how
-many passes it took until the policy showed the answer as often as `--target` says, and what it came to. Passes of
+`none` go from `--start` to `--end` of the history, with as many rollouts a step, so that a step costs every arm the
+same passes. What is measured at the end's length, on held-out sequences, before the first step and as training goes on:
+how many passes it took until the policy showed the answer as often as `--target` says, and what it came to. Passes of
 LensNet are not counted. Prints a table, and writes `summary.json`, `curriculum.csv`, one row an arm and seed, and
 `curriculum.png`.
 """
