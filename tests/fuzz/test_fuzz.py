@@ -53,7 +53,7 @@ def test_what_is_wrong(code, output, errors, changed, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [50, pytest.param(300, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [25, pytest.param(300, marks=pytest.mark.long)])
 def test_inputs_have_no_fault(count):
     """In a process of its own: this one has started JAX, and cannot be forked any more."""
     command = [sys.executable, "-m", "tests.fuzz", "--count", str(count), "--seed", "0"]
