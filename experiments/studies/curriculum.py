@@ -14,6 +14,7 @@ LensNet are not counted. Prints a table, and writes `summary.json`, `curriculum.
 `curriculum.png`.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from rich.console import Console
 from rich.table import Table
 
@@ -31,12 +33,15 @@ from experiments.train import load_preset
 from lensjax import _settings
 from lensjax._settings import Count, PositiveInt, Seed, Share, require, settings
 from lensjax.evaluation import statistics
+from lensjax.evaluation.answers import shows_in_full
+from lensjax.models import Models, Params
 from lensjax.plots import style
 from lensjax.runs.config import Config
 from lensjax.runs.data import batches as data
 from lensjax.runs.fit import EVALUATION_SEED, LENS_STREAM, evaluator, stream
 from lensjax.runs.load import load_start
 from lensjax.runs.store.log import read_rows
+from lensjax.training.scoring import score_variants
 from lensjax.training.steps.train_state import init_train_state
 
 MEASURED = {
@@ -86,7 +91,7 @@ def compare(arguments: Arguments) -> dict[str, Any]:
     command.check_free(arguments.output_dir, resume=arguments.resume)
     base, lens = configs(arguments)
     run_once(base, console)
-    before = untrained(lens)
+    before, told = untrained(lens), {arm: tells(lens, arm) for arm in arguments.arms if arm in ("none", "own")}
     rows: list[dict[str, Any]] = []
     ways: dict[str, list[list[float]]] = {arm: [] for arm in arguments.arms}
     for (arm, seed), config in lens.items():
@@ -101,6 +106,7 @@ def compare(arguments: Arguments) -> dict[str, Any]:
         "steps": arguments.steps,
         "seeds": list(arguments.seeds),
         "untrained": {name: [one[name] for one in before.values()] for name in MEASURED},
+        "tells": told,
         "arms": {arm: _of_arm([row for row in rows if row["arm"] == arm]) for arm in arguments.arms},
         "differences": _differences(rows, arguments),
     }
@@ -160,10 +166,7 @@ def untrained(lens: Mapping[tuple[str, int], Config]) -> dict[int, dict[str, flo
     """What is measured of LensNet as each seed's runs find it, before their first step."""
     configs = {seed: config for (_, seed), config in lens.items()}
     first = next(iter(lens.values()))
-    models, size = first.build_models(), first.batch_size
-    count = first.eval_batches
-    rows = data.fixed_batches(first, "validation", batch_size=size, count=count, seed=EVALUATION_SEED)
-    batches = jax.tree.map(jnp.asarray, rows)
+    models, batches = first.build_models(), _held_out(first)
     params, report = load_start(first, models), evaluator(first, models)
     found = {}
     for seed, config in configs.items():
@@ -172,6 +175,50 @@ def untrained(lens: Mapping[tuple[str, int], Config]) -> dict[int, dict[str, flo
         row = report(state, frozen, batches)
         found[seed] = {name: row[place] for name, place in MEASURED.items()}
     return found
+
+
+def tells(lens: Mapping[tuple[str, int], Config], arm: str) -> dict[str, float]:
+    """What the rollouts of an arm could teach an untrained LensNet at the end's length.
+
+    Returns:
+      `shown`, the share of them that show the answer, and `differ`, the share of windows in which some do, some do not.
+    """
+    shown = []
+    for config in (config for (name, _), config in lens.items() if name == arm):
+        models, rows = config.build_models(), _held_out(config)
+        start = load_start(config, models)
+        assert start is not None
+        params = start | {"lens": models.lens.init(stream(config, LENS_STREAM))}
+        shows = jax.jit(jax.vmap(functools.partial(_shows, models, config), (0, None, 0, 0)))
+        for index, row in enumerate(rows):
+            keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), index), config.batch_size)
+            shown.append(np.asarray(shows(keys, params, row["tokens"], row["answers"])))
+    every = np.concatenate(shown)
+    return {"shown": float(every.mean()), "differ": float(np.mean(every.any(axis=1) & ~every.all(axis=1)))}
+
+
+def _shows(
+    models: Models, config: Config, key: Array, params: dict[str, Params], tokens: Array, answers: Array
+) -> Array:
+    """bool[N]: which of the rollouts of a history show the answer."""
+    drawn = score_variants(
+        key,
+        params,
+        tokens,
+        config.budget,
+        config.hyper.high_lod_share,
+        models=models,
+        context=config.context,
+        capacity=config.recipe.capacity,
+        own_temperature=config.hyper.own_temperature,
+    )
+    return jax.vmap(lambda one: shows_in_full(one, answers, config.context.geometry))(drawn.contexts)[1:]
+
+
+def _held_out(config: Config) -> list[dict[str, Array]]:
+    size, count = config.batch_size, config.eval_batches
+    rows = data.fixed_batches(config, "validation", batch_size=size, count=count, seed=EVALUATION_SEED)
+    return [{name: jnp.asarray(values) for name, values in row.items()} for row in rows]
 
 
 def measurements(config: Config) -> dict[int, dict[str, float]]:
@@ -238,6 +285,11 @@ def _print(console: Console, summary: dict[str, Any]) -> None:
         )
         table.add_row(arm, *cells)
     console.print(table)
+    for arm, one in summary["tells"].items():
+        told = (
+            f"{one['shown']:.3f} of them show the answer, in {one['differ']:.3f} of the windows some do and some do not"
+        )
+        console.out(f"rollouts of {arm}, untrained: {told}", highlight=False)
     for arm, one in summary["differences"].items():
         console.out(f"{arm}: shows the answer {one['mean']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}] more often")
 

@@ -79,6 +79,8 @@ def test_the_study_runs_with_one_command(preset, tmp_path):
     with cheap_programs():
         curriculum.main(["--output-dir", str(folder), *words])
     summary = json.loads((folder / "summary.json").read_text())
+    assert set(summary["tells"]) == {"none", "own"}
+    assert all(0 <= one["shown"] <= 1 and 0 <= one["differ"] <= 1 for one in summary["tells"].values())
     assert len(summary["untrained"]["hit_rate"]) == 2 and (folder / "curriculum.png").stat().st_size > 5000
     assert list(summary["arms"]) == ["fixed", "none", "self_play", "adversary", "own", "own_self_play"]
     assert all(passes is not None for of in summary["arms"].values() for passes in of["passes"])
