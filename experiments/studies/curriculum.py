@@ -10,8 +10,8 @@ adversary; `own` and `own_self_play`, `fixed` and `self_play` with half of the r
 `none` go from `--start` to `--end` of the history, with as many rollouts a step, so that a step costs every arm the
 same passes. What is measured at the end's length, on held-out sequences, before the first step and as training goes on:
 how many passes it took until the policy showed the answer as often as `--target` says, and what it came to. Passes of
-LensNet are not counted. Prints a table, and writes `summary.json`, `curriculum.csv`, one row an arm and seed, and
-`curriculum.png`.
+LensNet are not counted. Prints a table, and what the rollouts of `none` and `own` could teach; writes `summary.json`,
+`curriculum.csv`, one row an arm and seed, and `curriculum.png`.
 """
 
 import functools
@@ -286,9 +286,7 @@ def _print(console: Console, summary: dict[str, Any]) -> None:
         table.add_row(arm, *cells)
     console.print(table)
     for arm, one in summary["tells"].items():
-        told = (
-            f"{one['shown']:.3f} of them show the answer, in {one['differ']:.3f} of the windows some do and some do not"
-        )
+        told = f"{one['shown']:.3f} of them show the answer; in {one['differ']:.3f} of the windows some do, some do not"
         console.out(f"rollouts of {arm}, untrained: {told}", highlight=False)
     for arm, one in summary["differences"].items():
         console.out(f"{arm}: shows the answer {one['mean']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}] more often")
