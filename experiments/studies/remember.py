@@ -29,6 +29,7 @@ from experiments import command
 from experiments.tables import write_csv
 from lensjax import _settings
 from lensjax._settings import BatchSize, PositiveInt, Seed, settings
+from lensjax.evaluation import rivals
 from lensjax.evaluation.statistics import Estimate, estimate
 from lensjax.models import Models, Params
 from lensjax.models.decision import split
@@ -44,7 +45,7 @@ from lensjax.training.steps.supo import SupoConfig
 
 LAST = "last"
 """What all are compared with."""
-FIXED = (LAST, "first", "random", "hindsight")
+FIXED = (LAST, "first", "random", "answer")
 """Policies that look at nothing: the last statements, the first, any, and those that will be asked for."""
 
 
@@ -120,7 +121,8 @@ def remember(arguments: Arguments) -> list[dict[str, Any]]:
             one = Measured(*(np.asarray(stored.pop(part)) for part in Measured._fields))
             found.setdefault(name, []).append(one)
             means = {"nll": one.nll.mean(), "accuracy": one.right.mean(), "kept": one.kept.mean()}
-            rows.append({"policy": name, "seed": seed, **{key: float(mean) for key, mean in means.items()}, **stored})
+            known = {"policy": name, "information": rivals.information(name)}
+            rows.append({**known, "seed": seed, **{key: float(mean) for key, mean in means.items()}, **stored})
             console.out(", ".join(f"{key} {value}" for key, value in rows[-1].items()), highlight=False)
     write_csv(rows, folder / "remember.csv")
     files.write_text(folder / "report.md", _report(arguments, found, rows))
@@ -206,7 +208,7 @@ def _worth(name: str, test: Batch, config: Config, key: Array) -> Array:
     block = jnp.arange(shape[1], dtype=jnp.int32) // size
     if name == "random":
         return jnp.repeat(jax.random.uniform(key, (shape[0], -(-shape[1] // size))), size, axis=1)[:, : shape[1]]
-    if name == "hindsight":
+    if name == "answer":
         needed = (block[None, None] == test["answers"][..., None] // size).any(axis=1)
         return needed.astype(jnp.float32)
     age = block.astype(jnp.float32)
@@ -254,15 +256,17 @@ def _report(arguments: Arguments, found: dict[str, list[Measured]], rows: list[d
         f"{len(arguments.seeds)} seeds, {arguments.examples} test streams; nats per token of the answer, paired 95 % "
         "intervals over seeds and streams.",
         "",
-        f"| policy | answered | needed statements kept | nats per token | minus `{LAST}` | base-model passes a step |",
-        "| --- | --- | --- | --- | --- | --- |",
+        f"| policy | information | answered | needed statements kept | nats per token | minus `{LAST}` | base-model passes a step |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, measured in found.items():
         nll = np.stack([one.nll for one in measured])
         right, kept = (np.stack([one[place] for one in measured]).mean() for place in (1, 2))
         difference = "" if name == LAST else _shown(estimate(nll - last))
         passes = next(row["passes_per_step"] for row in rows if row["policy"] == name)
-        lines.append(f"| `{name}` | {right:.3f} | {kept:.3f} | {nll.mean():.3f} | {difference} | {passes or ''} |")
+        lines.append(
+            f"| `{name}` | {rivals.information(name)} | {right:.3f} | {kept:.3f} | {nll.mean():.3f} | {difference} | {passes or ''} |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -34,10 +34,11 @@ def whole(tmp_path_factory):
 @pytest.mark.slow
 def test_all_policies_are_measured_on_the_same_streams(whole):
     folder, rows = whole
-    names = ["last", "first", "random", "hindsight", "untrained", "late", "steps"]
+    names = ["last", "first", "random", "answer", "untrained", "late", "steps"]
     assert [(row["policy"], row["seed"]) for row in rows] == [(name, seed) for seed in (0, 1) for name in names]
+    assert {row["policy"] for row in rows if row["information"] == "hindsight"} == {"answer"}
     kept = {name: np.mean([row["kept"] for row in rows if row["policy"] == name]) for name in names}
-    assert kept["hindsight"] == 1 and kept["last"] == 0 and 0 < kept["random"] < 1
+    assert kept["answer"] == 1 and kept["last"] == 0 and 0 < kept["random"] < 1
     # One measurement of each of four trajectories, or one more than there are refocus steps.
     assert [row["passes_per_step"] for row in rows[:7]] == [0, 0, 0, 0, 0, 4, 20]
     assert all(np.isfinite(row["nll"]) for row in rows)
