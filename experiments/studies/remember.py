@@ -256,7 +256,8 @@ def _report(arguments: Arguments, found: dict[str, list[Measured]], rows: list[d
         f"{len(arguments.seeds)} seeds, {arguments.examples} test streams; nats per token of the answer, paired 95 % "
         "intervals over seeds and streams.",
         "",
-        f"| policy | information | answered | needed statements kept | nats per token | minus `{LAST}` | base-model passes a step |",
+        "| policy | information | answered | needed statements kept | nats per token "
+        f"| minus `{LAST}` | base-model passes a step |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, measured in found.items():
@@ -264,9 +265,9 @@ def _report(arguments: Arguments, found: dict[str, list[Measured]], rows: list[d
         right, kept = (np.stack([one[place] for one in measured]).mean() for place in (1, 2))
         difference = "" if name == LAST else _shown(estimate(nll - last))
         passes = next(row["passes_per_step"] for row in rows if row["policy"] == name)
-        lines.append(
-            f"| `{name}` | {rivals.information(name)} | {right:.3f} | {kept:.3f} | {nll.mean():.3f} | {difference} | {passes or ''} |"
-        )
+        known = rivals.information(name)
+        cells = (f"`{name}`", known, f"{right:.3f}", f"{kept:.3f}", f"{nll.mean():.3f}", difference, passes or "")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
 
