@@ -10,7 +10,7 @@ from tests.runs import ROOT
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rounds", [2, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize("rounds", [1, pytest.param(20, marks=pytest.mark.long)])
 def test_interrupted_runs_come_out_as_if_nothing_had_happened(rounds, programs):
     """In a process of its own: this one has started JAX, and cannot be forked any more."""
     command = [sys.executable, "-m", "tests.kill", "--rounds", str(rounds), "--seed", "0"]
