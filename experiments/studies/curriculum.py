@@ -183,13 +183,14 @@ def tells(lens: Mapping[tuple[str, int], Config], arm: str) -> dict[str, float]:
     Returns:
       `shown`, the share of them that show the answer, and `differ`, the share of windows in which some do, some do not.
     """
-    shown = []
-    for config in (config for (name, _), config in lens.items() if name == arm):
-        models, rows = config.build_models(), _held_out(config)
-        start = load_start(config, models)
-        assert start is not None
+    configs = [config for (name, _), config in lens.items() if name == arm]
+    first, shown = configs[0], []
+    models, rows = first.build_models(), _held_out(first)
+    start = load_start(first, models)
+    assert start is not None
+    shows = jax.jit(jax.vmap(functools.partial(_shows, models, first), (0, None, 0, 0)))
+    for config in configs:
         params = start | {"lens": models.lens.init(stream(config, LENS_STREAM))}
-        shows = jax.jit(jax.vmap(functools.partial(_shows, models, config), (0, None, 0, 0)))
         for index, row in enumerate(rows):
             keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), index), config.batch_size)
             shown.append(np.asarray(shows(keys, params, row["tokens"], row["answers"])))

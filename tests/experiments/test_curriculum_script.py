@@ -61,21 +61,8 @@ def test_what_cannot_be_compared_is_refused(changes, message):
 @pytest.mark.slow
 def test_the_study_runs_with_one_command(preset, tmp_path):
     folder = tmp_path / "study"
-    words = [
-        "--preset",
-        preset,
-        "--seeds",
-        "0",
-        "1",
-        "--end",
-        "0.4",
-        "--steps",
-        "4",
-        "--target",
-        "0.0",
-        "--eval-steps",
-        "2",
-    ]
+    words = ["--preset", preset, "--seeds", "0", "1", "--end", "0.4", "--target", "0.0"]
+    words += ["--steps", "4", "--eval-steps", "2"]
     with cheap_programs():
         curriculum.main(["--output-dir", str(folder), *words])
     summary = json.loads((folder / "summary.json").read_text())
